@@ -1,0 +1,62 @@
+"""Which device, which precision, which memory layout: chosen by rule, said in one line."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from utils import UserError
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+ACCELERATE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
+
+
+def get_dtype(precision: str) -> torch.dtype:
+    """'bfloat16', 'float16' or 'float32' -> the torch dtype. UserError for any other name."""
+    if precision not in PRECISIONS:
+        raise UserError(f"--precision {precision}: choose from {', '.join(PRECISIONS)}")
+    return PRECISIONS[precision]
+
+
+def resolve_device(name: str, typed: bool) -> torch.device:
+    """The device to run on. A default that the machine lacks falls back with one warning; a typed one is an error."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: not a device; use cuda, cuda:N, mps or cpu") from None
+    present = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    if device.type not in present:
+        raise UserError(f"--device {name}: use cuda, cuda:N, mps or cpu")
+    if present[device.type]() and (device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()):
+        return device
+    if typed:
+        raise UserError(f"--device {name}: not available on this machine; use --device cpu or leave the flag out")
+    fallback = next(kind for kind in ("cuda", "mps", "cpu") if present[kind]())
+    log.warning("no %s here: running on %s", name, fallback)
+    return torch.device(fallback)
+
+
+def resolve_precision(precision: str, device: torch.device, typed: bool) -> str:
+    """The precision to run in.
+
+    On a CPU float16 has no gradient scaler and no speed, so bfloat16 stands in for it; and a CPU without bfloat16
+    instructions would be slower in bfloat16 than in float32, so there the default gives way (a typed flag does not).
+    """
+    get_dtype(precision)
+    chosen = precision
+    if device.type == "cpu":
+        if precision == "float16":
+            chosen = "bfloat16"
+        if chosen == "bfloat16" and not (typed and precision == chosen) and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            chosen = "float32"
+        if chosen != precision:
+            log.warning("--precision %s does not suit this CPU: using %s", precision, chosen)
+    return chosen
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """Mixed precision around the module, whose weights stay float32; no effect for float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

@@ -1,0 +1,530 @@
+"""The align module, the two latent spaces it joins, and the checkpoint that carries it.
+
+This is the only file that knows latent conventions. Everywhere else latents are *scaled* latents,
+`(z - shift_factor) * scaling_factor`: the space in which diffusion models work (diffusers' own convention, see
+`StableDiffusionPipeline` and `FluxPipeline`). Raw latents never leave `LatentSpace`.
+
+    pipeline = AlignPipeline.from_checkpoint("ckpt_align/align_pipeline_20251231_034701.pth")
+    flux_latents = pipeline.translate(sd15_latents)
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import os
+import pickle
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils import UserError, atomic_file, hub_token, next_stamp, one_line
+
+CHECKPOINT_FORMAT = "vae-align"
+CHECKPOINT_PREFIX = "align_pipeline"
+WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The module
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Everything that shapes an `AlignModule`.
+
+    `latent_channels` and `latent_stride` are VAE1's, `out_channels` and `out_stride` VAE2's (stride: image pixels per
+    latent). The image branch halves `downsample_times` times and starts at a fraction of `hidden_channels`.
+    """
+
+    input_types: tuple[str, ...] = ("image", "latent")
+    latent_channels: int = 4
+    out_channels: int = 16
+    hidden_channels: int = 64
+    num_blocks: int = 2
+    downsample_times: int = 3
+    latent_stride: int = 8
+    out_stride: int = 8
+
+    def __post_init__(self):
+        types = tuple(sorted(set(self.input_types)))
+        if not types or not set(types) <= {"image", "latent"}:
+            raise UserError(f"input_types {list(self.input_types)}: choose from image, latent, or both")
+        object.__setattr__(self, "input_types", types)
+        for name in ("latent_channels", "out_channels", "hidden_channels", "latent_stride", "out_stride"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
+        for name in ("num_blocks", "downsample_times"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} {getattr(self, name)}: must be at least 0")
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(act(conv(act(x)))). No normalisation: latents carry their meaning in their level."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv2(F.silu(self.conv1(F.silu(x))))
+
+
+class ImageBranch(nn.Sequential):
+    """Image -> features, halved `downsample_times` times; narrow where the grid is fine, `hidden_channels` at the end."""
+
+    def __init__(self, hidden_channels: int, downsample_times: int):
+        widths = [max(16, hidden_channels >> level) for level in reversed(range(max(1, downsample_times)))]
+        widths[-1] = hidden_channels
+        if downsample_times == 0:
+            layers = [nn.Conv2d(3, hidden_channels, 3, padding=1)]
+        else:
+            # the first halving is free: 2x2 pixels become 12 channels, so no convolution runs at full resolution
+            layers = [nn.PixelUnshuffle(2), nn.Conv2d(12, widths[0], 3, padding=1)]
+        for narrow, wide in itertools.pairwise(widths):
+            layers += [ResidualBlock(narrow), nn.SiLU(), nn.Conv2d(narrow, wide, 3, stride=2, padding=1)]
+        super().__init__(*layers)
+
+
+class AlignModule(nn.Module):
+    """VAE1's latents, the image, or both -> VAE2's latents. All latents are scaled latents.
+
+        z1 (B, C1, H/s1, W/s1) ──┬────────────────────── linear 3x3 ──────────────────────┐
+                                 └─ conv 3x3 ─┐                                           │
+                                              + ── num_blocks residual blocks ── conv ──── + ── z2 (B, C2, H/s2, W/s2)
+        image (B, 3, H, W) ── ImageBranch ────┘
+
+    Convolutions only and no batch statistics: any size and aspect ratio, the same in training and in use.
+    """
+
+    def __init__(self, config: AlignConfig):
+        super().__init__()
+        self.config = config
+        hidden = config.hidden_channels
+        if "latent" in config.input_types:
+            # a finer VAE1 grid is folded into channels, which loses nothing; a coarser one is repeated
+            self.fold = max(1, config.out_stride // config.latent_stride)
+            folded = config.latent_channels * self.fold**2
+            self.linear = nn.Conv2d(folded, config.out_channels, 3, padding=1)
+            self.latent_in = nn.Conv2d(folded, hidden, 3, padding=1)
+        if "image" in config.input_types:
+            self.image_in = ImageBranch(hidden, config.downsample_times)
+        self.blocks = nn.Sequential(*(ResidualBlock(hidden) for _ in range(config.num_blocks)))
+        self.out = nn.Conv2d(hidden, config.out_channels, 3, padding=1)
+
+    def forward(self, latents: torch.Tensor | None = None, image: torch.Tensor | None = None) -> torch.Tensor:
+        config = self.config
+        if latents is not None and "latent" in config.input_types:
+            if latents.shape[1] != config.latent_channels:
+                raise UserError(f"latents have {latents.shape[1]} channels; this module takes {config.latent_channels}")
+            scale = config.latent_stride / config.out_stride
+            grid = [max(1, round(side * scale)) for side in latents.shape[2:]]
+        elif "latent" in config.input_types:
+            raise UserError("this module takes VAE1's latents as input; pass latents=")
+        if image is not None and "image" in config.input_types:
+            sides = tuple(image.shape[2:])
+            if any(side % config.out_stride for side in sides):
+                raise UserError(f"image of {sides[0]}x{sides[1]} px: both sides must be multiples of {config.out_stride}")
+            image_grid = [side // config.out_stride for side in sides]
+            if "latent" in config.input_types and image_grid != grid:
+                raise UserError(f"image of {sides[0]}x{sides[1]} px does not belong to latents of {tuple(latents.shape[2:])}")
+            grid = image_grid
+        elif "image" in config.input_types:
+            raise UserError("this module takes the image as input; pass image=, float NCHW in [-1, 1]")
+
+        hidden, skip = 0, 0
+        if "latent" in config.input_types:
+            latents = F.pixel_unshuffle(latents, self.fold) if self.fold > 1 else latents
+            latents = latents if list(latents.shape[2:]) == grid else F.interpolate(latents, size=grid, mode="nearest")
+            skip = self.linear(latents)
+            hidden = self.latent_in(latents)
+        if "image" in config.input_types:
+            features = self.image_in(image)
+            if list(features.shape[2:]) != grid:
+                features = F.interpolate(features, size=grid, mode="bilinear", align_corners=False, antialias=False)
+            hidden = hidden + features
+        return skip + self.out(F.silu(self.blocks(hidden)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# VAEs
+
+
+def locate_vae(model_path: str, subfolder: str | None, cache_dir: str | None = None, flag: str = "--vae1_path") -> Path:
+    """The local folder that holds a VAE's config.json and weights, downloaded from the hub if `model_path` is a repo id.
+
+    `model_path/subfolder` is looked at first, then `model_path` itself, both on disk and on the hub.
+    """
+    root = Path(model_path).expanduser()
+    places = [place for place in dict.fromkeys((subfolder or "", "")) if not Path(place).is_absolute()]
+    if root.is_dir():
+        for place in places:
+            if (root / place / "config.json").is_file() and any((root / place / name).is_file() for name in WEIGHT_FILES):
+                return root / place
+        looked = " or ".join(str(root / place) for place in places)
+        raise UserError(f"{flag} {model_path}: no VAE there (config.json and {WEIGHT_FILES[0]} in {looked})")
+    if root.exists() or model_path.count("/") != 1 or model_path.startswith((".", "~", "/")):
+        raise UserError(f"{flag} {model_path}: neither a folder on this machine nor a hub id of the form owner/name")
+    return _download_vae(model_path, places, cache_dir, flag)
+
+
+def _download_vae(repo: str, places: list[str], cache_dir: str | None, flag: str) -> Path:
+    from huggingface_hub import errors, hf_hub_download
+
+    def fetch(place, name):
+        return hf_hub_download(repo, name, subfolder=place or None, cache_dir=cache_dir, token=hub_token() or False)
+
+    missing = None
+    try:
+        for place in places:
+            for name in WEIGHT_FILES:
+                try:
+                    config_file = fetch(place, "config.json")
+                    fetch(place, name)
+                    return Path(config_file).parent
+                except (errors.RemoteEntryNotFoundError, errors.LocalEntryNotFoundError) as error:
+                    missing = error
+        if isinstance(missing, errors.LocalEntryNotFoundError):
+            raise missing  # not on this machine and the hub cannot be asked
+    except errors.GatedRepoError:
+        raise UserError(f"{flag} {repo}: a gated model; accept its licence on its hub page and set HUGGINGFACE_TOKEN") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{flag} {repo}: no such model on the hub; if it is private or gated, set HUGGINGFACE_TOKEN") from None
+    except Exception as error:  # offline, timeout, proxy down, disk full: the hub client has no common base for them
+        raise UserError(
+            f"{flag} {repo}: could not be downloaded ({one_line(error)}); check the network and --proxy, or name a local folder"
+        ) from None
+    raise UserError(f"{flag} {repo}: this hub model has no VAE in {' or '.join(repr(place) for place in places)}")
+
+
+class LazyVAE:
+    """A frozen diffusers VAE that is read from disk when something first needs its weights.
+
+    `config`, `device` and `dtype` are there at once; every other attribute is the model's own.
+    """
+
+    def __init__(self, folder: Path, device: str | torch.device, dtype: torch.dtype, flag: str = "--vae1_path"):
+        import diffusers
+
+        try:
+            stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            class_name = stored["_class_name"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{flag} {folder}: its config.json cannot be read as a VAE's ({one_line(error)})") from None
+        if class_name not in VAE_CLASSES:
+            raise UserError(f"{flag} {folder}: a {class_name}; known VAE classes are {', '.join(VAE_CLASSES)}")
+        self.folder, self.flag = folder, flag
+        self.device, self.dtype = torch.device(device), dtype
+        self.model_class = getattr(diffusers, class_name)
+        try:
+            with torch.device("meta"):  # shapes and defaults without memory
+                self.config = self.model_class.from_config(stored).config
+        except Exception as error:  # whatever a hand-edited config makes the constructor raise
+            raise UserError(f"{flag} {folder}: its config.json does not describe a {class_name} ({one_line(error)})") from None
+        self._model = None
+
+    @property
+    def loaded(self) -> bool:
+        return self._model is not None
+
+    @property
+    def model(self) -> nn.Module:
+        if self._model is None:
+            try:
+                model, report = self.model_class.from_pretrained(
+                    self.folder,
+                    torch_dtype=self.dtype,
+                    low_cpu_mem_usage=False,
+                    output_loading_info=True,
+                    local_files_only=True,
+                )
+            except Exception as error:  # truncated, wrong shapes, another kind of file: each library has its own error
+                raise UserError(f"{self.flag} {self.folder}: its weights cannot be loaded ({one_line(error)})") from None
+            if report["missing_keys"]:
+                missing = report["missing_keys"]
+                raise UserError(f"{self.flag} {self.folder}: {len(missing)} weights are missing, {sorted(missing)[0]} first")
+            self._model = freeze(model).to(self.device)
+        return self._model
+
+    def __getattr__(self, name):
+        if name.startswith("__") or name == "_model":  # copy and pickle probe for these before __init__ ran
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def __call__(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+    def to(self, device: str | torch.device):
+        self.device = torch.device(device)
+        if self.loaded:
+            self._model.to(self.device)
+        return self
+
+
+def freeze(vae: nn.Module) -> nn.Module:
+    """Evaluation mode, no gradients, `channels_last` (in bfloat16 on a CPU worth ten times the speed)."""
+    return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def load_vae_model(model_path, subfolder, cache_dir, device, dtype, flag: str = "--vae1_path") -> LazyVAE:
+    """A frozen VAE from a folder or the hub, of the class that its own config.json names.
+
+    Args:
+        model_path: local folder or hub id; `subfolder` is looked for in it, then the folder itself.
+        cache_dir: where the hub client keeps downloads; None is its own default.
+        device, dtype: where and in which precision the weights will live.
+        flag: the command-line flag that error messages name.
+
+    The hub client takes its token from HUGGINGFACE_TOKEN or HF_TOKEN and its proxy from HTTPS_PROXY. Raises UserError.
+    """
+    return LazyVAE(locate_vae(str(model_path), subfolder, cache_dir, flag), device, dtype, flag)
+
+
+class LatentSpace:
+    """One frozen VAE behind the project's conventions: images in [-1, 1], scaled latents, float32 out.
+
+    `identity` is what a checkpoint stores of it: where it came from, its class, channels, stride, scale and shift.
+    """
+
+    def __init__(self, vae, path: str | None = None, subfolder: str | None = None):
+        self.vae = vae if isinstance(vae, LazyVAE) else freeze(vae)
+        config = vae.config
+        class_name = vae.model_class.__name__ if isinstance(vae, LazyVAE) else type(vae).__name__
+        widths = config["encoder_block_out_channels" if class_name == "AutoencoderTiny" else "block_out_channels"]
+        self.channels = config["latent_channels"]
+        self.stride = 2 ** (len(widths) - 1)
+        self.scaling_factor = config.get("scaling_factor") or 1.0
+        self.shift_factor = config.get("shift_factor") or 0.0
+        self.identity = {
+            "path": path,
+            "subfolder": subfolder,
+            "class": class_name,
+            "channels": self.channels,
+            "stride": self.stride,
+            "scaling_factor": self.scaling_factor,
+            "shift_factor": self.shift_factor,
+        }
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor, sample: bool = False, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, channels, H/stride, W/stride), float32.
+
+        The posterior mean, or with `sample` a draw from the posterior (a tiny autoencoder has none: its mean).
+        """
+        if any(side % self.stride for side in images.shape[2:]):
+            raise UserError(f"image of {tuple(images.shape[2:])} px: both sides must be multiples of {self.stride}")
+        encoded = self.vae.encode(self._input(images))
+        if hasattr(encoded, "latents"):
+            raw = encoded.latents
+        elif sample:
+            raw = encoded.latent_dist.sample(generator=generator)
+        else:
+            raw = encoded.latent_dist.mode()
+        return (raw.float() - self.shift_factor) * self.scaling_factor
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Scaled latents (B, channels, h, w) -> images (B, 3, h·stride, w·stride), float32, about [-1, 1], not clamped.
+
+        Gradients flow to the latents; the VAE's own weights take none.
+        """
+        raw = latents.float() / self.scaling_factor + self.shift_factor
+        return self.vae.decode(self._input(raw)).sample.float()
+
+    def _input(self, tensor):
+        return tensor.to(self.vae.device, self.vae.dtype, memory_format=torch.channels_last)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The pipeline
+
+
+class AlignPipeline:
+    """Two frozen VAEs and the module between them.
+
+    Attributes:
+        module: the `AlignModule`; its parameters are the only trainable ones. float32.
+        space1, space2: `LatentSpace`s of VAE1 and VAE2. The constructor also takes functions that return them, called
+            when something first asks: so a checkpoint's pipeline translates on a machine that has neither VAE.
+        progress: what a checkpoint says of its training: `step`, `epoch`, `metrics`, `config`.
+    """
+
+    def __init__(self, module: AlignModule, space1, space2):
+        self.module = module
+        self._spaces = [space1, space2]
+        self.progress = {"step": 0, "epoch": 0, "metrics": {}, "config": {}}
+
+    def _space(self, index: int) -> LatentSpace:
+        if callable(self._spaces[index]):
+            self._spaces[index] = self._spaces[index]()
+        return self._spaces[index]
+
+    @property
+    def space1(self) -> LatentSpace:
+        return self._space(0)
+
+    @property
+    def space2(self) -> LatentSpace:
+        return self._space(1)
+
+    @property
+    def config(self) -> AlignConfig:
+        return self.module.config
+
+    @property
+    def vae1(self):
+        return self.space1.vae
+
+    @property
+    def vae2(self):
+        return self.space2.vae
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def to(self, device: str | torch.device) -> AlignPipeline:
+        self.module.to(device)
+        for space in (self.space1, self.space2):
+            space.vae.to(device)
+        return self
+
+    @property
+    def uses_image(self) -> bool:
+        return "image" in self.config.input_types
+
+    @property
+    def uses_latents(self) -> bool:
+        return "latent" in self.config.input_types
+
+    def inputs(self, images: torch.Tensor, sample: bool = False, generator: torch.Generator | None = None) -> dict:
+        """What the module takes for these images: keyword arguments of `AlignModule.forward`."""
+        inputs = {}
+        if self.uses_latents:
+            inputs["latents"] = self.space1.encode(images, sample, generator).to(self.device)
+        if self.uses_image:
+            inputs["image"] = images.to(self.device)
+        return inputs
+
+    @torch.inference_mode()
+    def translate(self, latents: torch.Tensor | None, image: torch.Tensor | None = None) -> torch.Tensor:
+        """VAE1's scaled latents (B, C1, h, w) -> VAE2's scaled latents (B, C2, h', w'), in the dtype that came in.
+
+        `image`, float NCHW in [-1, 1], is needed by modules that were trained with it and ignored by the others.
+        Works without either VAE.
+        """
+        given = latents if latents is not None else image
+        if given is None:
+            raise UserError("translate: pass latents, an image, or both, as the module was trained")
+        take = {"device": self.device, "dtype": torch.float32}
+        latents = latents.to(**take) if latents is not None else None
+        image = image.to(**take) if image is not None else None
+        return self.module(latents, image).to(given.device, given.dtype)
+
+    def save_checkpoint(self, folder: str | os.PathLike, config: dict, step: int, epoch: float, metrics: dict) -> Path:
+        """Write `align_pipeline_YYYYMMDD_HHMMSS.pth` into `folder` and return its path.
+
+        The file appears whole or not at all, never replaces another, and sorts after those already there. It holds
+        tensors and plain values only, so that `torch.load(weights_only=True)` reads it.
+        """
+        content = {
+            "format": CHECKPOINT_FORMAT,
+            "align_config": asdict(self.config) | {"input_types": list(self.config.input_types)},
+            "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in self.module.state_dict().items()},
+            "vae1": self.space1.identity,
+            "vae2": self.space2.identity,
+            "config": config,
+            "step": step,
+            "epoch": epoch,
+            "metrics": metrics,
+        }
+        while True:
+            path = Path(folder) / f"{CHECKPOINT_PREFIX}_{next_stamp(folder, CHECKPOINT_PREFIX)}.pth"
+            try:
+                with atomic_file(path, exclusive=True) as file:
+                    torch.save(content, file)
+                return path
+            except FileExistsError:
+                continue  # another run took this second; take the next
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | os.PathLike, vae1=None, vae2=None, device="cpu", dtype=torch.float32, cache_dir=None
+    ) -> AlignPipeline:
+        """A pipeline from `save_checkpoint`'s file. Executes no code from the file.
+
+        Args:
+            vae1, vae2: a VAE, or a folder or hub id in place of the recorded one; by default the VAE that the checkpoint
+                names, read only when something other than `translate` asks for it.
+            device, dtype: of the VAEs; the module stays in float32.
+        """
+        content = read_checkpoint(path)
+        module = AlignModule(AlignConfig(**content["align_config"]))
+        try:
+            module.load_state_dict(content["state_dict"])
+        except RuntimeError as error:
+            raise UserError(f"checkpoint {path}: its weights do not fit its own description ({one_line(error)})") from None
+        options = {"cache_dir": cache_dir, "device": device, "dtype": dtype}
+        spaces = [
+            functools.partial(_recorded_space, content[name], given, f"--{name}_path", options)
+            for name, given in (("vae1", vae1), ("vae2", vae2))
+        ]
+        pipeline = cls(module.to(device).eval(), *spaces)
+        pipeline.progress = {name: content[name] for name in ("step", "epoch", "metrics", "config")}
+        return pipeline
+
+
+def _recorded_space(recorded: dict, given, flag: str, options: dict) -> LatentSpace:
+    """The latent space that a checkpoint names, from `given` (a VAE, a folder, a hub id) or from where it was recorded."""
+    path, subfolder = recorded["path"], recorded["subfolder"]
+    if given is None or isinstance(given, (str, os.PathLike)):
+        path = str(given or path or "")
+        if not path:
+            raise UserError(f"the checkpoint does not say where this VAE is; name it with {flag}")
+        given = load_vae_model(path, subfolder, **options, flag=flag)
+    space = LatentSpace(given, path, subfolder)
+    for name in ("channels", "stride"):
+        if space.identity[name] != recorded[name]:
+            raise UserError(
+                f"{flag} {path}: its latents have {name} {space.identity[name]}, those of the checkpoint's VAE "
+                f"{recorded[name]}; name a VAE of the same latent space"
+            )
+    return space
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """The content of a checkpoint file as plain values and tensors on the CPU; UserError if it is not one of ours."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"checkpoint {path}: not a checkpoint of this tool (it asks to run code, which is refused)") from None
+    except Exception as error:  # truncated or foreign files fail inside zipfile, pickle or torch, each with its own error
+        raise UserError(f"checkpoint {path}: damaged or not a checkpoint ({one_line(error)})") from None
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(f"checkpoint {path}: not a checkpoint of this tool; give a file that train_align_with_args.py wrote")
+    try:
+        known = {field.name for field in fields(AlignConfig)}
+        content["align_config"] = {name: value for name, value in content["align_config"].items() if name in known}
+        AlignConfig(**content["align_config"])
+        assert all(name in content for name in ("state_dict", "vae1", "vae2", "config", "step", "epoch", "metrics"))
+    except (AssertionError, AttributeError, KeyError, TypeError):
+        raise UserError(f"checkpoint {path}: incomplete; it was not written by this tool") from None
+    return content
+
+
+def good_image_size(size: int, *strides: int) -> int:
+    """`size` if it is a multiple of every stride; otherwise UserError that names the nearest good one. Pixels."""
+    step = math.lcm(*strides)
+    if size > 0 and size % step == 0:
+        return size
+    nearest = max(step, round(size / step) * step)
+    raise UserError(f"--image_size {size}: must be a multiple of {step} (both VAEs' strides); the nearest is {nearest}")
