@@ -10,6 +10,7 @@ import difflib
 import json
 import logging
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -150,6 +151,7 @@ def _checked_item(action, value, where):
 
 def run(main) -> None:
     """Call `main()` as a program: a UserError becomes one line on stderr and exit status 1, an interrupt 130."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it warns of every config key that a VAE class does not use
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         main()

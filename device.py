@@ -50,11 +50,16 @@ def resolve_precision(precision: str, device: torch.device, typed: bool) -> str:
     if device.type == "cpu":
         if precision == "float16":
             chosen = "bfloat16"
-        if chosen == "bfloat16" and not (typed and precision == chosen) and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if chosen == "bfloat16" and not (typed and precision == chosen) and not cpu_has_bfloat16():
             chosen = "float32"
         if chosen != precision:
             log.warning("--precision %s does not suit this CPU: using %s", precision, chosen)
     return chosen
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU computes in bfloat16 by instruction (AVX512-BF16, AMX, Arm BF16) rather than by conversion."""
+    return any(present and "bf16" in name for name, present in torch.cpu.get_capabilities().items())
 
 
 def autocast(device: torch.device, dtype: torch.dtype):

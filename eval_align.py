@@ -170,7 +170,7 @@ def comparison_panels(images: torch.Tensor, made: dict) -> list[list[tuple[str, 
 
 def build_parser() -> Parser:
     parser = Parser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="file written by train_align_with_args.py")
+    parser.add_argument("--checkpoint", required=True, help="file written by train_align_with_args.py, or a folder: its newest")
     parser.add_argument("--eval_data_dir", required=True, help="folder of images, searched recursively (or see --dataset_type)")
     parser.add_argument("--output_dir", default="eval_results", help="where metrics.json and the pictures go")
     parser.add_argument("--save_visualizations", action="store_true", help="also write one comparison picture per image")

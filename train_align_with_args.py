@@ -309,7 +309,7 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
 
     batches = endless(train_loader)
     loss_sum = torch.zeros((), device=accelerator.device)
-    summed_steps, step, metrics, checkpoint, unreadable = 0, 0, {}, None, set()
+    summed_steps, step, metrics, untrained, checkpoint, unreadable = 0, 0, {}, {}, None, set()
     bar = tqdm(total=total_steps, desc="train", unit="step", disable=not main_process)
     clock = time.perf_counter()
 
@@ -321,6 +321,7 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
         # ---- evaluate, visualise, save
         if main_process and due(args.eval_frequency):
             metrics = evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype)
+            untrained = untrained or metrics
             log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype)
         if main_process and due(args.visualize_frequency):
             visualize_results(pipeline, eval_loader, writer, epoch, args, dtype)
@@ -389,6 +390,9 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
     writer.close()
     if unreadable:
         log.warning("%s left out during training", count_of(len(unreadable), "unreadable image"))
+    if metrics:
+        before, after, ceiling = untrained["aligned"]["psnr"], metrics["aligned"]["psnr"], metrics["ceiling"]["psnr"]
+        print(f"aligned PSNR {before:.2f} dB before training, {after:.2f} dB after; VAE2's own reconstruction {ceiling:.2f} dB")
     print(f"checkpoint: {checkpoint}\nTensorBoard: tensorboard --logdir {args.log_dir}")
     return checkpoint
 
@@ -399,11 +403,9 @@ def evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype) -> dict:
     The rungs that training cannot move are measured the first time and drawn again as level lines from then on.
     """
     step = round(epoch * getattr(args, "steps_per_epoch", 1))
-    fixed = pipeline.__dict__.setdefault("fixed_rows", {})
+    fixed = {row: figures for row, figures in pipeline.progress["metrics"].items() if row in FIXED_ROWS}
     rows = ("aligned",) if fixed else (*FIXED_ROWS, "aligned")
-    ladder = evaluate(pipeline, eval_loader, dtype, rows)["ladder"]
-    fixed.update({row: ladder[row] for row in FIXED_ROWS if row in ladder})
-    ladder = fixed | ladder
+    ladder = pipeline.progress["metrics"] = fixed | evaluate(pipeline, eval_loader, dtype, rows)["ladder"]
     for row, figures in ladder.items():
         for name in ("latent_mse", "psnr", "ssim", "psnr_vs_vae2"):
             if figures[name] is not None:
@@ -412,7 +414,7 @@ def evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype) -> dict:
     with logging_redirect_tqdm():
         log.info(
             "epoch %g: aligned PSNR %.2f dB (VAE2 itself %.2f, re-encoding %.2f), SSIM %.4f, latent MSE %.4f",
-            round(epoch, 2), aligned["psnr"], fixed["ceiling"]["psnr"], fixed["reencode"]["psnr"], aligned["ssim"],
+            round(epoch, 2), aligned["psnr"], ladder["ceiling"]["psnr"], ladder["reencode"]["psnr"], aligned["ssim"],
             aligned["latent_mse"],
         )  # fmt: skip
     return ladder

@@ -499,8 +499,13 @@ def _recorded_space(recorded: dict, given, flag: str, options: dict) -> LatentSp
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
-    """The content of a checkpoint file as plain values and tensors on the CPU; UserError if it is not one of ours."""
+    """The content of a checkpoint as plain values and tensors on the CPU; of a folder, its newest. UserError if not ours."""
     path = Path(path)
+    if path.is_dir():
+        names = sorted(entry for entry in path.glob(f"{CHECKPOINT_PREFIX}_*.pth"))
+        if not names:
+            raise UserError(f"checkpoint {path}: no {CHECKPOINT_PREFIX}_*.pth in this folder")
+        path = names[-1]
     if not path.is_file():
         raise UserError(f"checkpoint {path}: no such file")
     try:

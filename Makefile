@@ -1,0 +1,32 @@
+# Two commands do all the set-up on a fresh machine (Python 3.10+ with pip):  make demo  and  make test.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+OUTPUT := demo_output
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed
+	$(RUN) train_align_with_args.py --load_config config/demo.json
+	$(RUN) eval_align.py --checkpoint $(OUTPUT)/ckpt_align --eval_data_dir assets/photos/eval \
+		--output_dir $(OUTPUT)/eval_results --save_visualizations
+	@echo "pictures:    $(OUTPUT)/eval_results/*.png"
+	@echo "checkpoints: $(OUTPUT)/ckpt_align"
+	@echo "TensorBoard: $(VENV)/bin/tensorboard --logdir $(OUTPUT)/runs"
+
+test: $(VENV)/installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pytest
+
+lint: $(VENV)/installed
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check -q -r requirements.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(OUTPUT)

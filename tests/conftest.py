@@ -1,0 +1,152 @@
+"""Real parts, tiny in size: diffusers VAEs with random weights, image folders, and the two programs as subprocesses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def make_kl_vae(latent_channels, levels=4, **options):
+    """An AutoencoderKL of stride 2 ** (levels - 1) with random weights, 0.1 M parameters."""
+    from diffusers import AutoencoderKL
+
+    widths = (8, 8, 16, 16)[-levels:]
+    torch.manual_seed(latent_channels)
+    return AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        latent_channels=latent_channels,
+        layers_per_block=1,
+        norm_num_groups=4,
+        **options,
+    )
+
+
+def make_tiny_vae(latent_channels):
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(latent_channels)
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
+        latent_channels=latent_channels,
+    )
+
+
+@pytest.fixture(scope="session")
+def vae_folders(tmp_path_factory):
+    """{name: folder} of saved VAEs: kl4 and kl16 (stride 8; scaled, kl16 also shifted), kl4_stride4, tiny4, and a model
+    folder `nested` that holds kl16 in its `vae` subfolder."""
+    root = tmp_path_factory.mktemp("vaes")
+    made = {
+        "kl4": make_kl_vae(4, scaling_factor=0.18215),
+        "kl16": make_kl_vae(16, scaling_factor=0.3611, shift_factor=0.1159),
+        "kl4_stride4": make_kl_vae(4, levels=3, scaling_factor=0.5),
+        "tiny4": make_tiny_vae(4),
+    }
+    for name, vae in made.items():
+        vae.save_pretrained(root / name)
+    made["kl16"].save_pretrained(root / "nested" / "vae")
+    return {name: root / name for name in (*made, "nested")}
+
+
+def make_photo(rng, size):
+    """A smooth colour picture with an edge: (H, W, 3) uint8 noise at a tenth of the size, blown up."""
+    small = Image.fromarray(rng.integers(0, 256, (max(2, size[1] // 10), max(2, size[0] // 10), 3), dtype=np.uint8))
+    return small.resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def photo_folders(tmp_path_factory):
+    """(training folder with 10 photos of mixed shape in two subfolders, evaluation folder with 5)."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for number in range(10):
+        folder = root / "train" / ("a" if number % 2 else "b")
+        folder.mkdir(parents=True, exist_ok=True)
+        make_photo(rng, (96, 80) if number % 3 else (64, 120)).save(folder / f"{number}.png")
+    (root / "eval").mkdir()
+    for number in range(5):
+        make_photo(rng, (80, 64)).save(root / "eval" / f"{number}.jpg", quality=95)
+    return root / "train", root / "eval"
+
+
+@pytest.fixture
+def flags(vae_folders, photo_folders, tmp_path):
+    """Flags of the smallest real training run: kl4 -> kl16 at 32 px on the CPU, into tmp_path."""
+    return {
+        "vae1_path": vae_folders["kl4"],
+        "vae2_path": vae_folders["kl16"],
+        "train_data_dir": photo_folders[0],
+        "eval_data_dir": photo_folders[1],
+        "image_size": 32,
+        "hidden_channels": 8,
+        "num_blocks": 1,
+        "train_batch_size": 4,
+        "num_workers": 0,
+        "warmup_steps": 2,
+        "log_frequency": 1,
+        "device": "cpu",
+        "precision": "float32",
+        "log_dir": tmp_path / "runs",
+        "save_dir": tmp_path / "ckpt",
+    }
+
+
+def as_argv(flags):
+    """{"name": value} -> ["--name", "value"]; a list gives several values, True a bare flag, None nothing."""
+    argv = []
+    for name, value in flags.items():
+        if value is None:
+            continue
+        argv.append(f"--{name}")
+        if value is not True:
+            argv += [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
+    return argv
+
+
+def run_script(script, *argv, launcher=(), check=True, env=None, cwd=None, timeout=240):
+    """Run one of the programs as a user would; the CompletedProcess with its text. `env` adds to the environment."""
+    result = subprocess.run(
+        [*(launcher or [sys.executable]), str(ROOT / script), *argv],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})},
+        cwd=cwd,
+        timeout=timeout,
+    )
+    if check and result.returncode:
+        raise AssertionError(f"{script} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
+    return result
+
+
+def read_scalars(log_dir):
+    """{tag: [(step, value), …]} over all event files below `log_dir`."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    scalars = {}
+    for file in sorted(Path(log_dir).rglob("events.out.tfevents.*")):
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            scalars.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
+    return scalars
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of real VAEs and photos, where there is one."""
+    folder = os.environ.get("VAE_ALIGN_SHARED")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("VAE_ALIGN_SHARED names no folder with real VAEs and photos")
+    return Path(folder)
