@@ -7,6 +7,8 @@ processes or what was read before.
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import re
 import warnings
@@ -16,12 +18,20 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
+from latent_cache import LatentCache, build, cache_key, file_list_digest
 from utils import UserError, hub_token, one_line
 
 WIDE_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # grey with more than 8 bits; Pillow would clip them at 255
 SYNSET = re.compile(r"n\d{8}$")
+ENCODE_BATCH = 16  # views encoded at once for the cache
 ZOOM = 1.25  # training draws the short side between image_size and this multiple of it (never above the image's own)
+
+
+log = logging.getLogger(__name__)
+
+PREPROCESSING = 1  # counts changes to what `ImageDataset.crop` makes of a file, so that no older cache is read
 
 
 class UnreadableImage(Exception):
@@ -84,7 +94,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resized_crop(image: Image.Image, short_side: int, size: int, at: tuple[float, float] = (0.5, 0.5)) -> torch.Tensor:
-    """Resize the short side to `short_side` px, then crop `size` x `size`: (3, size, size) float32 in [-1, 1].
+    """Resize the short side to `short_side` px, then crop `size` x `size`: (3, size, size) uint8.
 
     `at` is the crop's place along height and width, from 0 (top, left) to 1; the default is the centre. Only the pixels
     of the crop are resampled, so a 30,000 x 1 image costs no more than any other.
@@ -96,7 +106,12 @@ def resized_crop(image: Image.Image, short_side: int, size: int, at: tuple[float
     box = (left * across, top * down, (left + size) * across, (top + size) * down)
     box = (*box[:2], min(box[2], image.width), min(box[3], image.height))  # a rounding error beyond the edge is refused
     image = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def to_pixel_values(levels: torch.Tensor) -> torch.Tensor:
+    """8-bit levels, uint8 -> float32 in [-1, 1]."""
+    return levels.float() / 127.5 - 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,6 +151,16 @@ class ImageDataset(Dataset):
         except Exception as error:  # every Pillow plugin has its own way to fail; whichever, this one file is left out
             raise UnreadableImage(f"{self.name(index)!r} ({one_line(error)})") from None
 
+    def content_key(self) -> dict:
+        """What the pixels of every view depend on, for the latent cache's key."""
+        return {
+            "files": file_list_digest(self.source) if isinstance(self.source, list) else self.source._fingerprint,
+            "image_size": self.image_size,
+            "random_flip": self.random_flip,
+            "seed": self.seed,
+            "preprocessing": PREPROCESSING,
+        }
+
     def require_readable(self, where: str) -> None:
         """UserError unless one of the images can be decoded; `where` opens the message."""
         failure = None
@@ -148,7 +173,7 @@ class ImageDataset(Dataset):
         raise UserError(f"{where}: none of {len(self)} files can be read as an image; the last: {failure}")
 
     def crop(self, image: Image.Image, index: int, view: int) -> torch.Tensor:
-        """View `view` of training image `index`: (3, S, S) in [-1, 1], a function of (seed, index, view)."""
+        """View `view` of training image `index`: (3, S, S) uint8, a function of (seed, index, view)."""
         zoom, top, left, flip = np.random.default_rng((self.seed, index, view)).random(4)
         largest = min(int(self.image_size * ZOOM), max(self.image_size, min(image.size)))
         short_side = self.image_size + int(zoom * (largest - self.image_size + 1))
@@ -159,7 +184,7 @@ class ImageDataset(Dataset):
         unreadable = []
         if not self.random_crop:
             try:
-                pixels = resized_crop(self.open(item), self.image_size, self.image_size)
+                pixels = to_pixel_values(resized_crop(self.open(item), self.image_size, self.image_size))
             except UnreadableImage as error:
                 pixels = None
                 unreadable.append(str(error))
@@ -168,11 +193,62 @@ class ImageDataset(Dataset):
         for offset in range(len(self)):
             candidate = (index + offset) % len(self)
             try:
-                pixels = self.crop(self.open(candidate), candidate, view)
+                pixels = to_pixel_values(self.crop(self.open(candidate), candidate, view))
                 return {"pixel_values": pixels, "index": candidate, "path": self.name(candidate), "unreadable": unreadable}
             except UnreadableImage as error:
                 unreadable.append(str(error))
         raise UserError(f"no image can be read any more; the last failure: {unreadable[-1]}")
+
+
+class AllViews(Dataset):
+    """Every view of a training image at once, for the latent cache: (index, (views, 3, S, S) uint8, None), or
+    (index, None, why) for one that cannot be read."""
+
+    def __init__(self, dataset: ImageDataset, views: int):
+        self.dataset, self.views = dataset, views
+
+    def __getitem__(self, index):
+        try:
+            image = self.dataset.open(index)
+            return index, torch.stack([self.dataset.crop(image, index, view) for view in range(self.views)]), None
+        except UnreadableImage as error:
+            return index, None, str(error)
+
+    def collate(self, items):
+        """Items -> (indices, pixels (B · views, 3, S, S) with zeros for the unreadable, {index: why})."""
+        size = self.dataset.image_size
+        blank = torch.zeros(self.views, 3, size, size, dtype=torch.uint8)
+        pixels = torch.cat([blank if views is None else views for _, views, _ in items])
+        return [index for index, _, _ in items], pixels, {index: why for index, _, why in items if why}
+
+
+class CachedDataset(Dataset):
+    """Training batches out of a complete latent cache, asked for as lists of (index, view).
+
+    The index counts the images that are in the cache; the batch carries `latents1`, `latents2` and, where the cache has
+    pixels, `pixel_values`, beside what every batch has.
+    """
+
+    def __init__(self, cache: LatentCache, dataset: ImageDataset):
+        self.cache, self.dataset = cache, dataset
+        left_out = cache.left_out()
+        self.images = np.array([image for image in range(cache.length) if image not in left_out], dtype=np.int64)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitems__(self, items):
+        places, views = np.array(items).T
+        images = self.images[places]
+        batch = {
+            "index": torch.from_numpy(images),
+            "path": [self.dataset.name(image) for image in images.tolist()],
+            "unreadable": [],
+        }
+        for name in self.cache.columns:
+            rows = torch.from_numpy(self.cache.read(name, images, views))
+            batch[name] = to_pixel_values(rows) if name == "pixel_values" else rows.float()
+        return batch
 
 
 def collate(items: list[dict]) -> dict:
@@ -248,13 +324,13 @@ class EpochSampler(Sampler):
     def __len__(self):
         return self.steps_per_epoch
 
-    def epoch_items(self, epoch: int) -> list[tuple[int, int]]:
-        """The epoch's (index, view)s over all processes, a whole number of global batches."""
+    def epoch_items(self, epoch: int) -> np.ndarray:
+        """The epoch's (index, view)s over all processes, a whole number of global batches: (items, 2)."""
         draw = np.random.default_rng((self.seed, epoch))
         order = draw.permutation(self.length)
         views = draw.integers(self.views, size=self.length) if self.views else np.full(self.length, epoch)
         places = np.arange(self.steps_per_epoch * self.batch_size * self.world) % self.length
-        return list(zip(order[places].tolist(), views[order[places]].tolist()))
+        return np.stack([order[places], views[order[places]]], axis=1)
 
     def __iter__(self):
         step = self.first_step
@@ -263,14 +339,78 @@ class EpochSampler(Sampler):
             items = self.epoch_items(epoch)
             for batch in range(offset, self.steps_per_epoch):
                 start = (batch * self.world + self.rank) * self.batch_size
-                yield items[start : start + self.batch_size]
+                yield [tuple(item) for item in items[start : start + self.batch_size].tolist()]
             step += self.steps_per_epoch - offset
 
 
-def train_loader(dataset: ImageDataset, batch_size: int, num_workers: int, seed: int, views=0, rank=0, world=1) -> DataLoader:
-    """An endless loader of training batches; `len(loader)` is the number of steps in an epoch."""
+def train_loader(dataset, batch_size: int, num_workers: int, seed: int, views=0, rank=0, world=1) -> DataLoader:
+    """An endless loader of training batches; `len(loader)` is the number of steps in an epoch.
+
+    Cached latents are read in this process unless a device computes meanwhile: there is nothing to decode.
+    """
     sampler = EpochSampler(len(dataset), batch_size, seed, views, rank, world)
-    return DataLoader(dataset, batch_sampler=sampler, **loader_options(num_workers))
+    options = loader_options(num_workers)
+    if isinstance(dataset, CachedDataset):
+        options["collate_fn"] = _as_it_is
+        if not torch.cuda.is_available():
+            options |= {"num_workers": 0, "persistent_workers": False}
+    return DataLoader(dataset, batch_sampler=sampler, **options)
+
+
+def _as_it_is(batch):
+    return batch
+
+
+def cache_latents(dataset, space1, space2, with_images, root, views, num_workers, sample=False, rank=0, world=1, barrier=None):
+    """The complete latent cache of a training set, built or finished now if need be; as a `CachedDataset`.
+
+    Args:
+        space1, space2: `vae_align.LatentSpace`s; their VAEs are not loaded when the cache is already complete.
+        with_images: also store the pixels, for modules that take the image.
+        root: folder of caches; sample: store a draw from the posterior in place of its mean.
+    """
+    size = dataset.image_size
+    columns = {
+        f"latents{number}": ((space.channels, size // space.stride, size // space.stride), "float16")
+        for number, space in ((1, space1), (2, space2))
+    }
+    if with_images:
+        columns["pixel_values"] = ((3, size, size), "uint8")
+    key = cache_key(
+        vaes=[space1.fingerprint, space2.fingerprint],
+        precision=[str(space1.vae.dtype), str(space2.vae.dtype)],
+        sample=sample,
+        columns={name: list(shape) for name, (shape, _) in columns.items()},
+        views=views,
+        **dataset.content_key(),
+    )
+    cache = LatentCache(root, key, len(dataset), views, columns)
+    every_view = AllViews(dataset, views)
+    images_per_batch = 2 ** max(0, int(math.log2(max(1, ENCODE_BATCH / views))))
+
+    def loader_for(images):
+        options = loader_options(num_workers) | {"collate_fn": every_view.collate, "persistent_workers": False}
+        return DataLoader(every_view, batch_size=images_per_batch, sampler=images, **options)
+
+    def encode(pixels):
+        images = to_pixel_values(pixels)
+        rows = {"pixel_values": pixels.numpy()} if with_images else {}
+        for name, space in (("latents1", space1), ("latents2", space2)):
+            generator = torch.Generator(space.vae.device).manual_seed(dataset.seed) if sample else None
+            rows[name] = space.encode(images, sample, generator).half().cpu().numpy()
+        return rows
+
+    def progress(total):
+        return tqdm(total=total, desc="encode", unit="image", disable=rank != 0 or not total)
+
+    build(cache, loader_for, encode, dataset.name, progress, rank, world, barrier or (lambda: None))
+    cached = CachedDataset(cache, dataset)
+    left_out = list(cache.left_out().values())
+    for why in left_out if rank == 0 else ():
+        log.warning("left out: %s", why)
+    if not len(cached):
+        raise UserError(f"no training image could be encoded; the last failure: {left_out[-1]}")
+    return cached
 
 
 def eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int) -> DataLoader:

@@ -98,6 +98,10 @@ def build_parser() -> Parser:
     group.add_argument("--num_workers", type=integer(0, 256), default=4, help="processes that decode images; 0: none")
     group.add_argument("--image_size", type=integer(1, 16384), default=256, help="side of the square crops, px")
     parser.add_switch(group, "random_flip", True, "mirror half of the training images")
+    parser.add_switch(group, "cache_latents", True, "encode each training image once and keep its latents on disk")
+    group.add_argument("--cache_views", type=integer(1, 1000), default=4, help="random crops and flips per training image")
+    group.add_argument("--latent_cache_dir", default="latent_cache", help="folder of latent caches; safe to delete when unused")
+    group.add_argument("--cache_only", action="store_true", help="build the latent cache and stop")
 
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=integer(1), default=200, help="passes over the training images")
@@ -205,22 +209,39 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace) -> AlignPipeline
     return AlignPipeline(module, space1, space2)
 
 
-def create_data_loaders(args: argparse.Namespace, rank: int = 0, world: int = 1):
-    """(training loader, evaluation loader) for process `rank` of `world`.
+def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelerator=None):
+    """(training loader, evaluation loader) of this process.
 
-    The training loader is endless and its length is the number of steps in an epoch; both give dicts with `pixel_values`,
-    (B, 3, S, S) in [-1, 1]. UserError when a folder is missing, empty, or holds no readable image.
+    With --cache_latents and both VAEs, training batches come from the latent cache, which is built first where it is not
+    complete; otherwise they are decoded as they are drawn. The training loader is endless and its length is the number of
+    steps in an epoch; both give dicts with `pixel_values` (B, 3, S, S) in [-1, 1] or the latents in its place. UserError
+    when a folder is missing, empty, or holds no readable image.
     """
-    sources = []
+    datasets = []
     for flag, folder, train in (("train", args.train_data_dir, True), ("eval", args.eval_data_dir, False)):
         source = dataloader.open_dataset(folder, args.dataset_type, train, f"--{flag}_data_dir", args.cache_dir)
         options = {"random_crop": True, "random_flip": args.random_flip, "seed": args.seed} if train else {}
         dataset = dataloader.ImageDataset(source, args.image_size, **options)
         dataset.require_readable(f"--{flag}_data_dir {folder}")
-        sources.append(dataset)
+        datasets.append(dataset)
+    train_set, eval_set = datasets
+    place = {"rank": accelerator.process_index, "world": accelerator.num_processes} if accelerator else {}
+    if args.cache_latents and vae1 is not None and vae2 is not None:
+        train_set = dataloader.cache_latents(
+            train_set,
+            LatentSpace(vae1),
+            LatentSpace(vae2),
+            with_images="image" in args.input_types,
+            root=args.latent_cache_dir,
+            views=args.cache_views,
+            num_workers=args.num_workers,
+            sample=args.sample_posterior,
+            barrier=accelerator.wait_for_everyone if accelerator else None,
+            **place,
+        )
     return (
-        dataloader.train_loader(sources[0], args.train_batch_size, args.num_workers, args.seed, rank=rank, world=world),
-        dataloader.eval_loader(sources[1], args.eval_batch_size, args.num_workers),
+        dataloader.train_loader(train_set, args.train_batch_size, args.num_workers, args.seed, views=args.cache_views, **place),
+        dataloader.eval_loader(eval_set, args.eval_batch_size, args.num_workers),
     )
 
 
@@ -335,11 +356,9 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
 
         # ================================================== one step ==================================================
         batch = next(batches)
-        images = batch["pixel_values"].to(accelerator.device, non_blocking=True)
 
         # encode
-        inputs = pipeline.inputs(images, args.sample_posterior, generator)
-        target = pipeline.space2.encode(images, args.sample_posterior, generator)
+        inputs, target = pipeline.encode_batch(batch, args.sample_posterior, generator)
 
         # align
         aligned = module(**inputs)
@@ -473,7 +492,9 @@ def main(argv: list[str] | None = None) -> None:
         )
     ]
     good_image_size(args.image_size, *(LatentSpace(vae).stride for vae in vaes))
-    loaders = create_data_loaders(args, accelerator.process_index, accelerator.num_processes)
+    loaders = create_data_loaders(args, *vaes, accelerator)
+    if args.cache_only:
+        return
     log.info("%s to train on, %s to judge by", *(count_of(len(loader.dataset), "image") for loader in loaders))
     generator = torch.Generator(accelerator.device).manual_seed(args.seed + accelerator.process_index)
     train_align_pipeline(args, *vaes, *loaders, generator)

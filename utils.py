@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -97,6 +98,15 @@ def next_stamp(folder: str | os.PathLike, prefix: str) -> str:
     with contextlib.suppress(ValueError):
         return (datetime.strptime(newest, STAMP_FORMAT) + timedelta(seconds=1)).strftime(STAMP_FORMAT)
     return stamp
+
+
+def file_digest(path: str | os.PathLike) -> bytes:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.digest()
 
 
 def count_of(number: int, noun: str) -> str:

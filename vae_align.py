@@ -11,6 +11,7 @@ This is the only file that knows latent conventions. Everywhere else latents are
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import UserError, atomic_file, hub_token, next_stamp, one_line
+from utils import UserError, atomic_file, file_digest, hub_token, next_stamp, one_line
 
 CHECKPOINT_FORMAT = "vae-align"
 CHECKPOINT_PREFIX = "align_pipeline"
@@ -231,6 +232,12 @@ class LazyVAE:
         self._model = None
 
     @property
+    def files(self) -> list[Path]:
+        """The files that make the VAE what it is: its config and its weights."""
+        weights = next(self.folder / name for name in WEIGHT_FILES if (self.folder / name).is_file())
+        return [self.folder / "config.json", weights]
+
+    @property
     def loaded(self) -> bool:
         return self._model is not None
 
@@ -311,6 +318,19 @@ class LatentSpace:
             "scaling_factor": self.scaling_factor,
             "shift_factor": self.shift_factor,
         }
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the VAE's config and weights: of the files where they are not loaded yet, else of the tensors."""
+        digest = hashlib.sha256()
+        if isinstance(self.vae, LazyVAE):
+            for file in self.vae.files:
+                digest.update(file.name.encode() + file_digest(file))
+        else:
+            digest.update(repr(sorted(self.vae.config.items())).encode())
+            for name, tensor in self.vae.state_dict().items():
+                digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor, sample: bool = False, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -403,14 +423,22 @@ class AlignPipeline:
     def uses_latents(self) -> bool:
         return "latent" in self.config.input_types
 
-    def inputs(self, images: torch.Tensor, sample: bool = False, generator: torch.Generator | None = None) -> dict:
-        """What the module takes for these images: keyword arguments of `AlignModule.forward`."""
-        inputs = {}
+    def encode_batch(self, batch: dict, sample: bool = False, generator: torch.Generator | None = None):
+        """A training batch -> (keyword arguments of `AlignModule.forward`, VAE2's scaled latents as the target).
+
+        Latents that the batch already carries (from the latent cache) are taken as they are; the others are encoded from
+        `pixel_values`, the posterior mean or with `sample` a draw from the posterior.
+        """
+        on_device = {"device": self.device, "non_blocking": True}
+        images = batch["pixel_values"].to(**on_device) if "pixel_values" in batch else None
+
+        def latents(name, space):
+            return batch[name].to(**on_device) if name in batch else space().encode(images, sample, generator)
+
+        inputs = {"image": images} if self.uses_image else {}
         if self.uses_latents:
-            inputs["latents"] = self.space1.encode(images, sample, generator).to(self.device)
-        if self.uses_image:
-            inputs["image"] = images.to(self.device)
-        return inputs
+            inputs["latents"] = latents("latents1", lambda: self.space1)
+        return inputs, latents("latents2", lambda: self.space2)
 
     @torch.inference_mode()
     def translate(self, latents: torch.Tensor | None, image: torch.Tensor | None = None) -> torch.Tensor:

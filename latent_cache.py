@@ -1,0 +1,229 @@
+"""The latent cache: each training image through both frozen VAEs once, ever.
+
+What is stored: for every image K views (random crops and flips, the same that training without a cache would draw), each
+with both VAEs' scaled latents in float16 and, where the module takes the image, its pixels in uint8. One file per column,
+rows in the order (image, view), read through a memory map, so that training needs no memory for them.
+
+Under which key: a digest of everything the content depends on (`cache_key`); any change gives another folder.
+
+How it is built: in chunks of images. A chunk's rows are written and flushed, then one line in the journal says that they
+are there; a killed build goes on with the chunks that have no line. A file lock keeps two runs from building at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from utils import UserError, count_of, one_line, write_json
+
+log = logging.getLogger(__name__)
+
+CHUNK_IMAGES = 32  # a kill loses at most this many images' work
+
+
+def cache_key(**parts) -> str:
+    """A digest of everything that a cache's content depends on; `parts` are plain JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def file_list_digest(paths: list[str]) -> str:
+    """A digest of the files' names, sizes and modification times, in order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            status = os.stat(path)
+            line = f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n"
+        except OSError:
+            line = f"{path}\0unreadable\n"
+        digest.update(line.encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+class LatentCache:
+    """Rows of several columns for `length` images with `views` views each, in `root/key`.
+
+    Args:
+        columns: {name: (shape of one row, numpy dtype)}.
+        key: from `cache_key`.
+    """
+
+    def __init__(self, root: str | os.PathLike, key: str, length: int, views: int, columns: dict):
+        self.folder = Path(root) / key
+        self.length, self.views, self.columns = length, views, columns
+        self._maps = {}
+
+    @property
+    def row_bytes(self) -> int:
+        return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.columns.values())
+
+    @property
+    def total_bytes(self) -> int:
+        return self.length * self.views * self.row_bytes
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.length // CHUNK_IMAGES)
+
+    def chunk_images(self, chunk: int) -> range:
+        return range(chunk * CHUNK_IMAGES, min((chunk + 1) * CHUNK_IMAGES, self.length))
+
+    # ---- what is there
+
+    def journal(self) -> dict[int, dict[int, str]]:
+        """{chunk that is complete: {image left out of it: why}}; a line that a kill cut short does not count."""
+        entries = {}
+        with contextlib.suppress(FileNotFoundError):
+            for line in (self.folder / "journal.jsonl").read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                    entry = json.loads(line)
+                    entries[entry["chunk"]] = {int(image): why for image, why in entry["left_out"].items()}
+        return entries
+
+    @property
+    def complete(self) -> bool:
+        return (self.folder / "complete.json").is_file()
+
+    def left_out(self) -> dict[int, str]:
+        """{image that is not in the cache: why}."""
+        return {image: why for entry in self.journal().values() for image, why in entry.items()}
+
+    # ---- building
+
+    @contextlib.contextmanager
+    def lock(self):
+        """Only one run builds at a time; the kernel drops a dead run's lock."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("another run is building this latent cache: waiting for it")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def prepare(self) -> None:
+        """Say what the cache will take, and stop at once if the disk does not have it."""
+        log.info(
+            "latent cache: %s x %s, %.0f MB in %s",
+            count_of(self.length, "image"), count_of(self.views, "view"), self.total_bytes / 1e6, self.folder,
+        )  # fmt: skip
+        there = sum(file.stat().st_blocks * 512 for file in self.folder.glob("*.bin"))
+        needed, free = self.total_bytes - there, shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise UserError(
+                f"--latent_cache_dir {self.folder.parent}: the cache takes {needed / 1e6:.0f} MB more and the disk has "
+                f"{free / 1e6:.0f} MB; name another folder, lower --cache_views, or use --no_cache_latents"
+            )
+
+    def write_chunk(self, chunk: int, rows: dict[str, np.ndarray], left_out: dict[int, str]) -> None:
+        """Store a chunk's rows, each column (images · views, *shape), and only then say that they are there."""
+        try:
+            for name, values in rows.items():
+                shape, dtype = self.columns[name]
+                values = np.ascontiguousarray(values, dtype)
+                offset = chunk * CHUNK_IMAGES * self.views * math.prod(shape) * values.itemsize
+                handle = os.open(self.folder / f"{name}.bin", os.O_WRONLY | os.O_CREAT, 0o666)
+                try:
+                    data = memoryview(values).cast("B")
+                    while data:
+                        written = os.pwrite(handle, data, offset)
+                        data, offset = data[written:], offset + written
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+            line = json.dumps({"chunk": chunk, "left_out": left_out}) + "\n"
+            with open(self.folder / "journal.jsonl", "a", encoding="utf-8") as file:
+                file.write(line if file.tell() == 0 else "\n" + line)  # a line cut short by a kill must not swallow this one
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(
+                    f"--latent_cache_dir {self.folder.parent}: the disk is full; what is cached is kept. Free "
+                    f"{self.total_bytes / 1e6:.0f} MB or name another folder, then start again"
+                ) from None
+            raise UserError(f"--latent_cache_dir {self.folder.parent}: cannot be written ({one_line(error)})") from None
+
+    def finish(self) -> None:
+        write_json(self.folder / "complete.json", {"images": self.length, "views": self.views, "bytes": self.total_bytes})
+
+    # ---- reading
+
+    def column(self, name: str) -> np.ndarray:
+        """The column as a read-only memory map (length · views, *shape)."""
+        if name not in self._maps:
+            shape, dtype = self.columns[name]
+            rows = self.length * self.views
+            self._maps[name] = np.memmap(self.folder / f"{name}.bin", dtype, "r", shape=(rows, *shape))
+        return self._maps[name]
+
+    def read(self, name: str, images: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """The rows of (image, view) pairs, copied into memory: (B, *shape)."""
+        return self.column(name)[images * self.views + views]
+
+    def __getstate__(self):
+        return self.__dict__ | {"_maps": {}}  # a worker process opens its own maps
+
+
+def build(cache: LatentCache, loader_for, encode, name, progress, rank: int = 0, world: int = 1, barrier=lambda: None) -> None:
+    """Fill in what `cache` lacks; process `rank` of `world` takes every `world`-th missing chunk.
+
+    Args:
+        loader_for: (images) -> iterable of (images, pixels or None, {image: why it is unreadable}) batches in that order,
+            each within one chunk; `pixels` (len(images) · views, 3, S, S) uint8 holds zeros for the unreadable.
+        encode: (pixels) -> {column: rows as a numpy array}.
+        name: (image) -> what to call it in a message.
+        progress: (total images) -> a tqdm-like bar.
+        barrier: waits for the other processes.
+    """
+    with cache.lock() if rank == 0 else contextlib.nullcontext():
+        barrier()
+        if not cache.complete:
+            if rank == 0:
+                cache.prepare()
+            barrier()
+            done = cache.journal()
+            chunks = [chunk for chunk in range(cache.chunks) if chunk not in done][rank::world]
+            barrier()  # all have read the journal before anyone writes to it
+            _build_chunks(cache, chunks, loader_for, encode, name, progress)
+            barrier()
+            if rank == 0:
+                cache.finish()
+        barrier()
+
+
+def _build_chunks(cache, chunks, loader_for, encode, name, progress):
+    images = [image for chunk in chunks for image in cache.chunk_images(chunk)]
+    bar = progress(len(images))
+    rows, left_out, seen = {column: [] for column in cache.columns}, {}, 0
+    remaining = iter(chunks)
+    for batch, pixels, unreadable in loader_for(images):
+        encoded = encode(pixels)
+        left_out |= unreadable
+        for image, *finite in zip(batch, *(_finite(rows, len(batch)) for rows in encoded.values())):
+            if not all(finite):
+                left_out.setdefault(image, f"{name(image)!r} (its latents are not finite in float16)")
+        for column, values in encoded.items():
+            rows[column].append(values)
+        seen += len(batch)
+        bar.update(len(batch))
+        if seen == CHUNK_IMAGES or batch[-1] == cache.length - 1:
+            cache.write_chunk(next(remaining), {column: np.concatenate(values) for column, values in rows.items()}, left_out)
+            rows, left_out, seen = {column: [] for column in cache.columns}, {}, 0
+    bar.close()
+
+
+def _finite(rows: np.ndarray, images: int) -> np.ndarray:
+    """For each image whether all its views' rows are finite: (images,) bool."""
+    return np.isfinite(rows).reshape(images, -1).all(axis=1)

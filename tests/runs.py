@@ -1,0 +1,77 @@
+"""Smallest real training runs inside this interpreter, and what they leave behind."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from conftest import as_argv, read_scalars
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train_align_with_args as train_script
+
+torch.set_num_threads(1)  # networks this small gain nothing from threads, and on busy cores they wait for each other
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+def tiny_flags(vae_folders, photo_folders, folder):
+    """The flags of conftest's `flags`, for fixtures that live longer than one test; 3 steps an epoch."""
+    return {
+        "vae1_path": vae_folders["kl4"],
+        "vae2_path": vae_folders["kl16"],
+        "train_data_dir": photo_folders[0],
+        "eval_data_dir": photo_folders[1],
+        "image_size": 32,
+        "hidden_channels": 8,
+        "num_blocks": 1,
+        "train_batch_size": 4,
+        "num_workers": 0,
+        "warmup_steps": 2,
+        "log_frequency": 1,
+        "device": "cpu",
+        "precision": "float32",
+        "log_dir": Path(folder) / "runs",
+        "save_dir": Path(folder) / "ckpt",
+    }
+
+
+QUIET = {"eval_frequency": 0, "save_frequency": 0, "visualize_frequency": 0}
+
+
+def results_of(folder):
+    """What a run with `log_dir` folder/runs and `save_dir` folder/ckpt left: checkpoints by age, the last one's content,
+    scalars by tag, and its event files."""
+    folder = Path(folder)
+    checkpoints = sorted((folder / "ckpt").glob("*.pth"))
+    return SimpleNamespace(
+        checkpoints=checkpoints,
+        last=torch.load(checkpoints[-1], weights_only=True) if checkpoints else None,
+        scalars=read_scalars(folder / "runs"),
+        event_files=sorted((folder / "runs").rglob("events.out.tfevents.*")),
+    )
+
+
+def train(flags, folder, **changes):
+    """Run `train_align_with_args.main` here, in and into `folder`; a change of None drops a flag."""
+    flags = {**flags, "log_dir": Path(folder) / "runs", "save_dir": Path(folder) / "ckpt", **changes}
+    folder, before = Path(folder), os.getcwd()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)  # whatever has a relative default stays out of the repository
+    try:
+        train_script.main(as_argv(flags))
+    finally:
+        os.chdir(before)
+    return results_of(folder)
+
+
+def event_tags(event_file):
+    """{"scalars" | "images" | "histograms": [tag, …]} of one event file."""
+    events = EventAccumulator(str(event_file))
+    events.Reload()
+    return events.Tags()
+
+
+def same_weights(first, second):
+    """Whether two checkpoints' contents hold bit-identical weights."""
+    first, second = first["state_dict"], second["state_dict"]
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,79 @@
+"""Two real processes on the CPU against one process with the same global batch."""
+
+import sys
+
+import pytest
+import torch
+from conftest import as_argv, run_script
+from runs import ONE_THREAD, results_of, tiny_flags, train
+from test_schedule import specified
+
+SETTINGS = {
+    "epochs": 4,
+    "warmup_steps": 4,
+    "scheduler_step_size": 2,
+    "scheduler_gamma": 0.5,
+    "eval_frequency": 2,
+    "save_frequency": 2,
+    "visualize_frequency": 0,
+}
+STEPS = 12  # 10 images in global batches of 4: 3 steps an epoch
+
+
+@pytest.fixture(scope="module")
+def pair(vae_folders, photo_folders, tmp_path_factory):
+    """(run with 1 process and batch 4, run with 2 processes and batch 2 each, stderr of the latter)."""
+    alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
+    one = train(tiny_flags(vae_folders, photo_folders, alone), alone, **SETTINGS)
+    flags = {**tiny_flags(vae_folders, photo_folders, together), **SETTINGS, "train_batch_size": 2}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = {"ACCELERATE_USE_CPU": "true", **ONE_THREAD}
+    ended = run_script("train_align_with_args.py", *as_argv(flags), launcher=launcher, env=env, cwd=together)
+    return one, results_of(together), ended.stderr
+
+
+def test_the_run_really_has_two_processes(pair):
+    """A launcher that starts two independent runs, or one process only; the summary is said once, by the main process."""
+    _, _, stderr = pair
+    summaries = [line for line in stderr.splitlines() if " parameters, " in line]
+    assert len(summaries) == 1, stderr
+    assert summaries[0].endswith("2 processes"), summaries[0]
+    assert f"{STEPS} steps of 4 images" in summaries[0]
+
+
+def test_loss_follows_the_single_process_run_of_the_same_global_batch(pair):
+    """Both processes on the same slice, gradients summed instead of averaged, or the main process's own loss logged."""
+    one, two, _ = pair
+    losses = [dict(run.scalars["train/loss"]) for run in (one, two)]
+    assert list(losses[0]) == list(losses[1]) == list(range(STEPS))
+    assert list(losses[1].values()) == pytest.approx(list(losses[0].values()), rel=1e-3)
+    norms = [dict(run.scalars["train/grad_norm"]) for run in (one, two)]
+    assert list(norms[1].values()) == pytest.approx(list(norms[0].values()), rel=1e-2)
+
+
+def test_final_weights_follow_the_single_process_run(pair):
+    """Gradients that are not shared between the processes."""
+    one, two, _ = pair
+    for name, weights in one.last["state_dict"].items():
+        torch.testing.assert_close(two.last["state_dict"][name], weights, rtol=1e-2, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_learning_rate_is_not_advanced_once_per_process(pair):
+    """Accelerate's prepared schedulers step once per process, which halves warm-up and epochs."""
+    for run in pair[:2]:
+        logged = run.scalars["train/learning_rate"]
+        assert [step for step, _ in logged] == list(range(STEPS))
+        assert [value for _, value in logged] == pytest.approx(
+            [specified(step, 3, 1e-3, 4, 2, 0.5) for step in range(STEPS)], rel=1e-5
+        )
+
+
+def test_only_the_main_process_writes(pair):
+    """Every process saving its own checkpoint or opening its own event file; a temporary file left behind."""
+    one, two, _ = pair
+    assert len(one.checkpoints) == len(two.checkpoints) == 2  # epochs 2 and 4, no more at the end
+    assert len(two.event_files) == 1
+    written = sorted(entry.suffix for entry in two.checkpoints[0].parent.iterdir())
+    assert written == [".json", ".json", ".pth", ".pth"]
+    steps = [step for step, _ in two.scalars["eval_latent_mse/aligned"]]
+    assert steps == [0, 6, 12]

@@ -1,0 +1,57 @@
+"""The shipped config with real VAEs and photos, where VAE_ALIGN_SHARED names them."""
+
+import json
+import math
+
+from conftest import ROOT, as_argv, run_script
+from runs import ONE_THREAD, results_of
+
+
+def few(photos, folder, number):
+    """A folder of links to the first `number` photos."""
+    folder.mkdir()
+    chosen = [photo for photo in sorted(photos.iterdir()) if photo.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")][:number]
+    assert len(chosen) == number
+    for photo in chosen:
+        (folder / photo.name).symlink_to(photo.resolve())
+    return folder
+
+
+def test_taesd_to_taef1_trains_and_evaluates_with_the_shipped_config(shared, tmp_path):
+    """Tiny autoencoders with local folders in place of hub ids; wrong scale or range shows as a ceiling below 20 dB."""
+    flags = {
+        "load_config": ROOT / "config" / "taesd_to_taef1.json",
+        "vae1_path": shared / "vaes" / "taesd",
+        "vae2_path": shared / "vaes" / "taef1",
+        "train_data_dir": few(shared / "photos" / "train", tmp_path / "train", 8),
+        "eval_data_dir": few(shared / "photos" / "eval", tmp_path / "eval", 4),
+        "image_size": 64,
+        "num_workers": 0,
+        "max_train_steps": 2,
+        "eval_frequency": 0,
+        "log_dir": tmp_path / "runs",
+        "save_dir": tmp_path / "ckpt",
+    }
+    run_script("train_align_with_args.py", *as_argv(flags), cwd=tmp_path, env=ONE_THREAD)
+    run = results_of(tmp_path)
+    assert run.last["step"] == 2
+    assert run.last["align_config"]["latent_channels"] == 4
+    assert run.last["align_config"]["out_channels"] == 16
+    assert run.last["align_config"]["hidden_channels"] == 96  # the config's, not the parser's
+
+    output = tmp_path / "results"
+    judged = {
+        "checkpoint": run.checkpoints[-1],
+        "eval_data_dir": flags["eval_data_dir"],
+        "output_dir": output,
+        "num_workers": 0,
+    }
+    run_script("eval_align.py", *as_argv(judged), "--save_visualizations", cwd=tmp_path, env=ONE_THREAD)
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["images"] == 4
+    assert len(list(output.glob("*.png"))) == 4
+    ladder = metrics["ladder"]
+    assert ladder["ceiling"]["psnr"] > 20
+    assert ladder["vae1"]["psnr"] > 18
+    assert ladder["ceiling"]["psnr"] > ladder["reencode"]["psnr"] > ladder["aligned"]["psnr"]
+    assert all(math.isfinite(ladder["aligned"][name]) for name in ("latent_mse", "psnr", "ssim"))
