@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from cli import Parser, integer, run
 from dataloader import ImageDataset, eval_loader, open_dataset
 from device import PRECISIONS, autocast, get_dtype, resolve_device, resolve_precision
 from utils import UserError, claim_writable_folder, count_of, use_proxy, write_json
-from vae_align import AlignPipeline, good_image_size
+from vae_align import AlignModule, AlignPipeline, good_image_size
 
 log = logging.getLogger(__name__)
 
@@ -29,36 +30,102 @@ LADDER = {
     "vae1": "VAE1 reconstruction",
     "ceiling": "VAE2 reconstruction (ceiling)",
     "reencode": "decode with VAE1, re-encode with VAE2",
+    "linear": "closed-form linear map",
+    "untrained": "untrained module",
     "aligned": "aligned",
 }
-FIXED_ROWS = ("vae1", "ceiling", "reencode")  # what training does not change
+
+
+def applicable_rows(pipeline: AlignPipeline) -> tuple[str, ...]:
+    """The rungs of the ladder that mean something for this pipeline: without latents there is no linear map."""
+    return tuple(row for row in LADDER if row != "linear" or pipeline.module.has_ridge)
+
+
+def untrained_module(pipeline: AlignPipeline) -> AlignModule:
+    """The pipeline's module as it would start at random, from its run's seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(pipeline.progress["config"].get("seed", 42))
+        return AlignModule(pipeline.config).to(pipeline.device).eval()
+
+
+def translators(pipeline: AlignPipeline, rows, dtype: torch.dtype) -> dict:
+    """{row: function (VAE1's latents, images) -> VAE2's scaled latents, float32} for rows that lead to VAE2's latents."""
+    space1, space2 = pipeline.space1, pipeline.space2
+
+    def by_module(module):
+        def translate(latents, images):
+            with autocast(pipeline.device, dtype):
+                return module(latents if pipeline.uses_latents else None, images if pipeline.uses_image else None).float()
+
+        return translate
+
+    ways = {
+        "ceiling": lambda latents, images: space2.encode(images),
+        "reencode": lambda latents, images: space2.encode(space1.decode(latents).clamp(-1, 1)),
+        "linear": lambda latents, images: pipeline.module.linear_map(latents),
+        "aligned": by_module(pipeline.module),
+    }
+    if "untrained" in rows:
+        ways["untrained"] = by_module(untrained_module(pipeline))
+    return {row: ways[row] for row in rows if row in ways}
 
 
 @torch.inference_mode()
-def reconstruct(pipeline: AlignPipeline, images: torch.Tensor, rows, dtype: torch.dtype) -> dict:
+def reconstruct(pipeline: AlignPipeline, images: torch.Tensor, ways: dict) -> dict:
     """What each rung of the ladder makes of `images` (B, 3, H, W) in [-1, 1].
 
-    Returns {row: (scaled latents in VAE2's space or None, decoded images)} and, under "target", VAE2's own latents.
+    `ways` is from `translators`. Returns {row: (scaled latents in VAE2's space, decoded images)}, with "vae1" as VAE1's
+    own latents and reconstruction.
     """
-    space1, space2 = pipeline.space1, pipeline.space2
-    target = space2.encode(images)
-    made = {"target": target}
-    latents1 = space1.encode(images) if pipeline.uses_latents or {"vae1", "reencode"} & set(rows) else None
-    decoded1 = space1.decode(latents1) if {"vae1", "reencode"} & set(rows) else None
-    for row in rows:
-        if row == "vae1":
-            made[row] = (None, decoded1)
-        elif row == "ceiling":
-            made[row] = (target, space2.decode(target))
-        elif row == "reencode":
-            latents = space2.encode(decoded1.clamp(-1, 1))
-            made[row] = (latents, space2.decode(latents))
-        elif row == "aligned":
-            with autocast(pipeline.device, dtype):
-                inputs = {"latents": latents1, "image": images.to(pipeline.device)}
-                latents = pipeline.module(**inputs).float()
-            made[row] = (latents, space2.decode(latents))
+    latents1 = pipeline.space1.encode(images)
+    made = {"vae1": (latents1, pipeline.space1.decode(latents1))}
+    for row, translate in ways.items():
+        latents = translate(latents1, images)
+        made[row] = (latents, pipeline.space2.decode(latents))
     return made
+
+
+@torch.inference_mode()
+def measure_costs(pipeline: AlignPipeline, image_size: int, ways: dict, repeats: int = 3) -> dict:
+    """What it costs to come by VAE2's latents of one image: {row: {milliseconds, parameters, macs}}.
+
+    For "ceiling" from the image, for the others from VAE1's latents (and the image, where the module takes it); decoding
+    with VAE2, which all have in common, is not in it. `macs` are multiply-adds of convolutions and matrix products, the
+    time is the fastest of a few runs at batch size 1.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def size(*modules):
+        return sum(parameter.numel() for module in modules if module is not None for parameter in module.parameters())
+
+    def half(vae, coder, quant):
+        return size(getattr(vae, coder), getattr(vae, quant, None))
+
+    images = torch.zeros(1, 3, image_size, image_size, device=pipeline.device)
+    latents1 = pipeline.space1.encode(images)
+    encoder2 = half(pipeline.vae2, "encoder", "quant_conv")
+    parameters = {
+        "ceiling": encoder2,
+        "reencode": half(pipeline.vae1, "decoder", "post_quant_conv") + encoder2,
+        "linear": pipeline.module.ridge_weight.numel() + pipeline.module.ridge_bias.numel() if "linear" in ways else 0,
+        "untrained": size(pipeline.module),
+        "aligned": size(pipeline.module),
+    }
+    costs = {}
+    for row, translate in ways.items():
+        with FlopCounterMode(display=False) as counter:
+            translate(latents1, images)
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            translate(latents1, images)[0, 0, 0, 0].item()  # reading a value waits for the device
+            times.append(time.perf_counter() - start)
+        costs[row] = {
+            "milliseconds": 1e3 * min(times),
+            "parameters": parameters[row],
+            "macs": counter.get_total_flops() // 2,
+        }
+    return costs
 
 
 def image_metrics(image: torch.Tensor, original: torch.Tensor) -> dict:
@@ -78,50 +145,61 @@ def image_metrics(image: torch.Tensor, original: torch.Tensor) -> dict:
     }
 
 
-def evaluate(pipeline: AlignPipeline, loader, dtype: torch.dtype, rows=tuple(LADDER), visit=None, show_progress=True) -> dict:
-    """Judge `rows` of the ladder on every image of `loader`.
+def evaluate(
+    pipeline: AlignPipeline, loader, dtype: torch.dtype, rows=None, visit=None, costs=False, show_progress=True
+) -> dict:
+    """Judge rungs of the ladder on every image of `loader`.
 
     Args:
         dtype: precision of the module's autocast.
+        rows: keys of `LADDER`; by default all that apply.
         visit: called with (batch, what `reconstruct` returned) for each batch, for pictures.
+        costs: also measure what each rung costs (see `measure_costs`).
 
     Returns a dict of plain values:
         images: how many were judged; unreadable: the messages of those that could not be.
-        ladder: {row: {label, latent_mse, psnr, ssim, psnr_vs_vae2, colour_bias}}: means over images. `latent_mse` is
-            against VAE2's posterior mean, `psnr` (dB) and `ssim` against the original, `psnr_vs_vae2` (dB) and
-            `colour_bias` (signed 8-bit levels of R, G, B) against VAE2's own reconstruction. None where undefined.
+        ladder: {row: {label, latent_mse, psnr, ssim, psnr_vs_vae2, ssim_vs_vae2, colour_bias, and with `costs`
+            milliseconds, parameters, macs}}: means over images. `latent_mse` is against VAE2's posterior mean; `psnr` (dB)
+            and `ssim` against the original, `psnr_vs_vae2`, `ssim_vs_vae2` and `colour_bias` (signed 8-bit levels of
+            R, G, B) against VAE2's own reconstruction. None where undefined.
         per_image: {row: {metric: [value per image]}}, paths: the images' names in the same order.
     """
+    rows = applicable_rows(pipeline) if rows is None else rows
     values = {row: {} for row in rows}
     paths, unreadable = [], []
     was_training = pipeline.module.training
     pipeline.module.eval()
+    ways = translators(pipeline, dict.fromkeys((*rows, "ceiling")), dtype)
     for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not show_progress):
         unreadable += batch["unreadable"]
         if not batch["path"]:
             continue
         images = batch["pixel_values"].to(pipeline.device)
-        made = reconstruct(pipeline, images, dict.fromkeys((*rows, "ceiling")), dtype)
+        made = reconstruct(pipeline, images, ways)
+        target, shown = made["ceiling"]
         for row in rows:
             latents, decoded = made[row]
-            against_vae2 = image_metrics(decoded, made["ceiling"][1])
-            figures = image_metrics(decoded, images) | {
-                "psnr_vs_vae2": against_vae2["psnr"],
-                "colour_bias": against_vae2["colour_bias"],
-            }
-            if latents is not None:
-                figures["latent_mse"] = (latents - made["target"]).square().mean(dim=(1, 2, 3)).tolist()
+            figures = image_metrics(decoded, images)
+            against_vae2 = image_metrics(decoded, shown)
+            figures |= {"psnr_vs_vae2": against_vae2["psnr"], "ssim_vs_vae2": against_vae2["ssim"]}
+            figures["colour_bias"] = against_vae2["colour_bias"]
+            if row != "vae1":
+                figures["latent_mse"] = (latents - target).square().mean(dim=(1, 2, 3)).tolist()
             for name, per_image in figures.items():
                 values[row].setdefault(name, []).extend(per_image)
         paths += batch["path"]
         if visit:
             visit(batch, made)
-    pipeline.module.train(was_training)
     if not paths:
         raise UserError(f"no image could be evaluated; the last failure: {(unreadable or ['the folder is empty'])[-1]}")
-    ladder = {row: {"label": LADDER[row]} | {name: _mean(numbers) for name, numbers in values[row].items()} for row in rows}
-    for row in ladder.values():
-        row.setdefault("latent_mse", None)
+    ladder = {
+        row: {"label": LADDER[row], "latent_mse": None} | {name: _mean(numbers) for name, numbers in values[row].items()}
+        for row in rows
+    }
+    if costs:
+        for row, cost in measure_costs(pipeline, images.shape[-1], {row: ways[row] for row in rows if row in ways}).items():
+            ladder[row] |= cost
+    pipeline.module.train(was_training)
     return {"images": len(paths), "unreadable": unreadable, "ladder": ladder, "per_image": _finite(values), "paths": paths}
 
 
@@ -145,7 +223,7 @@ def _finite(value):
 def comparison_panels(images: torch.Tensor, made: dict) -> list[list[tuple[str, torch.Tensor]]]:
     """Two captioned rows of panels per image: pictures, then differences and latents. For `report.comparison_picture`."""
     gain = report.DIFFERENCE_GAIN
-    target, aligned = report.latents_as_rgb(made["target"]), report.latents_as_rgb(made["aligned"][0])
+    target, aligned = report.latents_as_rgb(made["ceiling"][0]), report.latents_as_rgb(made["aligned"][0])
     rows = []
     for index, original in enumerate(images):
         pictures = {row: made[row][1][index].clamp(-1, 1) for row in ("vae1", "ceiling", "aligned")}
@@ -209,7 +287,7 @@ def main(argv: list[str] | None = None) -> dict:
             name = f"{index:05d}_{Path(path).stem[:80]}.png"
             report.comparison_picture(rows[2 * number : 2 * number + 2], size).save(output_dir / name)
 
-    results = evaluate(pipeline, loader, dtype, visit=save_pictures if args.save_visualizations else None)
+    results = evaluate(pipeline, loader, dtype, visit=save_pictures if args.save_visualizations else None, costs=True)
     results["checkpoint"] = str(args.checkpoint)
     results["image_size"] = size
     write_json(output_dir / "metrics.json", results)

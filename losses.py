@@ -23,11 +23,32 @@ def weighted_l1(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (weight * (prediction - target).abs()).mean()
 
 
+def charbonnier(prediction: torch.Tensor, target: torch.Tensor, epsilon: float = 1e-2) -> torch.Tensor:
+    """Mean of sqrt(error² + epsilon²) - epsilon: L1 for large errors, smooth at zero (Charbonnier et al. 1994)."""
+    return ((prediction - target).square() + epsilon**2).sqrt().sub(epsilon).mean()
+
+
 LOSSES = {
     "mse": F.mse_loss,
     "l1": F.l1_loss,
     "weighted_l1": weighted_l1,
+    "huber": F.smooth_l1_loss,
+    "charbonnier": charbonnier,
 }
+
+
+def loss_term(text: str) -> tuple[str, float]:
+    """'name=weight' -> (name, weight), as --extra_losses takes them; ValueError when it is not of that form."""
+    name, _, weight = text.partition("=")
+    if name not in LOSSES or not 0 < float(weight) <= 1e6:
+        raise ValueError(f"{text}: not of the form NAME=WEIGHT with NAME one of {', '.join(LOSSES)} and WEIGHT above 0")
+    return name, float(weight)
+
+
+def checked_loss_term(text: str) -> str:
+    """`text` unchanged if `loss_term` understands it."""
+    loss_term(text)
+    return text
 
 
 def get_loss_function(loss_type: str):

@@ -53,12 +53,20 @@ def comparison_picture(rows: list[list[tuple[str, torch.Tensor]]], panel: int) -
 
 def ladder_table(results: dict) -> str:
     """The baseline ladder as aligned text: one line a row, a dash where a figure has no meaning."""
-    header = ("", "latent MSE", "PSNR dB", "SSIM")
-    lines = [header]
+    columns = {
+        "latent MSE": ("latent_mse", "{:.4f}".format),
+        "PSNR dB": ("psnr", "{:.2f}".format),
+        "SSIM": ("ssim", "{:.4f}".format),
+        "colour bias": ("colour_bias", lambda bias: " ".join(f"{level:+.1f}" for level in bias)),
+        "ms": ("milliseconds", "{:.1f}".format),
+        "M params": ("parameters", lambda count: f"{count / 1e6:.2f}"),
+        "G MACs": ("macs", lambda count: f"{count / 1e9:.2f}"),
+    }
+    lines = [("", *columns)]
     for row in results["ladder"].values():
-        figures = [("latent_mse", "{:.4f}"), ("psnr", "{:.2f}"), ("ssim", "{:.4f}")]
-        lines.append((row["label"], *(form.format(row[key]) if row.get(key) is not None else "–" for key, form in figures)))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        cells = [form(row[key]) if row.get(key) is not None else "–" for key, form in columns.values()]
+        lines.append((row["label"], *cells))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
         for line in lines

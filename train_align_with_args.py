@@ -28,15 +28,18 @@ from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import dataloader
 import report
 from cli import Parser, integer, load_config, real, run
+from decoded_loss import DecodedImageLoss
 from device import ACCELERATE_NAMES, PRECISIONS, get_dtype, resolve_device, resolve_precision
-from eval_align import FIXED_ROWS, comparison_panels, evaluate, reconstruct
-from losses import LOSSES, get_loss_function
+from eval_align import applicable_rows, comparison_panels, evaluate, reconstruct, translators
+from losses import LOSSES, checked_loss_term, get_loss_function, loss_term
+from ridge import RidgeRegression
 from utils import UserError, claim_writable_folder, count_of, next_stamp, use_proxy, write_json
 from vae_align import (
     AlignConfig,
@@ -51,6 +54,8 @@ from vae_align import (
 __all__ = ["get_dtype", "get_loss_function", "load_config", "load_vae_model"]  # part of this script's interface
 
 log = logging.getLogger("train_align")
+
+RIDGE_IMAGES = 512  # training images behind the closed-form linear map: half a million equations at 256 px
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -86,6 +91,8 @@ def build_parser() -> Parser:
     group.add_argument(
         "--input_types", nargs="+", choices=("image", "latent"), default=["image", "latent"], help="what goes in"
     )
+    group.add_argument("--init", choices=("ridge", "random"), default="ridge",
+                       help="ridge: start at the closed-form linear map (latent inputs only); random: anywhere")  # fmt: skip
     group.add_argument("--load_checkpoint", help="start from this checkpoint's weights; the architecture comes with them")
 
     group = parser.add_argument_group("data")
@@ -118,14 +125,31 @@ def build_parser() -> Parser:
     group.add_argument("--learning_rate", type=real(0, 1e3), default=1e-3, help="after warm-up")
     group.add_argument("--weight_decay", type=real(0, 1e3), default=1e-4, help="decoupled weight decay; 0: none")
     group.add_argument("--grad_clip", type=real(0), default=0.0, help="largest gradient norm; 0: no clipping")
+    group.add_argument("--ema_decay", type=real(0, 0.99999), default=0.0,
+                       help="per step, of the averaged weights that are judged and saved; 0: no averaging")  # fmt: skip
+    parser.add_switch(group, "compile", False, "torch.compile the module: slower to start, faster to run")
 
     group = parser.add_argument_group("schedule")
+    group.add_argument("--scheduler", choices=("step", "cosine"), default="step",
+                       help="step: decays by epochs as below; cosine: to zero over the whole run")  # fmt: skip
     group.add_argument("--scheduler_step_size", type=integer(1), default=50, help="epochs between decays of the learning rate")
     group.add_argument("--scheduler_gamma", type=real(0, 1, above=True), default=0.5, help="factor of each decay; 1: none")
 
     group = parser.add_argument_group("loss")
     group.add_argument("--loss_type", choices=LOSSES, default="mse", help="between aligned and VAE2's scaled latents")
     group.add_argument("--loss_weight", type=real(0, 1e6, above=True), default=1.0, help="factor of the loss")
+    group.add_argument(
+        "--extra_losses", nargs="+", type=checked_loss_term, default=[], metavar="NAME=WEIGHT", help="more latent losses"
+    )
+    group.add_argument("--decoder_loss_weight", type=real(0, 1e6), default=0.0,
+                       help="factor of an L1 loss on the image that VAE2 decodes; 0: none")  # fmt: skip
+    group.add_argument("--decoder_loss_batch", type=integer(1, 65536), default=4, help="images of each batch that are decoded")
+    group.add_argument("--decoder_loss_window", type=integer(0, 4096), default=16,
+                       help="side of the random window that is decoded, latents; 0: the whole image")  # fmt: skip
+    group.add_argument("--decoder_loss_reference", choices=("original", "vae2"), default="original",
+                       help="what the decoded image should look like: the image, or VAE2's own reconstruction")  # fmt: skip
+    group.add_argument("--decoder_loss_path", help="a cheaper VAE with VAE2's latent space to decode with: folder or hub id")
+    group.add_argument("--decoder_loss_subfolder", default="vae", help="where that VAE is in its folder")
 
     group = parser.add_argument_group("logging, evaluation, checkpoints")
     group.add_argument("--log_dir", default="runs", help="TensorBoard logs; each run gets a folder of its own in it")
@@ -162,6 +186,21 @@ def config_dict(args: argparse.Namespace) -> dict:
 # Parts
 
 
+def adopt_architecture(args: argparse.Namespace) -> None:
+    """With --load_checkpoint, set the module's flags to the checkpoint's; UserError if a typed one contradicts."""
+    if not args.load_checkpoint:
+        return
+    config = AlignConfig(**read_checkpoint(args.load_checkpoint)["align_config"])
+    for name in ("input_types", "hidden_channels", "num_blocks", "downsample_times"):
+        value, given = getattr(config, name), getattr(args, name)
+        value, given = (list(value), sorted(set(given))) if isinstance(value, tuple) else (value, given)
+        if name in getattr(args, "typed_flags", ()) and given != value:
+            raise UserError(
+                f"--{name} {given}: --load_checkpoint brings its own architecture, with {value}; leave the flag out"
+            )
+        setattr(args, name, value)
+
+
 def create_align_pipeline(vae1, vae2, args: argparse.Namespace) -> AlignPipeline:
     """The pipeline between two frozen VAEs, with the architecture of `args`, or of `args.load_checkpoint` and its weights.
 
@@ -177,34 +216,27 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace) -> AlignPipeline
             )
         log.info("out_channels: %d, as VAE2 has", space2.channels)
         args.out_channels = space2.channels
-    spaces = {
-        "latent_channels": space1.channels,
-        "latent_stride": space1.stride,
-        "out_channels": space2.channels,
-        "out_stride": space2.stride,
-    }
-    if getattr(args, "load_checkpoint", None):
-        content = read_checkpoint(args.load_checkpoint)
-        config = AlignConfig(**content["align_config"])
-        for name, value in spaces.items():
-            if getattr(config, name) != value:
-                raise UserError(
-                    f"--load_checkpoint {args.load_checkpoint}: made for VAEs with {name} {getattr(config, name)}, "
-                    f"these have {value}"
-                )
-        for name in ("input_types", "hidden_channels", "num_blocks", "downsample_times"):
-            value = getattr(config, name)
-            setattr(args, name, list(value) if isinstance(value, tuple) else value)
-    else:
-        config = AlignConfig(
-            input_types=tuple(args.input_types),
-            hidden_channels=args.hidden_channels,
-            num_blocks=args.num_blocks,
-            downsample_times=args.downsample_times,
-            **spaces,
-        )
+    adopt_architecture(args)
+    config = AlignConfig(
+        input_types=tuple(args.input_types),
+        hidden_channels=args.hidden_channels,
+        num_blocks=args.num_blocks,
+        downsample_times=args.downsample_times,
+        latent_channels=space1.channels,
+        latent_stride=space1.stride,
+        out_channels=space2.channels,
+        out_stride=space2.stride,
+    )
     module = AlignModule(config)
-    if getattr(args, "load_checkpoint", None):
+    if args.load_checkpoint:
+        content = read_checkpoint(args.load_checkpoint)
+        trained_for = AlignConfig(**content["align_config"])
+        for name in ("latent_channels", "latent_stride", "out_channels", "out_stride"):
+            if getattr(config, name) != getattr(trained_for, name):
+                raise UserError(
+                    f"--load_checkpoint {args.load_checkpoint}: trained for VAEs with {name} {getattr(trained_for, name)}, "
+                    f"these have {getattr(config, name)}"
+                )
         module.load_state_dict(content["state_dict"])
     return AlignPipeline(module, space1, space2)
 
@@ -231,7 +263,7 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
             train_set,
             LatentSpace(vae1),
             LatentSpace(vae2),
-            with_images="image" in args.input_types,
+            with_images=needs_pixels(args),
             root=args.latent_cache_dir,
             views=args.cache_views,
             num_workers=args.num_workers,
@@ -246,8 +278,9 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
 
 
 def setup_optimizer(pipeline: AlignPipeline, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW over the align module's parameters, and no others."""
-    return torch.optim.AdamW(pipeline.module.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    """AdamW over the align module's parameters, and no others; one fused kernel where the device has it."""
+    fused = pipeline.device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(pipeline.module.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=fused)
 
 
 def setup_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> torch.optim.lr_scheduler.LambdaLR:
@@ -255,15 +288,76 @@ def setup_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace) 
 
         lr(step) = learning_rate · min(1, (step + 1) / warmup_steps) · gamma^(epoch // step_size)
 
-    with epoch = step // `args.steps_per_epoch`, which `train_align_pipeline` sets (1 where it is not set).
+    with epoch = step // `args.steps_per_epoch`, which `train_align_pipeline` sets (1 where it is not set). Under
+    `--scheduler cosine` the last factor is (1 + cos(pi · step / total_steps)) / 2 instead.
     """
     steps_per_epoch = getattr(args, "steps_per_epoch", 1)
 
     def factor(step):
         warmup = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
+        if args.scheduler == "cosine":
+            return warmup * (1 + math.cos(math.pi * min(1.0, step / total_steps(args)))) / 2
         return warmup * args.scheduler_gamma ** (step // steps_per_epoch // args.scheduler_step_size)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def total_steps(args: argparse.Namespace) -> int:
+    """Optimizer steps in the whole run."""
+    steps = args.epochs * getattr(args, "steps_per_epoch", 1)
+    return min(steps, args.max_train_steps) if args.max_train_steps else steps
+
+
+def setup_losses(pipeline: AlignPipeline, args: argparse.Namespace):
+    """(the latent terms as [(weight, function)], the `DecodedImageLoss` or None)."""
+    terms = [(args.loss_weight, get_loss_function(args.loss_type))]
+    terms += [(weight, get_loss_function(name)) for name, weight in map(loss_term, args.extra_losses)]
+    if not args.decoder_loss_weight:
+        return terms, None
+    space = pipeline.space2
+    if args.decoder_loss_path:
+        flag = "--decoder_loss_path"
+        vae = load_vae_model(
+            args.decoder_loss_path, args.decoder_loss_subfolder, args.cache_dir, space.vae.device, space.vae.dtype, flag
+        )
+        space = LatentSpace(vae, args.decoder_loss_path, args.decoder_loss_subfolder)
+        if (space.channels, space.stride) != (pipeline.space2.channels, pipeline.space2.stride):
+            raise UserError(f"{flag} {args.decoder_loss_path}: its latent space is not VAE2's (other channels or stride)")
+    reference = args.decoder_loss_reference
+    return terms, DecodedImageLoss(space, args.decoder_loss_batch, args.decoder_loss_window, reference, args.seed)
+
+
+def needs_pixels(args: argparse.Namespace) -> bool:
+    """Whether training batches must carry the image beside its latents."""
+    return "image" in args.input_types or bool(args.decoder_loss_weight and args.decoder_loss_reference == "original")
+
+
+def fit_ridge(pipeline: AlignPipeline, loader, args: argparse.Namespace, accelerator) -> None:
+    """Fit the closed-form linear map on about `RIDGE_IMAGES` training images; with --init ridge, start from it."""
+    regression = RidgeRegression(pipeline.module.linear.in_channels, pipeline.config.out_channels)
+    wanted = min(RIDGE_IMAGES, len(loader.dataset))
+    for batch in loader:
+        inputs, target = pipeline.encode_batch(batch)
+        regression.add(pipeline.module.on_output_grid(inputs["latents"]), target)
+        wanted -= len(target) * accelerator.num_processes
+        if wanted <= 0:
+            break
+    if accelerator.num_processes > 1:  # every process adds what it saw, and all start from the same map
+        for name in ("xx", "xy"):
+            setattr(regression, name, accelerator.reduce(getattr(regression, name).to(accelerator.device), "sum").cpu())
+    pipeline.module.remember_ridge(*regression.solve())
+    if args.init == "ridge":
+        pipeline.module.start_from_ridge()
+
+
+def average_weights(module: AlignModule, decay: float) -> AveragedModel:
+    """Exponential moving average of the weights; its decay grows from 1/11 to `decay`, so short runs are averaged too."""
+
+    @torch.no_grad()
+    def update(averages, currents, count):
+        torch._foreach_lerp_(averages, currents, 1 - min(decay, (1 + float(count)) / (11 + float(count))))
+
+    return AveragedModel(module, multi_avg_fn=update)
 
 
 def create_accelerator(args: argparse.Namespace):
@@ -308,13 +402,20 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
     torch.manual_seed(args.seed)
     dtype = get_dtype(args.precision)
     pipeline = create_align_pipeline(vae1, vae2, args).to(accelerator.device)
-    loss_function = get_loss_function(args.loss_type)
+    terms, decoded_loss = setup_losses(pipeline, args)
+    if pipeline.uses_latents and not args.load_checkpoint:
+        fit_ridge(pipeline, train_loader, args, accelerator)
 
     steps_per_epoch = args.steps_per_epoch = len(train_loader)
-    total_steps = min(args.epochs * steps_per_epoch, args.max_train_steps or math.inf)
+    end = total_steps(args)
     optimizer = setup_optimizer(pipeline, args)
     scheduler = setup_scheduler(optimizer, args)
-    module, optimizer = accelerator.prepare(pipeline.module, optimizer)
+    trained = pipeline.module
+    module, optimizer = accelerator.prepare(trained, optimizer)
+    module = torch.compile(module) if args.compile else module
+    average = average_weights(trained, args.ema_decay) if args.ema_decay else None
+    if average:
+        pipeline.module = average.module  # what is judged and saved
 
     run_name = next_stamp(args.log_dir, "align")
     writer = SummaryWriter(Path(args.log_dir) / f"align_{run_name}") if main_process else None
@@ -323,20 +424,20 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
     if main_process:
         log.info(
             "%s inputs, %.2f M parameters, %d steps of %s in %d epochs on %s in %s, %s",
-            " + ".join(pipeline.config.input_types), parameters / 1e6, total_steps, count_of(batch_size, "image"),
-            -(-total_steps // steps_per_epoch), accelerator.device, args.precision,
+            " + ".join(pipeline.config.input_types), parameters / 1e6, end, count_of(batch_size, "image"),
+            -(-end // steps_per_epoch), accelerator.device, args.precision,
             count_of(accelerator.num_processes, "process"),
         )  # fmt: skip
 
     batches = endless(train_loader)
     loss_sum = torch.zeros((), device=accelerator.device)
     summed_steps, step, metrics, untrained, checkpoint, unreadable = 0, 0, {}, {}, None, set()
-    bar = tqdm(total=total_steps, desc="train", unit="step", disable=not main_process)
+    bar = tqdm(total=end, desc="train", unit="step", disable=not main_process)
     clock = time.perf_counter()
 
     while True:
         # ---- where we are: the clock is the step, epochs are counted from it
-        epoch, last = step / steps_per_epoch, step == total_steps
+        epoch, last = step / steps_per_epoch, step == end
 
         due = functools.partial(is_due, epoch, last)
         # ---- evaluate, visualise, save
@@ -361,17 +462,19 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
         inputs, target = pipeline.encode_batch(batch, args.sample_posterior, generator)
 
         # align
-        aligned = module(**inputs)
+        aligned = module(**inputs).float()
 
         # loss
-        loss = args.loss_weight * loss_function(aligned.float(), target)
+        loss = sum(weight * term(aligned, target) for weight, term in terms)
+        if decoded_loss:
+            loss = loss + args.decoder_loss_weight * decoded_loss(aligned, target, batch.get("pixel_values"), step)
 
         # backward
         optimizer.zero_grad(set_to_none=True)
         accelerator.backward(loss)
 
         # clip
-        log_due = step % args.log_frequency == 0 or step + 1 == total_steps
+        log_due = step % args.log_frequency == 0 or step + 1 == end
         if args.grad_clip or log_due:
             grad_norm = accelerator.clip_grad_norm_(module.parameters(), args.grad_clip or math.inf)
 
@@ -379,6 +482,8 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
         learning_rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
         scheduler.step()
+        if average:
+            average.update_parameters(trained)
         # ==============================================================================================================
 
         # ---- log: the only place that waits for the device
@@ -422,8 +527,8 @@ def evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype) -> dict:
     The rungs that training cannot move are measured the first time and drawn again as level lines from then on.
     """
     step = round(epoch * getattr(args, "steps_per_epoch", 1))
-    fixed = {row: figures for row, figures in pipeline.progress["metrics"].items() if row in FIXED_ROWS}
-    rows = ("aligned",) if fixed else (*FIXED_ROWS, "aligned")
+    fixed = {row: figures for row, figures in pipeline.progress["metrics"].items() if row != "aligned"}
+    rows = ("aligned",) if fixed else applicable_rows(pipeline)
     ladder = pipeline.progress["metrics"] = fixed | evaluate(pipeline, eval_loader, dtype, rows)["ladder"]
     for row, figures in ladder.items():
         for name in ("latent_mse", "psnr", "ssim", "psnr_vs_vae2"):
@@ -448,8 +553,8 @@ def log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype) -> None:
             writer.add_histogram(f"gradients/{name}", parameter.grad.float().cpu(), step)
     images = next(iter(eval_loader))["pixel_values"].to(pipeline.device)
     if len(images):
-        made = reconstruct(pipeline, images, ("aligned",), dtype)
-        for name, latents in (("aligned", made["aligned"][0]), ("target", made["target"])):
+        made = reconstruct(pipeline, images, translators(pipeline, ("ceiling", "aligned"), dtype))
+        for name, latents in (("aligned", made["aligned"][0]), ("target", made["ceiling"][0])):
             writer.add_scalar(f"latents_mean/{name}", latents.mean().item(), step)
             writer.add_scalar(f"latents_std/{name}", latents.std().item(), step)
             writer.add_histogram(f"latents/{name}", latents.cpu(), step)
@@ -463,7 +568,7 @@ def visualize_results(pipeline, eval_loader, writer, epoch, args, dtype) -> None
         images = batch["pixel_values"][: args.num_visualize_samples - shown].to(pipeline.device)
         if not len(images):
             continue
-        rows = comparison_panels(images, reconstruct(pipeline, images, ("vae1", "ceiling", "aligned"), dtype))
+        rows = comparison_panels(images, reconstruct(pipeline, images, translators(pipeline, ("ceiling", "aligned"), dtype)))
         for number in range(len(images)):
             sheet = report.comparison_picture(rows[2 * number : 2 * number + 2], args.image_size)
             writer.add_image(f"samples/{shown + number}", np.asarray(sheet), step, dataformats="HWC")
@@ -477,6 +582,7 @@ def visualize_results(pipeline, eval_loader, writer, epoch, args, dtype) -> None
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    adopt_architecture(args)
     use_proxy(args.proxy)
     args.device = str(resolve_device(args.device, "device" in args.typed_flags))
     args.precision = resolve_precision(args.precision, torch.device(args.device), "precision" in args.typed_flags)

@@ -102,7 +102,8 @@ class AlignModule(nn.Module):
                                               + ── num_blocks residual blocks ── conv ──── + ── z2 (B, C2, H/s2, W/s2)
         image (B, 3, H, W) ── ImageBranch ────┘
 
-    Convolutions only and no batch statistics: any size and aspect ratio, the same in training and in use.
+    Convolutions only and no batch statistics: any size and aspect ratio, the same in training and in use. The buffers
+    `ridge_weight` and `ridge_bias` keep the closed-form linear map that `start_from_ridge` was given.
     """
 
     def __init__(self, config: AlignConfig):
@@ -115,43 +116,80 @@ class AlignModule(nn.Module):
             folded = config.latent_channels * self.fold**2
             self.linear = nn.Conv2d(folded, config.out_channels, 3, padding=1)
             self.latent_in = nn.Conv2d(folded, hidden, 3, padding=1)
+            self.register_buffer("ridge_weight", torch.zeros_like(self.linear.weight))
+            self.register_buffer("ridge_bias", torch.zeros_like(self.linear.bias))
         if "image" in config.input_types:
             self.image_in = ImageBranch(hidden, config.downsample_times)
         self.blocks = nn.Sequential(*(ResidualBlock(hidden) for _ in range(config.num_blocks)))
         self.out = nn.Conv2d(hidden, config.out_channels, 3, padding=1)
 
     def forward(self, latents: torch.Tensor | None = None, image: torch.Tensor | None = None) -> torch.Tensor:
-        config = self.config
-        if latents is not None and "latent" in config.input_types:
-            if latents.shape[1] != config.latent_channels:
-                raise UserError(f"latents have {latents.shape[1]} channels; this module takes {config.latent_channels}")
-            scale = config.latent_stride / config.out_stride
-            grid = [max(1, round(side * scale)) for side in latents.shape[2:]]
-        elif "latent" in config.input_types:
-            raise UserError("this module takes VAE1's latents as input; pass latents=")
-        if image is not None and "image" in config.input_types:
-            sides = tuple(image.shape[2:])
-            if any(side % config.out_stride for side in sides):
-                raise UserError(f"image of {sides[0]}x{sides[1]} px: both sides must be multiples of {config.out_stride}")
-            image_grid = [side // config.out_stride for side in sides]
-            if "latent" in config.input_types and image_grid != grid:
-                raise UserError(f"image of {sides[0]}x{sides[1]} px does not belong to latents of {tuple(latents.shape[2:])}")
-            grid = image_grid
-        elif "image" in config.input_types:
-            raise UserError("this module takes the image as input; pass image=, float NCHW in [-1, 1]")
-
+        grid = self._output_grid(latents, image)
         hidden, skip = 0, 0
-        if "latent" in config.input_types:
-            latents = F.pixel_unshuffle(latents, self.fold) if self.fold > 1 else latents
-            latents = latents if list(latents.shape[2:]) == grid else F.interpolate(latents, size=grid, mode="nearest")
+        if "latent" in self.config.input_types:
+            latents = self.on_output_grid(latents)
             skip = self.linear(latents)
             hidden = self.latent_in(latents)
-        if "image" in config.input_types:
+        if "image" in self.config.input_types:
             features = self.image_in(image)
-            if list(features.shape[2:]) != grid:
-                features = F.interpolate(features, size=grid, mode="bilinear", align_corners=False, antialias=False)
+            if features.shape[2:] != grid:
+                features = F.interpolate(features, size=grid, mode="bilinear", align_corners=False)
             hidden = hidden + features
         return skip + self.out(F.silu(self.blocks(hidden)))
+
+    def _output_grid(self, latents, image) -> torch.Size:
+        """The height and width of VAE2's latents for these inputs; UserError for inputs that do not fit."""
+        config, grids = self.config, []
+        if "latent" in config.input_types:
+            if latents is None:
+                raise UserError("this module takes VAE1's latents as input; pass latents=")
+            if latents.shape[1] != config.latent_channels:
+                raise UserError(f"latents have {latents.shape[1]} channels; this module takes {config.latent_channels}")
+            grids.append([side * config.latent_stride / config.out_stride for side in latents.shape[2:]])
+        if "image" in config.input_types:
+            if image is None:
+                raise UserError("this module takes the image as input; pass image=, float NCHW in [-1, 1]")
+            grids.append([side / config.out_stride for side in image.shape[2:]])
+        height, width = grids[0]
+        if grids[-1] != grids[0]:
+            raise UserError(
+                f"an image of {image.shape[2]}x{image.shape[3]} px does not belong to latents of "
+                f"{latents.shape[2]}x{latents.shape[3]}"
+            )
+        if not (height.is_integer() and width.is_integer()):
+            raise UserError(
+                f"the inputs cover {height:g}x{width:g} of VAE2's latents; image sides must be multiples of its stride"
+            )
+        return torch.Size((int(height), int(width)))
+
+    def on_output_grid(self, latents: torch.Tensor) -> torch.Tensor:
+        """VAE1's latents on VAE2's grid: folded into channels where VAE1's is finer, repeated where it is coarser."""
+        if self.fold > 1:
+            return F.pixel_unshuffle(latents, self.fold)
+        coarser = self.config.latent_stride // self.config.out_stride
+        return F.interpolate(latents, scale_factor=coarser, mode="nearest") if coarser > 1 else latents
+
+    def remember_ridge(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        """Keep the closed-form linear map (a 3x3 convolution's weight and bias) beside the weights."""
+        self.ridge_weight.copy_(weight)
+        self.ridge_bias.copy_(bias)
+
+    @torch.no_grad()
+    def start_from_ridge(self) -> None:
+        """Set the linear path to the remembered closed-form map and the deep path to zero: training starts where linear
+        methods end."""
+        self.linear.weight.copy_(self.ridge_weight)
+        self.linear.bias.copy_(self.ridge_bias)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    @property
+    def has_ridge(self) -> bool:
+        return "latent" in self.config.input_types and bool(self.ridge_weight.any())
+
+    def linear_map(self, latents: torch.Tensor) -> torch.Tensor:
+        """What the closed-form linear map alone makes of VAE1's latents."""
+        return F.conv2d(self.on_output_grid(latents), self.ridge_weight, self.ridge_bias, padding=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

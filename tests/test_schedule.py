@@ -1,7 +1,5 @@
 """The learning rate at every step, and what the optimizer holds. The 2-process curve is in test_processes.py."""
 
-from argparse import Namespace
-
 import pytest
 import torch
 from runs import QUIET, train
@@ -18,9 +16,7 @@ def specified(step, steps_per_epoch, learning_rate, warmup_steps, step_size, gam
 @pytest.mark.parametrize("warmup_steps", [0, 4, 8])
 def test_learning_rate_of_a_real_run_follows_the_formula_across_decays(flags, tmp_path, warmup_steps):
     """Off-by-one warm-up, a decay by steps instead of epochs, a warm-up that ends when the decay starts (8 > 2 epochs)."""
-    run = train(
-        flags, tmp_path, epochs=5, warmup_steps=warmup_steps, scheduler_step_size=2, scheduler_gamma=0.3, **QUIET
-    )
+    run = train(flags, tmp_path, epochs=5, warmup_steps=warmup_steps, scheduler_step_size=2, scheduler_gamma=0.3, **QUIET)
     logged = run.scalars["train/learning_rate"]
     assert [step for step, _ in logged] == list(range(15))  # 10 images in batches of 4: 3 steps an epoch
     for step, value in logged:
@@ -29,7 +25,8 @@ def test_learning_rate_of_a_real_run_follows_the_formula_across_decays(flags, tm
 
 def test_scheduler_alone_matches_the_formula_at_every_step():
     """Stepping twice per call, or rounding the epoch up, shows within the first two decays."""
-    args = Namespace(learning_rate=2e-4, warmup_steps=7, scheduler_step_size=3, scheduler_gamma=0.5, steps_per_epoch=5)
+    args = parse_args(["--learning_rate", "2e-4", "--warmup_steps", "7", "--scheduler_step_size", "3"])
+    args.steps_per_epoch = 5
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     scheduler = setup_scheduler(optimizer, args)
     for step in range(50):
