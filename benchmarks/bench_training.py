@@ -1,0 +1,161 @@
+"""Images per second of training, against the two limits: the bare module and the bare encoders.
+
+    python benchmarks/bench_training.py --vae1 PATH --vae2 PATH --images FOLDER --input_types latent
+
+Prints one JSON line last. `online` and `cached` are the real training loop with the shipped recipe (latent loss alone),
+`module` its forward, loss, backward and optimizer step on tensors already in memory, `cache_build` the encoding pass,
+`encoders_best` and `encoders_naive` both VAEs' encoders in the layout and precision that the project chooses, and in
+float32 NCHW. An encoded image counts once it went through both.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+
+import torch
+from common import open_vae, print_result, recipe_args, train
+from tqdm import tqdm
+
+import dataloader
+from device import autocast, get_dtype
+from losses import get_loss_function
+from vae_align import LatentSpace
+
+
+def rate_of(work, images, rounds):
+    """Images per second of `work()`, which handles `images` of them: the median of `rounds`, after one warm-up."""
+    work()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return images / statistics.median(times)
+
+
+def loop_rate(args, vaes, loader, steps, log_dir):
+    """Images per second of the real training loop, as it logs them: the median over log entries, the first left out."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with tempfile.TemporaryDirectory(dir=log_dir) as folder:
+        args.log_dir = args.save_dir = folder
+        args.max_train_steps, args.epochs = steps, 10**6
+        args.eval_frequency = args.visualize_frequency = args.save_frequency = 0
+        args.log_frequency = max(1, steps // 10)
+        generator = torch.Generator(args.device).manual_seed(args.seed)
+        train.train_align_pipeline(args, *vaes, loader, None, generator)
+        events = EventAccumulator(folder)
+        for file in sorted(dataloader.Path(folder).rglob("events.*")):
+            events = EventAccumulator(str(file))
+            events.Reload()
+        return statistics.median([event.value for event in events.Scalars("train/images_per_second")][1:])
+
+
+def module_rate(args, spaces, batch_size, steps):
+    """Images per second of the module alone: nothing but forward, loss, backward and optimizer step."""
+    pipeline = train.create_align_pipeline(spaces[0].vae, spaces[1].vae, args).to(args.device)
+    optimizer, loss_function = train.setup_optimizer(pipeline, args), get_loss_function(args.loss_type)
+    dtype, grid = get_dtype(args.precision), args.image_size // spaces[1].stride
+    module = pipeline.module
+    inputs = {"latents": torch.randn(batch_size, spaces[0].channels, *[args.image_size // spaces[0].stride] * 2)}
+    if pipeline.uses_image:
+        inputs["image"] = torch.rand(batch_size, 3, args.image_size, args.image_size) * 2 - 1
+    inputs = {name: tensor.to(args.device) for name, tensor in inputs.items()}
+    target = torch.randn(batch_size, spaces[1].channels, grid, grid, device=args.device)
+
+    def work():
+        for _ in range(steps):
+            with autocast(pipeline.device, dtype):
+                aligned = module(**inputs)
+            loss = loss_function(aligned.float(), target)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        loss.item()
+
+    return rate_of(work, batch_size * steps, 1)
+
+
+def encoder_rate(spaces, images, rounds):
+    return rate_of(lambda: [space.encode(images) for space in spaces], len(images), rounds)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vae1", required=True, help="folder, hub id, random:sd15 or random:flux")
+    parser.add_argument("--vae2", required=True, help="folder, hub id, random:sd15 or random:flux")
+    parser.add_argument("--images", required=True, help="folder of training images")
+    parser.add_argument("--input_types", nargs="+", default=["image", "latent"], choices=["image", "latent"])
+    parser.add_argument("--image_size", type=int, default=256, help="px")
+    parser.add_argument("--max_images", type=int, default=160, help="use this many of the images")
+    parser.add_argument("--views", type=int, default=4, help="views per image in the cache")
+    parser.add_argument("--steps", type=int, default=40, help="cached steps per round")
+    parser.add_argument("--online_steps", type=int, default=10, help="online steps")
+    parser.add_argument("--encode_batch", type=int, default=16, help="images per call of the bare encoders")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds in which the bare module and the cached loop take turns")
+    options = parser.parse_args()
+
+    args = recipe_args(
+        options.input_types, image_size=options.image_size, train_data_dir=options.images, decoder_loss_weight=0,
+        num_workers=2,
+    )  # fmt: skip
+    vaes = [open_vae(name, args.device, get_dtype(args.precision)) for name in (options.vae1, options.vae2)]
+    spaces = [LatentSpace(vae) for vae in vaes]
+    images = torch.rand(options.encode_batch, 3, options.image_size, options.image_size) * 2 - 1
+    source = dataloader.open_dataset(options.images, "default", True, "--images")[: options.max_images]
+    dataset = dataloader.ImageDataset(source, options.image_size, random_crop=True, random_flip=True, seed=args.seed)
+
+    with tempfile.TemporaryDirectory() as folder:
+        best, build = [], []
+        with_images = train.needs_pixels(args)
+        rounds = 2
+        for number in range(rounds):
+            best.append(encoder_rate(spaces, images, 2))
+            start = time.perf_counter()
+            cached = dataloader.cache_latents(
+                dataset, *spaces, with_images, f"{folder}/cache{number}", options.views, args.num_workers
+            )
+            build.append(len(dataset) * options.views / (time.perf_counter() - start))
+        loader = dataloader.train_loader(cached, args.train_batch_size, 0, args.seed, options.views)
+        online_loader = dataloader.train_loader(dataset, args.train_batch_size, args.num_workers, args.seed, options.views)
+        module, cached_rate = [], []
+        for _ in range(options.rounds):
+            module.append(module_rate(args, spaces, args.train_batch_size, options.steps))
+            cached_rate.append(loop_rate(args, vaes, loader, options.steps, folder))
+        online = loop_rate(args, vaes, online_loader, options.online_steps, folder)
+
+    def naive(name):
+        vae = open_vae(name, args.device, torch.float32)
+        vae = getattr(vae, "model", vae).to(memory_format=torch.contiguous_format)
+        space = LatentSpace(vae)
+        space.vae.to(memory_format=torch.contiguous_format)
+        space._input = lambda tensor: tensor.float().contiguous()
+        return space
+
+    naive_rate = encoder_rate([naive(options.vae1), naive(options.vae2)], images[:4], 1)
+    rates = {
+        "online": online,
+        "cached": statistics.median(cached_rate),
+        "module": statistics.median(module),
+        "cache_build": statistics.median(build),
+        "encoders_best": statistics.median(best),
+        "encoders_naive": naive_rate,
+    }
+    for name, rate in rates.items():
+        tqdm.write(f"{name:16} {rate:10.2f} images/s")
+    print_result(
+        {
+            "images_per_second": {name: round(rate, 3) for name, rate in rates.items()},
+            "ratios": {
+                "cached/module": statistics.median(a / b for a, b in zip(cached_rate, module)),
+                "cached/online": rates["cached"] / rates["online"],
+                "cache_build/encoders_best": statistics.median(a / b for a, b in zip(build, best)),
+                "encoders_best/encoders_naive": rates["encoders_best"] / rates["encoders_naive"],
+            },
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
