@@ -280,7 +280,9 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
 def setup_optimizer(pipeline: AlignPipeline, args: argparse.Namespace) -> torch.optim.Optimizer:
     """AdamW over the align module's parameters, and no others; one fused kernel where the device has it."""
     fused = pipeline.device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(pipeline.module.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=fused)
+    return torch.optim.AdamW(
+        pipeline.training_module.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=fused
+    )
 
 
 def setup_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> torch.optim.lr_scheduler.LambdaLR:
@@ -410,12 +412,12 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
     end = total_steps(args)
     optimizer = setup_optimizer(pipeline, args)
     scheduler = setup_scheduler(optimizer, args)
-    trained = pipeline.module
-    module, optimizer = accelerator.prepare(trained, optimizer)
-    module = torch.compile(module) if args.compile else module
+    trained = pipeline.training_module
     average = average_weights(trained, args.ema_decay) if args.ema_decay else None
     if average:
         pipeline.module = average.module  # what is judged and saved
+    module, optimizer = accelerator.prepare(trained, optimizer)
+    module = torch.compile(module) if args.compile else module
 
     run_name = next_stamp(args.log_dir, "align")
     writer = SummaryWriter(Path(args.log_dir) / f"align_{run_name}") if main_process else None
@@ -431,19 +433,19 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
 
     batches = endless(train_loader)
     loss_sum = torch.zeros((), device=accelerator.device)
-    summed_steps, step, metrics, untrained, checkpoint, unreadable = 0, 0, {}, {}, None, set()
+    summed_steps, step, metrics, checkpoint, unreadable = 0, 0, {}, None, set()
     bar = tqdm(total=end, desc="train", unit="step", disable=not main_process)
     clock = time.perf_counter()
 
     while True:
         # ---- where we are: the clock is the step, epochs are counted from it
         epoch, last = step / steps_per_epoch, step == end
-
         due = functools.partial(is_due, epoch, last)
+
         # ---- evaluate, visualise, save
+        paused = time.perf_counter()
         if main_process and due(args.eval_frequency):
             metrics = evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype)
-            untrained = untrained or metrics
             log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype)
         if main_process and due(args.visualize_frequency):
             visualize_results(pipeline, eval_loader, writer, epoch, args, dtype)
@@ -454,6 +456,7 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
             accelerator.wait_for_everyone()
         if last:
             break
+        clock += time.perf_counter() - paused  # images/s is the training's own
 
         # ================================================== one step ==================================================
         batch = next(batches)
@@ -515,8 +518,11 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
     if unreadable:
         log.warning("%s left out during training", count_of(len(unreadable), "unreadable image"))
     if metrics:
-        before, after, ceiling = untrained["aligned"]["psnr"], metrics["aligned"]["psnr"], metrics["ceiling"]["psnr"]
-        print(f"aligned PSNR {before:.2f} dB before training, {after:.2f} dB after; VAE2's own reconstruction {ceiling:.2f} dB")
+        psnr = {row: figures["psnr"] for row, figures in metrics.items()}
+        print(
+            f"PSNR of the decoded image: untrained module {psnr['untrained']:.2f} dB -> aligned {psnr['aligned']:.2f} dB "
+            f"(decode + re-encode {psnr['reencode']:.2f} dB, VAE2's own reconstruction {psnr['ceiling']:.2f} dB)"
+        )
     print(f"checkpoint: {checkpoint}\nTensorBoard: tensorboard --logdir {args.log_dir}")
     return checkpoint
 
@@ -547,7 +553,7 @@ def evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype) -> dict:
 def log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype) -> None:
     """Histograms of weights and of the last step's gradients per layer, and level and spread of the latents."""
     step = round(epoch * getattr(args, "steps_per_epoch", 1))
-    for name, parameter in pipeline.module.named_parameters():
+    for name, parameter in pipeline.training_module.named_parameters():
         writer.add_histogram(f"weights/{name}", parameter.detach().float().cpu(), step)
         if parameter.grad is not None:
             writer.add_histogram(f"gradients/{name}", parameter.grad.float().cpu(), step)

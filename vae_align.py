@@ -407,14 +407,15 @@ class AlignPipeline:
     """Two frozen VAEs and the module between them.
 
     Attributes:
-        module: the `AlignModule`; its parameters are the only trainable ones. float32.
+        module: the `AlignModule` that is judged, used and saved. float32.
+        training_module: the one that the optimizer moves: the same, unless `module` is its running average.
         space1, space2: `LatentSpace`s of VAE1 and VAE2. The constructor also takes functions that return them, called
             when something first asks: so a checkpoint's pipeline translates on a machine that has neither VAE.
         progress: what a checkpoint says of its training: `step`, `epoch`, `metrics`, `config`.
     """
 
     def __init__(self, module: AlignModule, space1, space2):
-        self.module = module
+        self.module = self.training_module = module
         self._spaces = [space1, space2]
         self.progress = {"step": 0, "epoch": 0, "metrics": {}, "config": {}}
 
@@ -449,6 +450,7 @@ class AlignPipeline:
 
     def to(self, device: str | torch.device) -> AlignPipeline:
         self.module.to(device)
+        self.training_module.to(device)
         for space in (self.space1, self.space2):
             space.vae.to(device)
         return self
