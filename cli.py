@@ -129,8 +129,8 @@ def _checked_value(action, value, where: str):
             raise UserError(f"{where}: {value!r} must be true or false")
         return value
     if action.nargs == "+":
-        if not isinstance(value, list) or not value:
-            raise UserError(f"{where}: {value!r} must be a list that is not empty")
+        if not isinstance(value, list) or (not value and action.default != []):
+            raise UserError(f"{where}: {value!r} must be a list{'' if action.default == [] else ' that is not empty'}")
         return [_checked_item(action, item, where) for item in value]
     return _checked_item(action, value, where)
 

@@ -131,7 +131,8 @@ def measure_costs(pipeline: AlignPipeline, image_size: int, ways: dict, repeats:
 def image_metrics(image: torch.Tensor, original: torch.Tensor) -> dict:
     """Per image PSNR in dB, SSIM and the mean shift of R, G, B in 8-bit levels: lists of B values, B x 3 for the shift.
 
-    Both (B, 3, H, W) in [-1, 1]; compared as clamped 8-bit values. SSIM as Wang et al. 2004 (11x11 Gaussian, sigma 1.5).
+    Both (B, 3, H, W) in [-1, 1]; compared as clamped 8-bit values. SSIM as Wang et al. 2004 (11x11 Gaussian, sigma 1.5;
+    mirrored borders).
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 

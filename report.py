@@ -22,8 +22,8 @@ def difference_map(image: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
 def latent_projection(channels: int) -> torch.Tensor:
     """A fixed (3, channels) matrix that shows latents as RGB; the same for every picture of that channel count."""
     generator = torch.Generator().manual_seed(channels)
-    basis, _ = torch.linalg.qr(torch.randn(channels, 3, generator=generator))
-    return basis.T
+    basis, _ = torch.linalg.qr(torch.randn(max(3, channels), 3, generator=generator))
+    return basis[:channels].T
 
 
 def latents_as_rgb(latents: torch.Tensor) -> torch.Tensor:

@@ -498,6 +498,8 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
                 log.warning("left out: %s", message)
         if log_due:
             mean_loss = accelerator.reduce(loss_sum / summed_steps, "mean").item()
+            if not math.isfinite(mean_loss):
+                raise UserError(f"the loss is {mean_loss} at step {step}: lower --learning_rate or set --grad_clip 1")
             now = time.perf_counter()
             rate = summed_steps * batch_size / (now - clock)
             if main_process:
@@ -541,6 +543,8 @@ def evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype) -> dict:
             if figures[name] is not None:
                 writer.add_scalar(f"eval_{name}/{row}", figures[name], step)
     aligned = ladder["aligned"]
+    if aligned["latent_mse"] is None:
+        raise UserError(f"the module's output is not finite at step {step}: lower --learning_rate or set --grad_clip 1")
     with logging_redirect_tqdm():
         log.info(
             "epoch %g: aligned PSNR %.2f dB (VAE2 itself %.2f, re-encoding %.2f), SSIM %.4f, latent MSE %.4f",
@@ -604,6 +608,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     ]
     good_image_size(args.image_size, *(LatentSpace(vae).stride for vae in vaes))
+    create_align_pipeline(*vaes, args)  # what does not fit together is said before anything is encoded
     loaders = create_data_loaders(args, *vaes, accelerator)
     if args.cache_only:
         return

@@ -110,5 +110,5 @@ def file_digest(path: str | os.PathLike) -> bytes:
 
 
 def count_of(number: int, noun: str) -> str:
-    """'1 image', '2 images'."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    """'1 image', '2 images', '2 processes'."""
+    return f"{number} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"

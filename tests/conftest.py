@@ -12,6 +12,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # networks this small gain nothing from threads, and on busy cores they wait for each other
 
 
 def make_kl_vae(latent_channels, levels=4, **options):
@@ -98,6 +99,7 @@ def flags(vae_folders, photo_folders, tmp_path):
         "log_frequency": 1,
         "device": "cpu",
         "precision": "float32",
+        "latent_cache_dir": tmp_path / "cache",
         "log_dir": tmp_path / "runs",
         "save_dir": tmp_path / "ckpt",
     }
@@ -121,7 +123,7 @@ def run_script(script, *argv, launcher=(), check=True, env=None, cwd=None, timeo
         [*(launcher or [sys.executable]), str(ROOT / script), *argv],
         capture_output=True,
         text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **(env or {})},
         cwd=cwd,
         timeout=timeout,
     )

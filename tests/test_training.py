@@ -187,8 +187,7 @@ def test_each_kind_of_module_trains(flags, vae_folders, tmp_path, changes):
 def test_loss_falls_on_a_problem_that_is_nearly_the_identity(flags, tmp_path, vae_folders):
     """A step against the gradient, a target that moves, gradients that add up: from one VAE's latents to the same ones."""
     same = {"vae2_path": vae_folders["kl4"], "input_types": ["latent"], "learning_rate": 1e-2}
-    if "init" in vars(parse_args([])):
-        same["init"] = "random"  # the closed-form start would leave nothing to learn
+    same["init"] = "random"  # the closed-form start would leave nothing to learn
     run = train(flags, tmp_path, epochs=14, **same, **QUIET)
     losses = [value for _, value in run.scalars["train/loss"]]
     assert sum(losses[-4:]) < 0.2 * sum(losses[:4])

@@ -1,0 +1,47 @@
+"""The loss on the decoded image."""
+
+import pytest
+import torch
+
+from decoded_loss import DecodedImageLoss
+from vae_align import LatentSpace, load_vae_model
+
+
+@pytest.fixture
+def space(vae_folders):
+    return LatentSpace(load_vae_model(vae_folders["kl16"], "vae", None, "cpu", torch.float32))
+
+
+@pytest.mark.parametrize("reference", ["original", "vae2"])
+def test_gradient_is_that_of_the_formula(space, reference):
+    """Catches a loss under no_grad, one that trains the decoder, and a wrong reference."""
+    images = torch.rand(3, 3, 48, 32) * 2 - 1
+    target = space.encode(images)
+    aligned = (target + 0.3 * torch.randn_like(target)).requires_grad_()
+    loss = DecodedImageLoss(space, 2, 0, reference, seed=0)(aligned, target, images, step=5)
+    wanted = images[:2] if reference == "original" else space.decode(target[:2])
+    expected = (space.decode(aligned[:2]) - wanted).abs().mean()
+    assert torch.allclose(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, aligned, retain_graph=True)
+    (expected_gradient,) = torch.autograd.grad(expected, aligned)
+    assert torch.allclose(gradient, expected_gradient)
+    assert gradient[:2].abs().min() > 0 and not gradient[2:].any()
+    assert not any(parameter.requires_grad for parameter in space.vae.parameters())
+
+
+def test_window_belongs_to_its_place_in_the_image(space):
+    """Catches a window whose reference is cut elsewhere: at perfect latents the loss would not be the small one."""
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    target = space.encode(images)
+    whole = DecodedImageLoss(space, 2, 0, "original", 0)(target, target, images, 0)
+    windows = [DecodedImageLoss(space, 2, 4, "vae2", 0)(target, target, images, step) for step in range(4)]
+    assert max(windows) == 0 < whole
+
+
+def test_same_step_same_window(space):
+    """Catches a window drawn from global random state, which a resumed run would not repeat."""
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    target = space.encode(images)
+    loss = DecodedImageLoss(space, 1, 4, "original", 0)
+    assert loss(target, target, images, 3) == loss(target, target, images, 3)
+    assert len({float(loss(target, target, images, step)) for step in range(6)}) > 1

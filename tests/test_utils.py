@@ -1,0 +1,240 @@
+"""Files, stamps and messages of utils.py; device and precision of device.py."""
+
+import os
+import re
+from datetime import datetime, timedelta
+
+import pytest
+import torch
+
+from device import autocast, cpu_has_bfloat16, get_dtype, resolve_device, resolve_precision
+from utils import UserError, atomic_file, claim_writable_folder, next_stamp, one_line, use_proxy, write_json
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_atomic_file_shows_the_old_content_until_the_new_one_is_whole(tmp_path):
+    """A reader that sees half a file."""
+    path = tmp_path / "sub" / "file"
+    with atomic_file(path) as file:
+        file.write(b"old")
+    with atomic_file(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert os.listdir(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_atomic_file_leaves_the_old_file_and_no_other_on_failure(tmp_path, error):
+    """A failed save that destroys the last good checkpoint or litters the folder; Ctrl-C as well."""
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(error), atomic_file(path) as file:
+        file.write(b"half")
+        raise error
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_atomic_file_exclusive_refuses_to_overwrite(tmp_path):
+    """Two runs that save under one name within the same second."""
+    path = tmp_path / "file"
+    with atomic_file(path, exclusive=True) as file:
+        file.write(b"first")
+    with pytest.raises(FileExistsError), atomic_file(path, exclusive=True) as file:
+        file.write(b"second")
+    assert path.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_atomic_file_obeys_the_umask(tmp_path):
+    """Checkpoints that the user's group cannot read, since temporary files are private."""
+    before = os.umask(0o027)
+    try:
+        with atomic_file(tmp_path / "file") as file:
+            file.write(b"")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_write_json_refuses_nan_and_keeps_the_old_file(tmp_path):
+    """A metrics.json with NaN in it, which is no JSON and which other readers refuse."""
+    path = tmp_path / "metrics.json"
+    write_json(path, {"name": "é"})
+    with pytest.raises(ValueError):
+        write_json(path, {"psnr": float("nan")})
+    assert path.read_text(encoding="utf-8") == '{\n  "name": "é"\n}\n'
+    assert os.listdir(tmp_path) == ["metrics.json"]
+
+
+def test_claim_writable_folder_creates_it_and_leaves_nothing_in_it(tmp_path):
+    folder = claim_writable_folder(tmp_path / "a" / "b", "--save_dir")
+    assert folder.is_dir() and not os.listdir(folder)
+
+
+def test_claim_writable_folder_on_a_file_names_the_flag(tmp_path):
+    """A traceback at the first save, hours into a run."""
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"^--save_dir .*another folder$"):
+            claim_writable_folder(path, "--save_dir")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stamps
+
+
+def test_stamps_within_one_second_neither_collide_nor_fall_out_of_order(tmp_path):
+    """Two checkpoints in one second that share a name."""
+    stamps = []
+    for _ in range(3):
+        stamps.append(next_stamp(tmp_path, "align_pipeline"))
+        (tmp_path / f"align_pipeline_{stamps[-1]}.pth").touch()
+    assert stamps == sorted(set(stamps))
+    assert all(re.fullmatch(r"\d{8}_\d{6}", stamp) for stamp in stamps)
+
+
+def test_stamp_is_the_present_time_where_nothing_is_in_the_way(tmp_path):
+    """A stamp in UTC, or one after another prefix's entries."""
+    (tmp_path / "other_29991231_235959.pth").touch()
+    (tmp_path / "align_pipeline_latest.pth").touch()
+    for folder in (tmp_path, tmp_path / "missing"):
+        stamp = datetime.strptime(next_stamp(folder, "align_pipeline"), "%Y%m%d_%H%M%S")
+        assert abs(stamp - datetime.now()) < timedelta(seconds=10)
+
+
+@pytest.mark.parametrize(
+    ("newest", "expected"), [("29990228_235959", "29990301_000000"), ("29991231_235959", "30000101_000000")]
+)
+def test_stamp_sorts_after_entries_from_the_future(tmp_path, newest, expected):
+    """A clock that went back, after which the newest checkpoint no longer sorts last; 235959 + 1 = 235960."""
+    for name in (f"align_pipeline_{newest}.pth", f"align_pipeline_{newest}.json", "align_pipeline_20200101_000000.pth"):
+        (tmp_path / name).touch()
+    assert next_stamp(tmp_path, "align_pipeline") == expected
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Messages, token, proxy
+
+
+def test_one_line_is_one_short_line():
+    assert one_line(ValueError("a\n  b\r\n\tc")) == "a b c"
+    assert one_line(ValueError()) == "ValueError"
+    assert len(one_line(ValueError("word " * 1000), limit=50)) == 50
+
+
+@pytest.mark.parametrize("name", ["HUGGINGFACE_TOKEN", "HF_TOKEN"])
+def test_one_line_hides_the_token(monkeypatch, name):
+    """A token in the terminal's scrollback and in CI logs."""
+    for other in ("HUGGINGFACE_TOKEN", "HF_TOKEN"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "hf_secret")
+    assert one_line(ValueError("401 for Bearer hf_secret, hf_secret\n")) == "401 for Bearer ***, ***"
+    assert "hf_s" not in one_line(ValueError("x" * 20 + "hf_secret"), limit=25)  # cut only after it is hidden
+
+
+def test_one_line_hides_a_token_set_with_a_newline(monkeypatch):
+    """The HTTP client refuses such a header and quotes it, with the token in plain sight."""
+    monkeypatch.setenv("HUGGINGFACE_TOKEN", "hf_secret\n")
+    assert "hf_secret" not in one_line(ValueError(f"Illegal header value {b'Bearer hf_secret' + bytes([10])!r}"))
+
+
+def test_one_line_hides_both_tokens_when_two_are_set(monkeypatch):
+    """The hub client may use HF_TOKEN on its own account, so that its errors quote the other one."""
+    monkeypatch.setenv("HUGGINGFACE_TOKEN", "hf_first")
+    monkeypatch.setenv("HF_TOKEN", "hf_second")
+    assert one_line(ValueError("hf_first hf_second")) == "*** ***"
+
+
+def test_use_proxy_sets_both_spellings_and_none_leaves_the_environment_alone(monkeypatch):
+    """A proxy that reaches plain http only; an empty --proxy that wipes the user's own."""
+    names = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
+    for name in names:
+        monkeypatch.setenv(name, "http://theirs:1")
+    use_proxy(None)
+    use_proxy("")
+    assert {os.environ[name] for name in names} == {"http://theirs:1"}
+    use_proxy("http://ours:2")
+    assert {os.environ[name] for name in names} == {"http://ours:2"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Device and precision
+
+
+def test_get_dtype_knows_the_three_precisions_and_names_them_otherwise():
+    expected = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    assert {name: get_dtype(name) for name in expected} == expected
+    for name in ("fp16", "float64", ""):
+        with pytest.raises(UserError, match="choose from bfloat16, float16, float32"):
+            get_dtype(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_default_cuda_falls_back_with_one_warning_and_typed_cuda_is_an_error(caplog):
+    """A user who asks for the GPU and trains on the CPU without knowing; a default that stops who has no GPU."""
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(UserError, match=f"^--device {name}: not available"):
+            resolve_device(name, typed=True)
+    assert not caplog.records
+    assert resolve_device("cuda", typed=False).type in ("cpu", "mps")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_cpu_is_always_there_and_not_remarked_upon(caplog):
+    assert resolve_device("cpu", typed=True) == resolve_device("cpu", typed=False) == torch.device("cpu")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "cuda:x", "cuda:-1", "meta"])
+@pytest.mark.parametrize("typed", [True, False])
+def test_what_is_no_device_is_an_error_even_from_a_config(name, typed):
+    """torch's own traceback; `meta`, which torch takes and which computes nothing."""
+    with pytest.raises(UserError, match=r"^--device"):
+        resolve_device(name, typed)
+
+
+@pytest.mark.parametrize(
+    ("precision", "typed", "with_bfloat16", "without"),
+    [
+        ("float32", False, "float32", "float32"),
+        ("bfloat16", False, "bfloat16", "float32"),
+        ("bfloat16", True, "bfloat16", "bfloat16"),
+        ("float16", False, "bfloat16", "float32"),
+        ("float16", True, "bfloat16", "float32"),
+    ],
+)
+def test_precision_on_a_cpu(monkeypatch, caplog, precision, typed, with_bfloat16, without):
+    """float16 on a CPU, which has no gradient scaler; bfloat16 where it is emulated; a typed choice not respected."""
+    for capability, expected in ((True, with_bfloat16), (False, without)):
+        caplog.clear()
+        capabilities = {"avx2": True, "avx512_bf16": capability}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", capabilities.copy, raising=False)
+        assert cpu_has_bfloat16() == capability
+        assert resolve_precision(precision, torch.device("cpu"), typed) == expected
+        assert len(caplog.records) == (expected != precision)
+
+
+def test_precision_on_a_cpu_with_a_torch_that_cannot_tell(monkeypatch):
+    """torch.cpu.get_capabilities is younger than the oldest torch of requirements.txt: a traceback before anything else."""
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert resolve_precision("bfloat16", torch.device("cpu"), typed=False) in ("bfloat16", "float32")
+
+
+def test_precision_on_a_gpu_is_as_asked():
+    for precision in ("bfloat16", "float16", "float32"):
+        assert resolve_precision(precision, torch.device("cuda"), typed=False) == precision
+    with pytest.raises(UserError, match=r"^--precision half"):
+        resolve_precision("half", torch.device("cpu"), typed=True)
+
+
+def test_autocast_keeps_float32_exact_and_casts_otherwise():
+    """float32 asked for, bfloat16 got."""
+    matrix = torch.eye(2)
+    for dtype in (torch.float32, torch.bfloat16):
+        with autocast(torch.device("cpu"), dtype):
+            assert (matrix @ matrix).dtype == dtype
