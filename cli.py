@@ -28,10 +28,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
-        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
         if unknown:
             message = f"unknown flag {unknown[1]}{nearest(unknown[1], self._option_string_actions)}"
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     def add_switch(self, group, name: str, default: bool, text: str):
         """`--name` and `--no_name`, one of which is the default."""
@@ -52,9 +52,6 @@ class Parser(argparse.ArgumentParser):
                 values |= checked_config(load_config(given["load_config"]), actions, given["load_config"])
             except UserError as error:
                 self.error(str(error))
-        missing = [f"--{name}" for name, action in actions.items() if action.required and name not in given]
-        if missing:
-            self.error(f"missing {', '.join(missing)}")
         return argparse.Namespace(**(values | given), typed_flags=tuple(sorted(given)))
 
 
@@ -116,7 +113,8 @@ def checked_config(config: dict, actions: dict, source: str) -> dict:
     for name, value in config.items():
         action = actions.get(name)
         if action is None or name == "load_config":
-            raise UserError(f"{source}: unknown key {name!r}{nearest(name, actions)}")
+            settings = [known for known in actions if known != "load_config"]
+            raise UserError(f"{source}: unknown key {name!r}{nearest(name, settings)}")
         checked[name] = _checked_value(action, value, f"{source}: {name}")
     return checked
 

@@ -66,6 +66,8 @@ def list_imagenet(folder: str | os.PathLike, split: str) -> list[str]:
     root = Path(folder)
     root = root / split if (root / split).is_dir() else root
     classes = sorted(entry for entry in root.iterdir() if entry.is_dir() and SYNSET.fullmatch(entry.name))
+    if not classes and split == "val" and root.name == split and any(entry.is_file() for entry in root.iterdir()):
+        return list_images(root)  # the validation images are often kept without class folders
     if not classes:
         raise UserError(
             f"{folder}: no ImageNet class folders (n01440764, …) there nor in its {split}/; for any other folder of images "
@@ -79,12 +81,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode in WIDE_MODES:
         levels = np.asarray(image, dtype=np.float32)
+        brightest = levels.max(where=np.isfinite(levels), initial=0)
         if image.mode.startswith("I;16"):
             white = 65535
-        elif image.mode == "F" and levels.max() <= 1:
+        elif image.mode == "F" and brightest <= 1:
             white = 1
         else:
-            white = 255 if levels.max() <= 255 else 65535
+            white = 255 if brightest <= 255 else 65535
         levels = np.nan_to_num(levels * (255 / white)).clip(0, 255).round().astype(np.uint8)
         return Image.fromarray(levels).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -256,7 +259,7 @@ def collate(items: list[dict]) -> dict:
     good = [item for item in items if item["pixel_values"] is not None]
     return {
         "pixel_values": torch.stack([item["pixel_values"] for item in good]) if good else torch.empty(0),
-        "index": torch.tensor([item["index"] for item in good]),
+        "index": torch.tensor([item["index"] for item in good], dtype=torch.int64),
         "path": [item["path"] for item in good],
         "unreadable": [message for item in items for message in item["unreadable"]],
     }
@@ -284,10 +287,11 @@ def open_hub_dataset(name: str, train: bool, flag: str, cache_dir: str | None = 
     import datasets
 
     try:
-        builder = datasets.load_dataset_builder(name, cache_dir=cache_dir, token=hub_token() or False)
-        splits = list(builder.info.splits or ["train"])
+        splits = datasets.get_dataset_split_names(name, cache_dir=cache_dir, token=hub_token() or False)
         wanted = ("train",) if train else ("validation", "val", "test")
         split = next((name for name in wanted if name in splits), splits[0])
+        if split not in wanted:
+            log.warning("%s %s: no %s split; using %s", flag, name, wanted[0], split)
         data = datasets.load_dataset(name, split=split, cache_dir=cache_dir, token=hub_token() or False)
     except Exception as error:  # the hub client has no common base for its errors
         raise UserError(

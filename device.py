@@ -59,7 +59,8 @@ def resolve_precision(precision: str, device: torch.device, typed: bool) -> str:
 
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU computes in bfloat16 by instruction (AVX512-BF16, AMX, Arm BF16) rather than by conversion."""
-    return any(present and "bf16" in name for name, present in torch.cpu.get_capabilities().items())
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot tell
+    return any(present and "bf16" in name for name, present in capabilities.items())
 
 
 def autocast(device: torch.device, dtype: torch.dtype):

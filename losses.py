@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 import torch.nn.functional as F
 
@@ -46,8 +48,12 @@ def loss_term(text: str) -> tuple[str, float]:
 
 
 def checked_loss_term(text: str) -> str:
-    """`text` unchanged if `loss_term` understands it."""
-    loss_term(text)
+    """An argparse type: `text` unchanged if `loss_term` understands it."""
+    try:
+        loss_term(text)
+    except ValueError:
+        names = ", ".join(LOSSES)
+        raise argparse.ArgumentTypeError(f"{text}: must be NAME=WEIGHT, NAME one of {names}, WEIGHT above 0") from None
     return text
 
 

@@ -22,9 +22,9 @@ import argparse
 import functools
 import logging
 import math
+import re
 import time
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 import torch
@@ -177,8 +177,7 @@ def config_dict(args: argparse.Namespace) -> dict:
     names = {action.dest for action in build_parser()._actions} - {"help", "load_config"}
     config = {name: value for name, value in vars(args).items() if name in names}
     if config.get("proxy"):
-        parts = urlsplit(config["proxy"])
-        config["proxy"] = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        config["proxy"] = re.sub(r"^([\w+.-]+://)?.*@", r"\1", config["proxy"])
     return config
 
 

@@ -21,15 +21,20 @@ class UserError(Exception):
 def one_line(error: BaseException, limit: int = 300) -> str:
     """The message of `error` on a single line of at most `limit` characters, the hub token blotted out."""
     text = " ".join(str(error).split()) or type(error).__name__
-    token = hub_token()
-    if token:
+    for token in hub_tokens():
         text = text.replace(token, "***")
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def hub_token() -> str | None:
     """The Hugging Face token of the environment, or None. It is handed to the calls that need it and stored nowhere."""
-    return os.environ.get("HUGGINGFACE_TOKEN") or os.environ.get("HF_TOKEN") or None
+    return next(iter(hub_tokens()), None)
+
+
+def hub_tokens() -> list[str]:
+    """Every token that is set; stripped, for HTTP clients quote a header with a stray newline in their error."""
+    tokens = (os.environ.get(name, "").strip() for name in ("HUGGINGFACE_TOKEN", "HF_TOKEN"))
+    return [token for token in tokens if token]
 
 
 def use_proxy(url: str | None) -> None:

@@ -173,7 +173,7 @@ def test_vae_of_a_relative_path_is_found_from_another_directory(vae_folders, tmp
 @pytest.mark.parametrize("given", ["folder", "path", "subfolder", "lazy", "object"])
 def test_vaes_can_be_named_anew(orphan, vae_folders, given):
     """An override that is ignored, taken only as text, or that must lie in the recorded subfolder."""
-    pipeline, path = orphan
+    path = orphan[1]
     vae2 = {
         "folder": str(vae_folders["kl16"]),
         "path": vae_folders["kl16"],

@@ -104,8 +104,8 @@ KINDS = {  # name: (function (folder) -> path, the three colours a viewer shows,
     ),
     "16-bit grey png": (lambda f: save(f, "a.png", Image.fromarray(bands(0, 32896, 65535, np.uint16))), GREYS, 0),
     "16-bit grey png of a dark scene": (
-        lambda f: save(f, "a.png", Image.fromarray(bands(0, 200, 257, np.uint16))),
-        (BLACK, (1, 1, 1), (1, 1, 1)),
+        lambda f: save(f, "a.png", Image.fromarray(bands(0, 100, 200, np.uint16))),
+        (BLACK, BLACK, (1, 1, 1)),
         0,
     ),
     "16-bit big-endian tiff": (

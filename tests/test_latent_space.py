@@ -243,30 +243,26 @@ def write(name, content):
     return lambda folder: (folder / name).write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "damage, said",
-    [
-        (drop_a_key, "decoder.conv_out.weight"),  # diffusers itself would start it at random
-        (truncate, "weights cannot be loaded"),
-        (reshape_a_weight, "decoder.conv_out.bias"),
-        (write(WEIGHTS, b""), "weights cannot be loaded"),
-        (edit_config(_class_name="AutoencoderKLWan"), "AutoencoderKLWan"),
-        (edit_config(block_out_channels=[8, 8]), "config.json"),
-        (edit_config(latent_channels="four"), "config.json"),
-        (edit_config(scaling_factor="big"), "scaling_factor"),
-        (write("config.json", b"{not json"), "config.json"),
-        (write("config.json", b"\xff\xfe\x00"), "config.json"),
-        (write("config.json", b"[1, 2]"), "config.json"),
-        (write("config.json", b"{}"), "config.json"),
-        (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
-        (lambda folder: (folder / "config.json").unlink(), "config.json"),
-        (shutil.rmtree, "neither a folder"),
-    ],
-    ids=(
-        "missing_key truncated wrong_shape empty_file unknown_class levels_disagree channels_not_a_number "
-        "scale_not_a_number not_json not_text json_list no_class no_weights no_config no_folder"
-    ).split(),
-)
+DAMAGE = {
+    "missing_key": (drop_a_key, "decoder.conv_out.weight"),  # diffusers itself would start it at random
+    "truncated": (truncate, "weights cannot be loaded"),
+    "wrong_shape": (reshape_a_weight, "decoder.conv_out.bias"),
+    "empty_file": (write(WEIGHTS, b""), "weights cannot be loaded"),
+    "unknown_class": (edit_config(_class_name="AutoencoderKLWan"), "AutoencoderKLWan"),
+    "levels_disagree": (edit_config(block_out_channels=[8, 8]), "config.json"),
+    "channels_not_a_number": (edit_config(latent_channels="four"), "config.json"),
+    "scale_not_a_number": (edit_config(scaling_factor="big"), "scaling_factor"),
+    "not_json": (write("config.json", b"{not json"), "config.json"),
+    "not_text": (write("config.json", b"\xff\xfe\x00"), "config.json"),
+    "json_list": (write("config.json", b"[1, 2]"), "config.json"),
+    "no_class": (write("config.json", b"{}"), "config.json"),
+    "no_weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
+    "no_config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    "no_folder": (shutil.rmtree, "neither a folder"),
+}
+
+
+@pytest.mark.parametrize("damage, said", DAMAGE.values(), ids=DAMAGE)
 def test_a_broken_vae_is_one_line_that_names_flag_and_folder(vae_folders, tmp_path, damage, said):
     """A traceback from inside safetensors or diffusers, or (worse) a VAE with some of its weights at random."""
     folder = shutil.copytree(vae_folders["kl4"], tmp_path / "broken_vae")
