@@ -610,6 +610,7 @@ def main(argv: list[str] | None = None) -> None:
     create_align_pipeline(*vaes, args)  # what does not fit together is said before anything is encoded
     loaders = create_data_loaders(args, *vaes, accelerator)
     if args.cache_only:
+        print(f"latent cache complete: {args.latent_cache_dir}")
         return
     log.info("%s to train on, %s to judge by", *(count_of(len(loader.dataset), "image") for loader in loaders))
     generator = torch.Generator(accelerator.device).manual_seed(args.seed + accelerator.process_index)
