@@ -151,6 +151,8 @@ def run(main) -> None:
     """Call `main()` as a program: a UserError becomes one line on stderr and exit status 1, an interrupt 130."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it warns of every config key that a VAE class does not use
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for chatty in ("httpx", "httpx2"):  # one line per request of the hub client
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         main()
     except UserError as error:

@@ -33,7 +33,7 @@ def hub_token() -> str | None:
 
 def hub_tokens() -> list[str]:
     """Every token that is set; stripped, for HTTP clients quote a header with a stray newline in their error."""
-    tokens = (os.environ.get(name, "").strip() for name in ("HUGGINGFACE_TOKEN", "HF_TOKEN"))
+    tokens = ("".join(os.environ.get(name, "").split()) for name in ("HUGGINGFACE_TOKEN", "HF_TOKEN"))
     return [token for token in tokens if token]
 
 
@@ -63,9 +63,15 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb", exclusive: bool = Fal
             file.flush()
             os.fsync(file.fileno())
         if exclusive:
-            os.link(temporary, path)
-        else:
-            os.replace(temporary, path)
+            try:
+                os.link(temporary, path)
+                return
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without hard links cannot do it in one step
+                if path.exists():
+                    raise FileExistsError(path) from None
+        os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)

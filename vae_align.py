@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
 import math
 import os
 import pickle
@@ -24,12 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import UserError, atomic_file, file_digest, hub_token, next_stamp, one_line
+from utils import UserError, atomic_file, count_of, file_digest, next_stamp, one_line
+from vaes import LazyVAE, freeze, load_vae_model
 
 CHECKPOINT_FORMAT = "vae-align"
 CHECKPOINT_PREFIX = "align_pipeline"
-WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -133,13 +131,17 @@ class AlignModule(nn.Module):
         if "image" in self.config.input_types:
             features = self.image_in(image)
             if features.shape[2:] != grid:
-                features = F.interpolate(features, size=grid, mode="bilinear", align_corners=False)
+                mode = "bilinear" if features.shape[2] < grid[0] else "area"  # bilinear would skip pixels of a finer grid
+                features = F.interpolate(features, size=grid, mode=mode)
             hidden = hidden + features
         return skip + self.out(F.silu(self.blocks(hidden)))
 
     def _output_grid(self, latents, image) -> torch.Size:
         """The height and width of VAE2's latents for these inputs; UserError for inputs that do not fit."""
         config, grids = self.config, []
+        for kind, name, tensor in (("latent", "latents", latents), ("image", "image", image)):
+            if kind in config.input_types and tensor is not None and tensor.ndim != 4:
+                raise UserError(f"{name} of shape {tuple(tensor.shape)}: pass a batch, four dimensions")
         if "latent" in config.input_types:
             if latents is None:
                 raise UserError("this module takes VAE1's latents as input; pass latents=")
@@ -149,6 +151,10 @@ class AlignModule(nn.Module):
         if "image" in config.input_types:
             if image is None:
                 raise UserError("this module takes the image as input; pass image=, float NCHW in [-1, 1]")
+            if image.shape[1] != 3:
+                raise UserError(f"the image has {image.shape[1]} channels; this module takes RGB")
+            if "latent" in config.input_types and len(latents) != len(image):
+                raise UserError(f"{count_of(len(latents), 'latent')} and {count_of(len(image), 'image')}: must be as many")
             grids.append([side / config.out_stride for side in image.shape[2:]])
         height, width = grids[0]
         if grids[-1] != grids[0]:
@@ -193,143 +199,7 @@ class AlignModule(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# VAEs
-
-
-def locate_vae(model_path: str, subfolder: str | None, cache_dir: str | None = None, flag: str = "--vae1_path") -> Path:
-    """The local folder that holds a VAE's config.json and weights, downloaded from the hub if `model_path` is a repo id.
-
-    `model_path/subfolder` is looked at first, then `model_path` itself, both on disk and on the hub.
-    """
-    root = Path(model_path).expanduser()
-    places = [place for place in dict.fromkeys((subfolder or "", "")) if not Path(place).is_absolute()]
-    if root.is_dir():
-        for place in places:
-            if (root / place / "config.json").is_file() and any((root / place / name).is_file() for name in WEIGHT_FILES):
-                return root / place
-        looked = " or ".join(str(root / place) for place in places)
-        raise UserError(f"{flag} {model_path}: no VAE there (config.json and {WEIGHT_FILES[0]} in {looked})")
-    if root.exists() or model_path.count("/") != 1 or model_path.startswith((".", "~", "/")):
-        raise UserError(f"{flag} {model_path}: neither a folder on this machine nor a hub id of the form owner/name")
-    return _download_vae(model_path, places, cache_dir, flag)
-
-
-def _download_vae(repo: str, places: list[str], cache_dir: str | None, flag: str) -> Path:
-    from huggingface_hub import errors, hf_hub_download
-
-    def fetch(place, name):
-        return hf_hub_download(repo, name, subfolder=place or None, cache_dir=cache_dir, token=hub_token() or False)
-
-    missing = None
-    try:
-        for place in places:
-            for name in WEIGHT_FILES:
-                try:
-                    config_file = fetch(place, "config.json")
-                    fetch(place, name)
-                    return Path(config_file).parent
-                except (errors.RemoteEntryNotFoundError, errors.LocalEntryNotFoundError) as error:
-                    missing = error
-        if isinstance(missing, errors.LocalEntryNotFoundError):
-            raise missing  # not on this machine and the hub cannot be asked
-    except errors.GatedRepoError:
-        raise UserError(f"{flag} {repo}: a gated model; accept its licence on its hub page and set HUGGINGFACE_TOKEN") from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(f"{flag} {repo}: no such model on the hub; if it is private or gated, set HUGGINGFACE_TOKEN") from None
-    except Exception as error:  # offline, timeout, proxy down, disk full: the hub client has no common base for them
-        raise UserError(
-            f"{flag} {repo}: could not be downloaded ({one_line(error)}); check the network and --proxy, or name a local folder"
-        ) from None
-    raise UserError(f"{flag} {repo}: this hub model has no VAE in {' or '.join(repr(place) for place in places)}")
-
-
-class LazyVAE:
-    """A frozen diffusers VAE that is read from disk when something first needs its weights.
-
-    `config`, `device` and `dtype` are there at once; every other attribute is the model's own.
-    """
-
-    def __init__(self, folder: Path, device: str | torch.device, dtype: torch.dtype, flag: str = "--vae1_path"):
-        import diffusers
-
-        try:
-            stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            class_name = stored["_class_name"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{flag} {folder}: its config.json cannot be read as a VAE's ({one_line(error)})") from None
-        if class_name not in VAE_CLASSES:
-            raise UserError(f"{flag} {folder}: a {class_name}; known VAE classes are {', '.join(VAE_CLASSES)}")
-        self.folder, self.flag = folder, flag
-        self.device, self.dtype = torch.device(device), dtype
-        self.model_class = getattr(diffusers, class_name)
-        try:
-            with torch.device("meta"):  # shapes and defaults without memory
-                self.config = self.model_class.from_config(stored).config
-        except Exception as error:  # whatever a hand-edited config makes the constructor raise
-            raise UserError(f"{flag} {folder}: its config.json does not describe a {class_name} ({one_line(error)})") from None
-        self._model = None
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that make the VAE what it is: its config and its weights."""
-        weights = next(self.folder / name for name in WEIGHT_FILES if (self.folder / name).is_file())
-        return [self.folder / "config.json", weights]
-
-    @property
-    def loaded(self) -> bool:
-        return self._model is not None
-
-    @property
-    def model(self) -> nn.Module:
-        if self._model is None:
-            try:
-                model, report = self.model_class.from_pretrained(
-                    self.folder,
-                    torch_dtype=self.dtype,
-                    low_cpu_mem_usage=False,
-                    output_loading_info=True,
-                    local_files_only=True,
-                )
-            except Exception as error:  # truncated, wrong shapes, another kind of file: each library has its own error
-                raise UserError(f"{self.flag} {self.folder}: its weights cannot be loaded ({one_line(error)})") from None
-            if report["missing_keys"]:
-                missing = report["missing_keys"]
-                raise UserError(f"{self.flag} {self.folder}: {len(missing)} weights are missing, {sorted(missing)[0]} first")
-            self._model = freeze(model).to(self.device)
-        return self._model
-
-    def __getattr__(self, name):
-        if name.startswith("__") or name == "_model":  # copy and pickle probe for these before __init__ ran
-            raise AttributeError(name)
-        return getattr(self.model, name)
-
-    def __call__(self, *args, **kwargs):
-        return self.model(*args, **kwargs)
-
-    def to(self, device: str | torch.device):
-        self.device = torch.device(device)
-        if self.loaded:
-            self._model.to(self.device)
-        return self
-
-
-def freeze(vae: nn.Module) -> nn.Module:
-    """Evaluation mode, no gradients, `channels_last` (in bfloat16 on a CPU worth ten times the speed)."""
-    return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-
-
-def load_vae_model(model_path, subfolder, cache_dir, device, dtype, flag: str = "--vae1_path") -> LazyVAE:
-    """A frozen VAE from a folder or the hub, of the class that its own config.json names.
-
-    Args:
-        model_path: local folder or hub id; `subfolder` is looked for in it, then the folder itself.
-        cache_dir: where the hub client keeps downloads; None is its own default.
-        device, dtype: where and in which precision the weights will live.
-        flag: the command-line flag that error messages name.
-
-    The hub client takes its token from HUGGINGFACE_TOKEN or HF_TOKEN and its proxy from HTTPS_PROXY. Raises UserError.
-    """
-    return LazyVAE(locate_vae(str(model_path), subfolder, cache_dir, flag), device, dtype, flag)
+# Latent spaces
 
 
 class LatentSpace:
@@ -345,8 +215,15 @@ class LatentSpace:
         widths = config["encoder_block_out_channels" if class_name == "AutoencoderTiny" else "block_out_channels"]
         self.channels = config["latent_channels"]
         self.stride = 2 ** (len(widths) - 1)
-        self.scaling_factor = config.get("scaling_factor") or 1.0
-        self.shift_factor = config.get("shift_factor") or 0.0
+        try:
+            self.scaling_factor = float(config.get("scaling_factor") or 1.0)
+            self.shift_factor = float(config.get("shift_factor") or 0.0)
+        except (TypeError, ValueError):
+            where = f"{vae.flag} {vae.folder}" if isinstance(vae, LazyVAE) else class_name
+            raise UserError(f"{where}: scaling_factor and shift_factor of its config.json must be numbers") from None
+        if path is not None:
+            local = Path(path).expanduser()
+            path = str(local.resolve() if local.is_dir() else path)  # a relative folder means another one elsewhere
         self.identity = {
             "path": path,
             "subfolder": subfolder,
@@ -422,6 +299,7 @@ class AlignPipeline:
     def _space(self, index: int) -> LatentSpace:
         if callable(self._spaces[index]):
             self._spaces[index] = self._spaces[index]()
+            self._spaces[index].vae.to(self.device)
         return self._spaces[index]
 
     @property
@@ -451,8 +329,9 @@ class AlignPipeline:
     def to(self, device: str | torch.device) -> AlignPipeline:
         self.module.to(device)
         self.training_module.to(device)
-        for space in (self.space1, self.space2):
-            space.vae.to(device)
+        for space in self._spaces:
+            if not callable(space):
+                space.vae.to(device)
         return self
 
     @property
@@ -480,7 +359,7 @@ class AlignPipeline:
             inputs["latents"] = latents("latents1", lambda: self.space1)
         return inputs, latents("latents2", lambda: self.space2)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def translate(self, latents: torch.Tensor | None, image: torch.Tensor | None = None) -> torch.Tensor:
         """VAE1's scaled latents (B, C1, h, w) -> VAE2's scaled latents (B, C2, h', w'), in the dtype that came in.
 
@@ -536,7 +415,7 @@ class AlignPipeline:
         module = AlignModule(AlignConfig(**content["align_config"]))
         try:
             module.load_state_dict(content["state_dict"])
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise UserError(f"checkpoint {path}: its weights do not fit its own description ({one_line(error)})") from None
         options = {"cache_dir": cache_dir, "device": device, "dtype": dtype}
         spaces = [
@@ -570,16 +449,17 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     """The content of a checkpoint as plain values and tensors on the CPU; of a folder, its newest. UserError if not ours."""
     path = Path(path)
     if path.is_dir():
-        names = sorted(entry for entry in path.glob(f"{CHECKPOINT_PREFIX}_*.pth"))
+        names = sorted(path.glob(f"{CHECKPOINT_PREFIX}_[0-9]*_[0-9]*.pth"))  # by time: a renamed copy has none
         if not names:
-            raise UserError(f"checkpoint {path}: no {CHECKPOINT_PREFIX}_*.pth in this folder")
+            raise UserError(f"checkpoint {path}: no {CHECKPOINT_PREFIX}_YYYYMMDD_HHMMSS.pth in this folder")
         path = names[-1]
     if not path.is_file():
         raise UserError(f"checkpoint {path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"checkpoint {path}: not a checkpoint of this tool (it asks to run code, which is refused)") from None
+    except pickle.UnpicklingError as error:
+        why = " (it asks to run code, which is refused)" if "GLOBAL" in str(error).upper() else ""
+        raise UserError(f"checkpoint {path}: not a checkpoint of this tool{why}") from None
     except Exception as error:  # truncated or foreign files fail inside zipfile, pickle or torch, each with its own error
         raise UserError(f"checkpoint {path}: damaged or not a checkpoint ({one_line(error)})") from None
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
@@ -588,8 +468,12 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         known = {field.name for field in fields(AlignConfig)}
         content["align_config"] = {name: value for name, value in content["align_config"].items() if name in known}
         AlignConfig(**content["align_config"])
-        assert all(name in content for name in ("state_dict", "vae1", "vae2", "config", "step", "epoch", "metrics"))
-    except (AssertionError, AttributeError, KeyError, TypeError):
+        if not all(isinstance(content[name], dict) for name in ("state_dict", "vae1", "vae2", "config", "metrics")):
+            raise TypeError
+        for name in ("path", "subfolder", "channels", "stride"):
+            content["vae1"][name], content["vae2"][name]
+        content["step"], content["epoch"]
+    except (AttributeError, KeyError, TypeError):
         raise UserError(f"checkpoint {path}: incomplete; it was not written by this tool") from None
     return content
 
