@@ -292,7 +292,8 @@ class AlignPipeline:
     """
 
     def __init__(self, module: AlignModule, space1, space2):
-        self.module = self.training_module = module
+        # channels_last is worth a third of the training time on a CPU, and what tensor cores want
+        self.module = self.training_module = module.to(memory_format=torch.channels_last)
         self._spaces = [space1, space2]
         self.progress = {"step": 0, "epoch": 0, "metrics": {}, "config": {}}
 
