@@ -423,6 +423,7 @@ def eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int) -> Dat
 
 
 def loader_options(num_workers: int) -> dict:
+    num_workers = min(num_workers, os.cpu_count() or 1)  # more would only take turns
     return {
         "num_workers": num_workers,
         "collate_fn": collate,

@@ -58,7 +58,7 @@ def ladder_table(results: dict) -> str:
         "PSNR dB": ("psnr", "{:.2f}".format),
         "SSIM": ("ssim", "{:.4f}".format),
         "colour bias": ("colour_bias", lambda bias: " ".join(f"{level:+.1f}" for level in bias)),
-        "ms": ("milliseconds", "{:.1f}".format),
+        "ms": ("milliseconds", "{:.2f}".format),
         "M params": ("parameters", lambda count: f"{count / 1e6:.2f}"),
         "G MACs": ("macs", lambda count: f"{count / 1e9:.2f}"),
     }

@@ -115,6 +115,7 @@ class LazyVAE:
         return self._model is not None
 
     @property
+    @torch.inference_mode(False)  # weights first read while evaluating must still serve a backward pass later
     def model(self) -> nn.Module:
         if self._model is None:
             try:

@@ -45,3 +45,12 @@ def test_same_step_same_window(space):
     loss = DecodedImageLoss(space, 1, 4, "original", 0)
     assert loss(target, target, images, 3) == loss(target, target, images, 3)
     assert len({float(loss(target, target, images, step)) for step in range(6)}) > 1
+
+
+def test_a_vae_first_used_in_evaluation_still_takes_part_in_training(space):
+    """Catches weights that were read under inference_mode, which autograd then refuses."""
+    with torch.inference_mode():
+        space.decode(torch.zeros(1, 16, 2, 2))
+    latents = torch.zeros(1, 16, 2, 2, requires_grad=True)
+    space.decode(latents).sum().backward()
+    assert latents.grad.abs().sum() > 0
