@@ -37,7 +37,9 @@ def test_taesd_to_taef1_trains_and_evaluates_with_the_shipped_config(shared, tmp
     assert run.last["step"] == 2
     assert run.last["align_config"]["latent_channels"] == 4
     assert run.last["align_config"]["out_channels"] == 16
-    assert run.last["align_config"]["hidden_channels"] == 96  # the config's, not the parser's
+    assert (
+        run.last["align_config"]["hidden_channels"] == json.loads(flags["load_config"].read_text())["hidden_channels"]
+    )  # not the parser's
 
     output = tmp_path / "results"
     judged = {
