@@ -28,6 +28,7 @@ from vaes import LazyVAE, freeze, load_vae_model
 
 CHECKPOINT_FORMAT = "vae-align"
 CHECKPOINT_PREFIX = "align_pipeline"
+CPU_PIXELS = 256 * 256  # image pixels that a VAE handles at once on a CPU
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -255,13 +256,12 @@ class LatentSpace:
         """
         if any(side % self.stride for side in images.shape[2:]):
             raise UserError(f"image of {tuple(images.shape[2:])} px: both sides must be multiples of {self.stride}")
-        encoded = self.vae.encode(self._input(images))
-        if hasattr(encoded, "latents"):
-            raw = encoded.latents
-        elif sample:
-            raw = encoded.latent_dist.sample(generator=generator)
+        encoded = [self.vae.encode(self._input(part)) for part in self._parts(images, stride=1)]
+        if hasattr(encoded[0], "latents"):
+            raw = torch.cat([part.latents for part in encoded])
         else:
-            raw = encoded.latent_dist.mode()
+            posterior = type(encoded[0].latent_dist)(torch.cat([part.latent_dist.parameters for part in encoded]))
+            raw = posterior.sample(generator=generator) if sample else posterior.mode()
         return (raw.float() - self.shift_factor) * self.scaling_factor
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -270,7 +270,15 @@ class LatentSpace:
         Gradients flow to the latents; the VAE's own weights take none.
         """
         raw = latents.float() / self.scaling_factor + self.shift_factor
-        return self.vae.decode(self._input(raw)).sample.float()
+        parts = self._parts(raw, stride=self.stride)
+        return torch.cat([self.vae.decode(self._input(part)).sample.float() for part in parts])
+
+    def _parts(self, tensor: torch.Tensor, stride: int):
+        """`tensor` in the pieces in which the VAE runs fastest: whole, but on a CPU of at most `CPU_PIXELS` image pixels,
+        since the features of a larger batch fall out of its cache (almost twice the time at 16 images of 256 px)."""
+        if self.vae.device.type != "cpu":
+            return [tensor]
+        return tensor.split(max(1, CPU_PIXELS // (tensor.shape[2] * tensor.shape[3] * stride**2)))
 
     def _input(self, tensor):
         return tensor.to(self.vae.device, self.vae.dtype, memory_format=torch.channels_last)
