@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
+import sys
 
 import torch
 
@@ -11,6 +14,7 @@ from utils import UserError
 log = logging.getLogger(__name__)
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of mallopt's parameters in malloc.h
 ACCELERATE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
 
 
@@ -55,6 +59,19 @@ def resolve_precision(precision: str, device: torch.device, typed: bool) -> str:
         if chosen != precision:
             log.warning("--precision %s does not suit this CPU: using %s", precision, chosen)
     return chosen
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU with glibc, have malloc keep what large tensors free instead of giving it back to the system.
+
+    By default every feature map of more than a few MB is a fresh mapping whose pages the kernel must clear: a third of a tiny
+    VAE's encoding time. The process's memory does not shrink between batches in return. No effect elsewhere.
+    """
+    if device.type == "cpu" and sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+            libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def cpu_has_bfloat16() -> bool:

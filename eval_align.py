@@ -20,7 +20,7 @@ from tqdm import tqdm
 import report
 from cli import Parser, integer, run
 from dataloader import ImageDataset, eval_loader, open_dataset
-from device import PRECISIONS, autocast, get_dtype, resolve_device, resolve_precision
+from device import PRECISIONS, autocast, get_dtype, keep_freed_memory, resolve_device, resolve_precision
 from utils import UserError, claim_writable_folder, count_of, use_proxy, write_json
 from vae_align import AlignModule, AlignPipeline, good_image_size
 
@@ -271,6 +271,7 @@ def main(argv: list[str] | None = None) -> dict:
     use_proxy(args.proxy)
     output_dir = claim_writable_folder(args.output_dir, "--output_dir")
     device = resolve_device(args.device, "device" in args.typed_flags)
+    keep_freed_memory(device)
     pipeline = AlignPipeline.from_checkpoint(args.checkpoint)
     trained = pipeline.progress["config"]
     precision = args.precision or trained.get("precision", "bfloat16")

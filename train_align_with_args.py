@@ -36,7 +36,7 @@ import dataloader
 import report
 from cli import Parser, integer, load_config, real, run
 from decoded_loss import DecodedImageLoss
-from device import ACCELERATE_NAMES, PRECISIONS, get_dtype, resolve_device, resolve_precision
+from device import ACCELERATE_NAMES, PRECISIONS, get_dtype, keep_freed_memory, resolve_device, resolve_precision
 from eval_align import applicable_rows, comparison_panels, evaluate, reconstruct, translators
 from losses import LOSSES, checked_loss_term, get_loss_function, loss_term
 from ridge import RidgeRegression
@@ -424,9 +424,9 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
     batch_size = train_loader.batch_sampler.batch_size * accelerator.num_processes
     if main_process:
         log.info(
-            "%s inputs, %.2f M parameters, %d steps of %s in %d epochs on %s in %s, %s",
+            "%s inputs, %.2f M parameters, %d steps of %s in %s on %s in %s channels_last, %s",
             " + ".join(pipeline.config.input_types), parameters / 1e6, end, count_of(batch_size, "image"),
-            -(-end // steps_per_epoch), accelerator.device, args.precision,
+            count_of(-(-end // steps_per_epoch), "epoch"), accelerator.device, args.precision,
             count_of(accelerator.num_processes, "process"),
         )  # fmt: skip
 
@@ -594,6 +594,7 @@ def main(argv: list[str] | None = None) -> None:
     adopt_architecture(args)
     use_proxy(args.proxy)
     args.device = str(resolve_device(args.device, "device" in args.typed_flags))
+    keep_freed_memory(torch.device(args.device))
     args.precision = resolve_precision(args.precision, torch.device(args.device), "precision" in args.typed_flags)
     claim_writable_folder(args.save_dir, "--save_dir")
     claim_writable_folder(args.log_dir, "--log_dir")

@@ -133,7 +133,7 @@ def main():
         space._input = lambda tensor: tensor.float().contiguous()
         return space
 
-    naive_rate = encoder_rate([naive(options.vae1), naive(options.vae2)], images[:4], 1)
+    naive_rate = encoder_rate([naive(options.vae1), naive(options.vae2)], images, 1)
     rates = {
         "online": online,
         "cached": statistics.median(cached_rate),

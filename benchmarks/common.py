@@ -38,6 +38,7 @@ def recipe_args(input_types, **overrides):
         argv += [f"--{flag}", *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
     args = train.parse_args(argv)
     args.device = str(train.resolve_device(args.device, False))
+    train.keep_freed_memory(torch.device(args.device))
     args.precision = train.resolve_precision(args.precision, torch.device(args.device), False)
     return args
 

@@ -15,6 +15,7 @@ from conftest import ROOT, as_argv, make_photo, read_scalars, run_script
 
 import dataloader
 import latent_cache
+import train_align_with_args as train_script
 from utils import UserError
 from vae_align import LatentSpace, load_vae_model
 
@@ -89,6 +90,17 @@ def test_a_complete_cache_needs_no_vae(photos, vae_folders, tmp_path):
     for expected in (True, False):
         vaes = [load_vae_model(vae_folders[name], "vae", None, "cpu", torch.float32) for name in ("kl4", "kl16")]
         cached(photos, [LatentSpace(vae) for vae in vaes], tmp_path / "cache")
+        assert [vae.loaded for vae in vaes] == [expected] * 2
+
+
+def test_training_on_cached_latents_loads_no_vae(flags, tmp_path):
+    """Catches a loop, a checkpoint or a setup that touches a VAE although the module takes latents and they are cached."""
+    argv = as_argv(flags | {"input_types": "latent", "max_train_steps": 3, "eval_frequency": 0, "visualize_frequency": 0})
+    args = train_script.parse_args(argv)
+    for expected in (True, False):
+        vaes = [load_vae_model(path, "vae", None, "cpu", torch.float32) for path in (args.vae1_path, args.vae2_path)]
+        loaders = train_script.create_data_loaders(args, *vaes)
+        assert train_script.train_align_pipeline(args, *vaes, *loaders, torch.Generator()).is_file()
         assert [vae.loaded for vae in vaes] == [expected] * 2
 
 
