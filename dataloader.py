@@ -396,12 +396,15 @@ def cache_latents(dataset, space1, space2, with_images, root, views, num_workers
         options = loader_options(num_workers) | {"collate_fn": every_view.collate, "persistent_workers": False}
         return DataLoader(every_view, batch_size=images_per_batch, sampler=images, **options)
 
-    def encode(pixels):
+    def encode(indices, pixels):
         images = to_pixel_values(pixels)
         rows = {"pixel_values": pixels.numpy()} if with_images else {}
-        for name, space in (("latents1", space1), ("latents2", space2)):
-            generator = torch.Generator(space.vae.device).manual_seed(dataset.seed) if sample else None
-            rows[name] = space.encode(images, sample, generator).half().cpu().numpy()
+        for number, space in ((1, space1), (2, space2)):
+            generator = None
+            if sample:  # a function of the images, so that a build that was cut short draws the same
+                seed = np.random.SeedSequence((dataset.seed, indices[0], number)).generate_state(1)[0]
+                generator = torch.Generator(space.vae.device).manual_seed(int(seed))
+            rows[f"latents{number}"] = space.encode(images, sample, generator).half().cpu().numpy()
         return rows
 
     def progress(total):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -24,6 +23,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from utils import UserError, count_of, one_line, write_json
 
@@ -104,13 +104,16 @@ class LatentCache:
     def lock(self):
         """Only one run builds at a time; the kernel drops a dead run's lock."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("another run is building this latent cache: waiting for it")
-                fcntl.flock(file, fcntl.LOCK_EX)
+        lock = FileLock(self.folder / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("another run is building this latent cache: waiting for it")
+            lock.acquire()
+        try:
             yield
+        finally:
+            lock.release()
 
     def prepare(self) -> None:
         """Say what the cache will take, and stop at once if the disk does not have it."""
@@ -118,8 +121,9 @@ class LatentCache:
             "latent cache: %s x %s, %.0f MB in %s",
             count_of(self.length, "image"), count_of(self.views, "view"), self.total_bytes / 1e6, self.folder,
         )  # fmt: skip
-        there = sum(file.stat().st_blocks * 512 for file in self.folder.glob("*.bin"))
-        needed, free = self.total_bytes - there, shutil.disk_usage(self.folder).free
+        images_there = sum(len(self.chunk_images(chunk)) for chunk in self.journal())
+        needed = (self.length - images_there) * self.views * self.row_bytes
+        free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise UserError(
                 f"--latent_cache_dir {self.folder.parent}: the cache takes {needed / 1e6:.0f} MB more and the disk has "
@@ -133,15 +137,12 @@ class LatentCache:
                 shape, dtype = self.columns[name]
                 values = np.ascontiguousarray(values, dtype)
                 offset = chunk * CHUNK_IMAGES * self.views * math.prod(shape) * values.itemsize
-                handle = os.open(self.folder / f"{name}.bin", os.O_WRONLY | os.O_CREAT, 0o666)
-                try:
-                    data = memoryview(values).cast("B")
-                    while data:
-                        written = os.pwrite(handle, data, offset)
-                        data, offset = data[written:], offset + written
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
+                create = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+                with os.fdopen(os.open(self.folder / f"{name}.bin", create, 0o666), "r+b") as file:
+                    file.seek(offset)
+                    file.write(memoryview(values).cast("B"))
+                    file.flush()
+                    os.fsync(file.fileno())
             line = json.dumps({"chunk": chunk, "left_out": left_out}) + "\n"
             with open(self.folder / "journal.jsonl", "a", encoding="utf-8") as file:
                 file.write(line if file.tell() == 0 else "\n" + line)  # a line cut short by a kill must not swallow this one
@@ -182,7 +183,7 @@ def build(cache: LatentCache, loader_for, encode, name, progress, rank: int = 0,
     Args:
         loader_for: (images) -> iterable of (images, pixels or None, {image: why it is unreadable}) batches in that order,
             each within one chunk; `pixels` (len(images) · views, 3, S, S) uint8 holds zeros for the unreadable.
-        encode: (pixels) -> {column: rows as a numpy array}.
+        encode: (images, pixels) -> {column: rows as a numpy array}.
         name: (image) -> what to call it in a message.
         progress: (total images) -> a tqdm-like bar.
         barrier: waits for the other processes.
@@ -209,7 +210,7 @@ def _build_chunks(cache, chunks, loader_for, encode, name, progress):
     rows, left_out, seen = {column: [] for column in cache.columns}, {}, 0
     remaining = iter(chunks)
     for batch, pixels, unreadable in loader_for(images):
-        encoded = encode(pixels)
+        encoded = encode(batch, pixels)
         left_out |= unreadable
         for image, *finite in zip(batch, *(_finite(rows, len(batch)) for rows in encoded.values())):
             if not all(finite):

@@ -21,7 +21,7 @@ from eval_align import evaluate
 from utils import write_json
 from vae_align import AlignPipeline, load_vae_model
 
-PACE_STEPS = 12
+PACE_STEPS = 40
 KEPT = ("latent_mse", "psnr", "ssim", "psnr_vs_vae2", "colour_bias", "macs")
 
 

@@ -82,9 +82,8 @@ def photo_folders(tmp_path_factory):
     return root / "train", root / "eval"
 
 
-@pytest.fixture
-def flags(vae_folders, photo_folders, tmp_path):
-    """Flags of the smallest real training run: kl4 -> kl16 at 32 px on the CPU, into tmp_path."""
+def tiny_flags(vae_folders, photo_folders, folder):
+    """Flags of the smallest real training run: kl4 -> kl16 at 32 px on the CPU, 3 steps an epoch, into `folder`."""
     return {
         "vae1_path": vae_folders["kl4"],
         "vae2_path": vae_folders["kl16"],
@@ -99,10 +98,15 @@ def flags(vae_folders, photo_folders, tmp_path):
         "log_frequency": 1,
         "device": "cpu",
         "precision": "float32",
-        "latent_cache_dir": tmp_path / "cache",
-        "log_dir": tmp_path / "runs",
-        "save_dir": tmp_path / "ckpt",
+        "latent_cache_dir": Path(folder) / "cache",
+        "log_dir": Path(folder) / "runs",
+        "save_dir": Path(folder) / "ckpt",
     }
+
+
+@pytest.fixture
+def flags(vae_folders, photo_folders, tmp_path):
+    return tiny_flags(vae_folders, photo_folders, tmp_path)
 
 
 def as_argv(flags):

@@ -10,29 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train_align_with_args as train_script
 
-torch.set_num_threads(1)  # networks this small gain nothing from threads, and on busy cores they wait for each other
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-
-
-def tiny_flags(vae_folders, photo_folders, folder):
-    """The flags of conftest's `flags`, for fixtures that live longer than one test; 3 steps an epoch."""
-    return {
-        "vae1_path": vae_folders["kl4"],
-        "vae2_path": vae_folders["kl16"],
-        "train_data_dir": photo_folders[0],
-        "eval_data_dir": photo_folders[1],
-        "image_size": 32,
-        "hidden_channels": 8,
-        "num_blocks": 1,
-        "train_batch_size": 4,
-        "num_workers": 0,
-        "warmup_steps": 2,
-        "log_frequency": 1,
-        "device": "cpu",
-        "precision": "float32",
-        "log_dir": Path(folder) / "runs",
-        "save_dir": Path(folder) / "ckpt",
-    }
 
 
 QUIET = {"eval_frequency": 0, "save_frequency": 0, "visualize_frequency": 0}

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
-from conftest import as_argv, make_kl_vae, run_script
-from runs import ONE_THREAD, QUIET, tiny_flags
+from conftest import as_argv, make_kl_vae, run_script, tiny_flags
+from runs import ONE_THREAD, QUIET
 
 from vae_align import AlignConfig, AlignModule, AlignPipeline, LatentSpace
 

@@ -178,7 +178,7 @@ def test_a_full_disk_is_one_clear_error(photos, spaces, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="the disk is full"):
-        patch.setattr(os, "pwrite", no_space)
+        patch.setattr(os, "fsync", no_space)
         cached(photos, spaces, tmp_path / "cache")
     data = cached(photos, spaces, tmp_path / "cache")
     assert len(data) == 6

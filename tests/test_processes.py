@@ -4,8 +4,8 @@ import sys
 
 import pytest
 import torch
-from conftest import as_argv, run_script
-from runs import ONE_THREAD, results_of, tiny_flags, train
+from conftest import as_argv, run_script, tiny_flags
+from runs import ONE_THREAD, results_of, train
 from test_schedule import specified
 
 SETTINGS = {

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT, as_argv, run_script
+from conftest import ROOT, as_argv, run_script, tiny_flags
 from PIL import Image
-from runs import ONE_THREAD, QUIET, event_tags, results_of, same_weights, tiny_flags, train
+from runs import ONE_THREAD, QUIET, event_tags, results_of, same_weights, train
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import report
