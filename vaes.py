@@ -150,13 +150,7 @@ class LazyVAE:
 
 
 def freeze(vae: nn.Module) -> nn.Module:
-    """Evaluation mode, no gradients, `channels_last` (in bfloat16 on a CPU worth ten times the speed).
-
-    ReLUs, which only AutoencoderTiny has, work in place: each follows a convolution or a sum that nothing else reads.
-    """
-    for module in vae.modules():
-        if isinstance(module, nn.ReLU):
-            module.inplace = True
+    """Evaluation mode, no gradients, `channels_last` (in bfloat16 on a CPU worth ten times the speed)."""
     return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
