@@ -150,6 +150,7 @@ def _checked_item(action, value, where):
 def run(main) -> None:
     """Call `main()` as a program: a UserError becomes one line on stderr and exit status 1, an interrupt 130."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it warns of every config key that a VAE class does not use
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what it warns of while it retries ends in a UserError's one line
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for chatty in ("httpx", "httpx2"):  # one line per request of the hub client
         logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -23,14 +23,12 @@ from tqdm import tqdm
 from latent_cache import LatentCache, build, cache_key, file_list_digest
 from utils import UserError, hub_token, one_line
 
+log = logging.getLogger(__name__)
+
 WIDE_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # grey with more than 8 bits; Pillow would clip them at 255
 SYNSET = re.compile(r"n\d{8}$")
 ENCODE_BATCH = 16  # views encoded at once for the cache
 ZOOM = 1.25  # training draws the short side between image_size and this multiple of it (never above the image's own)
-
-
-log = logging.getLogger(__name__)
-
 PREPROCESSING = 1  # counts changes to what `ImageDataset.crop` makes of a file, so that no older cache is read
 
 

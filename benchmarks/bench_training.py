@@ -13,6 +13,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 from common import open_vae, print_result, recipe_args, train
@@ -46,10 +47,9 @@ def loop_rate(args, vaes, loader, steps, log_dir):
         args.log_frequency = max(1, steps // 10)
         generator = torch.Generator(args.device).manual_seed(args.seed)
         train.train_align_pipeline(args, *vaes, loader, None, generator)
-        events = EventAccumulator(folder)
-        for file in sorted(dataloader.Path(folder).rglob("events.*")):
-            events = EventAccumulator(str(file))
-            events.Reload()
+        (file,) = Path(folder).rglob("events.*")
+        events = EventAccumulator(str(file))
+        events.Reload()
         return statistics.median([event.value for event in events.Scalars("train/images_per_second")][1:])
 
 
