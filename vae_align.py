@@ -13,9 +13,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import logging
 import math
 import os
 import pickle
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -25,6 +27,8 @@ from torch import nn
 
 from utils import UserError, atomic_file, count_of, file_digest, next_stamp, one_line
 from vaes import LazyVAE, freeze, load_vae_model
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = "vae-align"
 CHECKPOINT_PREFIX = "align_pipeline"
@@ -383,11 +387,14 @@ class AlignPipeline:
         image = image.to(**take) if image is not None else None
         return self.module(latents, image).to(given.device, given.dtype)
 
-    def save_checkpoint(self, folder: str | os.PathLike, config: dict, step: int, epoch: float, metrics: dict) -> Path:
+    def save_checkpoint(
+        self, folder: str | os.PathLike, config: dict, step: int, epoch: float, metrics: dict, name=None, **more
+    ) -> Path:
         """Write `align_pipeline_YYYYMMDD_HHMMSS.pth` into `folder` and return its path.
 
-        The file appears whole or not at all, never replaces another, and sorts after those already there. It holds
-        tensors and plain values only, so that `torch.load(weights_only=True)` reads it.
+        The file appears whole or not at all, never replaces another, and sorts after those already there; with `name` it
+        is called that instead, and replaces an older one. It holds tensors and plain values only (those of `more` too), so
+        that `torch.load(weights_only=True)` reads it.
         """
         content = {
             "format": CHECKPOINT_FORMAT,
@@ -399,11 +406,11 @@ class AlignPipeline:
             "step": step,
             "epoch": epoch,
             "metrics": metrics,
-        }
+        } | more
         while True:
-            path = Path(folder) / f"{CHECKPOINT_PREFIX}_{next_stamp(folder, CHECKPOINT_PREFIX)}.pth"
+            path = Path(folder) / (name or f"{CHECKPOINT_PREFIX}_{next_stamp(folder, CHECKPOINT_PREFIX)}.pth")
             try:
-                with atomic_file(path, exclusive=True) as file:
+                with atomic_file(path, exclusive=name is None) as file:
                     torch.save(content, file)
                 return path
             except FileExistsError:
@@ -454,16 +461,41 @@ def _recorded_space(recorded: dict, given, flag: str, options: dict) -> LatentSp
     return space
 
 
+def checkpoints_in(folder: str | os.PathLike) -> list[Path]:
+    """The checkpoints in a folder, newest first; a renamed copy has no time stamp and does not count."""
+    return sorted(Path(folder).glob(f"{CHECKPOINT_PREFIX}_[0-9]*_[0-9]*.pth"), reverse=True)
+
+
+def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict]:
+    """(path, content) of the newest checkpoint in `folder` that is undamaged; UserError if there is none."""
+    failure = f"no {CHECKPOINT_PREFIX}_YYYYMMDD_HHMMSS.pth in this folder"
+    for path in checkpoints_in(folder):
+        try:
+            return path, read_checkpoint(path)
+        except UserError as error:
+            failure = str(error)
+            log.warning("%s; trying the one before it", error)
+    raise UserError(f"checkpoint {folder}: {failure}")
+
+
 def read_checkpoint(path: str | os.PathLike) -> dict:
-    """The content of a checkpoint as plain values and tensors on the CPU; of a folder, its newest. UserError if not ours."""
+    """The content of a checkpoint as plain values and tensors on the CPU; of a folder, its newest undamaged one.
+
+    UserError if it is not ours or damaged: the checksum of every part is compared (CRC-32, which the file's zip format
+    stores and `torch.load` ignores).
+    """
     path = Path(path)
     if path.is_dir():
-        names = sorted(path.glob(f"{CHECKPOINT_PREFIX}_[0-9]*_[0-9]*.pth"))  # by time: a renamed copy has none
-        if not names:
-            raise UserError(f"checkpoint {path}: no {CHECKPOINT_PREFIX}_YYYYMMDD_HHMMSS.pth in this folder")
-        path = names[-1]
+        return newest_checkpoint(path)[1]
     if not path.is_file():
         raise UserError(f"checkpoint {path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as parts:
+            damaged = parts.testzip()
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, RuntimeError):
+        damaged = None  # not even a zip: torch.load tells what it is
+    if damaged:
+        raise UserError(f"checkpoint {path}: damaged ({damaged} does not match its checksum)")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
