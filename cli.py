@@ -41,18 +41,20 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Parse with the precedence default < --load_config JSON < typed flags.
 
-        The result's `typed_flags` names the flags that were typed on the command line.
+        The result's `typed_flags` names the flags that were typed on the command line, `given_flags` those in the JSON too.
         """
         actions = {action.dest: action for action in self._actions if action.dest != "help"}
         typed = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(actions, UNSET)))
         given = {name: value for name, value in vars(typed).items() if value is not UNSET}
         values = {name: action.default for name, action in actions.items()}
+        config = {}
         if given.get("load_config"):
             try:
-                values |= checked_config(load_config(given["load_config"]), actions, given["load_config"])
+                config = checked_config(load_config(given["load_config"]), actions, given["load_config"])
             except UserError as error:
                 self.error(str(error))
-        return argparse.Namespace(**(values | given), typed_flags=tuple(sorted(given)))
+        names = {"typed_flags": tuple(sorted(given)), "given_flags": tuple(sorted(config | given))}
+        return argparse.Namespace(**(values | config | given), **names)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import re
+import signal
 import warnings
 from pathlib import Path
 
@@ -423,11 +424,18 @@ def eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int) -> Dat
     return DataLoader(dataset, batch_size=batch_size, shuffle=False, **loader_options(num_workers))
 
 
+def leave_signals_to_parent(worker: int) -> None:
+    """For a worker: an interrupt goes to every process of a terminal, and it is the parent that ends the run."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def loader_options(num_workers: int) -> dict:
     num_workers = min(num_workers, os.cpu_count() or 1)  # more would only take turns
     return {
         "num_workers": num_workers,
         "collate_fn": collate,
+        "worker_init_fn": leave_signals_to_parent,
         "persistent_workers": num_workers > 0,
         "pin_memory": torch.cuda.is_available(),
     }

@@ -1,56 +1,30 @@
-"""Going on with an interrupted run: from which checkpoint, with which flags, and how a run lets itself be interrupted."""
+"""Going on with an interrupted run: with which flags, from which state, and how a run lets itself be interrupted.
+
+Whatever is random in a step is a function of (seed, step): the order of the images, their crops, posterior samples, the
+decoded loss's window. So the state of a training is its tensors and its step, and no generator's.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
+import os
 import signal
-from pathlib import Path
 
 import torch
 
 from utils import UserError
-from vae_align import checkpoints_in, read_checkpoint
+from vae_align import LatentSpace
 
-log = logging.getLogger(__name__)
-
-# What a resumed run may be given anew: how long it goes on, where it runs and what it says meanwhile. The other flags shape
-# the weights, and come from the checkpoint.
-MAY_CHANGE = frozenset(
-    """resume dry_run epochs max_train_steps device num_workers train_data_dir eval_data_dir vae1_path vae2_path
-    vae1_subfolder vae2_subfolder cache_dir proxy latent_cache_dir log_dir save_dir config_save_path decoder_loss_path
-    decoder_loss_subfolder eval_batch_size log_frequency eval_frequency save_frequency save_steps keep_last
-    visualize_frequency num_visualize_samples best_metric max_bad_steps""".split()
-)
-
-
-def find_checkpoint(wanted: str, save_dir: str) -> tuple[Path, dict] | None:
-    """(path, content) of the checkpoint that --resume means; None when there is nothing to resume.
-
-    "latest" is the newest one in `save_dir` that is undamaged and holds the state of its training; damaged ones are named
-    on the way. UserError for a path that is not such a checkpoint.
-    """
-    if wanted != "latest" and not Path(wanted).is_dir():
-        content = read_checkpoint(wanted)
-        if "training" not in content:
-            raise UserError(
-                f"--resume {wanted}: this checkpoint holds weights but not the state of its training; "
-                "--load_checkpoint starts a new run from them"
-            )
-        return Path(wanted), content
-    folder = save_dir if wanted == "latest" else wanted
-    for path in checkpoints_in(folder):
-        try:
-            content = read_checkpoint(path)
-        except UserError as error:
-            log.warning("%s; trying the one before it", error)
-            continue
-        if "training" in content:
-            return path, content
-    if wanted != "latest":
-        raise UserError(f"--resume {wanted}: no checkpoint to resume from in this folder")
-    return None
+# What a resumed run may be given anew: how long it goes on, where things are and what it says meanwhile. The other flags
+# shape the weights, and come from the checkpoint.
+MAY_CHANGE = frozenset({
+    "epochs", "max_train_steps", "device", "num_workers", "compile", "cache_only", "max_bad_steps",
+    "train_data_dir", "eval_data_dir", "latent_cache_dir", "log_dir", "save_dir", "config_save_path", "cache_dir", "proxy",
+    "vae1_path", "vae1_subfolder", "vae2_path", "vae2_subfolder", "decoder_loss_path", "decoder_loss_subfolder",
+    "log_frequency", "eval_frequency", "visualize_frequency", "save_frequency", "save_steps", "keep_last",
+    "eval_batch_size", "num_visualize_samples",
+})  # fmt: skip
 
 
 def adopt_flags(args: argparse.Namespace, config: dict) -> None:
@@ -60,7 +34,7 @@ def adopt_flags(args: argparse.Namespace, config: dict) -> None:
             continue
         given = name in args.given_flags
         if name in MAY_CHANGE:
-            if not given:
+            if not given and name != "device":  # which is chosen by what this machine has
                 setattr(args, name, value)
         elif given and _comparable(getattr(args, name)) != _comparable(value):
             raise UserError(
@@ -75,19 +49,68 @@ def _comparable(value):
     return sorted(set(value)) if isinstance(value, list) else value
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load an optimizer's state, each moment in its parameter's memory layout, which fused kernels rely on."""
-    optimizer.load_state_dict(state)
-    for parameter, moments in optimizer.state.items():
+def require_same_vaes(content: dict, space1: LatentSpace, space2: LatentSpace) -> None:
+    """UserError unless both VAEs are, by kind, the ones that the checkpoint's run was trained with."""
+    for number, space in ((1, space1), (2, space2)):
+        recorded = content[f"vae{number}"]
+        for name in ("class", "channels", "stride", "scaling_factor", "shift_factor"):
+            if recorded.get(name) != space.identity[name]:
+                raise UserError(
+                    f"--vae{number}_path {space.identity['path']}: its {name} is {space.identity[name]}, the run to resume "
+                    f"was trained with {recorded.get(name)} ({recorded['path']})"
+                )
+
+
+def data_order(train_loader, processes: int) -> dict:
+    """What the order of the training images depends on besides the flags: {what: number}."""
+    return {"images": len(train_loader.dataset), "steps in an epoch": len(train_loader), "processes": processes}
+
+
+def require_same_order(recorded: dict, order: dict) -> None:
+    """UserError if the images would come in another order than in the run that is resumed."""
+    for name, number in order.items():
+        if recorded[name] != number:
+            raise UserError(f"--resume: the run had {recorded[name]} {name}, now {number}; resume it with as many")
+
+
+def training_state(trained, average, optimizer, scheduler, scaler) -> dict:
+    """What goes on from step to step besides the weights that are judged; tensors on the CPU."""
+    return {
+        "weights": _on_cpu(trained.state_dict()) if average else None,  # without averages they are the judged ones
+        "averaged": int(average.n_averaged) if average else 0,
+        "optimizer": _on_cpu(optimizer.state_dict()),
+        "scheduler": scheduler.state_dict(),
+        "scaler": scaler.state_dict() if scaler else None,
+    }
+
+
+def restore_training(state: dict, trained, average, optimizer, scheduler, scaler) -> None:
+    """Undo `training_state`. The judged weights are already in place."""
+    if average:
+        trained.load_state_dict(state["weights"])
+        average.n_averaged.fill_(state["averaged"])
+    optimizer.load_state_dict(state["optimizer"])
+    for parameter, moments in optimizer.state.items():  # a fused kernel relies on the parameter's own memory layout
         for name, moment in moments.items():
             if moment.shape == parameter.shape:
                 moments[name] = torch.empty_like(parameter).copy_(moment)
+    scheduler.load_state_dict(state["scheduler"])
+    if scaler and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+
+
+def _on_cpu(value):
+    if isinstance(value, dict):
+        return {name: _on_cpu(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_on_cpu(item) for item in value]
+    return value.detach().cpu().contiguous() if isinstance(value, torch.Tensor) else value
 
 
 class StopRequest:
     """Within this context SIGINT and SIGTERM ask the run to stop instead of stopping it: `signal` says which came.
 
-    The second signal acts as if this context were not there, so that it ends the process at once.
+    The second one of a kind acts as if this context were not there, so that it ends the process at once.
     """
 
     def __init__(self):
@@ -102,15 +125,19 @@ class StopRequest:
 
     def _note(self, number, frame):
         self.signal = number
-        for other in self._before:
-            signal.signal(other, signal.SIG_DFL)
-        log.warning("%s: finishing the step and saving; once more to leave at once", signal.Signals(number).name)
+        signal.signal(number, signal.SIG_DFL)
+        # os.write: a handler may come upon a half-done print, which buffered streams do not bear
+        os.write(2, f"\n{signal.Signals(number).name}: finishing the step and saving; once more to leave at once\n".encode())
 
     def __exit__(self, *exception):
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    @property
-    def exit_code(self) -> int:
-        """The customary exit code of a process that a signal ended."""
-        return 128 + self.signal
+    def agreed(self, accelerator, may_ask: bool) -> int | None:
+        """The signal that came, to every process the same and at the same step; several ask each other if `may_ask`."""
+        if accelerator.num_processes == 1:
+            return self.signal
+        if not may_ask:
+            return None
+        mine = torch.tensor([float(self.signal or 0)], device=accelerator.device)
+        return int(accelerator.gather(mine).max().item()) or None

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import logging
 import math
 import re
@@ -33,13 +34,32 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import dataloader
-import report
+from bad_steps import BadSteps
+from checkpoints import BEST_METRICS, RunCheckpoints, find_checkpoint
 from cli import Parser, integer, load_config, real, run
 from decoded_loss import DecodedImageLoss
-from device import ACCELERATE_NAMES, PRECISIONS, get_dtype, keep_freed_memory, resolve_device, resolve_precision
-from eval_align import applicable_rows, comparison_panels, evaluate, reconstruct, translators
+from device import (
+    ACCELERATE_NAMES,
+    PRECISIONS,
+    get_dtype,
+    keep_freed_memory,
+    peak_memory,
+    resolve_device,
+    resolve_precision,
+)
+from eval_align import evaluate
 from losses import LOSSES, checked_loss_term, get_loss_function, loss_term
+from resume import (
+    StopRequest,
+    adopt_flags,
+    data_order,
+    require_same_order,
+    require_same_vaes,
+    restore_training,
+    training_state,
+)
 from ridge import RidgeRegression
+from training_log import evaluate_and_log, log_hparams, log_model_stats, open_writer, visualize_results
 from utils import UserError, claim_writable_folder, count_of, next_stamp, use_proxy, write_json
 from vae_align import (
     AlignConfig,
@@ -71,6 +91,11 @@ def build_parser() -> Parser:
         "--config_save_path", default="", help="where to write the resolved config (default: beside each checkpoint)"
     )
     group.add_argument("--seed", type=integer(0, 2**32 - 1), default=42, help="of weights, order and crops")
+    group.add_argument("--resume", nargs="?", const="latest", metavar="PATH",
+                       help="go on with an interrupted run: the newest in --save_dir, or this checkpoint")  # fmt: skip
+    group.add_argument(
+        "--dry_run", action="store_true", help="try one step and one evaluation batch, print the plan, write nothing"
+    )
 
     group = parser.add_argument_group("VAEs (frozen)")
     group.add_argument("--vae1_path", default="black-forest-labs/FLUX.1-dev", help="VAE to come from: folder or hub id")
@@ -127,6 +152,8 @@ def build_parser() -> Parser:
     group.add_argument("--grad_clip", type=real(0), default=0.0, help="largest gradient norm; 0: no clipping")
     group.add_argument("--ema_decay", type=real(0, 0.99999), default=0.0,
                        help="per step, of the averaged weights that are judged and saved; 0: no averaging")  # fmt: skip
+    group.add_argument("--max_bad_steps", type=integer(1), default=10,
+                       help="stop after so many steps in a row whose loss or gradient is not finite; few are skipped")  # fmt: skip
     parser.add_switch(group, "compile", False, "torch.compile the module: slower to start, faster to run")
 
     group = parser.add_argument_group("schedule")
@@ -157,6 +184,9 @@ def build_parser() -> Parser:
     group.add_argument("--log_frequency", type=integer(1), default=10, help="steps between log entries")
     group.add_argument("--eval_frequency", type=integer(0), default=1, help="epochs between evaluations; 0: never")
     group.add_argument("--save_frequency", type=integer(0), default=1, help="epochs between checkpoints; 0: only at the end")
+    group.add_argument("--save_steps", type=integer(0), default=0, help="also a checkpoint every so many steps; 0: none")
+    group.add_argument("--keep_last", type=integer(0), default=0, help="checkpoints of this run to keep; 0: all")
+    group.add_argument("--best_metric", choices=BEST_METRICS, default="psnr", help="by which the best checkpoint is kept")
     group.add_argument("--visualize_frequency", type=integer(0), default=1, help="epochs between pictures; 0: never")
     group.add_argument("--num_visualize_samples", type=integer(0, 256), default=4, help="evaluation images to show; 0: none")
     return parser
@@ -174,7 +204,7 @@ def save_config(args: argparse.Namespace, save_path) -> None:
 
 def config_dict(args: argparse.Namespace) -> dict:
     """The flags as plain values, without what is not a setting or must not be stored."""
-    names = {action.dest for action in build_parser()._actions} - {"help", "load_config"}
+    names = {action.dest for action in build_parser()._actions} - {"help", "load_config", "resume", "dry_run"}
     config = {name: value for name, value in vars(args).items() if name in names}
     if config.get("proxy"):
         config["proxy"] = re.sub(r"^([\w+.-]+://)?.*@", r"\1", config["proxy"])
@@ -227,7 +257,11 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace) -> AlignPipeline
         out_stride=space2.stride,
     )
     module = AlignModule(config)
-    if args.load_checkpoint:
+    resumed = getattr(args, "resumed", None)
+    if resumed:
+        require_same_vaes(resumed, space1, space2)
+        module.load_state_dict(resumed["state_dict"])
+    elif args.load_checkpoint:
         content = read_checkpoint(args.load_checkpoint)
         trained_for = AlignConfig(**content["align_config"])
         for name in ("latent_channels", "latent_stride", "out_channels", "out_stride"):
@@ -378,6 +412,17 @@ def is_due(epoch: float, last: bool, frequency: int) -> bool:
     return frequency > 0 and (last or epoch % frequency == 0)
 
 
+def save_is_due(step: int, epoch: float, last: bool, args: argparse.Namespace) -> bool:
+    """Whether a checkpoint is written after `step` steps."""
+    by_steps = args.save_steps and step % args.save_steps == 0
+    return last or bool(step and (by_steps or is_due(epoch, last, args.save_frequency)))
+
+
+def seed_of_step(seed: int, step: int, process: int) -> int:
+    """A seed of its own for every step and process."""
+    return int(np.random.SeedSequence((seed, step, process)).generate_state(1)[0])
+
+
 def endless(loader):
     while True:
         yield from loader
@@ -391,35 +436,60 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
     """Train an align module between two frozen VAEs; returns the final checkpoint's path (None on a helper process).
 
     Args:
-        args: as from `parse_args`, with device and precision resolved.
+        args: as from `parse_args`, with device and precision resolved; `args.resumed`, where there is one, is the content of
+            the checkpoint to go on from and `args.resumed_from` its path.
         train_loader: batches with `pixel_values`, forever or epoch by epoch; its length is the steps in an epoch.
         eval_loader: one pass over the evaluation images.
-        generator: draws posterior samples under --sample_posterior.
-    """
-    from torch.utils.tensorboard import SummaryWriter
+        generator: draws posterior samples under --sample_posterior; seeded anew for each step.
 
+    On SIGINT or SIGTERM it finishes the step, saves, and leaves by SystemExit with 128 + the signal's number.
+    """
     accelerator = create_accelerator(args)
     main_process = accelerator.is_main_process
+    resumed = getattr(args, "resumed", None)
     torch.manual_seed(args.seed)
     dtype = get_dtype(args.precision)
     pipeline = create_align_pipeline(vae1, vae2, args).to(accelerator.device)
     terms, decoded_loss = setup_losses(pipeline, args)
-    if pipeline.uses_latents and not args.load_checkpoint:
+    order = data_order(train_loader, accelerator.num_processes)
+    if resumed:
+        require_same_order(resumed["training"]["order"], order)
+    elif pipeline.uses_latents and not args.load_checkpoint:
         fit_ridge(pipeline, train_loader, args, accelerator)
 
     steps_per_epoch = args.steps_per_epoch = len(train_loader)
     end = total_steps(args)
     optimizer = setup_optimizer(pipeline, args)
     scheduler = setup_scheduler(optimizer, args)
+    fused_optimizer = optimizer
     trained = pipeline.training_module
     average = average_weights(trained, args.ema_decay) if args.ema_decay else None
     if average:
         pipeline.module = average.module  # what is judged and saved
     module, optimizer = accelerator.prepare(trained, optimizer)
+    parts = {"trained": trained, "average": average, "optimizer": fused_optimizer, "scheduler": scheduler}
+    parts["scaler"] = accelerator.scaler
     module = torch.compile(module) if args.compile else module
 
-    run_name = next_stamp(args.log_dir, "align")
-    writer = SummaryWriter(Path(args.log_dir) / f"align_{run_name}") if main_process else None
+    step, metrics, bad_steps = 0, {}, BadSteps(args.max_bad_steps, accelerator)
+    loss_sum = torch.zeros((), device=accelerator.device)
+    summed_steps = torch.zeros((), device=accelerator.device)
+    if resumed:
+        training = resumed["training"]
+        restore_training(training["state"], **parts)
+        step = train_loader.batch_sampler.first_step = resumed["step"]
+        same_images = resumed["config"].get("eval_data_dir") == args.eval_data_dir
+        metrics = pipeline.progress["metrics"] = resumed["metrics"] if same_images else {}
+        bad_steps.total, bad_steps.in_a_row = training["bad_steps"], training["bad_steps_in_a_row"]
+        loss_sum += training["loss_sum"].to(loss_sum.device)
+        summed_steps += training["summed_steps"]
+
+    run_name = resumed["run"] if resumed else f"align_{next_stamp(args.log_dir, 'align')}"
+    kept = RunCheckpoints(
+        pipeline, args.save_dir, run_name, args.keep_last, args.best_metric,
+        resumed["training"] if resumed else None, args.resumed_from if resumed else None,
+    )  # fmt: skip
+    writer = open_writer(Path(args.log_dir) / run_name, step) if main_process else None
     parameters = sum(parameter.numel() for parameter in pipeline.module.parameters())
     batch_size = train_loader.batch_sampler.batch_size * accelerator.num_processes
     if main_process:
@@ -430,174 +500,243 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
             count_of(accelerator.num_processes, "process"),
         )  # fmt: skip
 
+    def save():
+        """Write all that is known after `step` steps; events first, so that no logged point is missing after a resume."""
+        bad_steps.read()
+        training = {
+            "state": training_state(**parts),
+            "order": order,
+            "loss_sum": loss_sum.cpu(),
+            "summed_steps": summed_steps.cpu(),
+            "bad_steps": bad_steps.total,
+            "bad_steps_in_a_row": bad_steps.in_a_row,
+        }
+        writer.flush()
+        path = kept.save(config_dict(args), step, step / steps_per_epoch, metrics, training)
+        save_config(args, args.config_save_path or path.with_suffix(".json"))
+
     batches = endless(train_loader)
-    loss_sum = torch.zeros((), device=accelerator.device)
-    summed_steps, step, metrics, checkpoint, unreadable = 0, 0, {}, None, set()
-    bar = tqdm(total=end, desc="train", unit="step", disable=not main_process)
-    clock = time.perf_counter()
+    unreadable, arrived = set(), step  # where a resumed run arrives, everything that was due has been done
+    bar = tqdm(total=end, initial=step, desc="train", unit="step", disable=not main_process)
+    clock, clocked_step = time.perf_counter(), step
 
-    while True:
-        # ---- where we are: the clock is the step, epochs are counted from it
-        epoch, last = step / steps_per_epoch, step == end
-        due = functools.partial(is_due, epoch, last)
+    with StopRequest() as stop:
+        while True:
+            # ---- where we are: the clock is the step, epochs are counted from it
+            epoch, last, new = step / steps_per_epoch, step == end, step > arrived or not resumed
+            due = functools.partial(is_due, epoch, last)
 
-        # ---- evaluate, visualise, save
-        paused = time.perf_counter()
-        if main_process and due(args.eval_frequency):
-            metrics = evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype)
-            log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype)
-        if main_process and due(args.visualize_frequency):
-            visualize_results(pipeline, eval_loader, writer, epoch, args, dtype)
-        if main_process and (last or (step and due(args.save_frequency))):
-            checkpoint = pipeline.save_checkpoint(args.save_dir, config_dict(args), step, epoch, metrics)
-            save_config(args, args.config_save_path or checkpoint.with_suffix(".json"))
-        if step % steps_per_epoch == 0 or last:
-            accelerator.wait_for_everyone()
-        if last:
-            break
-        clock += time.perf_counter() - paused  # images/s is the training's own
+            # ---- evaluate, visualise, save
+            paused, saved = time.perf_counter(), not new
+            if main_process and new and due(args.eval_frequency):
+                metrics = evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype)
+                kept.save_if_best(config_dict(args), step, epoch, metrics)
+                log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype)
+            if main_process and new and due(args.visualize_frequency):
+                visualize_results(pipeline, eval_loader, writer, epoch, args, dtype)
+            if main_process and new and save_is_due(step, epoch, last, args):
+                save()
+                saved = True
+            if step % steps_per_epoch == 0 or last:
+                accelerator.wait_for_everyone()
+            stopped = stop.agreed(accelerator, may_ask=step % args.log_frequency == 0)
+            if stopped and main_process and not saved:
+                save()
+            if last or stopped:
+                break
+            clock += time.perf_counter() - paused  # images/s is the training's own
 
-        # ================================================== one step ==================================================
-        batch = next(batches)
+            # ================================================ one step ================================================
+            batch = next(batches)
 
-        # encode
-        inputs, target = pipeline.encode_batch(batch, args.sample_posterior, generator)
+            # encode
+            if args.sample_posterior:
+                generator.manual_seed(seed_of_step(args.seed, step, accelerator.process_index))
+            inputs, target = pipeline.encode_batch(batch, args.sample_posterior, generator)
 
-        # align
-        aligned = module(**inputs).float()
+            # align
+            aligned = module(**inputs).float()
 
-        # loss
-        loss = sum(weight * term(aligned, target) for weight, term in terms)
-        if decoded_loss:
-            loss = loss + args.decoder_loss_weight * decoded_loss(aligned, target, batch.get("pixel_values"), step)
+            # loss
+            loss = sum(weight * term(aligned, target) for weight, term in terms)
+            if decoded_loss:
+                loss = loss + args.decoder_loss_weight * decoded_loss(aligned, target, batch.get("pixel_values"), step)
 
-        # backward
-        optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(loss)
+            # backward
+            optimizer.zero_grad(set_to_none=True)
+            accelerator.backward(loss)
 
-        # clip
-        log_due = step % args.log_frequency == 0 or step + 1 == end
-        if args.grad_clip or log_due:
+            # clip
             grad_norm = accelerator.clip_grad_norm_(module.parameters(), args.grad_clip or math.inf)
 
-        # step
-        learning_rate = optimizer.param_groups[0]["lr"]
-        optimizer.step()
-        scheduler.step()
-        if average:
-            average.update_parameters(trained)
-        # ==============================================================================================================
+            # step
+            learning_rate = fused_optimizer.param_groups[0]["lr"]
+            ok = bad_steps.mask(fused_optimizer, loss, grad_norm)
+            optimizer.step()
+            scheduler.step()
+            if average:
+                average.update_parameters(trained)
+            step += 1
+            # ==========================================================================================================
 
-        # ---- log: the only place that waits for the device
-        loss_sum += loss.detach()
-        summed_steps += 1
-        for message in set(batch.get("unreadable", ())) - unreadable:
-            unreadable.add(message)
-            with logging_redirect_tqdm():
-                log.warning("left out: %s", message)
-        if log_due:
-            mean_loss = accelerator.reduce(loss_sum / summed_steps, "mean").item()
-            if not math.isfinite(mean_loss):
-                raise UserError(f"the loss is {mean_loss} at step {step}: lower --learning_rate or set --grad_clip 1")
-            now = time.perf_counter()
-            rate = summed_steps * batch_size / (now - clock)
-            if main_process:
-                writer.add_scalar("train/loss", mean_loss, step)
-                writer.add_scalar("train/learning_rate", learning_rate, step)
-                writer.add_scalar("train/grad_norm", float(grad_norm), step)
-                writer.add_scalar("train/images_per_second", rate, step)
-                bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{rate:.1f}")
-            loss_sum.zero_()
-            summed_steps, clock = 0, now
-        step += 1
-        bar.update()
+            # ---- log: the only place that waits for the device
+            loss_sum += torch.where(ok, loss.detach(), 0)
+            summed_steps += ok
+            bad_steps.note(ok, step, batch["path"])
+            for message in set(batch.get("unreadable", ())) - unreadable:
+                unreadable.add(message)
+                with logging_redirect_tqdm():
+                    log.warning("left out: %s", message)
+            if step == 1 or step % args.log_frequency == 0 or step == end:
+                skipped = bad_steps.read()
+                mean_loss = accelerator.reduce(loss_sum / summed_steps, "mean").item()
+                now = time.perf_counter()
+                rate = (step - clocked_step) * batch_size / (now - clock)
+                if main_process:
+                    if skipped:
+                        with logging_redirect_tqdm():
+                            log.warning("step %d: %s skipped, loss or gradient not finite", step, count_of(skipped, "step"))
+                    if math.isfinite(mean_loss):
+                        writer.add_scalar("train/loss", mean_loss, step)
+                    writer.add_scalar("train/learning_rate", learning_rate, step)
+                    if ok:
+                        writer.add_scalar("train/grad_norm", float(grad_norm), step)
+                    writer.add_scalar("train/images_per_second", rate, step)
+                    writer.add_scalar("train/skipped_steps", bad_steps.total, step)
+                    bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{rate:.1f}")
+                loss_sum.zero_()
+                summed_steps.zero_()
+                clock, clocked_step = now, step
+            bar.update()
 
     bar.close()
+    if main_process and last and metrics:
+        log_hparams(writer, config_dict(args), metrics, step)
+    if writer:
+        writer.close()
+    if not last:
+        if main_process:
+            print(f"stopped at step {step} of {end}, saved in {kept.last}\nto go on: the same command with --resume")
+        raise SystemExit(128 + stopped)
     if not main_process:
         return None
-    writer.close()
     if unreadable:
         log.warning("%s left out during training", count_of(len(unreadable), "unreadable image"))
+    if bad_steps.total:
+        log.warning("%s skipped: loss or gradient not finite", count_of(bad_steps.total, "step"))
     if metrics:
         psnr = {row: figures["psnr"] for row, figures in metrics.items()}
         print(
             f"PSNR of the decoded image: untrained module {psnr['untrained']:.2f} dB -> aligned {psnr['aligned']:.2f} dB "
             f"(decode + re-encode {psnr['reencode']:.2f} dB, VAE2's own reconstruction {psnr['ceiling']:.2f} dB)"
         )
-    print(f"checkpoint: {checkpoint}\nTensorBoard: tensorboard --logdir {args.log_dir}")
-    return checkpoint
-
-
-def evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype) -> dict:
-    """Evaluate the whole set; scalars to TensorBoard at the epoch's step; returns {row: metrics} of the ladder.
-
-    The rungs that training cannot move are measured the first time and drawn again as level lines from then on.
-    """
-    step = round(epoch * getattr(args, "steps_per_epoch", 1))
-    fixed = {row: figures for row, figures in pipeline.progress["metrics"].items() if row != "aligned"}
-    rows = ("aligned",) if fixed else applicable_rows(pipeline)
-    ladder = pipeline.progress["metrics"] = fixed | evaluate(pipeline, eval_loader, dtype, rows)["ladder"]
-    for row, figures in ladder.items():
-        for name in ("latent_mse", "psnr", "ssim", "psnr_vs_vae2"):
-            if figures[name] is not None:
-                writer.add_scalar(f"eval_{name}/{row}", figures[name], step)
-    aligned = ladder["aligned"]
-    if aligned["latent_mse"] is None:
-        raise UserError(f"the module's output is not finite at step {step}: lower --learning_rate or set --grad_clip 1")
-    with logging_redirect_tqdm():
-        log.info(
-            "epoch %g: aligned PSNR %.2f dB (VAE2 itself %.2f, re-encoding %.2f), SSIM %.4f, latent MSE %.4f",
-            round(epoch, 2), aligned["psnr"], ladder["ceiling"]["psnr"], ladder["reencode"]["psnr"], aligned["ssim"],
-            aligned["latent_mse"],
-        )  # fmt: skip
-    return ladder
-
-
-def log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype) -> None:
-    """Histograms of weights and of the last step's gradients per layer, and level and spread of the latents."""
-    step = round(epoch * getattr(args, "steps_per_epoch", 1))
-    for name, parameter in pipeline.training_module.named_parameters():
-        writer.add_histogram(f"weights/{name}", parameter.detach().float().cpu(), step)
-        if parameter.grad is not None:
-            writer.add_histogram(f"gradients/{name}", parameter.grad.float().cpu(), step)
-    images = next(iter(eval_loader))["pixel_values"].to(pipeline.device)
-    if len(images):
-        made = reconstruct(pipeline, images, translators(pipeline, ("ceiling", "aligned"), dtype))
-        for name, latents in (("aligned", made["aligned"][0]), ("target", made["ceiling"][0])):
-            writer.add_scalar(f"latents_mean/{name}", latents.mean().item(), step)
-            writer.add_scalar(f"latents_std/{name}", latents.std().item(), step)
-            writer.add_histogram(f"latents/{name}", latents.cpu(), step)
-
-
-def visualize_results(pipeline, eval_loader, writer, epoch, args, dtype) -> None:
-    """The first --num_visualize_samples evaluation images as captioned sheets: reconstructions, differences, latents."""
-    step = round(epoch * getattr(args, "steps_per_epoch", 1))
-    shown = 0
-    for batch in eval_loader:
-        images = batch["pixel_values"][: args.num_visualize_samples - shown].to(pipeline.device)
-        if not len(images):
-            continue
-        rows = comparison_panels(images, reconstruct(pipeline, images, translators(pipeline, ("ceiling", "aligned"), dtype)))
-        for number in range(len(images)):
-            sheet = report.comparison_picture(rows[2 * number : 2 * number + 2], args.image_size)
-            writer.add_image(f"samples/{shown + number}", np.asarray(sheet), step, dataformats="HWC")
-        shown += len(images)
-        if shown >= args.num_visualize_samples:
-            break
+    print(f"checkpoint: {kept.last}")
+    if kept.best and kept.best["step"] != step:
+        print(f"best by {args.best_metric} (step {kept.best['step']}): {kept.best_path}")
+    print(f"TensorBoard: tensorboard --logdir {args.log_dir}")
+    return kept.last
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def dry_run(args: argparse.Namespace, vae1, vae2, accelerator) -> None:
+    """One step and one evaluation batch without a latent cache; prints what the run would take. Writes nothing."""
+    args.cache_latents, cached = False, args.cache_latents
+    train_loader, eval_loader = create_data_loaders(args, vae1, vae2, accelerator)
+    args.steps_per_epoch = len(train_loader)
+    torch.manual_seed(args.seed)
+    dtype = get_dtype(args.precision)
+    pipeline = create_align_pipeline(vae1, vae2, args).to(accelerator.device)
+    terms, decoded_loss = setup_losses(pipeline, args)
+    optimizer = setup_optimizer(pipeline, args)
+    batch = next(iter(train_loader))
+
+    def seconds(work):
+        work()  # the first time also compiles and allocates
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    encoded = {}
+
+    def encode():
+        encoded["inputs"], encoded["target"] = pipeline.encode_batch(batch)
+        encoded["target"].sum().item()  # waits for the device
+
+    def step():
+        with accelerator.autocast():
+            aligned = pipeline.training_module(**encoded["inputs"]).float()
+        loss = sum(weight * term(aligned, encoded["target"]) for weight, term in terms)
+        if decoded_loss:
+            loss = loss + args.decoder_loss_weight * decoded_loss(aligned, encoded["target"], batch["pixel_values"], 0)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    encoding, stepping = seconds(encode), seconds(step)
+    evaluating = seconds(lambda: evaluate(pipeline, itertools.islice(eval_loader, 1), dtype, show_progress=False))
+
+    steps, images = total_steps(args), len(train_loader.dataset)
+    views = args.cache_views if cached else 0
+    a_view = 2 * sum(
+        tensor[0].numel() for tensor in (encoded["target"], encoded["inputs"].get("latents")) if tensor is not None
+    )
+    a_view += batch["pixel_values"][0].numel() if needs_pixels(args) else 0
+    weights = 4 * sum(parameter.numel() for parameter in pipeline.module.parameters())
+    encoded_images = images * views if cached else steps * args.train_batch_size
+    minutes = (steps * stepping + encoded_images * encoding / args.train_batch_size) / 60
+    evaluations = 1 + steps // (args.eval_frequency * args.steps_per_epoch) if args.eval_frequency else 0
+    minutes += evaluations * len(eval_loader) * evaluating / 60
+    print(
+        f"dry run: one step and one evaluation batch went well; nothing was written\n"
+        f"steps:            {steps} ({args.steps_per_epoch} in an epoch) of {count_of(args.train_batch_size, 'image')}\n"
+        f"images:           {images} to train on, {len(eval_loader.dataset)} to judge by\n"
+        f"expected time:    {minutes:.1f} minutes ({stepping:.2f} s a step, {encoding:.2f} s to encode a batch, "
+        f"{count_of(evaluations, 'evaluation')})\n"
+        f"latent cache:     {images * views * a_view / 1e6:.0f} MB for {count_of(views, 'view')} of each image\n"
+        f"a checkpoint:     {(4 if args.ema_decay else 3) * weights / 1e6:.1f} MB\n"
+        f"peak memory:      {peak_memory(accelerator.device) / 1e9:.1f} GB"
+    )
+
+
+def claim_outputs(args: argparse.Namespace) -> None:
+    """UserError unless every output folder can be written."""
+    claim_writable_folder(args.save_dir, "--save_dir", create=not args.dry_run)
+    claim_writable_folder(args.log_dir, "--log_dir", create=not args.dry_run)
+
+
+def adopt_resumed(args: argparse.Namespace) -> bool:
+    """With --resume, find the checkpoint and take its flags; returns whether that run is already finished."""
+    args.resumed = None
+    found = find_checkpoint(args.resume, args.save_dir) if args.resume else None
+    if not found:
+        if args.resume:
+            log.warning("--resume: no checkpoint in %s, starting fresh", args.save_dir)
+        return False
+    args.resumed_from, args.resumed = found
+    adopt_flags(args, args.resumed["config"])
+    args.steps_per_epoch = args.resumed["training"]["order"]["steps in an epoch"]
+    step, end = args.resumed["step"], total_steps(args)
+    if step >= end:
+        print(f"already finished: {args.resumed_from} stands at step {step} of {end}; to train on, give more --epochs")
+        return True
+    log.info("going on from %s, step %d of %d", args.resumed_from, step, end)
+    return False
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    adopt_architecture(args)
     use_proxy(args.proxy)
     args.device = str(resolve_device(args.device, "device" in args.typed_flags))
     keep_freed_memory(torch.device(args.device))
     args.precision = resolve_precision(args.precision, torch.device(args.device), "precision" in args.typed_flags)
-    claim_writable_folder(args.save_dir, "--save_dir")
-    claim_writable_folder(args.log_dir, "--log_dir")
+    if adopt_resumed(args):
+        return
+    if not args.resumed:
+        adopt_architecture(args)
+    claim_outputs(args)
 
     accelerator = create_accelerator(args)
     vaes = [
@@ -609,14 +748,18 @@ def main(argv: list[str] | None = None) -> None:
     ]
     good_image_size(args.image_size, *(LatentSpace(vae).stride for vae in vaes))
     create_align_pipeline(*vaes, args)  # what does not fit together is said before anything is encoded
+    if args.dry_run:
+        return dry_run(args, *vaes, accelerator)
     loaders = create_data_loaders(args, *vaes, accelerator)
     if args.cache_only:
         print(f"latent cache complete: {args.latent_cache_dir}")
         return
     log.info("%s to train on, %s to judge by", *(count_of(len(loader.dataset), "image") for loader in loaders))
     generator = torch.Generator(accelerator.device).manual_seed(args.seed + accelerator.process_index)
-    train_align_pipeline(args, *vaes, *loaders, generator)
-    accelerator.end_training()
+    try:
+        train_align_pipeline(args, *vaes, *loaders, generator)
+    finally:
+        accelerator.end_training()
 
 
 if __name__ == "__main__":

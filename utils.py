@@ -84,9 +84,17 @@ def write_json(path: str | os.PathLike, value) -> None:
         file.write("\n")
 
 
-def claim_writable_folder(path: str | os.PathLike, flag: str) -> Path:
-    """Create folder `path` if need be and prove that it can be written; UserError naming `flag` otherwise."""
+def claim_writable_folder(path: str | os.PathLike, flag: str, create: bool = True) -> Path:
+    """Create folder `path` if need be and prove that it can be written; UserError naming `flag` otherwise.
+
+    Without `create` nothing is touched: the folder, or the nearest that exists above it, must look writable.
+    """
     path = Path(path)
+    if not create:
+        existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise UserError(f"{flag} {path}: cannot write there ({existing} is no writable folder); name another folder")
+        return path
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

@@ -137,12 +137,12 @@ def run_script(script, *argv, launcher=(), check=True, env=None, cwd=None, timeo
 
 
 def read_scalars(log_dir):
-    """{tag: [(step, value), …]} over all event files below `log_dir`."""
+    """{tag: [(step, value), …]} of the runs below `log_dir`, as TensorBoard shows them: a folder's event files are one log."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     scalars = {}
-    for file in sorted(Path(log_dir).rglob("events.out.tfevents.*")):
-        events = EventAccumulator(str(file), size_guidance={"scalars": 0})
+    for folder in sorted({file.parent for file in Path(log_dir).rglob("events.out.tfevents.*")}):
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
         events.Reload()
         for tag in events.Tags()["scalars"]:
             scalars.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))

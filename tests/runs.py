@@ -20,7 +20,7 @@ def results_of(folder):
     """What a run with `log_dir` folder/runs and `save_dir` folder/ckpt left: checkpoints by age, the last one's content,
     scalars by tag, and its event files."""
     folder = Path(folder)
-    checkpoints = sorted((folder / "ckpt").glob("*.pth"))
+    checkpoints = sorted((folder / "ckpt").glob("align_pipeline_*.pth"))
     return SimpleNamespace(
         checkpoints=checkpoints,
         last=torch.load(checkpoints[-1], weights_only=True) if checkpoints else None,

@@ -45,7 +45,7 @@ def test_loss_follows_the_single_process_run_of_the_same_global_batch(pair):
     """Both processes on the same slice, gradients summed instead of averaged, or the main process's own loss logged."""
     one, two, _ = pair
     losses = [dict(run.scalars["train/loss"]) for run in (one, two)]
-    assert list(losses[0]) == list(losses[1]) == list(range(STEPS))
+    assert list(losses[0]) == list(losses[1]) == list(range(1, STEPS + 1))
     assert list(losses[1].values()) == pytest.approx(list(losses[0].values()), rel=1e-3)
     norms = [dict(run.scalars["train/grad_norm"]) for run in (one, two)]
     assert list(norms[1].values()) == pytest.approx(list(norms[0].values()), rel=1e-2)
@@ -61,7 +61,7 @@ def test_learning_rate_is_not_advanced_once_per_process(pair):
     """Accelerate's prepared schedulers step once per process, which halves warm-up and epochs."""
     for run in pair[:2]:
         logged = run.scalars["train/learning_rate"]
-        assert [step for step, _ in logged] == list(range(STEPS))
+        assert [step for step, _ in logged] == list(range(1, STEPS + 1))
         assert [value for _, value in logged] == pytest.approx(
             [specified(step, 3, 1e-3, 4, 2, 0.5) for step in range(STEPS)], rel=1e-5
         )
@@ -72,7 +72,7 @@ def test_only_the_main_process_writes(pair):
     one, two, _ = pair
     assert len(one.checkpoints) == len(two.checkpoints) == 2  # epochs 2 and 4, no more at the end
     assert len(two.event_files) == 1
-    written = sorted(entry.suffix for entry in two.checkpoints[0].parent.iterdir())
-    assert written == [".json", ".json", ".pth", ".pth"]
+    written = sorted(entry.name.split("_2")[0] + entry.suffix for entry in two.checkpoints[0].parent.iterdir())
+    assert written == ["align_best.pth", *["align_pipeline.json"] * 2, *["align_pipeline.pth"] * 2]
     steps = [step for step, _ in two.scalars["eval_latent_mse/aligned"]]
     assert steps == [0, 6, 12]

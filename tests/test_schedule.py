@@ -18,9 +18,9 @@ def test_learning_rate_of_a_real_run_follows_the_formula_across_decays(flags, tm
     """Off-by-one warm-up, a decay by steps instead of epochs, a warm-up that ends when the decay starts (8 > 2 epochs)."""
     run = train(flags, tmp_path, epochs=5, warmup_steps=warmup_steps, scheduler_step_size=2, scheduler_gamma=0.3, **QUIET)
     logged = run.scalars["train/learning_rate"]
-    assert [step for step, _ in logged] == list(range(15))  # 10 images in batches of 4: 3 steps an epoch
+    assert [step for step, _ in logged] == list(range(1, 16))  # 10 images in batches of 4: 3 steps an epoch
     for step, value in logged:
-        assert value == pytest.approx(specified(step, 3, 1e-3, warmup_steps, 2, 0.3), rel=1e-5), step
+        assert value == pytest.approx(specified(step - 1, 3, 1e-3, warmup_steps, 2, 0.3), rel=1e-5), step
 
 
 def test_scheduler_alone_matches_the_formula_at_every_step():

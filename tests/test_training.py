@@ -91,7 +91,7 @@ def test_event_file_holds_every_promised_tag(user_run):
     layers = {f"gradients/{name}" for name in trainable(results.last)}
     assert layers <= set(tags["histograms"])
     assert set(tags["images"]) == {"samples/0", "samples/1", "samples/2"}
-    assert [step for step, _ in results.scalars["train/loss"]] == list(range(6))
+    assert [step for step, _ in results.scalars["train/loss"]] == list(range(1, 7))
     assert [step for step, _ in results.scalars["eval_psnr/aligned"]] == [0, 3, 6]
 
 
@@ -153,7 +153,7 @@ def test_one_frequency_does_not_switch_on_another(flags, tmp_path, wanted, tag, 
 def test_max_train_steps_stops_within_and_across_epochs(flags, tmp_path, steps):
     """One step too many, or a limit that is rounded to epochs (of 3 steps)."""
     run = train(flags, tmp_path, **{**QUIET, "max_train_steps": steps})
-    assert [step for step, _ in run.scalars["train/loss"]] == list(range(steps))
+    assert [step for step, _ in run.scalars["train/loss"]] == list(range(1, steps + 1))
     assert run.last["step"] == steps
     assert len(run.checkpoints) == 1
 

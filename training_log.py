@@ -1,0 +1,128 @@
+"""What a run writes while it trains: TensorBoard's event files and metrics.jsonl, both in the run's own folder.
+
+Points carry the number of optimizer steps done. So after a resume at step N every point up to N is kept and none comes twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+import report
+from eval_align import applicable_rows, comparison_panels, evaluate, reconstruct, translators
+from utils import UserError, atomic_file
+
+log = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+CHARTS = {"PSNR, dB": "psnr", "PSNR against VAE2, dB": "psnr_vs_vae2", "SSIM": "ssim", "latent MSE": "latent_mse"}
+
+
+def open_writer(folder: Path, step: int):
+    """A SummaryWriter for a run in `folder` that has done `step` steps; what its logs hold beyond them is dropped.
+
+    The custom scalars page draws the ladder's fixed rungs and the running curve in one chart.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    drop_metrics_after(folder / METRICS_FILE, step)
+    writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
+    charts = {title: ["Multiline", [rf"eval_{metric}/.*"]] for title, metric in CHARTS.items()}
+    writer.add_custom_scalars({"ladder": charts})
+    return writer
+
+
+def drop_metrics_after(path: Path, step: int) -> None:
+    """Keep the lines of a metrics.jsonl whose evaluation came after at most `step` steps; a torn last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    with atomic_file(path, "w", encoding="utf-8") as file:
+        file.writelines(kept)
+
+
+def step_of(epoch: float, args) -> int:
+    """The optimizer step at which `epoch` is."""
+    return round(epoch * getattr(args, "steps_per_epoch", 1))
+
+
+def evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype) -> dict:
+    """Evaluate the whole set; scalars to TensorBoard and a line to metrics.jsonl; returns {row: metrics} of the ladder.
+
+    The rungs that training cannot move are measured the first time and drawn again as level lines from then on.
+    """
+    step = step_of(epoch, args)
+    fixed = {row: figures for row, figures in pipeline.progress["metrics"].items() if row != "aligned"}
+    rows = ("aligned",) if fixed else applicable_rows(pipeline)
+    ladder = pipeline.progress["metrics"] = fixed | evaluate(pipeline, eval_loader, dtype, rows)["ladder"]
+    for row, figures in ladder.items():
+        for name in CHARTS.values():
+            if figures[name] is not None:
+                writer.add_scalar(f"eval_{name}/{row}", figures[name], step)
+    aligned = ladder["aligned"]
+    if aligned["latent_mse"] is None:
+        raise UserError(f"the module's output is not finite at step {step}: lower --learning_rate or set --grad_clip 1")
+    with open(Path(writer.log_dir) / METRICS_FILE, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "epoch": epoch, "ladder": ladder}) + "\n")
+    with logging_redirect_tqdm():
+        log.info(
+            "epoch %g: aligned PSNR %.2f dB (VAE2 itself %.2f, re-encoding %.2f), SSIM %.4f, latent MSE %.4f",
+            round(epoch, 2), aligned["psnr"], ladder["ceiling"]["psnr"], ladder["reencode"]["psnr"], aligned["ssim"],
+            aligned["latent_mse"],
+        )  # fmt: skip
+    return ladder
+
+
+def log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype) -> None:
+    """Histograms of weights and of the last step's gradients per layer, and level and spread of the latents."""
+    step = step_of(epoch, args)
+    for name, parameter in pipeline.training_module.named_parameters():
+        writer.add_histogram(f"weights/{name}", parameter.detach().float().cpu(), step)
+        if parameter.grad is not None and parameter.grad.isfinite().all():
+            writer.add_histogram(f"gradients/{name}", parameter.grad.float().cpu(), step)
+    images = next(iter(eval_loader))["pixel_values"].to(pipeline.device)
+    if len(images):
+        made = reconstruct(pipeline, images, translators(pipeline, ("ceiling", "aligned"), dtype))
+        for name, latents in (("aligned", made["aligned"][0]), ("target", made["ceiling"][0])):
+            writer.add_scalar(f"latents_mean/{name}", latents.mean().item(), step)
+            writer.add_scalar(f"latents_std/{name}", latents.std().item(), step)
+            writer.add_histogram(f"latents/{name}", latents.cpu(), step)
+
+
+def visualize_results(pipeline, eval_loader, writer, epoch, args, dtype) -> None:
+    """The first --num_visualize_samples evaluation images as captioned sheets: reconstructions, differences, latents."""
+    step = step_of(epoch, args)
+    shown = 0
+    for batch in eval_loader:
+        images = batch["pixel_values"][: args.num_visualize_samples - shown].to(pipeline.device)
+        if not len(images):
+            continue
+        rows = comparison_panels(images, reconstruct(pipeline, images, translators(pipeline, ("ceiling", "aligned"), dtype)))
+        for number in range(len(images)):
+            sheet = report.comparison_picture(rows[2 * number : 2 * number + 2], args.image_size)
+            writer.add_image(f"samples/{shown + number}", np.asarray(sheet), step, dataformats="HWC")
+        shown += len(images)
+        if shown >= args.num_visualize_samples:
+            break
+
+
+def log_hparams(writer, config: dict, ladder: dict, step: int) -> None:
+    """The run's flags beside its final metrics, for TensorBoard's HPARAMS page."""
+    from torch.utils.tensorboard.summary import hparams
+
+    flags = {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in config.items()}
+    final = {f"final/{name}": ladder["aligned"][name] for name in CHARTS.values() if ladder["aligned"][name] is not None}
+    for summary in hparams(flags, final):
+        writer.file_writer.add_summary(summary)
+    for name, value in final.items():
+        writer.add_scalar(name, value, step)
