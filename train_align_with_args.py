@@ -153,7 +153,7 @@ def build_parser() -> Parser:
     group.add_argument("--ema_decay", type=real(0, 0.99999), default=0.0,
                        help="per step, of the averaged weights that are judged and saved; 0: no averaging")  # fmt: skip
     group.add_argument("--max_bad_steps", type=integer(1), default=10,
-                       help="stop after so many steps in a row whose loss or gradient is not finite; few are skipped")  # fmt: skip
+                       help="stop after so many in a row whose loss or gradient is not finite; fewer are skipped")  # fmt: skip
     parser.add_switch(group, "compile", False, "torch.compile the module: slower to start, faster to run")
 
     group = parser.add_argument_group("schedule")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,9 @@ def open_writer(folder: Path, step: int):
     from torch.utils.tensorboard import SummaryWriter
 
     drop_metrics_after(folder / METRICS_FILE, step)
+    stamps = [int(file.name.split(".")[3]) for file in folder.glob("events.out.tfevents.*")]
+    while stamps and int(time.time()) == max(stamps):
+        time.sleep(0.05)  # readers sort a folder's event files by the second in their names
     writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
     charts = {title: ["Multiline", [rf"eval_{metric}/.*"]] for title, metric in CHARTS.items()}
     writer.add_custom_scalars({"ladder": charts})

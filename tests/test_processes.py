@@ -17,6 +17,7 @@ SETTINGS = {
     "save_frequency": 2,
     "visualize_frequency": 0,
 }
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 STEPS = 12  # 10 images in global batches of 4: 3 steps an epoch
 
 
@@ -26,9 +27,8 @@ def pair(vae_folders, photo_folders, tmp_path_factory):
     alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
     one = train(tiny_flags(vae_folders, photo_folders, alone), alone, **SETTINGS)
     flags = {**tiny_flags(vae_folders, photo_folders, together), **SETTINGS, "train_batch_size": 2}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     env = {"ACCELERATE_USE_CPU": "true", **ONE_THREAD}
-    ended = run_script("train_align_with_args.py", *as_argv(flags), launcher=launcher, env=env, cwd=together)
+    ended = run_script("train_align_with_args.py", *as_argv(flags), launcher=LAUNCHER, env=env, cwd=together)
     return one, results_of(together), ended.stderr
 
 
