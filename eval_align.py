@@ -10,7 +10,6 @@ metrics.json. PSNR and SSIM are taken per image on clamped 8-bit values and then
 from __future__ import annotations
 
 import logging
-import math
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import report
 from cli import Parser, integer, run
 from dataloader import ImageDataset, eval_loader, open_dataset
 from device import PRECISIONS, autocast, get_dtype, keep_freed_memory, resolve_device, resolve_precision
+from metrics import OptionalMetrics, finite, image_metrics, latent_metrics, mean_of, summarise
 from utils import UserError, claim_writable_folder, count_of, use_proxy, write_json
 from vae_align import AlignModule, AlignPipeline, good_image_size
 
@@ -36,9 +36,16 @@ LADDER = {
 }
 
 
-def applicable_rows(pipeline: AlignPipeline) -> tuple[str, ...]:
+def label_of(row: str) -> str:
+    """What a row of the ladder is called: "aligned_2" is another module between the same VAEs."""
+    return LADDER.get(row) or f"aligned, checkpoint {row.rpartition('_')[2]}"
+
+
+def applicable_rows(pipeline: AlignPipeline, others=()) -> tuple[str, ...]:
     """The rungs of the ladder that mean something for this pipeline: without latents there is no linear map."""
-    return tuple(row for row in LADDER if row != "linear" or pipeline.module.has_ridge)
+    has_ridge = any(each.module.has_ridge for each in (pipeline, *others))
+    rungs = tuple(row for row in LADDER if row != "linear" or has_ridge)
+    return rungs + tuple(f"aligned_{number}" for number, _ in enumerate(others, 2))
 
 
 def untrained_module(pipeline: AlignPipeline) -> AlignModule:
@@ -48,23 +55,37 @@ def untrained_module(pipeline: AlignPipeline) -> AlignModule:
         return AlignModule(pipeline.config).to(pipeline.device).eval()
 
 
-def translators(pipeline: AlignPipeline, rows, dtype: torch.dtype) -> dict:
-    """{row: function (VAE1's latents, images) -> VAE2's scaled latents, float32} for rows that lead to VAE2's latents."""
+def translators(pipeline: AlignPipeline, rows, dtype: torch.dtype, others=()) -> dict:
+    """{row: function (VAE1's latents, images) -> VAE2's scaled latents, float32} for rows that lead to VAE2's latents.
+
+    `others`: see `evaluate`. Each function that is not made of VAEs has as its attribute `parameters` how many it uses.
+    """
     space1, space2 = pipeline.space1, pipeline.space2
+    linear = next((each.module for each in (pipeline, *others) if each.module.has_ridge), None)
 
     def by_module(module):
         def translate(latents, images):
+            given = {"latent": latents, "image": images}
+            given = [given[kind] if kind in module.config.input_types else None for kind in ("latent", "image")]
             with autocast(pipeline.device, dtype):
-                return module(latents if pipeline.uses_latents else None, images if pipeline.uses_image else None).float()
+                return module(*given).float()
 
+        translate.parameters = sum(parameter.numel() for parameter in module.parameters())
         return translate
+
+    def by_linear_map(latents, images):
+        return linear.linear_map(latents)
+
+    if linear:
+        by_linear_map.parameters = linear.ridge_weight.numel() + linear.ridge_bias.numel()
 
     ways = {
         "ceiling": lambda latents, images: space2.encode(images),
         "reencode": lambda latents, images: space2.encode(space1.decode(latents).clamp(-1, 1)),
-        "linear": lambda latents, images: pipeline.module.linear_map(latents),
+        "linear": by_linear_map,
         "aligned": by_module(pipeline.module),
     }
+    ways |= {f"aligned_{number}": by_module(other.module) for number, other in enumerate(others, 2)}
     if "untrained" in rows:
         ways["untrained"] = by_module(untrained_module(pipeline))
     return {row: ways[row] for row in rows if row in ways}
@@ -107,9 +128,6 @@ def measure_costs(pipeline: AlignPipeline, image_size: int, ways: dict, repeats:
     parameters = {
         "ceiling": encoder2,
         "reencode": half(pipeline.vae1, "decoder", "post_quant_conv") + encoder2,
-        "linear": pipeline.module.ridge_weight.numel() + pipeline.module.ridge_bias.numel() if "linear" in ways else 0,
-        "untrained": size(pipeline.module),
-        "aligned": size(pipeline.module),
     }
     costs = {}
     for row, translate in ways.items():
@@ -122,55 +140,51 @@ def measure_costs(pipeline: AlignPipeline, image_size: int, ways: dict, repeats:
             times.append(time.perf_counter() - start)
         costs[row] = {
             "milliseconds": 1e3 * min(times),
-            "parameters": parameters[row],
+            "parameters": getattr(translate, "parameters", None) or parameters[row],
             "macs": counter.get_total_flops() // 2,
         }
     return costs
 
 
-def image_metrics(image: torch.Tensor, original: torch.Tensor) -> dict:
-    """Per image PSNR in dB, SSIM and the mean shift of R, G, B in 8-bit levels: lists of B values, B x 3 for the shift.
-
-    Both (B, 3, H, W) in [-1, 1]; compared as clamped 8-bit values. SSIM as Wang et al. 2004 (11x11 Gaussian, sigma 1.5;
-    mirrored borders).
-    """
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    image, original = report.to_8bit(image), report.to_8bit(original)
-    error = (image - original).square().mean(dim=(1, 2, 3), dtype=torch.float64)
-    ssim = structural_similarity_index_measure(image, original, data_range=255.0, reduction="none")
-    return {
-        "psnr": (10 * torch.log10(255**2 / error)).tolist(),
-        "ssim": ssim.reshape(-1).tolist(),
-        "colour_bias": (image - original).mean(dim=(2, 3), dtype=torch.float64).tolist(),
-    }
-
-
 def evaluate(
-    pipeline: AlignPipeline, loader, dtype: torch.dtype, rows=None, visit=None, costs=False, show_progress=True
+    pipeline: AlignPipeline,
+    loader,
+    dtype: torch.dtype,
+    rows=None,
+    visit=None,
+    costs=False,
+    show_progress=True,
+    optional: OptionalMetrics | None = None,
+    others=(),
 ) -> dict:
     """Judge rungs of the ladder on every image of `loader`.
 
     Args:
         dtype: precision of the module's autocast.
         rows: keys of `LADDER`; by default all that apply.
-        visit: called with (batch, what `reconstruct` returned) for each batch, for pictures.
+        visit: called with (batch, what `reconstruct` returned) for each batch, for pictures and for what is summed up.
         costs: also measure what each rung costs (see `measure_costs`).
+        optional: which metrics beyond the plain ones; by default SSIM alone.
+        others: pipelines of the same two VAEs whose modules are judged too, as "aligned_2", "aligned_3", …
 
     Returns a dict of plain values:
         images: how many were judged; unreadable: the messages of those that could not be.
-        ladder: {row: {label, latent_mse, psnr, ssim, psnr_vs_vae2, ssim_vs_vae2, colour_bias, and with `costs`
-            milliseconds, parameters, macs}}: means over images. `latent_mse` is against VAE2's posterior mean; `psnr` (dB)
-            and `ssim` against the original, `psnr_vs_vae2`, `ssim_vs_vae2` and `colour_bias` (signed 8-bit levels of
-            R, G, B) against VAE2's own reconstruction. None where undefined.
+        ladder: {row: {label, latent_mse, latent_l1, latent_cosine, latent_mse_by_channel, psnr, ssim, psnr_vs_vae2,
+            ssim_vs_vae2, colour_bias, further optional metrics, and with `costs` milliseconds, parameters, macs}}: means
+            over images. What begins with `latent` is against VAE2's posterior mean; `psnr` (dB), `ssim` and the further
+            ones are against the original, `psnr_vs_vae2`, `ssim_vs_vae2` and `colour_bias` (signed 8-bit levels of
+            R, G, B) against VAE2's own reconstruction. None where undefined or not measured.
+        summary: {row: {metric: {mean, std, worst, worst_image}}}, see `metrics.summarise`.
         per_image: {row: {metric: [value per image]}}, paths: the images' names in the same order.
     """
-    rows = applicable_rows(pipeline) if rows is None else rows
+    optional = optional or OptionalMetrics()
+    ssim = "ssim" in optional.names
+    rows = applicable_rows(pipeline, others) if rows is None else rows
     values = {row: {} for row in rows}
     paths, unreadable = [], []
     was_training = pipeline.module.training
     pipeline.module.eval()
-    ways = translators(pipeline, dict.fromkeys((*rows, "ceiling")), dtype)
+    ways = translators(pipeline, dict.fromkeys((*rows, "ceiling")), dtype, others)
     for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not show_progress):
         unreadable += batch["unreadable"]
         if not batch["path"]:
@@ -178,14 +192,16 @@ def evaluate(
         images = batch["pixel_values"].to(pipeline.device)
         made = reconstruct(pipeline, images, ways)
         target, shown = made["ceiling"]
+        optional.begin_batch(images)
         for row in rows:
             latents, decoded = made[row]
-            figures = image_metrics(decoded, images)
-            against_vae2 = image_metrics(decoded, shown)
-            figures |= {"psnr_vs_vae2": against_vae2["psnr"], "ssim_vs_vae2": against_vae2["ssim"]}
+            figures = image_metrics(decoded, images, ssim)
+            against_vae2 = image_metrics(decoded, shown, ssim)
+            figures |= {f"{name}_vs_vae2": against_vae2[name] for name in ("psnr", "ssim") if name in against_vae2}
             figures["colour_bias"] = against_vae2["colour_bias"]
+            figures |= optional.measure(row, decoded, images)
             if row != "vae1":
-                figures["latent_mse"] = (latents - target).square().mean(dim=(1, 2, 3)).tolist()
+                figures |= latent_metrics(latents, target)
             for name, per_image in figures.items():
                 values[row].setdefault(name, []).extend(per_image)
         paths += batch["path"]
@@ -194,31 +210,24 @@ def evaluate(
     if not paths:
         raise UserError(f"no image could be evaluated; the last failure: {(unreadable or ['the folder is empty'])[-1]}")
     ladder = {
-        row: {"label": LADDER[row], "latent_mse": None} | {name: _mean(numbers) for name, numbers in values[row].items()}
+        row: {"label": label_of(row)}
+        | dict.fromkeys(("latent_mse", "latent_l1", "latent_cosine", "latent_mse_by_channel", "ssim", "ssim_vs_vae2"))
+        | {name: mean_of(numbers) for name, numbers in values[row].items()}
+        | finite(optional.of_the_set(row))
         for row in rows
     }
     if costs:
         for row, cost in measure_costs(pipeline, images.shape[-1], {row: ways[row] for row in rows if row in ways}).items():
             ladder[row] |= cost
     pipeline.module.train(was_training)
-    return {"images": len(paths), "unreadable": unreadable, "ladder": ladder, "per_image": _finite(values), "paths": paths}
-
-
-def _mean(numbers):
-    """Mean over images, per component for lists; None if it is not finite (the PSNR of identical images is infinite)."""
-    if isinstance(numbers[0], list):
-        return [_mean(component) for component in zip(*numbers)]
-    mean = math.fsum(numbers) / len(numbers)
-    return mean if math.isfinite(mean) else None
-
-
-def _finite(value):
-    """`value` with every number that JSON cannot hold replaced by None."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else None
+    return {
+        "images": len(paths),
+        "unreadable": unreadable,
+        "ladder": ladder,
+        "summary": summarise(values),
+        "per_image": finite(values),
+        "paths": paths,
+    }
 
 
 def comparison_panels(images: torch.Tensor, made: dict) -> list[list[tuple[str, torch.Tensor]]]:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from metrics import to_8bit
+
 DIFFERENCE_GAIN = 5  # differences are shown this many times amplified around mid-grey
 PADDING, CAPTION = 6, 20  # px
-
-
-def to_8bit(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] -> levels 0..255, clamped and rounded, still float: what a viewer would get to see."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
 
 
 def difference_map(image: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
