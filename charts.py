@@ -144,12 +144,43 @@ def lines(title, series, x_label, y_label, log_y=False, zero=False, fill=False, 
     return frame(title, spoken, body, height) + legend([(label, colour) for label, _, colour in kept])
 
 
-def legend(entries: list[tuple[str, str]]) -> str:
-    """Which line is which."""
+def columns(title: str, series: list[tuple[str, list[float | None], str]], x_label: str, y_label: str) -> str:
+    """Grouped columns from zero, one group per place in the lists. A series is (label, values, class)."""
+    values = [value for _, numbers, _ in series for value in numbers if value is not None]
+    if not values:
+        return f"<p>{text(title)}: nothing to draw.</p>"
+    largest, groups = max(values) or 1, len(series[0][1])
+    base, group = HEIGHT - BOTTOM, (WIDTH - LEFT - RIGHT) / groups
+    one = 0.8 * group / len(series)
+    body = ""
+    for y in ticks(0, largest):
+        height = base - y / largest * (base - TOP)
+        body += f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>'
+        body += f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{height + 4:.1f}">{number(y)}</text>'
+    for place in range(0, groups, -(-groups // 16)):
+        x = LEFT + (place + 0.5) * group
+        body += f'<text class="tick" text-anchor="middle" x="{x:.1f}" y="{base + 16}">{place}</text>'
+    for which, (_, numbers, colour) in enumerate(series):
+        for place, value in enumerate(numbers):
+            height = (value or 0) / largest * (base - TOP)
+            x = LEFT + (place + 0.1) * group + which * one
+            size = f'x="{x:.1f}" y="{base - height:.1f}" width="{one:.1f}" height="{height:.1f}"'
+            body += f'<rect class="bar {colour}" {size}/>'
+    body += f'<text class="tick" text-anchor="middle" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}">{text(x_label)}</text>'
+    middle = (TOP + base) / 2
+    body += f'<text class="tick" text-anchor="middle" transform="translate(12 {middle}) rotate(-90)">{text(y_label)}</text>'
+    spoken = "; ".join(f"{label}: {', '.join(number(value) for value in numbers)}" for label, numbers, _ in series)
+    return frame(title, spoken, body) + legend([(label, colour) for label, _, colour in series], solid=True)
+
+
+def legend(entries: list[tuple[str, str]], solid: bool = False) -> str:
+    """Which line is which; `solid` for what is not drawn as lines."""
     items = ""
     for label, colour in entries:
         dash = f' stroke-dasharray="{DASHES[colour]}"' if DASHES.get(colour) else ""
         sample = f'<line class="line {colour}"{dash} x1="0" x2="28" y1="5" y2="5"/>'
+        if solid:
+            sample = f'<rect class="bar {colour}" x="9" y="0" width="10" height="10"/>'
         items += f'<li><svg class="key" viewBox="0 0 28 10" aria-hidden="true">{sample}</svg>{text(label)}</li>'
     return f'<ul class="legend">{items}</ul>'
 

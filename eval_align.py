@@ -328,7 +328,7 @@ class Pair:
 
 
 def load_pairs(args, device: torch.device, dtype: torch.dtype) -> tuple[list[Pair], list[dict], list[dict]]:
-    """(pairs, checkpoints, contents): the checkpoints of `args` by pair of VAEs; what the report says of each; what each holds."""
+    """The checkpoints of `args` by pair of VAEs, what the report says of each, and what each file holds."""
     pairs, checkpoints, contents = {}, [], []
     places = {
         f"vae{number}_{what}": getattr(args, f"vae{number}_{what}") for number in (1, 2) for what in ("path", "subfolder")
@@ -472,7 +472,7 @@ def main(argv: list[str] | None = None) -> dict:
         "checkpoints": checkpoints,
         "image_size": size,
         "settings": {
-            "created": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "created": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
             "command": command_line(sys.argv[1:] if argv is None else argv),
             "eval_data_dir": args.eval_data_dir,
             "trained_image_size": first.get("image_size"),

@@ -142,7 +142,8 @@ def verdict(results: dict) -> dict:
     noise = max(PSNR_NOISE, facts["gain_error_db"] or 0)
     answer = "yes" if gain > noise else "no" if gain < -noise else "equal"
     figures = f"{decibels(aligned['psnr'])} against {decibels(rival['psnr'])} dB PSNR"
-    nearer = f"nearer on {facts['better_on']} of {count_of(len(gains), 'image')}"
+    nearer_on = facts["better_on"] if answer == "yes" else sum(gain < 0 for gain in gains)
+    nearer = f"nearer on {nearer_on} of {count_of(len(gains), 'image')}"
     fraction = facts["macs_fraction"]
     cost = f"at {percent(fraction)} of the multiply-adds" if fraction is not None else ""
     cheaper = fraction is not None and fraction < 1

@@ -21,15 +21,16 @@ COLUMNS = {  # key in the ladder: (heading, unit or direction, format)
     "ms_ssim": ("MS-SSIM", "↑", "{:.4f}".format),
     "lpips": ("LPIPS", "↓", "{:.4f}".format),
     "rfid": ("rFID", "↓", "{:.2f}".format),
-    "psnr_vs_vae2": ("PSNR to VAE2", "dB ↑", "{:.2f}".format),
     "latent_mse": ("Latent MSE", "↓", "{:.4f}".format),
+    "colour_bias": ("Colour bias", "R G B, levels", lambda bias: " ".join(report.signed(level) for level in bias)),
+    "macs": ("Multiply-adds", "billions ↓", lambda count: f"{count / 1e9:.2f}"),
+    "milliseconds": ("Time", "ms ↓", "{:.2f}".format),
+    "parameters": ("Weights", "millions ↓", lambda count: f"{count / 1e6:.2f}"),
+    "psnr_vs_vae2": ("PSNR to VAE2", "dB ↑", "{:.2f}".format),
     "latent_l1": ("Latent L1", "↓", "{:.4f}".format),
     "latent_cosine": ("Latent cosine", "↑", "{:.4f}".format),
-    "colour_bias": ("Colour bias", "R G B, levels", lambda bias: " ".join(report.signed(level) for level in bias)),
-    "milliseconds": ("Time", "ms", "{:.2f}".format),
-    "parameters": ("Weights", "millions", lambda count: f"{count / 1e6:.2f}"),
-    "macs": ("Multiply-adds", "billions", lambda count: f"{count / 1e9:.2f}"),
 }
+NAMES = {metric: name for metric, (name, _, _) in COLUMNS.items()}
 ANSWERS = {"yes": "Yes", "equal": "On a par", "no": "No", "unknown": "No verdict"}
 
 STYLE = """
@@ -54,10 +55,12 @@ h3 { font-size: 1rem; margin: 1.25rem 0 .25rem; } p { margin: .25rem 0 .75rem; m
 .tiles dt { color: var(--dim); font-size: .8125rem; } .tiles dd { margin: 0; font-size: 1.35rem; font-weight: 650; }
 .scroll { overflow-x: auto; border: 1px solid var(--rule); border-radius: 6px; margin: .5rem 0; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
+th, td { padding: .4rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
 tbody tr:last-child > * { border-bottom: 0; } thead th { color: var(--dim); font-weight: 600; vertical-align: bottom; }
 thead small { display: block; font-weight: 400; } th[scope=row] { text-align: left; font-weight: 500; }
-td.name { text-align: left; white-space: normal; min-width: 10rem; } tr.main > * { background: var(--soft); font-weight: 650; }
+th:first-child { text-align: left; white-space: normal; min-width: 7.5rem; }
+td.name, th.name { text-align: left; white-space: normal; min-width: 10rem; }
+tr.main > * { background: var(--soft); font-weight: 650; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1.25rem; }
 .charts > figure, .histograms > div { min-width: 0; margin: 0; } figure h3 { margin-top: 0; }
 .charts svg { width: 100%; max-width: 34rem; height: auto; display: block; }
@@ -67,9 +70,11 @@ svg text { fill: var(--ink); font: 13px system-ui, sans-serif; } svg .tick { fil
 svg .strong { font-weight: 650; } .grid { stroke: var(--rule); stroke-width: 1; }
 .mark { stroke: var(--dim); stroke-dasharray: 3 3; } .line { fill: none; stroke: currentColor; stroke-width: 2; }
 .bar, .dot { fill: currentColor; } .area { fill: currentColor; opacity: .12; }
-.c-aligned { color: var(--aligned); } .c-other0 { color: var(--aligned2); } .c-other1 { color: var(--linear); } .c-other2 { color: var(--bad); } .c-reencode { color: var(--reencode); }
+.c-aligned { color: var(--aligned); } .c-other0 { color: var(--aligned2); } .c-other1 { color: var(--linear); }
+.c-other2 { color: var(--bad); } .c-reencode { color: var(--reencode); }
 .c-ceiling { color: var(--ceiling); } .c-linear { color: var(--linear); } .c-vae1, .c-untrained { color: var(--plain); }
-.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1rem; padding: 0; margin: .25rem 0; font-size: .8125rem; }
+.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1rem; padding: 0; margin: .25rem 0;
+  font-size: .8125rem; }
 .legend .key { width: 28px; height: 10px; display: inline-block; margin-right: .4rem; vertical-align: middle; }
 .strip { margin: 0 0 1.5rem; } .strip h4 { margin: .75rem 0 0; font-size: .9375rem; font-weight: 600; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(clamp(6.4rem, 13vw, 10rem), 1fr)); gap: .4rem; }
@@ -78,7 +83,8 @@ svg .strong { font-weight: 650; } .grid { stroke: var(--rule); stroke-width: 1; 
 .shot:focus-visible, .scroll:focus-visible, summary:focus-visible { outline: 3px solid var(--aligned); outline-offset: 2px; }
 .shot img { display: block; width: 100%; aspect-ratio: 1; border-radius: 3px; } .pixelated { image-rendering: pixelated; }
 dialog { border: 0; padding: .75rem; background: var(--paper); color: var(--ink); max-width: 100vw; max-height: 100vh; }
-dialog::backdrop { background: rgb(0 0 0 / .75); } dialog img { display: block; width: min(92vw, 100vh - 9rem); aspect-ratio: 1; }
+dialog::backdrop { background: rgb(0 0 0 / .75); }
+dialog img { display: block; width: min(92vw, 100vh - 9rem); aspect-ratio: 1; }
 dialog p { margin: .5rem 0; max-width: min(92vw, 100vh - 9rem); font-size: .875rem; }
 dialog button { font: inherit; padding: .4rem .9rem; }
 pre { background: var(--soft); padding: .75rem; border-radius: 6px; white-space: pre-wrap; font-size: .8125rem; }
@@ -161,7 +167,7 @@ def render(results: dict, strips: list[dict], curves: dict | None) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>{text(title)}</title><style>{STYLE}</style></head>\n<body>'
         + "\n".join(section for section in sections if section)
-        + '\n<dialog id="zoom" aria-label="Enlarged picture"><img alt=""><p aria-live="polite"></p>'
+        + '</main>\n<dialog id="zoom" aria-label="Enlarged picture"><img alt=""><p aria-live="polite"></p>'
         '<button type="button" data-key="ArrowLeft">← Previous</button> '
         '<button type="button" data-key="ArrowRight">Next →</button> '
         '<button type="button" data-close="1">Close</button></dialog>'
@@ -221,21 +227,23 @@ def _ladder(results):
         )
         main = ' class="main"' if row == "aligned" else ""
         rows.append(f'<tr{main}><th scope="row">{text(figures["label"])}</th>{cells}</tr>')
-    left_out = "".join(f"<li>{text(name)}: {text(why)}</li>" for name, why in results["left_out_metrics"].items())
-    left_out = f'<p class="dim">Not measured:</p><ul class="dim">{left_out}</ul>' if left_out else ""
+    left_out = "".join(
+        f"<li>{text(NAMES[name])} is not measured: {text(why)}</li>" for name, why in results["left_out_metrics"].items()
+    )
+    left_out = f'<ul class="dim">{left_out}</ul>' if left_out else ""
     charts_of = ""
     for metric, title in (("psnr", "PSNR against the original"), ("latent_mse", "Error of the latents (MSE)")):
         entries = [
             (figures["label"], figures.get(metric), figure_text(metric, figures.get(metric)), colour(row))
             for row, figures in ladder.items()
-            if metric == "psnr" or rung_of(row) not in ("vae1", "ceiling")
+            if metric == "psnr" or rung_of(row) in ("reencode", "linear", "aligned")
         ]
         unit = " dB" if metric == "psnr" else ""
         charts_of += f"<figure><h3>{title}</h3>{charts.bars(title, entries, unit)}</figure>"
     return (
-        "<section><h2>The ladder</h2><p>Means over all images. What is compared: VAE2 decodes its own latents of the image (the "
-        "ceiling), those that people get today by decoding with VAE1 and encoding again, and those of the module. An arrow says "
-        "whether more (↑) or less (↓) is better.</p>"
+        "<section><h2>The ladder</h2><p>Means over all images. What is compared: VAE2 decodes its own latents of the image "
+        "(the ceiling), those that people get today by decoding with VAE1 and encoding again, and those of the module. An "
+        "arrow says whether more (↑) or less (↓) is better.</p>"
         f'{_table("The ladder of baselines", header, rows)}{left_out}<div class="charts">{charts_of}</div></section>'
     )
 
@@ -253,7 +261,7 @@ def _strips(strips):
             alt = text(f"{strip['name']}: {panel['caption']}")
             pixelated = ' class="pixelated"' if panel["pixelated"] else ""
             panels += (
-                f'<figure><button type="button" class="shot"><img src="{panel["uri"]}" alt="{alt}"{pixelated} loading="lazy">'
+                f'<figure><button type="button" class="shot"><img src="{panel["uri"]}" alt="{alt}"{pixelated}>'
                 f"</button><figcaption>{text(panel['caption'])}</figcaption></figure>"
             )
         body += (
@@ -271,7 +279,7 @@ def _strips(strips):
 def _errors(results):
     ladder, names = results["ladder"], {row: figures["label"] for row, figures in results["ladder"].items()}
     channels = [
-        (names[row], list(enumerate(figures["latent_mse_by_channel"])), colour(row))
+        (names[row], figures["latent_mse_by_channel"], colour(row))
         for row, figures in ladder.items()
         if rung_of(row) in ("aligned", "reencode") and figures.get("latent_mse_by_channel")
     ]
@@ -296,7 +304,7 @@ def _errors(results):
         (
             "Error by latent channel",
             "Mean squared error of each channel of VAE2's latents.",
-            charts.lines("Error by latent channel", channels, "channel", "MSE", zero=True),
+            charts.columns("Error by latent channel", channels, "channel", "MSE"),
         ),
         (
             "Error by spatial frequency",
@@ -312,8 +320,8 @@ def _errors(results):
     )
     body = "".join(f'<figure><h3>{title}</h3><p class="dim">{note}</p>{chart}</figure>' for title, note, chart in figures)
     return (
-        f'<section><h2>Where the error lies</h2><div class="charts">{body}</div><details><summary>Values of the latents, channel '
-        f'by channel</summary><div class="histograms">{small}</div></details></section>'
+        f'<section><h2>Where the error lies</h2><div class="charts">{body}</div><details><summary>Values of the latents, '
+        f'channel by channel</summary><div class="histograms">{small}</div></details></section>'
     )
 
 
@@ -344,7 +352,8 @@ def _curves(results, curves):
 
 
 def _spread(results):
-    header = "".join(f'<th scope="col">{name}</th>' for name in ("Metric", "Mean", "Std", "Worst", "Worst image"))
+    header = "".join(f'<th scope="col">{name}</th>' for name in ("Metric", "Mean", "Std", "Worst"))
+    header += '<th scope="col" class="name">Worst image</th>'
     body = ""
     for row, metrics in results["summary"].items():
         if rung_of(row) != "aligned":
@@ -368,7 +377,7 @@ def _method(results):
         f"<td>{text(each['step'])}</td><td>{number(each['epoch'])}</td></tr>"
         for each in results["checkpoints"]
     )
-    header = "".join(f'<th scope="col">{name}</th>' for name in ("Row", "File", "Step", "Epoch"))
+    header = '<th scope="col">Row</th><th scope="col" class="name">File</th><th scope="col">Step</th><th scope="col">Epoch</th>'
     unreadable = "".join(f"<li>{text(message)}</li>" for message in results["unreadable"])
     unreadable = f"<h3>Left out</h3><ul>{unreadable}</ul>" if unreadable else ""
     config = text_block(json.dumps(results["checkpoints"][0]["config"], indent=2, ensure_ascii=False))
@@ -383,16 +392,16 @@ def _method(results):
         "then averaged.</li><li>Latents are scaled latents; their target is VAE2's posterior mean. Their cosine is that of the "
         "whole latent as one vector.</li>"
         "<li>Colour bias is the mean of aligned − VAE2's own reconstruction per channel, in 8-bit levels.</li>"
-        "<li>Time, weights and multiply-adds are what it takes to come by VAE2's latents, from VAE1's (and the image, where the "
-        f"module takes it), at batch size 1 on {text(settings['device'])} in {text(settings['precision'])}; the time is the "
-        "fastest of three.</li>"
+        "<li>Time, weights and multiply-adds are what it takes to come by VAE2's latents, from VAE1's (and the image, where "
+        f"the module takes it), at batch size 1 on {text(settings['device'])} in {text(settings['precision'])}; the time is "
+        "the fastest of three.</li>"
         "<li>The ± of the verdict is a 95 % interval of the mean over images; below it two ways count as equally good.</li>"
         f"{rfid if 'rfid' in results['ladder']['aligned'] else ''}"
         "<li>A dash stands for what is undefined or infinite, as is the PSNR of identical pictures.</li></ul>"
         f"{_table('Checkpoints', [header], [checkpoints])}{unreadable}"
         f"<h3>Command</h3><pre>{text_block(settings['command'])}</pre>"
         f"<details><summary>Settings of this evaluation</summary><pre>{environment}</pre></details>"
-        f"<details><summary>Configuration of the training run</summary><pre>{config}</pre></details></section></main>"
+        f"<details><summary>Configuration of the training run</summary><pre>{config}</pre></details></section>"
     )
 
 
