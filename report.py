@@ -164,6 +164,11 @@ def verdict(results: dict) -> dict:
             f"It stays {abs(facts['below_ceiling_db']):.2f} dB {sides} VAE2's own reconstruction ({ceiling['psnr']:.2f} dB), "
             "which no module can be expected to pass."
         )
+    others = {row: figures["psnr"] for row, figures in ladder.items() if row.startswith("aligned") and row != "aligned"}
+    better = {row: psnr for row, psnr in others.items() if psnr is not None and psnr > (aligned["psnr"] or math.inf)}
+    if better:
+        best = max(better, key=better.get)
+        sentences.append(f"Of the other checkpoints, “{ladder[best]['label']}” is the best, with {better[best]:.2f} dB.")
     return {"answer": answer, "sentences": sentences, "weaknesses": weaknesses(results, gains, answer)} | facts
 
 
@@ -244,7 +249,7 @@ def picture_uri(image: torch.Tensor, side: int, limit: int) -> str:
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     for quality in (90, 80, 65, 45):
         file = io.BytesIO()
-        picture.save(file, "JPEG", quality=quality, subsampling=0, optimize=True)
+        picture.save(file, "JPEG", quality=quality, subsampling=0)
         if file.tell() <= limit:
             break
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

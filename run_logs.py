@@ -63,6 +63,7 @@ def read_scalars(folder: Path, prefix: str) -> dict:
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every file it has come to the end of
         # pictures and histograms are read past, and long curves are thinned out by the library itself
         sizes = {"scalars": 2000, "images": 1, "histograms": 1, "compressedHistograms": 1, "tensors": 1, "audio": 1}
         events = EventAccumulator(str(folder), size_guidance=sizes)
