@@ -108,8 +108,10 @@ def lines(title, series, x_label, y_label, log_y=False, zero=False, fill=False, 
 
     body = ""
     marks = ticks(y_low, y_high)
-    if log_y and y_high - y_low > 1.5:
-        marks = list(range(math.ceil(y_low), math.floor(y_high) + 1))
+    if log_y:
+        few = y_high - y_low < 1.5  # decades
+        decades = range(math.ceil(y_low), math.floor(y_high) + 1)
+        marks = [math.log10(y) for y in ticks(10**y_low, 10**y_high) if y > 0] if few else list(decades)
     for y in marks:
         shown = number(10**y if log_y else y)
         body += f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>'

@@ -128,11 +128,11 @@ def rung_of(row: str) -> str:
     return re.split("[_@]", row)[0]
 
 
-def colour(row: str) -> str:
-    """The class of a row's bars and lines; further checkpoints have their own."""
-    if row != "aligned" and rung_of(row) == "aligned":
-        return f"c-other{sum(int(part) for part in re.findall(r'[0-9]+', row)) % OTHER_COLOURS}"
-    return f"c-{rung_of(row)}"
+def colours_of(ladder: dict) -> dict:
+    """{row: class of its bars and lines}; further checkpoints have their own."""
+    further = [row for row in ladder if rung_of(row) == "aligned" and row != "aligned"]
+    own = {row: f"c-other{place % OTHER_COLOURS}" for place, row in enumerate(further)}
+    return {row: own.get(row, f"c-{rung_of(row)}") for row in ladder}
 
 
 def figure_text(metric: str, value) -> str:
@@ -213,7 +213,7 @@ def _table(label: str, header: list[str], rows: list[str]) -> str:
 
 
 def _ladder(results):
-    ladder = results["ladder"]
+    ladder, colours = results["ladder"], colours_of(results["ladder"])
     columns = [metric for metric in COLUMNS if any(figures.get(metric) is not None for figures in ladder.values())]
     header = ['<th scope="col">Rung</th>']
     for metric in columns:
@@ -234,7 +234,7 @@ def _ladder(results):
     charts_of = ""
     for metric, title in (("psnr", "PSNR against the original"), ("latent_mse", "Error of the latents (MSE)")):
         entries = [
-            (figures["label"], figures.get(metric), figure_text(metric, figures.get(metric)), colour(row))
+            (figures["label"], figures.get(metric), figure_text(metric, figures.get(metric)), colours[row])
             for row, figures in ladder.items()
             if metric == "psnr" or rung_of(row) in ("reencode", "linear", "aligned")
         ]
@@ -277,14 +277,19 @@ def _strips(strips):
 
 
 def _errors(results):
-    ladder, names = results["ladder"], {row: figures["label"] for row, figures in results["ladder"].items()}
+    ladder, colours = results["ladder"], colours_of(results["ladder"])
+    names = {row: figures["label"] for row, figures in ladder.items()}
     channels = [
-        (names[row], figures["latent_mse_by_channel"], colour(row))
+        (names[row], figures["latent_mse_by_channel"], colours[row])
         for row, figures in ladder.items()
-        if rung_of(row) in ("aligned", "reencode") and figures.get("latent_mse_by_channel")
+        if rung_of(row) in ("aligned", "reencode") and "@" not in row and figures.get("latent_mse_by_channel")
     ]
     spectrum = results["spectrum"]
-    bands = [(names[row], list(zip(spectrum["frequency"], powers)), colour(row)) for row, powers in spectrum["rows"].items()]
+    bands = [
+        (names[row], list(zip(spectrum["frequency"], powers)), colours[row])
+        for row, powers in spectrum["rows"].items()
+        if "@" not in row or rung_of(row) == "aligned"
+    ]
     histograms = results["histograms"]
     target, aligned = histograms["rows"]["ceiling"], histograms["rows"]["aligned"]
     total = [[sum(bins) for bins in zip(*counts)] for counts in (aligned, target)]
@@ -332,7 +337,7 @@ def _curves(results, curves):
     evaluations, body = curves["evaluations"], ""
     for metric, title, label in (("psnr", "PSNR while training", "dB"), ("latent_mse", "Latent MSE while training", "MSE")):
         series = [
-            (results["ladder"].get(row, {}).get("label", row), evaluations[row][metric], colour(row))
+            (results["ladder"].get(row, {}).get("label", row), evaluations[row][metric], f"c-{row}")
             for row in ("aligned", "reencode", "ceiling")
             if metric in evaluations.get(row, {}) and not (metric == "latent_mse" and row == "ceiling")
         ]

@@ -59,13 +59,11 @@ def cosine(latents, target):
 
 
 def frechet_distance(first, second):
-    """Between two sets of features (N, F): Heusel et al. 2017, the square root of the product by a symmetric one."""
+    """Between two sets of features (N, F): Heusel et al. 2017, by the eigenvalues of the covariances' product."""
     mean1, mean2 = first.mean(axis=0), second.mean(axis=0)
     covariance1, covariance2 = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
-    values, vectors = np.linalg.eigh(covariance1)
-    root = vectors * np.sqrt(np.clip(values, 0, None)) @ vectors.T
-    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ covariance2 @ root), 0, None)).sum()
-    return float(((mean1 - mean2) ** 2).sum() + np.trace(covariance1) + np.trace(covariance2) - 2 * cross)
+    roots = np.sqrt(np.clip(np.linalg.eigvals(covariance1 @ covariance2).real, 0, None))
+    return float(((mean1 - mean2) ** 2).sum() + np.trace(covariance1) + np.trace(covariance2) - 2 * roots.sum())
 
 
 def error_power(images, originals, bands):

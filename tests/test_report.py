@@ -26,7 +26,14 @@ import report_page
 import run_logs
 from vae_align import AlignConfig, AlignModule, AlignPipeline, LatentSpace, load_vae_model
 
-HOSTILE = ("<img src=x onerror=window.hacked=1><script>", '"quo\'ted" & <b>', "two\nlines", "\udcff\udcfe raw", "=1+1,;", "長" * 60)
+HOSTILE = (
+    "<img src=x onerror=window.hacked=1><script>",
+    '"quo\'ted" & <b>',
+    "two\nlines",
+    "\udcff\udcfe raw",
+    "=1+1,;",
+    "長" * 60,
+)
 RUN = "align_20260101_000000"
 
 
