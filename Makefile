@@ -13,6 +13,7 @@ demo: $(VENV)/installed
 	@echo "pictures:    $(OUTPUT)/eval_results/*.png"
 	@echo "checkpoints: $(OUTPUT)/ckpt_align"
 	@echo "TensorBoard: $(VENV)/bin/tensorboard --logdir $(OUTPUT)/runs"
+	@echo "report:      $(OUTPUT)/eval_results/report.html"
 
 test: $(VENV)/installed
 	$(RUN) -m ruff check .

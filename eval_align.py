@@ -3,29 +3,54 @@
     python eval_align.py --checkpoint ckpt_align/align_pipeline_20251231_034701.pth --eval_data_dir eval_images \\
         --output_dir eval_results --save_visualizations
 
-The checkpoint says which VAEs it joins and how; nothing else is needed. Prints the ladder of baselines and writes
-metrics.json. PSNR and SSIM are taken per image on clamped 8-bit values and then averaged.
+The checkpoint says which VAEs it joins and how; nothing else is needed. Prints the ladder of baselines and a verdict, and
+writes report.html (one file, opens from disk), metrics.json and metrics.csv (a row per image and rung). Several checkpoints
+are judged side by side, the first being the one the verdict is about. PSNR and SSIM are taken per image on clamped 8-bit
+values and then averaged.
+
+    # a module trained on tiny autoencoders, judged with the full VAEs of the same two latent spaces
+    python eval_align.py --checkpoint ckpt_align --eval_data_dir eval_images --vae1_path sd-legacy/stable-diffusion-v1-5 \\
+        --vae2_path black-forest-labs/FLUX.1-dev --vae1_subfolder vae --vae2_subfolder vae
 """
 
 from __future__ import annotations
 
 import logging
-import math
+import re
+import shlex
+import sys
 import time
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import report
+import report_page
 from cli import Parser, integer, run
 from dataloader import ImageDataset, eval_loader, open_dataset
 from device import PRECISIONS, autocast, get_dtype, keep_freed_memory, resolve_device, resolve_precision
-from utils import UserError, claim_writable_folder, count_of, use_proxy, write_json
-from vae_align import AlignModule, AlignPipeline, good_image_size
+from metrics import (
+    DEFAULT_OPTIONAL,
+    ErrorSpectrum,
+    LatentHistograms,
+    OptionalMetrics,
+    finite,
+    image_metrics,
+    latent_metrics,
+    mean_of,
+    summarise,
+)
+from metrics import OPTIONAL as OPTIONAL_METRICS
+from run_logs import read_curves
+from utils import UserError, atomic_file, claim_writable_folder, count_of, one_line, use_proxy, write_json
+from vae_align import AlignModule, AlignPipeline, good_image_size, newest_checkpoint, read_checkpoint
 
 log = logging.getLogger(__name__)
 
+METRICS_FORMAT = "vae-align metrics 1"
 LADDER = {
     "vae1": "VAE1 reconstruction",
     "ceiling": "VAE2 reconstruction (ceiling)",
@@ -36,9 +61,16 @@ LADDER = {
 }
 
 
-def applicable_rows(pipeline: AlignPipeline) -> tuple[str, ...]:
+def label_of(row: str) -> str:
+    """What a row of the ladder is called: "aligned_2" is another module between the same VAEs."""
+    return LADDER.get(row) or f"aligned, checkpoint {row.rpartition('_')[2]}"
+
+
+def applicable_rows(pipeline: AlignPipeline, others=()) -> tuple[str, ...]:
     """The rungs of the ladder that mean something for this pipeline: without latents there is no linear map."""
-    return tuple(row for row in LADDER if row != "linear" or pipeline.module.has_ridge)
+    has_ridge = any(each.module.has_ridge for each in (pipeline, *others))
+    rungs = tuple(row for row in LADDER if row != "linear" or has_ridge)
+    return rungs + tuple(f"aligned_{number}" for number, _ in enumerate(others, 2))
 
 
 def untrained_module(pipeline: AlignPipeline) -> AlignModule:
@@ -48,23 +80,37 @@ def untrained_module(pipeline: AlignPipeline) -> AlignModule:
         return AlignModule(pipeline.config).to(pipeline.device).eval()
 
 
-def translators(pipeline: AlignPipeline, rows, dtype: torch.dtype) -> dict:
-    """{row: function (VAE1's latents, images) -> VAE2's scaled latents, float32} for rows that lead to VAE2's latents."""
+def translators(pipeline: AlignPipeline, rows, dtype: torch.dtype, others=()) -> dict:
+    """{row: function (VAE1's latents, images) -> VAE2's scaled latents, float32} for rows that lead to VAE2's latents.
+
+    `others`: see `evaluate`. Each function that is not made of VAEs has as its attribute `parameters` how many it uses.
+    """
     space1, space2 = pipeline.space1, pipeline.space2
+    linear = next((each.module for each in (pipeline, *others) if each.module.has_ridge), None)
 
     def by_module(module):
         def translate(latents, images):
+            given = {"latent": latents, "image": images}
+            given = [given[kind] if kind in module.config.input_types else None for kind in ("latent", "image")]
             with autocast(pipeline.device, dtype):
-                return module(latents if pipeline.uses_latents else None, images if pipeline.uses_image else None).float()
+                return module(*given).float()
 
+        translate.parameters = sum(parameter.numel() for parameter in module.parameters())
         return translate
+
+    def by_linear_map(latents, images):
+        return linear.linear_map(latents)
+
+    if linear:
+        by_linear_map.parameters = linear.ridge_weight.numel() + linear.ridge_bias.numel()
 
     ways = {
         "ceiling": lambda latents, images: space2.encode(images),
         "reencode": lambda latents, images: space2.encode(space1.decode(latents).clamp(-1, 1)),
-        "linear": lambda latents, images: pipeline.module.linear_map(latents),
+        "linear": by_linear_map,
         "aligned": by_module(pipeline.module),
     }
+    ways |= {f"aligned_{number}": by_module(other.module) for number, other in enumerate(others, 2)}
     if "untrained" in rows:
         ways["untrained"] = by_module(untrained_module(pipeline))
     return {row: ways[row] for row in rows if row in ways}
@@ -107,9 +153,6 @@ def measure_costs(pipeline: AlignPipeline, image_size: int, ways: dict, repeats:
     parameters = {
         "ceiling": encoder2,
         "reencode": half(pipeline.vae1, "decoder", "post_quant_conv") + encoder2,
-        "linear": pipeline.module.ridge_weight.numel() + pipeline.module.ridge_bias.numel() if "linear" in ways else 0,
-        "untrained": size(pipeline.module),
-        "aligned": size(pipeline.module),
     }
     costs = {}
     for row, translate in ways.items():
@@ -122,55 +165,51 @@ def measure_costs(pipeline: AlignPipeline, image_size: int, ways: dict, repeats:
             times.append(time.perf_counter() - start)
         costs[row] = {
             "milliseconds": 1e3 * min(times),
-            "parameters": parameters[row],
+            "parameters": getattr(translate, "parameters", None) or parameters[row],
             "macs": counter.get_total_flops() // 2,
         }
     return costs
 
 
-def image_metrics(image: torch.Tensor, original: torch.Tensor) -> dict:
-    """Per image PSNR in dB, SSIM and the mean shift of R, G, B in 8-bit levels: lists of B values, B x 3 for the shift.
-
-    Both (B, 3, H, W) in [-1, 1]; compared as clamped 8-bit values. SSIM as Wang et al. 2004 (11x11 Gaussian, sigma 1.5;
-    mirrored borders).
-    """
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    image, original = report.to_8bit(image), report.to_8bit(original)
-    error = (image - original).square().mean(dim=(1, 2, 3), dtype=torch.float64)
-    ssim = structural_similarity_index_measure(image, original, data_range=255.0, reduction="none")
-    return {
-        "psnr": (10 * torch.log10(255**2 / error)).tolist(),
-        "ssim": ssim.reshape(-1).tolist(),
-        "colour_bias": (image - original).mean(dim=(2, 3), dtype=torch.float64).tolist(),
-    }
-
-
 def evaluate(
-    pipeline: AlignPipeline, loader, dtype: torch.dtype, rows=None, visit=None, costs=False, show_progress=True
+    pipeline: AlignPipeline,
+    loader,
+    dtype: torch.dtype,
+    rows=None,
+    visit=None,
+    costs=False,
+    show_progress=True,
+    optional: OptionalMetrics | None = None,
+    others=(),
 ) -> dict:
     """Judge rungs of the ladder on every image of `loader`.
 
     Args:
         dtype: precision of the module's autocast.
         rows: keys of `LADDER`; by default all that apply.
-        visit: called with (batch, what `reconstruct` returned) for each batch, for pictures.
+        visit: called with (batch, what `reconstruct` returned) for each batch, for pictures and for what is summed up.
         costs: also measure what each rung costs (see `measure_costs`).
+        optional: which metrics beyond the plain ones; by default SSIM alone.
+        others: pipelines of the same two VAEs whose modules are judged too, as "aligned_2", "aligned_3", …
 
     Returns a dict of plain values:
         images: how many were judged; unreadable: the messages of those that could not be.
-        ladder: {row: {label, latent_mse, psnr, ssim, psnr_vs_vae2, ssim_vs_vae2, colour_bias, and with `costs`
-            milliseconds, parameters, macs}}: means over images. `latent_mse` is against VAE2's posterior mean; `psnr` (dB)
-            and `ssim` against the original, `psnr_vs_vae2`, `ssim_vs_vae2` and `colour_bias` (signed 8-bit levels of
-            R, G, B) against VAE2's own reconstruction. None where undefined.
+        ladder: {row: {label, latent_mse, latent_l1, latent_cosine, latent_mse_by_channel, psnr, ssim, psnr_vs_vae2,
+            ssim_vs_vae2, colour_bias, further optional metrics, and with `costs` milliseconds, parameters, macs}}: means
+            over images. What begins with `latent` is against VAE2's posterior mean; `psnr` (dB), `ssim` and the further
+            ones are against the original, `psnr_vs_vae2`, `ssim_vs_vae2` and `colour_bias` (signed 8-bit levels of
+            R, G, B) against VAE2's own reconstruction. None where undefined or not measured.
+        summary: {row: {metric: {mean, std, worst, worst_image}}}, see `metrics.summarise`.
         per_image: {row: {metric: [value per image]}}, paths: the images' names in the same order.
     """
-    rows = applicable_rows(pipeline) if rows is None else rows
+    optional = optional or OptionalMetrics()
+    ssim = "ssim" in optional.names
+    rows = applicable_rows(pipeline, others) if rows is None else rows
     values = {row: {} for row in rows}
     paths, unreadable = [], []
     was_training = pipeline.module.training
     pipeline.module.eval()
-    ways = translators(pipeline, dict.fromkeys((*rows, "ceiling")), dtype)
+    ways = translators(pipeline, dict.fromkeys((*rows, "ceiling")), dtype, others)
     for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not show_progress):
         unreadable += batch["unreadable"]
         if not batch["path"]:
@@ -178,14 +217,16 @@ def evaluate(
         images = batch["pixel_values"].to(pipeline.device)
         made = reconstruct(pipeline, images, ways)
         target, shown = made["ceiling"]
+        optional.begin_batch(images)
         for row in rows:
             latents, decoded = made[row]
-            figures = image_metrics(decoded, images)
-            against_vae2 = image_metrics(decoded, shown)
-            figures |= {"psnr_vs_vae2": against_vae2["psnr"], "ssim_vs_vae2": against_vae2["ssim"]}
+            figures = image_metrics(decoded, images, ssim)
+            against_vae2 = image_metrics(decoded, shown, ssim)
+            figures |= {f"{name}_vs_vae2": against_vae2[name] for name in ("psnr", "ssim") if name in against_vae2}
             figures["colour_bias"] = against_vae2["colour_bias"]
+            figures |= optional.measure(row, decoded, images)
             if row != "vae1":
-                figures["latent_mse"] = (latents - target).square().mean(dim=(1, 2, 3)).tolist()
+                figures |= latent_metrics(latents, target)
             for name, per_image in figures.items():
                 values[row].setdefault(name, []).extend(per_image)
         paths += batch["path"]
@@ -194,31 +235,24 @@ def evaluate(
     if not paths:
         raise UserError(f"no image could be evaluated; the last failure: {(unreadable or ['the folder is empty'])[-1]}")
     ladder = {
-        row: {"label": LADDER[row], "latent_mse": None} | {name: _mean(numbers) for name, numbers in values[row].items()}
+        row: {"label": label_of(row)}
+        | dict.fromkeys(("latent_mse", "latent_l1", "latent_cosine", "latent_mse_by_channel", "ssim", "ssim_vs_vae2"))
+        | {name: mean_of(numbers) for name, numbers in values[row].items()}
+        | finite(optional.of_the_set(row))
         for row in rows
     }
     if costs:
         for row, cost in measure_costs(pipeline, images.shape[-1], {row: ways[row] for row in rows if row in ways}).items():
             ladder[row] |= cost
     pipeline.module.train(was_training)
-    return {"images": len(paths), "unreadable": unreadable, "ladder": ladder, "per_image": _finite(values), "paths": paths}
-
-
-def _mean(numbers):
-    """Mean over images, per component for lists; None if it is not finite (the PSNR of identical images is infinite)."""
-    if isinstance(numbers[0], list):
-        return [_mean(component) for component in zip(*numbers)]
-    mean = math.fsum(numbers) / len(numbers)
-    return mean if math.isfinite(mean) else None
-
-
-def _finite(value):
-    """`value` with every number that JSON cannot hold replaced by None."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else None
+    return {
+        "images": len(paths),
+        "unreadable": unreadable,
+        "ladder": ladder,
+        "summary": summarise(values),
+        "per_image": finite(values),
+        "paths": paths,
+    }
 
 
 def comparison_panels(images: torch.Tensor, made: dict) -> list[list[tuple[str, torch.Tensor]]]:
@@ -247,12 +281,29 @@ def comparison_panels(images: torch.Tensor, made: dict) -> list[list[tuple[str, 
     return rows
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
 def build_parser() -> Parser:
     parser = Parser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="file written by train_align_with_args.py, or a folder: its newest")
+    parser.add_argument(
+        "--checkpoint",
+        nargs="+",
+        required=True,
+        help="file written by train_align_with_args.py, or a folder: its newest; further ones are judged beside the first",
+    )
     parser.add_argument("--eval_data_dir", required=True, help="folder of images, searched recursively (or see --dataset_type)")
-    parser.add_argument("--output_dir", default="eval_results", help="where metrics.json and the pictures go")
+    parser.add_argument("--output_dir", default="eval_results", help="where the report, the figures and the pictures go")
     parser.add_argument("--save_visualizations", action="store_true", help="also write one comparison picture per image")
+    parser.add_argument("--num_samples", type=integer(0, 1000), default=9, help="images shown in the report; 0: none")
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=OPTIONAL_METRICS,
+        default=list(DEFAULT_OPTIONAL),
+        help="beyond the plain ones; lpips needs torchvision, rfid torch-fidelity, both with weights already on this machine",
+    )
     parser.add_argument("--eval_batch_size", type=integer(1, 4096), default=4, help="images per batch")
     parser.add_argument("--num_workers", type=integer(0, 256), default=4, help="processes that decode images; 0: none")
     parser.add_argument("--image_size", type=integer(1, 16384), help="side of the square judged, px (default: as trained)")
@@ -261,9 +312,130 @@ def build_parser() -> Parser:
     parser.add_argument("--precision", choices=PRECISIONS, help="of VAEs and autocast (default: as trained)")
     for number in (1, 2):
         parser.add_argument(f"--vae{number}_path", help=f"folder or hub id of VAE{number} (default: as in the checkpoint)")
+        parser.add_argument(f"--vae{number}_subfolder", help=f"VAE{number}'s place in it (default: as in the checkpoint)")
     parser.add_argument("--cache_dir", help="where the hub client keeps downloads")
     parser.add_argument("--proxy", help="URL of a proxy for hub access")
     return parser
+
+
+@dataclass
+class Pair:
+    """Checkpoints between the same two VAEs: the first one's pipeline, and the others', which share its VAEs."""
+
+    pipeline: AlignPipeline
+    others: list[AlignPipeline]
+    suffix: str  # of its rows in the ladder: "" for the main checkpoint's pair, then "@2", "@3", …
+
+
+def load_pairs(args, device: torch.device, dtype: torch.dtype) -> tuple[list[Pair], list[dict], list[dict]]:
+    """The checkpoints of `args` by pair of VAEs, what the report says of each, and what each file holds."""
+    pairs, checkpoints, contents = {}, [], []
+    places = {
+        f"vae{number}_{what}": getattr(args, f"vae{number}_{what}") for number in (1, 2) for what in ("path", "subfolder")
+    }
+    for given in args.checkpoint:
+        path, content = newest_checkpoint(given) if Path(given).is_dir() else (Path(given), read_checkpoint(given))
+        recorded = {f"{vae}_{what}": content[vae][what] for vae in ("vae1", "vae2") for what in ("path", "subfolder")}
+        key = tuple(recorded[name] if place is None else place for name, place in places.items())
+        options = {"device": device, "dtype": dtype, "cache_dir": args.cache_dir}
+        options |= {name: place for name, place in places.items() if name.endswith("subfolder")}
+        if key in pairs:
+            pair = pairs[key]
+            vaes = (pair.pipeline.vae1, pair.pipeline.vae2)
+            pair.others.append(AlignPipeline.from_checkpoint(path, *vaes, **options))
+            row = f"aligned_{len(pair.others) + 1}{pair.suffix}"
+        else:
+            pipeline = AlignPipeline.from_checkpoint(path, args.vae1_path, args.vae2_path, **options)
+            pair = pairs[key] = Pair(pipeline, [], f"@{len(pairs) + 1}" if pairs else "")
+            row = f"aligned{pair.suffix}"
+        config = {name: value for name, value in content["config"].items() if name != "proxy"}
+        described = {"row": row, "name": path.stem, "path": str(path), "run": content.get("run")}
+        checkpoints.append(described | {"step": content["step"], "epoch": content["epoch"], "config": config})
+        contents.append(content)
+    return list(pairs.values()), checkpoints, contents
+
+
+def judge(pairs: list[Pair], loader, dtype, names, size: int, visit) -> dict:
+    """`evaluate` on every pair, as one dict with the further pairs' rows behind the first one's, and beside it `spectrum` and
+    `histograms` (see `metrics`), `indices` of the images in the data set, and `left_out_metrics`."""
+    optional = [OptionalMetrics(names, size, pair.pipeline.device) for pair in pairs]
+    for name, why in optional[0].left_out.items():
+        log.warning("%s is left out: %s", name, why)
+    results = {}
+    for pair, metrics_of_pair in zip(pairs, optional):
+        aligned = [row for row in applicable_rows(pair.pipeline, pair.others) if row.startswith("aligned")]
+        spectrum = ErrorSpectrum(size, ["ceiling", "reencode", *aligned])
+        histograms, indices = LatentHistograms(["ceiling", *aligned]), []
+
+        def look(batch, made, pair=pair, spectrum=spectrum, histograms=histograms, indices=indices):
+            indices += batch["index"].tolist()
+            spectrum.add(batch["pixel_values"].to(pair.pipeline.device), {row: made[row][1] for row in spectrum.errors})
+            histograms.add({row: made[row][0] for row in histograms.rows})
+            if visit and not pair.suffix:
+                visit(batch, made)
+
+        figures = evaluate(pair.pipeline, loader, dtype, visit=look, costs=True, optional=metrics_of_pair, others=pair.others)
+        figures |= {"spectrum": spectrum.result(), "histograms": histograms.result(), "indices": indices}
+        if not results:
+            results = figures | {"left_out_metrics": metrics_of_pair.left_out}
+            continue
+        if figures["paths"] != results["paths"]:
+            raise UserError("an image became unreadable between two passes; run it again")
+        for part in ("ladder", "summary", "per_image"):
+            results[part] |= {f"{row}{pair.suffix}": value for row, value in figures[part].items()}
+        for row, figures_of_row in figures["ladder"].items():
+            figures_of_row["label"] = f"{label_of(row)}, pair {pair.suffix[1:]}"
+        results["spectrum"]["rows"] |= {f"{row}{pair.suffix}": line for row, line in figures["spectrum"]["rows"].items()}
+    return results
+
+
+@torch.inference_mode()
+def report_strips(pairs: list[Pair], dataset: ImageDataset, dtype, results: dict, wanted: int) -> list[dict]:
+    """The pictures of the report: about `wanted` images, worst, median and best, made anew so that none had to be kept."""
+    chosen = [(group, place) for group, places in report.chosen_images(results, wanted).items() for place in places]
+    per_image, strips = results["per_image"], []
+    panels_on_page = len(chosen) * sum(3 * (4 + len(pair.others)) for pair in pairs)
+    for group, place in tqdm(chosen, desc="pictures", unit="image", leave=False, disable=not chosen):
+        pixels = dataset[results["indices"][place]]["pixel_values"]
+        if pixels is None:
+            log.warning("%r can no longer be read; it is left out of the pictures", results["paths"][place])
+            continue
+        panels = []
+        for pair in pairs:
+            names = {"vae1": "VAE1", "ceiling": "VAE2", "reencode": "re-encode", "aligned": "aligned"}
+            names |= {f"aligned_{number}": f"aligned {number}" for number, _ in enumerate(pair.others, 2)}
+            ways = translators(pair.pipeline, [row for row in names if row != "vae1"], dtype, pair.others)
+            images = pixels[None].to(pair.pipeline.device)
+            made = {row: (latents[0], shown[0]) for row, (latents, shown) in reconstruct(pair.pipeline, images, ways).items()}
+            of_pair = report.page_panels(images[0], made, names, panels_on_page)
+            if pair.suffix:
+                of_pair = [panel | {"caption": f"{panel['caption']}, pair {pair.suffix[1:]}"} for panel in of_pair[1:]]
+            panels += of_pair
+        figures = ", ".join(
+            f"{name} {report.decibels(per_image[row]['psnr'][place])}"
+            for row, name in (("aligned", "aligned"), ("reencode", "decode + re-encode"), ("ceiling", "VAE2"))
+        )
+        name = report.shown_name(results["paths"][place], results["settings"]["eval_data_dir"])
+        strips.append({"group": group, "name": name, "figures": f"PSNR in dB: {figures}", "panels": panels})
+    return strips
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({count_of(torch.get_num_threads(), 'thread')})" if device.type == "cpu" else str(device)
+
+
+def command_line(argv: list[str]) -> str:
+    """The command that makes this report again, without the proxy, whose URL may hold a password."""
+    kept, skip = [], False
+    for word in argv:
+        if not skip and not word.startswith("--proxy="):
+            skip = word == "--proxy"
+            kept += [] if skip else [word]
+        else:
+            skip = False
+    return shlex.join(["python", "eval_align.py", *kept])
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -272,31 +444,62 @@ def main(argv: list[str] | None = None) -> dict:
     output_dir = claim_writable_folder(args.output_dir, "--output_dir")
     device = resolve_device(args.device, "device" in args.typed_flags)
     keep_freed_memory(device)
-    pipeline = AlignPipeline.from_checkpoint(args.checkpoint)
-    trained = pipeline.progress["config"]
-    precision = args.precision or trained.get("precision", "bfloat16")
-    dtype = get_dtype(resolve_precision(precision, device, args.precision is not None))
-    vaes = {"vae1": args.vae1_path, "vae2": args.vae2_path}
-    pipeline = AlignPipeline.from_checkpoint(args.checkpoint, **vaes, device=device, dtype=dtype, cache_dir=args.cache_dir)
-    size = good_image_size(args.image_size or trained.get("image_size", 256), pipeline.space1.stride, pipeline.space2.stride)
+    first = read_checkpoint(args.checkpoint[0])["config"]
+    precision = resolve_precision(args.precision or first.get("precision", "bfloat16"), device, args.precision is not None)
+    dtype = get_dtype(precision)
+    pairs, checkpoints, contents = load_pairs(args, device, dtype)
+    strides = [space.stride for pair in pairs for space in (pair.pipeline.space1, pair.pipeline.space2)]
+    size = good_image_size(args.image_size or first.get("image_size", 256), *strides)
     source = open_dataset(args.eval_data_dir, args.dataset_type, False, "--eval_data_dir", args.cache_dir)
-    loader = eval_loader(ImageDataset(source, size), args.eval_batch_size, args.num_workers)
-    log.info("%s at %d px from %s", count_of(len(loader.dataset), "image"), size, args.eval_data_dir)
+    dataset = ImageDataset(source, size)
+    loader = eval_loader(dataset, args.eval_batch_size, args.num_workers)
+    log.info("%s at %d px from %s", count_of(len(dataset), "image"), size, args.eval_data_dir)
 
     def save_pictures(batch, made):
-        rows = comparison_panels(batch["pixel_values"].to(pipeline.device), made)
+        rows = comparison_panels(batch["pixel_values"].to(device), made)
         for number, (path, index) in enumerate(zip(batch["path"], batch["index"].tolist())):
-            name = f"{index:05d}_{Path(path).stem[:80]}.png"
-            report.comparison_picture(rows[2 * number : 2 * number + 2], size).save(output_dir / name)
+            name = re.sub(r"[^\w.-]", "_", Path(path).stem)[:50]  # 50 signs are at most 200 bytes
+            with atomic_file(output_dir / f"{index:05d}_{name}.png") as file:
+                report.comparison_picture(rows[2 * number : 2 * number + 2], size).save(file, "PNG")
 
-    results = evaluate(pipeline, loader, dtype, visit=save_pictures if args.save_visualizations else None, costs=True)
-    results["checkpoint"] = str(args.checkpoint)
-    results["image_size"] = size
-    write_json(output_dir / "metrics.json", results)
+    results = judge(pairs, loader, dtype, args.metrics, size, save_pictures if args.save_visualizations else None)
+    for number, checkpoint in enumerate(checkpoints[1:], 2):
+        results["ladder"][checkpoint["row"]]["label"] = f"aligned {number}: {checkpoint['name']}"
+    identities = [space.identity for space in (pairs[0].pipeline.space1, pairs[0].pipeline.space2)]
+    results |= {
+        "format": METRICS_FORMAT,
+        "checkpoint": str(args.checkpoint[0]),
+        "checkpoints": checkpoints,
+        "image_size": size,
+        "settings": {
+            "created": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
+            "command": command_line(sys.argv[1:] if argv is None else argv),
+            "eval_data_dir": args.eval_data_dir,
+            "trained_image_size": first.get("image_size"),
+            "vae1": identities[0]["path"],
+            "vae2": identities[1]["path"],
+            "device": device_name(device),
+            "precision": precision,
+            "metrics": list(args.metrics),
+            "torch": torch.__version__,
+        },
+    }
+    results["verdict"] = report.verdict(results)
     print(report.ladder_table(results))
     for message in results["unreadable"]:
         log.warning("left out: %s", message)
-    print(f"{count_of(results['images'], 'image')} judged; results in {output_dir}")
+    strips = report_strips(pairs, dataset, dtype, results, args.num_samples)
+    curves = read_curves(Path(checkpoints[0]["path"]), contents[0])
+    page = report_page.render(results, strips, curves)
+    try:
+        write_json(output_dir / "metrics.json", results)
+        report.write_csv(output_dir / "metrics.csv", results)
+        with atomic_file(output_dir / "report.html", "w", encoding="utf-8") as file:
+            file.write(page)
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: the results cannot be written ({one_line(error)})") from None
+    print(" ".join(results["verdict"]["sentences"]))
+    print(f"{count_of(results['images'], 'image')} judged; report: {output_dir / 'report.html'}")
     return results
 
 

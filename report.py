@@ -1,17 +1,26 @@
-"""Pictures and tables from what `eval_align.evaluate` returns. Knows no model."""
+"""Pictures, tables and the verdict from what `eval_align.evaluate` returns. Knows no model."""
 
 from __future__ import annotations
+
+import base64
+import csv
+import io
+import math
+import os
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from metrics import to_8bit
+from utils import atomic_file, count_of
+
 DIFFERENCE_GAIN = 5  # differences are shown this many times amplified around mid-grey
 PADDING, CAPTION = 6, 20  # px
-
-
-def to_8bit(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] -> levels 0..255, clamped and rounded, still float: what a viewer would get to see."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
+PAGE_PANEL = 512  # px: larger pictures are shown smaller on the page
+PAGE_BYTES = 6_000_000  # of pictures on the page, all together
+PSNR_NOISE = 0.05  # dB: smaller differences are none
+BIAS_SEEN = 1  # 8-bit levels of colour bias from which it is called a weakness
+FEW_IMAGES = 30
 
 
 def difference_map(image: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -71,3 +80,208 @@ def ladder_table(results: dict) -> str:
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
         for line in lines
     )
+
+
+def csv_rows(results: dict):
+    """metrics.csv, row by row: a header, then one row per image and rung; nothing where a figure has no meaning."""
+    plain, triples = {}, {}
+    for metrics in results["per_image"].values():
+        for name, numbers in metrics.items():
+            if not isinstance(numbers[0], list):
+                plain[name] = None
+            elif name == "colour_bias":
+                triples[name] = ("r", "g", "b")
+    yield ["image", "rung", *plain, *(f"{name}_{part}" for name, parts in triples.items() for part in parts)]
+    for place, path in enumerate(results["paths"]):
+        for row, metrics in results["per_image"].items():
+            figures = [metrics[name][place] if name in metrics else None for name in plain]
+            figures += [part for name in triples for part in metrics[name][place]]
+            yield [path, row, *("" if figure is None else figure for figure in figures)]
+
+
+def write_csv(path, results: dict) -> None:
+    """Write `csv_rows`, atomically; bytes of a file name that are no UTF-8 come out as escapes."""
+    with atomic_file(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        csv.writer(file).writerows(csv_rows(results))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The verdict
+
+
+def verdict(results: dict) -> dict:
+    """Is the main module worth using in place of decoding with VAE1 and encoding with VAE2?
+
+    Returns {answer: "yes", "equal", "no" or "unknown"; sentences: what to say first; weaknesses: what speaks against it;
+    gain_db: its PSNR over that of decode + re-encode, mean over images; gain_error_db: 95 % interval of that mean, ±;
+    better_on: images on which it is the better; below_ceiling_db; macs_fraction, time_fraction: of decode + re-encode's}.
+    """
+    ladder, per_image = results["ladder"], results["per_image"]
+    aligned, rival, ceiling = (ladder[row] for row in ("aligned", "reencode", "ceiling"))
+    pairs = zip(per_image["aligned"]["psnr"], per_image["reencode"]["psnr"])
+    gains = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
+    facts = {"gain_db": None, "gain_error_db": None, "better_on": sum(gain > 0 for gain in gains), "below_ceiling_db": None}
+    for name, cost in (("macs_fraction", "macs"), ("time_fraction", "milliseconds")):
+        facts[name] = aligned[cost] / rival[cost] if aligned.get(cost) and rival.get(cost) else None
+    if aligned["latent_mse"] is None:
+        return {
+            "answer": "no",
+            "sentences": ["Do not use it: what the module puts out is not finite."],
+            "weaknesses": [],
+        } | facts
+    if aligned["psnr"] is not None and ceiling["psnr"] is not None:
+        facts["below_ceiling_db"] = ceiling["psnr"] - aligned["psnr"]
+    if not gains:
+        sentence = "No verdict: PSNR is undefined or infinite on every image."
+        return {"answer": "unknown", "sentences": [sentence], "weaknesses": weaknesses(results, gains, "unknown")} | facts
+
+    gain = facts["gain_db"] = math.fsum(gains) / len(gains)
+    if len(gains) > 1:
+        variance = math.fsum((one - gain) ** 2 for one in gains) / (len(gains) - 1)
+        facts["gain_error_db"] = 1.96 * math.sqrt(variance / len(gains))
+    noise = max(PSNR_NOISE, facts["gain_error_db"] or 0)
+    answer = "yes" if gain > noise else "no" if gain < -noise else "equal"
+    figures = f"{decibels(aligned['psnr'])} against {decibels(rival['psnr'])} dB PSNR"
+    nearer_on = facts["better_on"] if answer == "yes" else sum(gain < 0 for gain in gains)
+    nearer = f"nearer on {nearer_on} of {count_of(len(gains), 'image')}"
+    fraction = facts["macs_fraction"]
+    cost = f"at {percent(fraction)} of the multiply-adds" if fraction is not None else ""
+    cheaper = fraction is not None and fraction < 1
+    if answer == "yes":
+        first = f"Worth using instead of decode + re-encode: its pictures are {gain:.2f} dB nearer to the originals"
+        first = f"{first} ({figures}; {nearer})" + (f", {cost}." if cost else ".")
+    elif answer == "equal":
+        first = f"As good as decode + re-encode, as far as {count_of(len(gains), 'image')} can tell"
+        first = f"{first} ({gain:+.2f} ± {facts['gain_error_db'] or 0:.2f} dB; {figures})" + (f", {cost}." if cost else ".")
+    else:
+        first = f"Not for quality: decode + re-encode is {-gain:.2f} dB nearer to the originals ({figures}; {nearer})."
+        if cheaper:
+            first += f" What speaks for the module is cost: {percent(fraction)} of the multiply-adds."
+    sentences = [first]
+    if facts["below_ceiling_db"] is not None:
+        sides = "below" if facts["below_ceiling_db"] >= 0 else "above"
+        sentences.append(
+            f"It stays {abs(facts['below_ceiling_db']):.2f} dB {sides} VAE2's own reconstruction ({ceiling['psnr']:.2f} dB), "
+            "which no module can be expected to pass."
+        )
+    others = {row: figures["psnr"] for row, figures in ladder.items() if row.startswith("aligned") and row != "aligned"}
+    better = {row: psnr for row, psnr in others.items() if psnr is not None and psnr > (aligned["psnr"] or math.inf)}
+    if better:
+        best = max(better, key=better.get)
+        sentences.append(f"Of the other checkpoints, “{ladder[best]['label']}” is the best, with {better[best]:.2f} dB.")
+    return {"answer": answer, "sentences": sentences, "weaknesses": weaknesses(results, gains, answer)} | facts
+
+
+def weaknesses(results: dict, gains: list[float], answer: str) -> list[str]:
+    """What speaks against the main module, or against trusting these figures, a sentence each."""
+    ladder = results["ladder"]
+    aligned, rival = ladder["aligned"], ladder["reencode"]
+    found = []
+    bias = aligned["colour_bias"]
+    if any(level is None or abs(level) > BIAS_SEEN for level in bias):
+        shown = ", ".join(f"{name} {signed(level)}" for name, level in zip(("red", "green", "blue"), bias))
+        found.append(f"Colour bias against VAE2's own reconstruction: {shown} of 255 levels.")
+    if rival["latent_mse"] is not None and aligned["latent_mse"] > rival["latent_mse"]:
+        found.append(
+            f"Its latents are farther from VAE2's than those of decode + re-encode: MSE {aligned['latent_mse']:.4f} against "
+            f"{rival['latent_mse']:.4f}."
+        )
+    if aligned["ssim"] is not None and rival["ssim"] is not None and answer != "no" and aligned["ssim"] < rival["ssim"]:
+        found.append(f"SSIM is lower than that of decode + re-encode: {aligned['ssim']:.4f} against {rival['ssim']:.4f}.")
+    for row, what in (("linear", "the closed-form linear map"), ("untrained", "the untrained module")):
+        if row in ladder and None not in (ladder[row]["psnr"], aligned["psnr"]) and ladder[row]["psnr"] >= aligned["psnr"]:
+            found.append(f"It is no better than {what} ({ladder[row]['psnr']:.2f} dB): the training has not helped.")
+    if answer == "yes" and gains and min(gains) < -PSNR_NOISE:
+        worse = sum(gain < 0 for gain in gains)
+        found.append(f"On {count_of(worse, 'image')} decode + re-encode is nearer, by up to {-min(gains):.2f} dB.")
+    if results["images"] < FEW_IMAGES:
+        found.append(f"Judged on {count_of(results['images'], 'image')} only; on others the figures will differ.")
+    if results["unreadable"]:
+        found.append(f"{count_of(len(results['unreadable']), 'file')} could not be read and had to be left out.")
+    trained_at = results.get("settings", {}).get("trained_image_size")
+    if trained_at and trained_at != results.get("image_size"):
+        found.append(f"Judged at {results['image_size']} px, trained at {trained_at} px.")
+    return found
+
+
+def decibels(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.1f}".replace("-", "−")
+
+
+def percent(fraction: float) -> str:
+    """A share in per cent, to two digits; never 0 % for what is not nothing."""
+    return f"{100 * fraction:.0f} %" if fraction >= 0.1 else f"{100 * fraction:.2g} %"
+
+
+def shown_name(path: str, folder: str) -> str:
+    """An image's name as people know it: its path below the folder that was judged."""
+    return os.path.relpath(path, folder) if os.path.isabs(path) == os.path.isabs(folder) and os.path.dirname(path) else path
+
+
+def chosen_images(results: dict, wanted: int) -> dict:
+    """{"worst" | "median" | "best": [place in `paths`, …]}: about `wanted` images by what the main module loses to VAE2's own
+    reconstruction, in dB of PSNR against the original; images without such a figure come last of all."""
+    per_image = results["per_image"]
+    losses = [
+        -math.inf if ours is None or ceiling is None else ceiling - ours
+        for ours, ceiling in zip(per_image["aligned"]["psnr"], per_image["ceiling"]["psnr"])
+    ]
+    order = sorted(range(len(losses)), key=lambda place: (-losses[place], place))
+    wanted = min(wanted, len(order))
+    worst, best = -(-wanted // 3), wanted // 3
+    middle = wanted - worst - best
+    start = min(max(worst, (len(order) - middle) // 2), len(order) - best - middle)
+    groups = {"worst": order[:worst], "median": order[start : start + middle], "best": order[len(order) - best :][::-1]}
+    return {name: places for name, places in groups.items() if places}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures on the page
+
+
+def picture_uri(image: torch.Tensor, side: int, limit: int) -> str:
+    """(3, h, w) in [-1, 1] as a data URI of a JPEG of at most `side` px and, as far as that can be had, `limit` bytes."""
+    picture = to_pil(image)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    for quality in (90, 80, 65, 45):
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=quality, subsampling=0)
+        if file.tell() <= limit:
+            break
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def latents_uri(latents: torch.Tensor) -> str:
+    """(C, h, w) scaled latents by the fixed projection as a data URI of a PNG, one pixel per latent."""
+    file = io.BytesIO()
+    to_pil(latents_as_rgb(latents)).save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def page_panels(original: torch.Tensor, made: dict, names: dict, panels_on_page: int) -> list[dict]:
+    """The panels of one image for the page: {caption, uri, pixelated}. Pictures, then differences, then latents.
+
+    Args:
+        original: (3, S, S) in [-1, 1]; made: {row: (latents (C, h, w), picture (3, S, S))}.
+        names: {row: what it is called}, of the rows to show, in order; `panels_on_page`: how many share the page's bytes.
+    """
+    limit = PAGE_BYTES // max(1, panels_on_page)
+    side = max(64, min(PAGE_PANEL, int(math.sqrt(limit * 2))))  # at half a byte per pixel photos look as they are
+    pictures = {row: made[row][1].clamp(-1, 1) for row in names}
+    differences = [(f"VAE2 − original, ×{DIFFERENCE_GAIN}", difference_map(pictures["ceiling"], original))]
+    differences += [
+        (f"{name} − VAE2, ×{DIFFERENCE_GAIN}", difference_map(pictures[row], pictures["ceiling"]))
+        for row, name in names.items()
+        if row not in ("vae1", "ceiling")
+    ]
+    shown = [("original", original), *((name, pictures[row]) for row, name in names.items()), *differences]
+    panels = [{"caption": name, "uri": picture_uri(image, side, limit), "pixelated": False} for name, image in shown]
+    return panels + [
+        {"caption": f"{name} latents", "uri": latents_uri(made[row][0]), "pixelated": True}
+        for row, name in names.items()
+        if row != "vae1"
+    ]

@@ -78,8 +78,8 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb", exclusive: bool = Fal
 
 
 def write_json(path: str | os.PathLike, value) -> None:
-    """Write `value` as indented JSON, atomically."""
-    with atomic_file(path, "w", encoding="utf-8") as file:
+    """Write `value` as indented JSON, atomically. Bytes of a file name that are no UTF-8 come out as JSON's own escapes."""
+    with atomic_file(path, "w", encoding="utf-8", errors="backslashreplace") as file:
         json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
 

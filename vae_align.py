@@ -418,7 +418,15 @@ class AlignPipeline:
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | os.PathLike, vae1=None, vae2=None, device="cpu", dtype=torch.float32, cache_dir=None
+        cls,
+        path: str | os.PathLike,
+        vae1=None,
+        vae2=None,
+        device="cpu",
+        dtype=torch.float32,
+        cache_dir=None,
+        vae1_subfolder=None,
+        vae2_subfolder=None,
     ) -> AlignPipeline:
         """A pipeline from `save_checkpoint`'s file. Executes no code from the file.
 
@@ -426,6 +434,7 @@ class AlignPipeline:
             vae1, vae2: a VAE, or a folder or hub id in place of the recorded one; by default the VAE that the checkpoint
                 names, read only when something other than `translate` asks for it.
             device, dtype: of the VAEs; the module stays in float32.
+            vae1_subfolder, vae2_subfolder: in place of the recorded ones.
         """
         content = read_checkpoint(path)
         module = AlignModule(AlignConfig(**content["align_config"]))
@@ -435,17 +444,17 @@ class AlignPipeline:
             raise UserError(f"checkpoint {path}: its weights do not fit its own description ({one_line(error)})") from None
         options = {"cache_dir": cache_dir, "device": device, "dtype": dtype}
         spaces = [
-            functools.partial(_recorded_space, content[name], given, f"--{name}_path", options)
-            for name, given in (("vae1", vae1), ("vae2", vae2))
+            functools.partial(_recorded_space, content[name], given, subfolder, f"--{name}_path", options)
+            for name, given, subfolder in (("vae1", vae1, vae1_subfolder), ("vae2", vae2, vae2_subfolder))
         ]
         pipeline = cls(module.to(device).eval(), *spaces)
         pipeline.progress = {name: content[name] for name in ("step", "epoch", "metrics", "config")}
         return pipeline
 
 
-def _recorded_space(recorded: dict, given, flag: str, options: dict) -> LatentSpace:
+def _recorded_space(recorded: dict, given, subfolder: str | None, flag: str, options: dict) -> LatentSpace:
     """The latent space that a checkpoint names, from `given` (a VAE, a folder, a hub id) or from where it was recorded."""
-    path, subfolder = recorded["path"], recorded["subfolder"]
+    path, subfolder = recorded["path"], recorded["subfolder"] if subfolder is None else subfolder
     if given is None or isinstance(given, (str, os.PathLike)):
         path = str(given or path or "")
         if not path:

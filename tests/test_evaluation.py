@@ -7,11 +7,13 @@ import pytest
 import torch
 from conftest import make_photo
 from diffusers import AutoencoderKL
+from formulas import levels, psnr, ssim
 from runs import ONE_THREAD  # noqa: F401  one thread in this interpreter
 
 import report
 from dataloader import ImageDataset, eval_loader, list_images
-from eval_align import LADDER, evaluate, image_metrics
+from eval_align import LADDER, evaluate
+from metrics import image_metrics
 from vae_align import AlignConfig, AlignModule, AlignPipeline, LatentSpace, load_vae_model
 
 METRICS = ("latent_mse", "psnr", "ssim", "psnr_vs_vae2")
@@ -42,36 +44,6 @@ def judged(pipeline, photo_folders):
 
     results = evaluate(pipeline, loader_of(photo_folders[1], 2), torch.float32, visit=visit, show_progress=False)
     return results, seen
-
-
-def levels(image):
-    """[-1, 1] -> what an 8-bit file holds."""
-    return np.clip(np.rint((image.astype(np.float64) + 1) * 127.5), 0, 255)
-
-
-def psnr(image, reference):
-    return 10 * math.log10(255**2 / np.mean((levels(image) - levels(reference)) ** 2))
-
-
-def ssim(image, reference):
-    """Wang et al. 2004, written out: 11x11 Gaussian of sigma 1.5, mirrored borders, mean over positions and channels."""
-    offsets = np.arange(11) - 5
-    row = np.exp(-(offsets**2) / (2 * 1.5**2))
-    window = np.outer(row, row) / row.sum() ** 2
-
-    def blur(plane):
-        plane = np.pad(plane, 5, mode="reflect")
-        return np.einsum("yxij,ij->yx", np.lib.stride_tricks.sliding_window_view(plane, (11, 11)), window)
-
-    scores = []
-    for x, y in zip(levels(image), levels(reference)):
-        mean_x, mean_y = blur(x), blur(y)
-        var_x, var_y, cov = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2, blur(x * y) - mean_x * mean_y
-        c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-        scores.append(
-            ((2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean()
-        )
-    return float(np.mean(scores))
 
 
 def test_means_do_not_depend_on_the_batch_size(pipeline, photo_folders, judged):

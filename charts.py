@@ -1,0 +1,211 @@
+"""Charts as inline SVG, readable without colour and by a screen reader. Knows no model and no file.
+
+Each is a string for an HTML page. Colours are CSS classes (`c-…` of the page's style sheet), so that a page can be dark;
+lines also differ in their dashes. All text is escaped here.
+"""
+
+from __future__ import annotations
+
+import html
+import itertools
+import math
+
+WIDTH, HEIGHT = 440, 250  # units of the view box; about px on a phone, so that text stays readable there
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 40
+DASHES = {
+    "c-aligned": "",
+    "c-ceiling": "7 3",
+    "c-reencode": "2 3",
+    "c-linear": "9 3 2 3",
+    "c-untrained": "1 4",
+    "c-other0": "12 4",
+    "c-other1": "4 4",
+    "c-other2": "12 3 3 3 3 3",
+}
+_numbers = itertools.count(1)
+
+
+def text(value) -> str:
+    """Anything as text for HTML: escaped, and what cannot be shown (line ends, lone surrogates) as its escape."""
+    shown = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in str(value))
+    return html.escape(shown, quote=True)
+
+
+def number(value: float | None) -> str:
+    """A number to three digits, as on an axis; a dash for None."""
+    if value is None:
+        return "–"
+    if not value:
+        return "0"
+    if not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.1e}"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    shown = f"{value:.{digits}f}"
+    return shown.rstrip("0").rstrip(".") if digits else shown
+
+
+def frame(title: str, description: str, body: str, height: float = HEIGHT, width: float = WIDTH) -> str:
+    """An SVG with a title and a description for those who do not see it."""
+    name = f"chart{next(_numbers)}"
+    return (
+        f'<svg viewBox="0 0 {width} {height:g}" role="img" aria-labelledby="{name}t {name}d">'
+        f'<title id="{name}t">{text(title)}</title><desc id="{name}d">{text(description)}</desc>{body}</svg>'
+    )
+
+
+def bars(title: str, rows: list[tuple[str, float | None, str, str]], unit: str = "") -> str:
+    """Horizontal bars from zero. A row is (label, value or None, the value as shown, class); None has no bar."""
+    values = [value for _, value, _, _ in rows if value is not None]
+    largest = max(values, default=0) or 1
+    row_height, body = 40, ""
+    for place, (label, value, shown, colour) in enumerate(rows):
+        y = place * row_height
+        body += f'<text x="0" y="{y + 13}">{text(label)}</text>'
+        length = 0 if value is None else max(1, value / largest * (WIDTH - 75))
+        body += f'<rect class="bar {colour}" x="0" y="{y + 18}" width="{length:.1f}" height="15"/>'
+        shown += unit if value is not None else ""
+        body += f'<text x="{length + 6:.1f}" y="{y + 30}" class="strong">{text(shown)}</text>'
+    spoken = "; ".join(f"{label}: {shown}{unit}" for label, _, shown, _ in rows)
+    return frame(title, spoken, body, len(rows) * row_height)
+
+
+def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Round numbers from `low` to `high`, about `wanted` of them."""
+    if not high > low:
+        return [low]
+    step = 10 ** math.floor(math.log10((high - low) / wanted))
+    step *= next((factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= wanted), 10)
+    first = math.ceil(low / step - 1e-9)
+    return [place * step for place in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def lines(title, series, x_label, y_label, log_y=False, zero=False, fill=False, mark=None, height=HEIGHT) -> str:
+    """Lines over numbers. A series is (label, [(x, y or None), …], class).
+
+    `log_y` draws a logarithmic axis and leaves out what is not above zero; `zero` lets the axis begin there; `fill` shades
+    the area below; `mark` is (x, label) of a vertical line.
+    """
+    kept = []
+    for label, points, colour in series:
+        points = [(x, y) for x, y in points if y is not None and (y > 0 or not log_y)]
+        if points:
+            kept.append((label, points, colour))
+    if not kept:
+        return f"<p>{text(title)}: nothing to draw.</p>"
+    flat = [point for _, points, _ in kept for point in points]
+    scale = math.log10 if log_y else float
+    x_low, x_high = min(x for x, _ in flat), max(x for x, _ in flat)
+    y_low, y_high = (scale(limit(y for _, y in flat)) for limit in (min, max))
+    y_low = 0 if zero and not log_y else y_low
+    margin = 0.05 * (y_high - y_low) or 0.5 * abs(y_high) or 1
+    y_low, y_high = y_low - (0 if zero else margin), y_high + margin
+
+    def at_x(x):
+        return LEFT + (x - x_low) / ((x_high - x_low) or 1) * (WIDTH - LEFT - RIGHT)
+
+    def at_y(y):
+        return TOP + (y_high - y) / (y_high - y_low) * (height - TOP - BOTTOM)
+
+    body = ""
+    marks = ticks(y_low, y_high)
+    if log_y:
+        few = y_high - y_low < 1.5  # decades
+        decades = range(math.ceil(y_low), math.floor(y_high) + 1)
+        marks = [math.log10(y) for y in ticks(10**y_low, 10**y_high) if y > 0] if few else list(decades)
+    for y in marks:
+        shown = number(10**y if log_y else y)
+        body += f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>'
+        body += f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{at_y(y) + 4:.1f}">{shown}</text>'
+    for x in ticks(x_low, x_high):
+        body += f'<text class="tick" text-anchor="middle" x="{at_x(x):.1f}" y="{height - BOTTOM + 16}">{number(x)}</text>'
+    body += f'<text class="tick" text-anchor="middle" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 6}">{text(x_label)}</text>'
+    middle = (TOP + height - BOTTOM) / 2
+    body += f'<text class="tick" text-anchor="middle" transform="translate(12 {middle}) rotate(-90)">{text(y_label)}</text>'
+    if mark and x_low <= mark[0] <= x_high:
+        body += f'<line class="mark" x1="{at_x(mark[0]):.1f}" x2="{at_x(mark[0]):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>'
+        side = "end" if at_x(mark[0]) > WIDTH / 2 else "start"
+        offset = -4 if side == "end" else 4
+        body += (
+            f'<text class="tick" text-anchor="{side}" x="{at_x(mark[0]) + offset:.1f}" y="{TOP + 10}">{text(mark[1])}</text>'
+        )
+    for _, points, colour in kept:
+        places = [f"{at_x(x):.1f},{at_y(scale(y)):.1f}" for x, y in points]
+        if fill:
+            floor = f"{height - BOTTOM:.1f}"
+            area = f"{at_x(points[0][0]):.1f},{floor} {' '.join(places)} {at_x(points[-1][0]):.1f},{floor}"
+            body += f'<polygon class="area {colour}" points="{area}"/>'
+        if len(points) == 1:
+            x, y = places[0].split(",")
+            body += f'<circle class="dot {colour}" cx="{x}" cy="{y}" r="3"/>'
+        dash = f' stroke-dasharray="{DASHES[colour]}"' if DASHES.get(colour) else ""
+        body += f'<polyline class="line {colour}"{dash} points="{" ".join(places)}"/>'
+    spoken = f"{y_label} over {x_label}. " + "; ".join(
+        f"{label}: from {number(points[0][1])} at {number(points[0][0])} to {number(points[-1][1])} at {number(points[-1][0])}"
+        for label, points, _ in kept
+    )
+    return frame(title, spoken, body, height) + legend([(label, colour) for label, _, colour in kept])
+
+
+def columns(title: str, series: list[tuple[str, list[float | None], str]], x_label: str, y_label: str) -> str:
+    """Grouped columns from zero, one group per place in the lists. A series is (label, values, class)."""
+    values = [value for _, numbers, _ in series for value in numbers if value is not None]
+    if not values:
+        return f"<p>{text(title)}: nothing to draw.</p>"
+    largest, groups = max(values) or 1, len(series[0][1])
+    base, group = HEIGHT - BOTTOM, (WIDTH - LEFT - RIGHT) / groups
+    one = 0.8 * group / len(series)
+    body = ""
+    for y in ticks(0, largest):
+        height = base - y / largest * (base - TOP)
+        body += f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>'
+        body += f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{height + 4:.1f}">{number(y)}</text>'
+    for place in range(0, groups, -(-groups // 16)):
+        x = LEFT + (place + 0.5) * group
+        body += f'<text class="tick" text-anchor="middle" x="{x:.1f}" y="{base + 16}">{place}</text>'
+    for which, (_, numbers, colour) in enumerate(series):
+        for place, value in enumerate(numbers):
+            height = (value or 0) / largest * (base - TOP)
+            x = LEFT + (place + 0.1) * group + which * one
+            size = f'x="{x:.1f}" y="{base - height:.1f}" width="{one:.1f}" height="{height:.1f}"'
+            body += f'<rect class="bar {colour}" {size}/>'
+    body += f'<text class="tick" text-anchor="middle" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}">{text(x_label)}</text>'
+    middle = (TOP + base) / 2
+    body += f'<text class="tick" text-anchor="middle" transform="translate(12 {middle}) rotate(-90)">{text(y_label)}</text>'
+    spoken = "; ".join(f"{label}: {', '.join(number(value) for value in numbers)}" for label, numbers, _ in series)
+    return frame(title, spoken, body) + legend([(label, colour) for label, _, colour in series], solid=True)
+
+
+def legend(entries: list[tuple[str, str]], solid: bool = False) -> str:
+    """Which line is which; `solid` for what is not drawn as lines."""
+    items = ""
+    for label, colour in entries:
+        dash = f' stroke-dasharray="{DASHES[colour]}"' if DASHES.get(colour) else ""
+        sample = f'<line class="line {colour}"{dash} x1="0" x2="28" y1="5" y2="5"/>'
+        if solid:
+            sample = f'<rect class="bar {colour}" x="9" y="0" width="10" height="10"/>'
+        items += f'<li><svg class="key" viewBox="0 0 28 10" aria-hidden="true">{sample}</svg>{text(label)}</li>'
+    return f'<ul class="legend">{items}</ul>'
+
+
+def histogram(title: str, series: list[tuple[str, list[int], str]], limit: float) -> str:
+    """A small chart of counts over ±limit as shares, without axes but for its ends. A series is (label, counts, class)."""
+    width, height, base = 130, 78, 62
+    shares = [(label, [count / (sum(counts) or 1) for count in counts], colour) for label, counts, colour in series]
+    peak = max((share for _, line, _ in shares for share in line), default=0) or 1
+    body = f'<line class="grid" x1="0" x2="{width}" y1="{base}" y2="{base}"/>'
+    for _, line, colour in shares:
+        places = " ".join(
+            f"{(place + 0.5) / len(line) * width:.1f},{base - share / peak * (base - 14):.1f}"
+            for place, share in enumerate(line)
+        )
+        dash = f' stroke-dasharray="{DASHES[colour]}"' if DASHES.get(colour) else ""
+        body += f'<polyline class="line {colour}"{dash} points="{places}"/>'
+    body += f'<text x="0" y="11">{text(title)}</text>'
+    for anchor, x, shown in (("start", 0, f"−{number(limit)}"), ("middle", width / 2, "0"), ("end", width, number(limit))):
+        body += f'<text class="tick" text-anchor="{anchor}" x="{x:g}" y="{height - 4}">{shown}</text>'
+
+    def mean(line):
+        return sum(share * ((place + 0.5) / len(line) * 2 - 1) * limit for place, share in enumerate(line))
+
+    spoken = "; ".join(f"{label}: mean {number(mean(line))}" for label, line, _ in shares)
+    return frame(title, spoken, body, height, width)
