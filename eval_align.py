@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -21,7 +20,7 @@ import report
 from cli import Parser, integer, run
 from dataloader import ImageDataset, eval_loader, open_dataset
 from device import PRECISIONS, autocast, get_dtype, keep_freed_memory, resolve_device, resolve_precision
-from utils import UserError, claim_writable_folder, count_of, use_proxy, write_json
+from utils import UserError, claim_writable_folder, count_of, plain_stem, use_proxy, write_json
 from vae_align import AlignModule, AlignPipeline, good_image_size
 
 log = logging.getLogger(__name__)
@@ -286,7 +285,7 @@ def main(argv: list[str] | None = None) -> dict:
     def save_pictures(batch, made):
         rows = comparison_panels(batch["pixel_values"].to(pipeline.device), made)
         for number, (path, index) in enumerate(zip(batch["path"], batch["index"].tolist())):
-            name = f"{index:05d}_{Path(path).stem[:80]}.png"
+            name = f"{index:05d}_{plain_stem(path)}.png"
             report.comparison_picture(rows[2 * number : 2 * number + 2], size).save(output_dir / name)
 
     results = evaluate(pipeline, loader, dtype, visit=save_pictures if args.save_visualizations else None, costs=True)
