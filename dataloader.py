@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+from device import physical_memory
 from latent_cache import LatentCache, build, cache_key, file_list_digest
 from utils import UserError, hub_token, one_line, require_regular
 
@@ -440,6 +441,16 @@ def cache_latents(dataset, space1, space2, with_images, root, views, num_workers
 def eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int) -> DataLoader:
     """One pass over the evaluation images, in order."""
     return DataLoader(dataset, batch_size=batch_size, shuffle=False, **loader_options(num_workers))
+
+
+def require_memory(batch_size: int, image_size: int, flag: str) -> None:
+    """UserError unless a batch of images, float32, fits into this machine's memory, which would end the run unsaid."""
+    needed, there = batch_size * 3 * image_size**2 * 4, physical_memory()
+    if needed > there:
+        raise UserError(
+            f"{flag} {batch_size}: such a batch of {image_size} px images takes {needed / 1e9:.0f} GB and this machine has "
+            f"{there / 1e9:.0f} GB; lower it or --image_size"
+        )
 
 
 def loader_options(num_workers: int) -> dict:

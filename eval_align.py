@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import report
 from cli import Parser, integer, run
-from dataloader import ImageDataset, eval_loader, open_dataset
+from dataloader import ImageDataset, eval_loader, open_dataset, require_memory
 from device import PRECISIONS, autocast, get_dtype, keep_freed_memory, resolve_device, resolve_precision
 from utils import UserError, claim_writable_folder, count_of, plain_stem, use_proxy, write_json
 from vae_align import AlignModule, AlignPipeline, good_image_size
@@ -278,6 +278,7 @@ def main(argv: list[str] | None = None) -> dict:
     vaes = {"vae1": args.vae1_path, "vae2": args.vae2_path}
     pipeline = AlignPipeline.from_checkpoint(args.checkpoint, **vaes, device=device, dtype=dtype, cache_dir=args.cache_dir)
     size = good_image_size(args.image_size or trained.get("image_size", 256), pipeline.space1.stride, pipeline.space2.stride)
+    require_memory(args.eval_batch_size, size, "--eval_batch_size")
     source = open_dataset(args.eval_data_dir, args.dataset_type, False, "--eval_data_dir", args.cache_dir)
     loader = eval_loader(ImageDataset(source, size), args.eval_batch_size, args.num_workers)
     log.info("%s at %d px from %s", count_of(len(loader.dataset), "image"), size, args.eval_data_dir)

@@ -40,12 +40,13 @@ from device import ACCELERATE_NAMES, PRECISIONS, get_dtype, keep_freed_memory, r
 from eval_align import applicable_rows, comparison_panels, evaluate, reconstruct, translators
 from losses import LOSSES, checked_loss_term, get_loss_function, loss_term
 from ridge import RidgeRegression
-from utils import UserError, claim_writable_folder, count_of, next_stamp, use_proxy, write_json
+from utils import UserError, claim_writable_file, claim_writable_folder, count_of, next_stamp, use_proxy, write_json
 from vae_align import (
     AlignConfig,
     AlignModule,
     AlignPipeline,
     LatentSpace,
+    build_module,
     good_image_size,
     load_vae_model,
     read_checkpoint,
@@ -226,7 +227,7 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace) -> AlignPipeline
         out_channels=space2.channels,
         out_stride=space2.stride,
     )
-    module = AlignModule(config)
+    module = build_module(config)
     if args.load_checkpoint:
         content = read_checkpoint(args.load_checkpoint)
         trained_for = AlignConfig(**content["align_config"])
@@ -248,6 +249,9 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
     steps in an epoch; both give dicts with `pixel_values` (B, 3, S, S) in [-1, 1] or the latents in its place. UserError
     when a folder is missing, empty, or holds no readable image.
     """
+    dataloader.require_memory(args.eval_batch_size, args.image_size, "--eval_batch_size")
+    if needs_pixels(args) or not args.cache_latents:
+        dataloader.require_memory(args.train_batch_size, args.image_size, "--train_batch_size")
     datasets = []
     for flag, folder, train in (("train", args.train_data_dir, True), ("eval", args.eval_data_dir, False)):
         source = dataloader.open_dataset(folder, args.dataset_type, train, f"--{flag}_data_dir", args.cache_dir)
@@ -598,6 +602,12 @@ def main(argv: list[str] | None = None) -> None:
     args.precision = resolve_precision(args.precision, torch.device(args.device), "precision" in args.typed_flags)
     claim_writable_folder(args.save_dir, "--save_dir")
     claim_writable_folder(args.log_dir, "--log_dir")
+    if args.config_save_path:
+        claim_writable_file(args.config_save_path, "--config_save_path")
+    if args.cache_latents:
+        claim_writable_folder(args.latent_cache_dir, "--latent_cache_dir")
+    elif args.cache_only:
+        raise UserError("--cache_only: with --no_cache_latents there is no cache to build; leave one of them out")
 
     accelerator = create_accelerator(args)
     vaes = [
@@ -608,7 +618,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     ]
     good_image_size(args.image_size, *(LatentSpace(vae).stride for vae in vaes))
-    create_align_pipeline(*vaes, args)  # what does not fit together is said before anything is encoded
+    setup_losses(create_align_pipeline(*vaes, args), args)  # what does not fit together is said before anything is encoded
     loaders = create_data_loaders(args, *vaes, accelerator)
     if args.cache_only:
         print(f"latent cache complete: {args.latent_cache_dir}")

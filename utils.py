@@ -168,7 +168,10 @@ def claim_writable_file(path: str | os.PathLike, flag: str) -> None:
     """Prove that file `path` could be written, without touching what is there; UserError naming `flag` otherwise."""
     if Path(path).is_dir():
         raise UserError(f"{flag} {path}: a folder; name a file")
-    claim_writable_folder(Path(path).parent, flag)
+    try:
+        claim_writable_folder(Path(path).parent, flag)
+    except UserError:
+        raise UserError(f"{flag} {path}: cannot write there; name a file in another folder") from None
 
 
 def next_stamp(folder: str | os.PathLike, prefix: str) -> str:

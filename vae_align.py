@@ -18,13 +18,14 @@ import math
 import os
 import pickle
 import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from device import physical_memory
 from utils import UserError, atomic_file, count_of, file_digest, next_stamp, one_line
 from vaes import LazyVAE, freeze, load_vae_model
 
@@ -201,6 +202,20 @@ class AlignModule(nn.Module):
     def linear_map(self, latents: torch.Tensor) -> torch.Tensor:
         """What the closed-form linear map alone makes of VAE1's latents."""
         return F.conv2d(self.on_output_grid(latents), self.ridge_weight, self.ridge_bias, padding=1)
+
+
+def build_module(config: AlignConfig) -> AlignModule:
+    """A new `AlignModule`, started at random; UserError when this machine's memory could not hold it."""
+    with torch.device("meta"):
+        parts = AlignModule(replace(config, num_blocks=0)), ResidualBlock(config.hidden_channels)
+    rest, block = (sum(parameter.numel() for parameter in part.parameters()) for part in parts)
+    parameters, memory = rest + config.num_blocks * block, physical_memory()
+    if 4 * parameters > memory:  # float32
+        raise UserError(
+            f"--hidden_channels {config.hidden_channels} --num_blocks {config.num_blocks}: {parameters / 1e6:.0f} M parameters "
+            f"do not fit into this machine's {memory / 1e9:.0f} GB; lower one of them"
+        )
+    return AlignModule(config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def no_hang(seconds=20):
 
 
 def is_one_line(text):
-    return "\n" not in text and "Traceback" not in text and 0 < len(text) < 1000
+    return bool(text) and text.isprintable() and "Traceback" not in text
 
 
 def refusal(call, *parts):
