@@ -166,7 +166,7 @@ def claim_writable_folder(path: str | os.PathLike, flag: str) -> Path:
 
 def claim_writable_file(path: str | os.PathLike, flag: str) -> None:
     """Prove that file `path` could be written, without touching what is there; UserError naming `flag` otherwise."""
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{flag} {path}: a folder; name a file")
     try:
         claim_writable_folder(Path(path).parent, flag)
