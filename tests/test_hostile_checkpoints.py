@@ -27,9 +27,8 @@ from vae_align import AlignConfig, AlignPipeline, build_module, read_checkpoint
 def good(vae_folders, tmp_path_factory):
     """(pipeline kl4 -> kl16, its checkpoint, which no test changes)."""
     pipeline = make_pipeline(vae_folders["kl4"], vae_folders["kl16"])
-    return pipeline, save(
-        pipeline, tmp_path_factory.mktemp("good"), config={"seed": 1, "image_size": 32, "precision": "float32"}
-    )
+    config = {"seed": 1, "image_size": 32, "precision": "float32"}
+    return pipeline, save(pipeline, tmp_path_factory.mktemp("good"), config=config)
 
 
 @pytest.fixture
@@ -107,7 +106,7 @@ KINDS = {  # kind: (what makes it of a good one, what the message says)
     "safetensors": (lambda path: save_file({"out.bias": torch.zeros(3)}, path), "checkpoint"),
     "zip of something else": (lambda path: zipfile.ZipFile(path, "w").close(), "checkpoint"),
     "zip that compresses": (lambda path: rezip(path, lambda name, content: content, zipfile.ZIP_DEFLATED), "compresses"),
-    "zip bomb": (lambda path: rezip(path, lambda name, content: bytes(30 << 20), zipfile.ZIP_DEFLATED), "compresses"),
+    "zip bomb": (lambda path: rezip(path, lambda name, content: bytes(1 << 18), zipfile.ZIP_DEFLATED), "compresses"),
     "state dict alone": (lambda path: torch.save(torch.load(path, weights_only=True)["state_dict"], path), "not a checkpoint"),
     "tensor alone": (lambda path: torch.save(torch.zeros(3), path), "not a checkpoint"),
     "list": (lambda path: torch.save([1, 2], path), "not a checkpoint"),
@@ -124,7 +123,7 @@ KINDS = {  # kind: (what makes it of a good one, what the message says)
     "a weight that is a number": (setting("state_dict", **{BIAS: 3.0}), "out.bias"),
     "a weight that is none": (setting("state_dict", **{BIAS: None}), "out.bias"),
     "a weight of whole numbers": (setting("state_dict", **{BIAS: torch.zeros(16, dtype=torch.int64)}), "out.bias"),
-    "a weight that is sparse": (setting("state_dict", **{BIAS: torch.zeros(16).to_sparse()}), ""),
+    "a weight that is complex": (setting("state_dict", **{BIAS: torch.zeros(16, dtype=torch.complex64)}), "out.bias"),
     "a weight without memory": (setting("state_dict", **{BIAS: torch.zeros(16, device="meta")}), "out.bias"),
     "a weight that is NaN": (setting("state_dict", **{BIAS: torch.full((16,), math.nan)}), "not finite"),
     "a weight that is infinite": (setting("state_dict", **{BIAS: torch.full((16,), math.inf)}), "not finite"),
@@ -230,7 +229,7 @@ def test_a_checkpoint_with_any_bytes_changed_is_refused_or_read_as_it_was(good, 
     edges = st.integers(0, 700) | st.integers(len(whole) - 3000, len(whole) - 1)  # headers, pickle and directory
     flip = st.tuples(edges | st.integers(0, len(whole) - 1), st.integers(1, 255))
 
-    @settings(max_examples=250)
+    @settings(max_examples=120)
     @given(st.lists(flip, min_size=1, max_size=3), st.none() | st.integers(0, len(whole)))
     def check(flips, end):
         content = bytearray(whole)
@@ -272,13 +271,10 @@ def test_the_programs_refuse_a_hostile_checkpoint_at_once(flags, path, tmp_path,
 def test_a_checkpoint_for_other_vaes_is_one_line(flags, vae_folders, path, tmp_path, monkeypatch):
     """Weights of one pair of VAEs that are trained on for another."""
     monkeypatch.chdir(tmp_path)
-    swapped = {"vae1_path": vae_folders["kl16"], "vae2_path": vae_folders["kl4"]}
-    refusal(
-        lambda: train_script.main(
-            as_argv(flags | swapped | {"load_checkpoint": path, "hidden_channels": None, "num_blocks": None})
-        ),
-        "trained for",
-    )
+    changes = {"vae1_path": vae_folders["kl16"], "vae2_path": vae_folders["kl4"], "load_checkpoint": path}
+    for name in ("hidden_channels", "num_blocks"):
+        changes[name] = None
+    refusal(lambda: train_script.main(as_argv(flags | changes)), "trained for")
 
 
 def test_a_module_larger_than_the_memory_is_refused_before_it_is_built(monkeypatch):
