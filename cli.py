@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
+import errno
 import logging
 import math
 import os
 import re
 import sys
-from pathlib import Path
 
-from utils import UserError, one_line
+from utils import UserError, one_line, printable, read_json, shown
 
 UNSET = object()
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
         if unknown:
             message = f"unknown flag {unknown[1]}{nearest(unknown[1], self._option_string_actions)}"
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message, limit=600)}\n")
 
     def add_switch(self, group, name: str, default: bool, text: str):
         """`--name` and `--no_name`, one of which is the default."""
@@ -47,8 +47,12 @@ class Parser(argparse.ArgumentParser):
         typed = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(actions, UNSET)))
         given = {name: value for name, value in vars(typed).items() if value is not UNSET}
         values = {name: action.default for name, action in actions.items()}
+        for name, value in given.items():
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, str) and not _is_name(item):
+                    self.error(f"argument --{name}: {shown(item)} cannot be a name: a NUL or broken Unicode is in it")
         config = {}
-        if given.get("load_config"):
+        if "load_config" in given:
             try:
                 config = checked_config(load_config(given["load_config"]), actions, given["load_config"])
             except UserError as error:
@@ -78,7 +82,7 @@ def integer(low: int, high: int = 10**9):
     def convert(text):
         value = int(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text}: must be a whole number from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{shown(text)}: must be a whole number from {low} to {high}")
         return value
 
     convert.__name__, convert.kind = "whole number", int
@@ -91,18 +95,27 @@ def real(low: float, high: float = 1e9, above: bool = False):
     def convert(text):
         value = float(text)
         if not (low <= value <= high) or (above and value == low) or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text}: must be a number {'above' if above else 'from'} {low:g} to {high:g}")
+            side = "above" if above else "from"
+            raise argparse.ArgumentTypeError(f"{shown(text)}: must be a number {side} {low:g} to {high:g}")
         return value
 
     convert.__name__, convert.kind = "number", float
     return convert
 
 
+def _is_name(text: str) -> bool:
+    """Whether the system could take `text` for the name of a file."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeError:
+        return False
+
+
 def load_config(config_path) -> dict:
     """The JSON object in `config_path` as a dict; UserError when it cannot be read or is not an object."""
     try:
-        config = json.loads(Path(config_path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = read_json(config_path)
+    except (OSError, ValueError) as error:
         raise UserError(f"--load_config {config_path}: cannot be read as JSON ({one_line(error)})") from None
     if not isinstance(config, dict):
         raise UserError(f"--load_config {config_path}: holds a {type(config).__name__}; it must be an object of flags")
@@ -116,7 +129,7 @@ def checked_config(config: dict, actions: dict, source: str) -> dict:
         action = actions.get(name)
         if action is None or name == "load_config":
             settings = [known for known in actions if known != "load_config"]
-            raise UserError(f"{source}: unknown key {name!r}{nearest(name, settings)}")
+            raise UserError(f"{source}: unknown key {shown(name)}{nearest(name, settings)}")
         checked[name] = _checked_value(action, value, f"{source}: {name}")
     return checked
 
@@ -126,11 +139,11 @@ def _checked_value(action, value, where: str):
         return None
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise UserError(f"{where}: {value!r} must be true or false")
+            raise UserError(f"{where}: {shown(value)} must be true or false")
         return value
     if action.nargs == "+":
         if not isinstance(value, list) or (not value and action.default != []):
-            raise UserError(f"{where}: {value!r} must be a list{'' if action.default == [] else ' that is not empty'}")
+            raise UserError(f"{where}: {shown(value)} must be a list{'' if action.default == [] else ' that is not empty'}")
         return [_checked_item(action, item, where) for item in value]
     return _checked_item(action, value, where)
 
@@ -139,26 +152,46 @@ def _checked_item(action, value, where):
     kind = getattr(action.type, "kind", str)
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
         expected = {int: "a whole number", float: "a number", str: "a string"}[kind]
-        raise UserError(f"{where}: {value!r} must be {expected}")
+        raise UserError(f"{where}: {shown(value)} must be {expected}")
+    if isinstance(value, str) and not _is_name(value):
+        raise UserError(f"{where}: {shown(value)} cannot be a name: a NUL or broken Unicode is in it")
     try:
         value = action.type(value) if action.type else value
     except (argparse.ArgumentTypeError, ValueError, OverflowError) as error:
         raise UserError(f"{where}: {error}") from None
     if action.choices and value not in action.choices:
-        raise UserError(f"{where}: {value!r} must be one of {', '.join(map(str, action.choices))}")
+        raise UserError(f"{where}: {shown(value)} must be one of {', '.join(map(str, action.choices))}")
     return value
 
 
 def run(main) -> None:
-    """Call `main()` as a program: a UserError becomes one line on stderr and exit status 1, an interrupt 130."""
+    """Call `main()` as a program: a UserError, or what the system refuses, becomes one line on stderr and exit status 1, an
+    interrupt 130. Nothing that is printed or logged breaks its line, or on a terminal that lacks its letters."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it warns of every config key that a VAE class does not use
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what it warns of while it retries ends in a UserError's one line
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_PrintableFormatter("%(message)s"))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     for chatty in ("httpx", "httpx2"):  # one line per request of the hub client
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         main()
     except UserError as error:
         sys.exit(f"error: {one_line(error, limit=600)}")
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        remedy = "free some space or name another folder" if error.errno in FULL else "check its permissions, or name another"
+        sys.exit(f"error: {one_line(error, limit=600)}; {remedy}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Messages on one line each, without secrets."""
+
+    def formatMessage(self, record):
+        return printable(super().formatMessage(record))

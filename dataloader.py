@@ -7,6 +7,7 @@ processes or what was read before.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -21,12 +22,14 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+from device import physical_memory
 from latent_cache import LatentCache, build, cache_key, file_list_digest
-from utils import UserError, hub_token, one_line
+from utils import UserError, hub_token, one_line, require_regular
 
 log = logging.getLogger(__name__)
 
 WIDE_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # grey with more than 8 bits; Pillow would clip them at 255
+PROGRAMS = ("EPS",)  # Pillow hands these to Ghostscript, which executes them; whatever the file's name says it is
 SYNSET = re.compile(r"n\d{8}$")
 ENCODE_BATCH = 16  # views encoded at once for the cache
 ZOOM = 1.25  # training draws the short side between image_size and this multiple of it (never above the image's own)
@@ -42,21 +45,28 @@ class UnreadableImage(Exception):
 
 
 def list_images(folder: str | os.PathLike) -> list[str]:
-    """Every file below `folder` whose ending Pillow knows how to read, sorted; links are followed, loops are not."""
+    """Every file below `folder` whose ending Pillow knows how to read, sorted; links are followed, loops are not.
+
+    A folder that cannot be read is named and left out.
+    """
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found, visited = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in visited:
-            folders.clear()
+    found, visited, waiting = [], set(), [os.fspath(folder)]
+    while waiting:  # not os.walk, which before Python 3.12 takes a stack frame per level
+        place = waiting.pop()
+        try:
+            status = os.stat(place)
+            if (status.st_dev, status.st_ino) in visited:
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            with os.scandir(place) as entries:
+                entries = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+        except OSError as error:
+            log.warning("left out: the folder %r (%s)", place, one_line(error))
             continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            os.path.join(place, name)
-            for name in names
-            if os.path.splitext(name)[1].lower() in endings and not name.startswith(".")
-        ]
+        folders = [entry.path for entry in entries if os.path.isdir(entry.path)]
+        waiting += reversed(folders)
+        images = {entry.path for entry in entries if os.path.splitext(entry.name)[1].lower() in endings}
+        found += images.difference(folders)
     return sorted(found)
 
 
@@ -77,7 +87,9 @@ def list_imagenet(folder: str | os.PathLike, split: str) -> list[str]:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image as the RGB picture a viewer would show: upright, first frame, over white, 16 bits scaled to 8."""
-    image = ImageOps.exif_transpose(image)
+    image.load()  # what fails here is the picture
+    with contextlib.suppress(Exception):  # metadata that cannot be parsed leave the picture as it is stored
+        image = ImageOps.exif_transpose(image)
     if image.mode in WIDE_MODES:
         levels = np.asarray(image, dtype=np.float32)
         brightest = levels.max(where=np.isfinite(levels), initial=0)
@@ -145,8 +157,14 @@ class ImageDataset(Dataset):
             with warnings.catch_warnings():
                 # Pillow only warns up to twice its limit; an image of that size is no photo
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                image = Image.open(self.source[index]) if isinstance(self.source, list) else self.source[index]["image"]
+                if isinstance(self.source, list):
+                    require_regular(self.source[index])
+                    image = Image.open(self.source[index], formats=[kind for kind in Image.OPEN if kind not in PROGRAMS])
+                else:
+                    image = self.source[index]["image"]
                 with image:
+                    if 0 in image.size:
+                        raise ValueError(f"{image.width}x{image.height} pixels")
                     if self.random_crop:
                         image.draft(None, (int(self.image_size * ZOOM),) * 2)
                     return to_rgb(image)
@@ -271,6 +289,8 @@ def open_dataset(folder: str, dataset_type: str, train: bool, flag: str, cache_d
             paths = list_imagenet(folder, "train" if train else "val") if dataset_type == "imagenet" else list_images(folder)
         except UserError as error:
             raise UserError(f"{flag} {error}") from None
+        except OSError as error:
+            raise UserError(f"{flag} {folder}: cannot be read ({one_line(error)}); check its permissions") from None
         if not paths:
             raise UserError(f"{flag} {folder}: no image there (searched recursively for every format that Pillow reads)")
         return paths
@@ -428,6 +448,16 @@ def leave_signals_to_parent(worker: int) -> None:
     """For a worker: an interrupt goes to every process of a terminal, and it is the parent that ends the run."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def require_memory(batch_size: int, image_size: int, flag: str) -> None:
+    """UserError unless a batch of images, float32, fits into this machine's memory, which would end the run unsaid."""
+    needed, there = batch_size * 3 * image_size**2 * 4, physical_memory()
+    if needed > there:
+        raise UserError(
+            f"{flag} {batch_size}: such a batch of {image_size} px images takes {needed / 1e9:.0f} GB and this machine has "
+            f"{there / 1e9:.0f} GB; lower it or --image_size"
+        )
 
 
 def loader_options(num_workers: int) -> dict:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -72,6 +74,16 @@ def keep_freed_memory(device: torch.device) -> None:
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
             libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def physical_memory() -> int:
+    """Bytes of memory that this machine has, or its container may use; a large number where the system does not tell."""
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # another system
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        with contextlib.suppress(ValueError, OSError):  # no such file, or "max"
+            memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        return memory
+    return 1 << 60
 
 
 def cpu_has_bfloat16() -> bool:

@@ -16,7 +16,6 @@ values and then averaged.
 from __future__ import annotations
 
 import logging
-import re
 import shlex
 import sys
 import time
@@ -30,7 +29,7 @@ from tqdm import tqdm
 import report
 import report_page
 from cli import Parser, integer, run
-from dataloader import ImageDataset, eval_loader, open_dataset
+from dataloader import ImageDataset, eval_loader, open_dataset, require_memory
 from device import PRECISIONS, autocast, get_dtype, keep_freed_memory, resolve_device, resolve_precision
 from metrics import (
     DEFAULT_OPTIONAL,
@@ -45,7 +44,7 @@ from metrics import (
 )
 from metrics import OPTIONAL as OPTIONAL_METRICS
 from run_logs import read_curves
-from utils import UserError, atomic_file, claim_writable_folder, count_of, one_line, use_proxy, write_json
+from utils import UserError, atomic_file, claim_writable_folder, count_of, one_line, plain_stem, use_proxy, write_json
 from vae_align import AlignModule, AlignPipeline, good_image_size, newest_checkpoint, read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -450,6 +449,7 @@ def main(argv: list[str] | None = None) -> dict:
     pairs, checkpoints, contents = load_pairs(args, device, dtype)
     strides = [space.stride for pair in pairs for space in (pair.pipeline.space1, pair.pipeline.space2)]
     size = good_image_size(args.image_size or first.get("image_size", 256), *strides)
+    require_memory(args.eval_batch_size, size, "--eval_batch_size")
     source = open_dataset(args.eval_data_dir, args.dataset_type, False, "--eval_data_dir", args.cache_dir)
     dataset = ImageDataset(source, size)
     loader = eval_loader(dataset, args.eval_batch_size, args.num_workers)
@@ -458,8 +458,7 @@ def main(argv: list[str] | None = None) -> dict:
     def save_pictures(batch, made):
         rows = comparison_panels(batch["pixel_values"].to(device), made)
         for number, (path, index) in enumerate(zip(batch["path"], batch["index"].tolist())):
-            name = re.sub(r"[^\w.-]", "_", Path(path).stem)[:50]  # 50 signs are at most 200 bytes
-            with atomic_file(output_dir / f"{index:05d}_{name}.png") as file:
+            with atomic_file(output_dir / f"{index:05d}_{plain_stem(path)}.png") as file:
                 report.comparison_picture(rows[2 * number : 2 * number + 2], size).save(file, "PNG")
 
     results = judge(pairs, loader, dtype, args.metrics, size, save_pictures if args.save_visualizations else None)

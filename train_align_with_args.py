@@ -60,12 +60,13 @@ from resume import (
 )
 from ridge import RidgeRegression
 from training_log import evaluate_and_log, log_hparams, log_model_stats, open_writer, visualize_results
-from utils import UserError, claim_writable_folder, count_of, next_stamp, use_proxy, write_json
+from utils import UserError, claim_writable_file, claim_writable_folder, count_of, next_stamp, use_proxy, write_json
 from vae_align import (
     AlignConfig,
     AlignModule,
     AlignPipeline,
     LatentSpace,
+    build_module,
     good_image_size,
     load_vae_model,
     read_checkpoint,
@@ -256,7 +257,7 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace) -> AlignPipeline
         out_channels=space2.channels,
         out_stride=space2.stride,
     )
-    module = AlignModule(config)
+    module = build_module(config)
     resumed = getattr(args, "resumed", None)
     if resumed:
         require_same_vaes(resumed, space1, space2)
@@ -282,6 +283,9 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
     steps in an epoch; both give dicts with `pixel_values` (B, 3, S, S) in [-1, 1] or the latents in its place. UserError
     when a folder is missing, empty, or holds no readable image.
     """
+    dataloader.require_memory(args.eval_batch_size, args.image_size, "--eval_batch_size")
+    if needs_pixels(args) or not args.cache_latents:
+        dataloader.require_memory(args.train_batch_size, args.image_size, "--train_batch_size")
     datasets = []
     for flag, folder, train in (("train", args.train_data_dir, True), ("eval", args.eval_data_dir, False)):
         source = dataloader.open_dataset(folder, args.dataset_type, train, f"--{flag}_data_dir", args.cache_dir)
@@ -702,9 +706,14 @@ def dry_run(args: argparse.Namespace, vae1, vae2, accelerator) -> None:
 
 
 def claim_outputs(args: argparse.Namespace) -> None:
-    """UserError unless every output folder can be written."""
-    claim_writable_folder(args.save_dir, "--save_dir", create=not args.dry_run)
-    claim_writable_folder(args.log_dir, "--log_dir", create=not args.dry_run)
+    """UserError unless everything that is to be written can be. A dry run creates nothing to find out."""
+    if args.cache_only and not args.cache_latents:
+        raise UserError("--cache_only: with --no_cache_latents there is no cache to build; leave one of them out")
+    folders = ["save_dir", "log_dir", *(["latent_cache_dir"] if args.cache_latents else [])]
+    for name in folders:
+        claim_writable_folder(getattr(args, name), f"--{name}", create=not args.dry_run)
+    if args.config_save_path and not args.dry_run:
+        claim_writable_file(args.config_save_path, "--config_save_path")
 
 
 def adopt_resumed(args: argparse.Namespace) -> bool:
@@ -747,7 +756,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     ]
     good_image_size(args.image_size, *(LatentSpace(vae).stride for vae in vaes))
-    create_align_pipeline(*vaes, args)  # what does not fit together is said before anything is encoded
+    setup_losses(create_align_pipeline(*vaes, args), args)  # what does not fit together is said before anything is encoded
     if args.dry_run:
         return dry_run(args, *vaes, accelerator)
     loaders = create_data_loaders(args, *vaes, accelerator)

@@ -7,23 +7,40 @@ import hashlib
 import json
 import os
 import re
+import reprlib
+import stat
 import tempfile
 from datetime import datetime, timedelta
 from pathlib import Path
+from urllib.parse import unquote
 
 STAMP_FORMAT = "%Y%m%d_%H%M%S"
+JSON_BYTES = 1 << 24  # no config is this long; what is, is another kind of file
+URL_USER = re.compile(r"(?<=://)[^\s'\"]*@")
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: the thing, its value, the remedy."""
+    """Something the user can mend. The message is one line without secrets: the thing, its value, the remedy."""
+
+    def __init__(self, message: str):
+        if message.startswith("Caught UserError in DataLoader worker"):  # torch passes a worker's whole traceback on
+            message = message.rpartition(f"{__name__}.UserError: ")[2]
+        super().__init__(printable(" ".join(message.split())))
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of `error` on a single line of at most `limit` characters, the hub token blotted out."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    for token in hub_tokens():
-        text = text.replace(token, "***")
+    """The message of `error` on a single line of at most `limit` characters, secrets blotted out."""
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """`text` without secrets, and with everything that is no printable character (a file name may hold newlines, terminal
+    commands, bytes that are not UTF-8) written as in Python: `\\n`, `\\x1b`, `\\udcff`."""
+    for secret in (*hub_tokens(), *proxy_passwords()):
+        text = text.replace(secret, "***")
+    text = URL_USER.sub("***@", text)
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def hub_token() -> str | None:
@@ -35,6 +52,14 @@ def hub_tokens() -> list[str]:
     """Every token that is set; stripped, for HTTP clients quote a header with a stray newline in their error."""
     tokens = ("".join(os.environ.get(name, "").split()) for name in ("HUGGINGFACE_TOKEN", "HF_TOKEN"))
     return [token for token in tokens if token]
+
+
+def proxy_passwords() -> list[str]:
+    """The passwords of the proxies that are set, as typed and as percent-decoded. One of a letter or two would blot out
+    half of any message; in its URL it is blotted out anyway."""
+    urls = (os.environ.get(name, "") for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"))
+    typed = {url.rpartition("@")[0].rpartition("://")[2].partition(":")[2] for url in urls}
+    return sorted((word for word in typed | {unquote(word) for word in typed} if len(word) > 2), key=len, reverse=True)
 
 
 def use_proxy(url: str | None) -> None:
@@ -78,10 +103,52 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb", exclusive: bool = Fal
 
 
 def write_json(path: str | os.PathLike, value) -> None:
-    """Write `value` as indented JSON, atomically. Bytes of a file name that are no UTF-8 come out as JSON's own escapes."""
+    """Write `value` as indented JSON, atomically; bytes of a file name that are not UTF-8 as JSON escapes."""
     with atomic_file(path, "w", encoding="utf-8", errors="backslashreplace") as file:
         json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
+
+
+def read_json(path: str | os.PathLike):
+    """The JSON value in a file, in UTF-8 with or without a byte order mark.
+
+    OSError or ValueError when it cannot be read, is no regular file (a named pipe would be waited for), is longer than any
+    config, nests too deep, or holds a key twice (of which JSON readers take the last without a word).
+    """
+
+    def pairs(items):
+        found = {}
+        for name, value in items:
+            if name in found:
+                raise ValueError(f"the key {shown(name)} is there twice")
+            found[name] = value
+        return found
+
+    require_regular(path)
+    with open(path, encoding="utf-8-sig") as file:
+        text = file.read(JSON_BYTES + 1)
+    if len(text) > JSON_BYTES:
+        raise ValueError(f"longer than {JSON_BYTES >> 20} MB")
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def require_regular(path: str | os.PathLike) -> None:
+    """OSError unless `path` is a file with content of its own: opening a pipe waits for a writer, a device may never end."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError("a folder, not a file")
+    if not stat.S_ISREG(mode):
+        raise OSError("a pipe, socket or device, not a file")
+
+
+def shown(value) -> str:
+    """`value` as an error message shows it: its repr, but of at most a few hundred characters, however long or deep it is."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxlong = short.maxother = 100
+    return short.repr(value)
 
 
 def claim_writable_folder(path: str | os.PathLike, flag: str, create: bool = True) -> Path:
@@ -97,10 +164,22 @@ def claim_writable_folder(path: str | os.PathLike, flag: str, create: bool = Tru
         return path
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"0")  # a disk that is full takes names to the last
+            file.flush()
             return path
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{flag} {path}: cannot write there ({one_line(error)}); name another folder") from None
+
+
+def claim_writable_file(path: str | os.PathLike, flag: str) -> None:
+    """Prove that file `path` could be written, without touching what is there; UserError naming `flag` otherwise."""
+    if os.path.isdir(path):
+        raise UserError(f"{flag} {path}: a folder; name a file")
+    try:
+        claim_writable_folder(Path(path).parent, flag)
+    except UserError:
+        raise UserError(f"{flag} {path}: cannot write there; name a file in another folder") from None
 
 
 def next_stamp(folder: str | os.PathLike, prefix: str) -> str:
@@ -126,6 +205,12 @@ def file_digest(path: str | os.PathLike) -> bytes:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.digest()
+
+
+def plain_stem(path: str | os.PathLike, limit: int = 80) -> str:
+    """The name of `path` without its ending, as part of a new file's name: printable, of at most `limit` bytes in UTF-8."""
+    stem = "".join(letter if letter.isprintable() else "_" for letter in Path(path).stem)
+    return stem.encode()[:limit].decode(errors="ignore")
 
 
 def count_of(number: int, noun: str) -> str:

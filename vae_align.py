@@ -18,20 +18,30 @@ import math
 import os
 import pickle
 import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import UserError, atomic_file, count_of, file_digest, next_stamp, one_line
+from device import physical_memory
+from utils import UserError, atomic_file, count_of, file_digest, next_stamp, one_line, require_regular, shown
 from vaes import LazyVAE, freeze, load_vae_model
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = "vae-align"
 CHECKPOINT_PREFIX = "align_pipeline"
+RANGES = {  # of an `AlignConfig`'s whole numbers; a checkpoint beyond them is no one's
+    "latent_channels": (1, 8192),
+    "out_channels": (1, 8192),
+    "hidden_channels": (1, 8192),
+    "num_blocks": (0, 1000),
+    "downsample_times": (0, 12),
+    "latent_stride": (1, 4096),
+    "out_stride": (1, 4096),
+}
 CPU_PIXELS = 256 * 256  # image pixels that a VAE handles at once on a CPU
 
 
@@ -57,16 +67,16 @@ class AlignConfig:
     out_stride: int = 8
 
     def __post_init__(self):
-        types = tuple(sorted(set(self.input_types)))
-        if not types or not set(types) <= {"image", "latent"}:
-            raise UserError(f"input_types {list(self.input_types)}: choose from image, latent, or both")
+        types = tuple(kind for kind in ("image", "latent") if kind in self.input_types)
+        if not types or not all(kind in types for kind in self.input_types):
+            raise UserError(f"input_types {shown(list(self.input_types))}: choose from image, latent, or both")
         object.__setattr__(self, "input_types", types)
-        for name in ("latent_channels", "out_channels", "hidden_channels", "latent_stride", "out_stride"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
-        for name in ("num_blocks", "downsample_times"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} {getattr(self, name)}: must be at least 0")
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise UserError(f"{name} {shown(value)}: must be a whole number from {low} to {high}")
+        if max(self.latent_stride, self.out_stride) % min(self.latent_stride, self.out_stride):
+            raise UserError(f"strides {self.latent_stride} and {self.out_stride}: one must be a multiple of the other")
 
 
 class ResidualBlock(nn.Module):
@@ -201,6 +211,20 @@ class AlignModule(nn.Module):
     def linear_map(self, latents: torch.Tensor) -> torch.Tensor:
         """What the closed-form linear map alone makes of VAE1's latents."""
         return F.conv2d(self.on_output_grid(latents), self.ridge_weight, self.ridge_bias, padding=1)
+
+
+def build_module(config: AlignConfig) -> AlignModule:
+    """A new `AlignModule`, started at random; UserError when this machine's memory could not hold it."""
+    with torch.device("meta"):
+        parts = AlignModule(replace(config, num_blocks=0)), ResidualBlock(config.hidden_channels)
+    rest, block = (sum(parameter.numel() for parameter in part.parameters()) for part in parts)
+    parameters, memory = rest + config.num_blocks * block, physical_memory()
+    if 4 * parameters > memory:  # float32
+        raise UserError(
+            f"--hidden_channels {config.hidden_channels} --num_blocks {config.num_blocks}: {parameters / 1e6:.0f} M parameters "
+            f"do not fit into this machine's {memory / 1e9:.0f} GB; lower one of them"
+        )
+    return AlignModule(config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -415,6 +439,8 @@ class AlignPipeline:
                 return path
             except FileExistsError:
                 continue  # another run took this second; take the next
+            except OSError as error:
+                raise UserError(f"checkpoint {path}: cannot be written ({one_line(error)}); free some space there") from None
 
     @classmethod
     def from_checkpoint(
@@ -437,11 +463,8 @@ class AlignPipeline:
             vae1_subfolder, vae2_subfolder: in place of the recorded ones.
         """
         content = read_checkpoint(path)
-        module = AlignModule(AlignConfig(**content["align_config"]))
-        try:
-            module.load_state_dict(content["state_dict"])
-        except (RuntimeError, TypeError) as error:
-            raise UserError(f"checkpoint {path}: its weights do not fit its own description ({one_line(error)})") from None
+        module = build_module(AlignConfig(**content["align_config"]))
+        module.load_state_dict(content["state_dict"])
         options = {"cache_dir": cache_dir, "device": device, "dtype": dtype}
         spaces = [
             functools.partial(_recorded_space, content[name], given, subfolder, f"--{name}_path", options)
@@ -491,20 +514,21 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     """The content of a checkpoint as plain values and tensors on the CPU; of a folder, its newest undamaged one.
 
     UserError if it is not ours or damaged: the checksum of every part is compared (CRC-32, which the file's zip format
-    stores and `torch.load` ignores).
+    stores and `torch.load` ignores), and that the parts belong together, before any memory is taken for them.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # `Path.is_dir` fails for too long a name
         return newest_checkpoint(path)[1]
-    if not path.is_file():
-        raise UserError(f"checkpoint {path}: no such file")
     try:
-        with zipfile.ZipFile(path) as parts:
-            damaged = parts.testzip()
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, RuntimeError):
-        damaged = None  # not even a zip: torch.load tells what it is
-    if damaged:
-        raise UserError(f"checkpoint {path}: damaged ({damaged} does not match its checksum)")
+        require_regular(path)
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"PK"
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {path}: cannot be read ({one_line(error)})") from None
+    if zipped:
+        _compare_checksums(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -517,15 +541,62 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     try:
         known = {field.name for field in fields(AlignConfig)}
         content["align_config"] = {name: value for name, value in content["align_config"].items() if name in known}
-        AlignConfig(**content["align_config"])
-        if not all(isinstance(content[name], dict) for name in ("state_dict", "vae1", "vae2", "config", "metrics")):
-            raise TypeError
-        for name in ("path", "subfolder", "channels", "stride"):
-            content["vae1"][name], content["vae2"][name]
-        content["step"], content["epoch"]
+        _check_content(content, AlignConfig(**content["align_config"]))
+    except UserError as error:
+        raise UserError(f"checkpoint {path}: {error}") from None
     except (AttributeError, KeyError, TypeError):
         raise UserError(f"checkpoint {path}: incomplete; it was not written by this tool") from None
     return content
+
+
+def _compare_checksums(path: Path) -> None:
+    """UserError unless every part of a zipped checkpoint matches its checksum."""
+    try:
+        with zipfile.ZipFile(path) as parts:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
+                raise UserError(f"checkpoint {path}: not a checkpoint of this tool, which compresses nothing")
+            damaged = parts.testzip()
+    except UserError:
+        raise
+    except Exception as error:  # a damaged zip makes zipfile, struct and the codecs fail, each in its own way
+        raise UserError(f"checkpoint {path}: damaged ({one_line(error)})") from None
+    if damaged:
+        raise UserError(f"checkpoint {path}: damaged ({damaged} does not match its checksum)")
+
+
+def _check_content(content: dict, config: AlignConfig) -> None:
+    """AttributeError, KeyError, TypeError or a UserError unless a checkpoint's parts are of their kinds and agree."""
+    if not all(isinstance(content[name], dict) for name in ("state_dict", "vae1", "vae2", "config", "metrics")):
+        raise TypeError
+    for name, side in (("vae1", "latent"), ("vae2", "out")):
+        recorded = content[name]
+        if not all(isinstance(recorded[part], (str, type(None))) for part in ("path", "subfolder")):
+            raise TypeError
+        if any(recorded[part] != getattr(config, f"{side}_{part}") for part in ("channels", "stride")):
+            raise UserError(f"its description of {name} contradicts its module's")
+    numbers = {"step": content["step"], "seed": content["config"].get("seed", 0)}
+    for name, value in (numbers | {"image_size": content["config"].get("image_size", 0)}).items():
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 40:
+            raise UserError(f"its {name} is {shown(value)}")
+    if not isinstance(content["epoch"], (int, float)) or not isinstance(content["config"].get("precision", ""), str):
+        raise TypeError
+
+    weights = content["state_dict"]
+    misfit = UserError("its weights do not fit its own description")
+    if config.num_blocks > len(weights):  # also keeps what follows short
+        raise misfit
+    with torch.device("meta"):  # shapes without memory
+        expected = AlignModule(config).state_dict()
+    if weights.keys() != expected.keys():
+        strange = sorted(map(str, weights.keys() ^ expected.keys()))
+        raise UserError(f"{misfit} ({strange[0]} is missing or has no place)")
+    for name, tensor in weights.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or not tensor.is_floating_point():
+            raise UserError(f"{misfit} ({name} holds no weights)")
+        if tensor.shape != expected[name].shape:
+            raise UserError(f"{misfit} ({name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)})")
+        if tensor.is_meta or not tensor.isfinite().all():
+            raise UserError(f"{name} holds values that are not finite; give an earlier checkpoint")
 
 
 def good_image_size(size: int, *strides: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -21,13 +22,13 @@ def locate_vae(model_path: str, subfolder: str | None, cache_dir: str | None = N
     """
     root = Path(model_path).expanduser()
     places = [place for place in dict.fromkeys((subfolder or "", "")) if not Path(place).is_absolute()]
-    if root.is_dir():
+    if os.path.isdir(root):  # `Path.is_dir` fails for too long a name
         for place in places:
             if (root / place / "config.json").is_file() and any((root / place / name).is_file() for name in WEIGHT_FILES):
                 return root / place
         looked = " or ".join(str(root / place) for place in places)
         raise UserError(f"{flag} {model_path}: no VAE there (config.json and {WEIGHT_FILES[0]} in {looked})")
-    if root.exists() or model_path.count("/") != 1 or model_path.startswith((".", "~", "/")):
+    if os.path.exists(root) or model_path.count("/") != 1 or model_path.startswith((".", "~", "/")):
         raise UserError(f"{flag} {model_path}: neither a folder on this machine nor a hub id of the form owner/name")
     return _download_vae(model_path, places, cache_dir, flag)
 

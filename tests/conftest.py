@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+hypothesis.settings.register_profile("suite", derandomize=True, database=None, deadline=None)  # the same examples every time
+hypothesis.settings.load_profile("suite")
 torch.set_num_threads(1)  # networks this small gain nothing from threads, and on busy cores they wait for each other
 
 

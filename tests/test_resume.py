@@ -180,7 +180,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_the_customary_code(flag
     folder = tmp_path / "stopped"
     stopped_flags = {**tiny_of(flags, folder), **changes}
     process = start(stopped_flags, folder)
-    wait_for(lambda: list(folder.glob("runs/*/events*")), process)
+    wait_for(lambda: "train: " in (folder / "log").read_text(), process)
     process.send_signal(number)
     code = process.wait(60)
     said = (folder / "log").read_text()

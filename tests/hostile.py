@@ -1,0 +1,39 @@
+"""What the tests of hostile input share: a limit on time, and what a good refusal looks like."""
+
+import contextlib
+import signal
+
+import pytest
+
+from utils import UserError
+
+
+@contextlib.contextmanager
+def no_hang(seconds=20):
+    """Fail instead of waiting forever, such as for someone to write into a pipe."""
+
+    def give_up(*_):
+        raise AssertionError(f"still busy after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def is_one_line(text):
+    return bool(text) and text.isprintable() and "Traceback" not in text
+
+
+def refusal(call, *parts):
+    """`call()` must end soon in a UserError of one line with all `parts` in it; the line."""
+    with no_hang(), pytest.raises(UserError) as error:
+        call()
+    text = str(error.value)
+    assert is_one_line(text), text
+    for part in parts:
+        assert str(part) in text, text
+    return text
