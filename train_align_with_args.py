@@ -60,7 +60,7 @@ from resume import (
 )
 from ridge import RidgeRegression
 from training_log import evaluate_and_log, log_hparams, log_model_stats, open_writer, visualize_results
-from utils import UserError, claim_writable_file, claim_writable_folder, count_of, next_stamp, use_proxy, write_json
+from utils import UserError, claim_writable_file, claim_writable_folder, count_of, next_stamp, one_line, use_proxy, write_json
 from vae_align import (
     AlignConfig,
     AlignModule,
@@ -767,6 +767,8 @@ def main(argv: list[str] | None = None) -> None:
     generator = torch.Generator(accelerator.device).manual_seed(args.seed + accelerator.process_index)
     try:
         train_align_pipeline(args, *vaes, *loaders, generator)
+    except OSError as error:
+        raise UserError(f"{one_line(error)}: mend that, then go on with the same command and --resume") from error
     finally:
         accelerator.end_training()
 

@@ -1,0 +1,93 @@
+"""The training program, made to die: `python mortal.py WHERE N -- flags` ends it by SIGKILL, or fills its disk, at the N-th
+time that it comes to WHERE:
+
+    checkpoint   half of a checkpoint's bytes are in the temporary file
+    rename       a checkpoint is whole, but has no name yet
+    kept         a checkpoint has its name, nothing after that has happened
+    cache        half of a chunk of the latent cache is written
+    journal      a chunk of the latent cache is written, but not yet in the journal
+    full         from then on no byte can be written (ENOSPC)
+"""
+
+import errno
+import io
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import latent_cache
+import train_align_with_args
+import utils
+import vae_align
+from cli import run
+
+WHERE = ("checkpoint", "rename", "kept", "cache", "journal")
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def disk_full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def at(count, function, before=None, after=None):
+    """`function`, with something before or after its `count`-th call."""
+    calls = 0
+
+    def counted(*args, **options):
+        nonlocal calls
+        calls += 1
+        if calls == count and before:
+            before(*args)
+        result = function(*args, **options)
+        if calls == count and after:
+            after(*args)
+        return result
+
+    return counted
+
+
+def half_a_checkpoint(content, file):
+    whole = io.BytesIO()
+    torch_save(content, whole)
+    file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+    file.flush()
+    die()
+
+
+def half_a_chunk(cache, chunk, rows, left_out):
+    name, values = next(iter(rows.items()))
+    with open(cache.folder / f"{name}.bin", "r+b") as file:
+        file.write(bytes(values.nbytes // 2))
+    die()
+
+
+def main():
+    where, count, argv = sys.argv[1], int(sys.argv[2]), sys.argv[4:]
+    if where == "checkpoint":
+        torch.save = at(count, torch.save, before=half_a_checkpoint)
+    elif where == "rename":
+        torch.save = at(count, torch.save, after=die)
+    elif where == "kept":
+        pipeline = vae_align.AlignPipeline
+        pipeline.save_checkpoint = at(count, pipeline.save_checkpoint, after=die)
+    elif where == "cache":
+        cache = latent_cache.LatentCache
+        cache.write_chunk = at(count, cache.write_chunk, before=half_a_chunk)
+    elif where == "journal":
+        os.fsync = at(count, os.fsync, before=die)
+    elif where == "full":
+        utils.os.fsync = at(count, os.fsync, before=disk_full)
+    run(lambda: train_align_with_args.main(argv))
+
+
+torch_save = torch.save
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Kills and full disks: a real training process is ended at any moment, started again with --resume, and must end bit for bit
+as if nothing had happened.
+
+The suite runs a short form. `make test-faults` sets VAE_ALIGN_FAULTS, the number of kills at random moments, and runs all;
+its figures are in tests/README.md.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import as_argv, run_script, tiny_flags
+from mortal import WHERE
+from runs import results_of, train
+from test_resume import assert_same_tensors, start, tiny_of
+
+KILLS = int(os.environ.get("VAE_ALIGN_FAULTS", "0"))
+STEPS_BETWEEN = {"save_steps": 1, "keep_last": 3, "eval_frequency": 8, "visualize_frequency": 0, "ema_decay": 0.9}
+MORTAL = [sys.executable, str(Path(__file__).with_name("mortal.py"))]
+
+
+@pytest.fixture(scope="module")
+def job(vae_folders, photo_folders, tmp_path_factory):
+    """(flags of a run of 48 steps that saves at every step, what it leaves when nothing happens to it)."""
+    folder = tmp_path_factory.mktemp("whole")
+    flags = tiny_flags(vae_folders, photo_folders, folder) | STEPS_BETWEEN | {"epochs": 16}
+    return flags, train(flags, folder)
+
+
+def flags_in(flags, folder):
+    return {**tiny_of(flags, folder), "latent_cache_dir": folder / "cache", "resume": True}
+
+
+def finish(flags, folder):
+    """Resume the run in `folder` until it is done; what it leaves."""
+    run_script("train_align_with_args.py", *as_argv(flags), cwd=folder)
+    return results_of(folder)
+
+
+def assert_as_if_nothing_had_happened(broken, whole):
+    assert_same_tensors(broken.last, whole.last)
+    for tag, points in whole.scalars.items():
+        if tag != "train/images_per_second":
+            assert broken.scalars[tag] == points, tag
+    assert len(broken.checkpoints) <= 3 + 1  # --keep_last; one may be new and its predecessor not yet deleted
+
+
+def kill_at_random(flags, folder, moment):
+    """Start or resume the run and kill it `moment` seconds after it began to work; says in what it was hit, or None if it
+    was done before."""
+    log = folder / "log"
+    before = log.stat().st_size if log.exists() else 0
+    process = start(flags, folder)
+
+    def working():
+        said = log.read_bytes()[before:]
+        return process.poll() is not None or b"encode: " in said or b"train: " in said
+
+    while not working():
+        time.sleep(0.01)
+    time.sleep(moment)
+    if process.poll() is not None:
+        assert process.returncode == 0, log.read_text()
+        return None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if list(folder.glob("ckpt/*.tmp")):
+        return "while a checkpoint was written"
+    if not list(folder.glob("cache/*/complete.json")):
+        return "while the latent cache was built"
+    return "in training" if list(folder.glob("ckpt/*.pth")) else "before the first checkpoint"
+
+
+def test_killed_at_random_moments(job, tmp_path):
+    """A state that is only consistent at some moments: a checkpoint that does not match its logs, a torn journal."""
+    flags, whole = job
+    kills, hit, seed = 0, Counter(), random.randrange(2**32)
+    draw = random.Random(seed)
+    while kills < max(2, KILLS):
+        folder = tmp_path / str(kills)
+        changed = flags_in(flags, folder)
+        for _ in range(8):
+            phase = kill_at_random(changed, folder, draw.random() * 0.8)
+            if phase is None or kills >= max(2, KILLS):
+                break
+            hit[phase] += 1
+            kills += 1
+        assert_as_if_nothing_had_happened(finish(changed, folder), whole)
+        shutil.rmtree(folder)
+    print(f"\n{kills} kills (seed {seed}): " + ", ".join(f"{count} {phase}" for phase, count in hit.items()))
+
+
+@pytest.mark.parametrize("count", (1, 5) if KILLS else (2,))
+@pytest.mark.parametrize("where", WHERE if KILLS else ("checkpoint", "rename", "journal"))
+def test_killed_inside_a_write(job, tmp_path, where, count):
+    """A half-written file that a resume takes for a whole one, in each place where something is written."""
+    flags, whole = job
+    if where == "cache":
+        count = 1  # the ten images are one chunk
+    changed = flags_in(flags, tmp_path)
+    died = subprocess.run([*MORTAL, where, str(count), "--", *as_argv(changed)], cwd=tmp_path, capture_output=True, timeout=240)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    assert_as_if_nothing_had_happened(finish(changed, tmp_path), whole)
+
+
+@pytest.mark.parametrize("count", (2, 4, 9, 14, 33) if KILLS else (9,))
+def test_a_disk_that_is_full_at_a_write_ends_in_one_line_and_is_resumed(job, tmp_path, count):
+    """A traceback; a damaged checkpoint that replaces a good one; a cache that must be built anew."""
+    flags, whole = job
+    changed = flags_in(flags, tmp_path)
+    ended = subprocess.run(
+        [*MORTAL, "full", str(count), "--", *as_argv(changed)], cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "No space left" in ended.stderr or "disk is full" in ended.stderr
+    assert_as_if_nothing_had_happened(finish(changed, tmp_path), whole)
+
+
+@pytest.mark.skipif(not KILLS, reason="part of make test-faults")
+@pytest.mark.parametrize("kilobytes", [300, 600, 900])
+def test_a_small_file_system_fills_up(job, tmp_path, kilobytes):
+    """What a real full file system does that an injected error does not: short writes, failing mmaps, event files."""
+    flags, whole = job
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        changed = flags_in(flags, disk) | {"keep_last": 0}
+        ended = run_script("train_align_with_args.py", *as_argv(changed), cwd=tmp_path, check=False)
+        assert ended.returncode in (1, 2), ended.stderr
+        assert "Traceback" not in ended.stderr, ended.stderr
+        subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+        again = finish(changed, disk)
+        assert_same_tensors(again.last, whole.last)
+    finally:
+        subprocess.run(["umount", disk], check=True)
