@@ -37,7 +37,7 @@ import dataloader
 from bad_steps import BadSteps
 from checkpoints import BEST_METRICS, RunCheckpoints, find_checkpoint
 from cli import Parser, integer, load_config, real, run
-from decoded_loss import DecodedImageLoss
+from decoded_loss import KINDS, DecodedImageLoss
 from device import (
     ACCELERATE_NAMES,
     PRECISIONS,
@@ -170,7 +170,8 @@ def build_parser() -> Parser:
         "--extra_losses", nargs="+", type=checked_loss_term, default=[], metavar="NAME=WEIGHT", help="more latent losses"
     )
     group.add_argument("--decoder_loss_weight", type=real(0, 1e6), default=0.0,
-                       help="factor of an L1 loss on the image that VAE2 decodes; 0: none")  # fmt: skip
+                       help="factor of a loss on the image that VAE2 decodes; 0: none")  # fmt: skip
+    group.add_argument("--decoder_loss_type", choices=KINDS, default="l1", help="between that image and the reference")
     group.add_argument("--decoder_loss_batch", type=integer(1, 65536), default=4, help="images of each batch that are decoded")
     group.add_argument("--decoder_loss_window", type=integer(0, 4096), default=16,
                        help="side of the random window that is decoded, latents; 0: the whole image")  # fmt: skip
@@ -362,8 +363,10 @@ def setup_losses(pipeline: AlignPipeline, args: argparse.Namespace):
         space = LatentSpace(vae, args.decoder_loss_path, args.decoder_loss_subfolder)
         if (space.channels, space.stride) != (pipeline.space2.channels, pipeline.space2.stride):
             raise UserError(f"{flag} {args.decoder_loss_path}: its latent space is not VAE2's (other channels or stride)")
-    reference = args.decoder_loss_reference
-    return terms, DecodedImageLoss(space, args.decoder_loss_batch, args.decoder_loss_window, reference, args.seed)
+    reference, kind = args.decoder_loss_reference, args.decoder_loss_type
+    return terms, DecodedImageLoss(
+        space, args.decoder_loss_batch, args.decoder_loss_window, reference, args.seed, kind=kind
+    )
 
 
 def needs_pixels(args: argparse.Namespace) -> bool:

@@ -13,14 +13,15 @@ def space(vae_folders):
 
 
 @pytest.mark.parametrize("reference", ["original", "vae2"])
-def test_gradient_is_that_of_the_formula(space, reference):
+@pytest.mark.parametrize(("kind", "power"), [("l1", 1), ("mse", 2)])
+def test_gradient_is_that_of_the_formula(space, reference, kind, power):
     """Catches a loss under no_grad, one that trains the decoder, and a wrong reference."""
     images = torch.rand(3, 3, 48, 32) * 2 - 1
     target = space.encode(images)
     aligned = (target + 0.3 * torch.randn_like(target)).requires_grad_()
-    loss = DecodedImageLoss(space, 2, 0, reference, seed=0)(aligned, target, images, step=5)
+    loss = DecodedImageLoss(space, 2, 0, reference, seed=0, kind=kind)(aligned, target, images, step=5)
     wanted = images[:2] if reference == "original" else space.decode(target[:2])
-    expected = (space.decode(aligned[:2]) - wanted).abs().mean()
+    expected = (space.decode(aligned[:2]) - wanted).abs().pow(power).mean()
     assert torch.allclose(loss, expected)
     (gradient,) = torch.autograd.grad(loss, aligned, retain_graph=True)
     (expected_gradient,) = torch.autograd.grad(expected, aligned)
