@@ -438,6 +438,11 @@ def command_line(argv: list[str]) -> str:
     return shlex.join(["python", "eval_align.py", *kept])
 
 
+def say(text: str) -> None:
+    """Print, whatever bytes a file name may hold."""
+    print(text.encode(errors="backslashreplace").decode())
+
+
 def main(argv: list[str] | None = None) -> dict:
     args = build_parser().parse(argv)
     use_proxy(args.proxy)
@@ -484,8 +489,9 @@ def main(argv: list[str] | None = None) -> dict:
             "torch": torch.__version__,
         },
     }
+    results = finite(results)  # whatever a config may hold: the file must not fail now
     results["verdict"] = report.verdict(results)
-    print(report.ladder_table(results))
+    say(report.ladder_table(results))
     for message in results["unreadable"]:
         log.warning("left out: %s", message)
     strips = report_strips(pairs, dataset, dtype, results, args.num_samples)
@@ -498,8 +504,8 @@ def main(argv: list[str] | None = None) -> dict:
             file.write(page)
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: the results cannot be written ({one_line(error)})") from None
-    print(" ".join(results["verdict"]["sentences"]))
-    print(f"{count_of(results['images'], 'image')} judged; report: {output_dir / 'report.html'}")
+    say(" ".join(results["verdict"]["sentences"]))
+    say(f"{count_of(results['images'], 'image')} judged; report: {output_dir / 'report.html'}")
     return results
 
 

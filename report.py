@@ -66,7 +66,7 @@ def ladder_table(results: dict) -> str:
         "latent MSE": ("latent_mse", "{:.4f}".format),
         "PSNR dB": ("psnr", "{:.2f}".format),
         "SSIM": ("ssim", "{:.4f}".format),
-        "colour bias": ("colour_bias", lambda bias: " ".join(f"{level:+.1f}" for level in bias)),
+        "colour bias": ("colour_bias", lambda bias: " ".join("–" if level is None else f"{level:+.1f}" for level in bias)),
         "ms": ("milliseconds", "{:.2f}".format),
         "M params": ("parameters", lambda count: f"{count / 1e6:.2f}"),
         "G MACs": ("macs", lambda count: f"{count / 1e9:.2f}"),
@@ -224,12 +224,15 @@ def shown_name(path: str, folder: str) -> str:
 
 def chosen_images(results: dict, wanted: int) -> dict:
     """{"worst" | "median" | "best": [place in `paths`, …]}: about `wanted` images by what the main module loses to VAE2's own
-    reconstruction, in dB of PSNR against the original; images without such a figure come last of all."""
+    reconstruction, in dB of PSNR against the original. Without that figure an image is perfect, or if the latents are not
+    finite, the worst."""
     per_image = results["per_image"]
-    losses = [
-        -math.inf if ours is None or ceiling is None else ceiling - ours
-        for ours, ceiling in zip(per_image["aligned"]["psnr"], per_image["ceiling"]["psnr"])
-    ]
+    losses = []
+    for place, (ours, ceiling) in enumerate(zip(per_image["aligned"]["psnr"], per_image["ceiling"]["psnr"])):
+        if ours is not None and ceiling is not None:
+            losses.append(ceiling - ours)
+        else:
+            losses.append(math.inf if per_image["aligned"]["latent_mse"][place] is None else -math.inf)
     order = sorted(range(len(losses)), key=lambda place: (-losses[place], place))
     wanted = min(wanted, len(order))
     worst, best = -(-wanted // 3), wanted // 3
