@@ -444,6 +444,18 @@ def say(text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict:
+    """Judge and write the report; returns what metrics.json holds, whose keys are stable while `format` stays the same:
+
+    format: `METRICS_FORMAT`; images, unreadable, ladder, summary, per_image, paths: see `evaluate`, with the rows
+        of further checkpoints ("aligned_2") and of further pairs of VAEs ("aligned@2", "ceiling@2") behind the first ones;
+    indices: place of each image in the data set; image_size: px;
+    checkpoint: the first one as it was given; checkpoints: [{row, name, path, run, step, epoch, config}];
+    verdict: see `report.verdict`; left_out_metrics: {name: why it could not be measured};
+    spectrum: see `metrics.ErrorSpectrum.result`; histograms: see `metrics.LatentHistograms.result`, of the first pair;
+    settings: {created, command, eval_data_dir, trained_image_size, vae1, vae2, device, precision, metrics, torch}.
+
+    What is infinite or undefined is null.
+    """
     args = build_parser().parse(argv)
     use_proxy(args.proxy)
     output_dir = claim_writable_folder(args.output_dir, "--output_dir")
