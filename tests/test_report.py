@@ -380,7 +380,7 @@ def test_verdict_answers_by_the_gain_and_its_uncertainty(gains, answer):
     assert verdict["answer"] == answer
     assert verdict["gain_db"] == pytest.approx(np.mean(gains))
     assert verdict["macs_fraction"] == 0.25
-    assert "25 % of the multiply-adds" in verdict["sentences"][0]
+    assert "25% of the multiply-adds" in verdict["sentences"][0]
     assert 1 <= len(verdict["sentences"]) <= 2
     if len(gains) > 1:
         assert verdict["gain_error_db"] == pytest.approx(1.96 * np.std(gains, ddof=1) / math.sqrt(len(gains)))
@@ -395,6 +395,9 @@ def test_verdict_names_the_weaknesses_and_only_those():
     assert len(said) == 5
     for sentence, part in zip(said, ("green −1.4", "0.2000 against 0.1000", "SSIM", "On 1 image", "1 file")):
         assert part in sentence
+    idle = results_of([1.0] * 40)
+    idle["ladder"]["linear"] = {"psnr": idle["ladder"]["aligned"]["psnr"] - 0.01}
+    assert ["linear map" in sentence for sentence in report.verdict(idle)["weaknesses"]] == [True]
     few = results_of([1.0] * 3, settings={"trained_image_size": 128})
     assert [sentence.split()[0] for sentence in report.verdict(few)["weaknesses"]] == ["Judged", "Judged"]
 
