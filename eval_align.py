@@ -437,7 +437,24 @@ def command_line(argv: list[str]) -> str:
     return shlex.join(["python", "eval_align.py", *kept])
 
 
+def say(text: str) -> None:
+    """Print, whatever bytes a file name may hold."""
+    print(text.encode(errors="backslashreplace").decode())
+
+
 def main(argv: list[str] | None = None) -> dict:
+    """Judge and write the report; returns what metrics.json holds, whose keys are stable while `format` stays the same:
+
+    format: `METRICS_FORMAT`; images, unreadable, ladder, summary, per_image, paths: see `evaluate`, with the rows
+        of further checkpoints ("aligned_2") and of further pairs of VAEs ("aligned@2", "ceiling@2") behind the first ones;
+    indices: place of each image in the data set; image_size: px;
+    checkpoint: the first one as it was given; checkpoints: [{row, name, path, run, step, epoch, config}];
+    verdict: see `report.verdict`; left_out_metrics: {name: why it could not be measured};
+    spectrum: see `metrics.ErrorSpectrum.result`; histograms: see `metrics.LatentHistograms.result`, of the first pair;
+    settings: {created, command, eval_data_dir, trained_image_size, vae1, vae2, device, precision, metrics, torch}.
+
+    What is infinite or undefined is null.
+    """
     args = build_parser().parse(argv)
     use_proxy(args.proxy)
     output_dir = claim_writable_folder(args.output_dir, "--output_dir")
@@ -483,8 +500,9 @@ def main(argv: list[str] | None = None) -> dict:
             "torch": torch.__version__,
         },
     }
+    results = finite(results)  # whatever a config may hold: the file must not fail now
     results["verdict"] = report.verdict(results)
-    print(report.ladder_table(results))
+    say(report.ladder_table(results))
     for message in results["unreadable"]:
         log.warning("left out: %s", message)
     strips = report_strips(pairs, dataset, dtype, results, args.num_samples)
@@ -497,8 +515,8 @@ def main(argv: list[str] | None = None) -> dict:
             file.write(page)
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: the results cannot be written ({one_line(error)})") from None
-    print(" ".join(results["verdict"]["sentences"]))
-    print(f"{count_of(results['images'], 'image')} judged; report: {output_dir / 'report.html'}")
+    say(" ".join(results["verdict"]["sentences"]))
+    say(f"{count_of(results['images'], 'image')} judged; report: {output_dir / 'report.html'}")
     return results
 
 

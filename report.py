@@ -66,7 +66,7 @@ def ladder_table(results: dict) -> str:
         "latent MSE": ("latent_mse", "{:.4f}".format),
         "PSNR dB": ("psnr", "{:.2f}".format),
         "SSIM": ("ssim", "{:.4f}".format),
-        "colour bias": ("colour_bias", lambda bias: " ".join(f"{level:+.1f}" for level in bias)),
+        "colour bias": ("colour_bias", lambda bias: " ".join("–" if level is None else f"{level:+.1f}" for level in bias)),
         "ms": ("milliseconds", "{:.2f}".format),
         "M params": ("parameters", lambda count: f"{count / 1e6:.2f}"),
         "G MACs": ("macs", lambda count: f"{count / 1e9:.2f}"),
@@ -113,7 +113,7 @@ def verdict(results: dict) -> dict:
     """Is the main module worth using in place of decoding with VAE1 and encoding with VAE2?
 
     Returns {answer: "yes", "equal", "no" or "unknown"; sentences: what to say first; weaknesses: what speaks against it;
-    gain_db: its PSNR over that of decode + re-encode, mean over images; gain_error_db: 95 % interval of that mean, ±;
+    gain_db: its PSNR over that of decode + re-encode, mean over images; gain_error_db: 95% interval of that mean, ±;
     better_on: images on which it is the better; below_ceiling_db; macs_fraction, time_fraction: of decode + re-encode's}.
     """
     ladder, per_image = results["ladder"], results["per_image"]
@@ -189,8 +189,9 @@ def weaknesses(results: dict, gains: list[float], answer: str) -> list[str]:
     if aligned["ssim"] is not None and rival["ssim"] is not None and answer != "no" and aligned["ssim"] < rival["ssim"]:
         found.append(f"SSIM is lower than that of decode + re-encode: {aligned['ssim']:.4f} against {rival['ssim']:.4f}.")
     for row, what in (("linear", "the closed-form linear map"), ("untrained", "the untrained module")):
-        if row in ladder and None not in (ladder[row]["psnr"], aligned["psnr"]) and ladder[row]["psnr"] >= aligned["psnr"]:
-            found.append(f"It is no better than {what} ({ladder[row]['psnr']:.2f} dB): the training has not helped.")
+        below = ladder.get(row, {}).get("psnr")
+        if None not in (below, aligned["psnr"]) and below > aligned["psnr"] - PSNR_NOISE:
+            found.append(f"It is no better than {what} ({below:.2f} dB): the training has not helped.")
     if answer == "yes" and gains and min(gains) < -PSNR_NOISE:
         worse = sum(gain < 0 for gain in gains)
         found.append(f"On {count_of(worse, 'image')} decode + re-encode is nearer, by up to {-min(gains):.2f} dB.")
@@ -213,8 +214,8 @@ def signed(value: float | None) -> str:
 
 
 def percent(fraction: float) -> str:
-    """A share in per cent, to two digits; never 0 % for what is not nothing."""
-    return f"{100 * fraction:.0f} %" if fraction >= 0.1 else f"{100 * fraction:.2g} %"
+    """A share in per cent, to two digits; never 0% for what is not nothing."""
+    return f"{100 * fraction:.0f}%" if fraction >= 0.1 else f"{100 * fraction:.2g}%"
 
 
 def shown_name(path: str, folder: str) -> str:
@@ -224,12 +225,15 @@ def shown_name(path: str, folder: str) -> str:
 
 def chosen_images(results: dict, wanted: int) -> dict:
     """{"worst" | "median" | "best": [place in `paths`, …]}: about `wanted` images by what the main module loses to VAE2's own
-    reconstruction, in dB of PSNR against the original; images without such a figure come last of all."""
+    reconstruction, in dB of PSNR against the original. Without that figure an image is perfect, or if the latents are not
+    finite, the worst."""
     per_image = results["per_image"]
-    losses = [
-        -math.inf if ours is None or ceiling is None else ceiling - ours
-        for ours, ceiling in zip(per_image["aligned"]["psnr"], per_image["ceiling"]["psnr"])
-    ]
+    losses = []
+    for place, (ours, ceiling) in enumerate(zip(per_image["aligned"]["psnr"], per_image["ceiling"]["psnr"])):
+        if ours is not None and ceiling is not None:
+            losses.append(ceiling - ours)
+        else:
+            losses.append(math.inf if per_image["aligned"]["latent_mse"][place] is None else -math.inf)
     order = sorted(range(len(losses)), key=lambda place: (-losses[place], place))
     wanted = min(wanted, len(order))
     worst, best = -(-wanted // 3), wanted // 3

@@ -400,7 +400,7 @@ def _method(results):
         "<li>Time, weights and multiply-adds are what it takes to come by VAE2's latents, from VAE1's (and the image, where "
         f"the module takes it), at batch size 1 on {text(settings['device'])} in {text(settings['precision'])}; the time is "
         "the fastest of three.</li>"
-        "<li>The ± of the verdict is a 95 % interval of the mean over images; below it two ways count as equally good.</li>"
+        "<li>The ± of the verdict is a 95% interval of the mean over images; below it two ways count as equally good.</li>"
         f"{rfid if 'rfid' in results['ladder']['aligned'] else ''}"
         "<li>A dash stands for what is undefined or infinite, as is the PSNR of identical pictures.</li></ul>"
         f"{_table('Checkpoints', [header], [checkpoints])}{unreadable}"

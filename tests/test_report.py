@@ -340,6 +340,22 @@ def test_zoom_works_by_keyboard(judged, browser):
     assert browser.complaints() == []
 
 
+def test_module_that_has_gone_wrong_still_gets_its_report(judged, vae_folders, tmp_path):
+    """A crash on the first figure that is not a number, at the end of a long run."""
+    path = save_checkpoint(tmp_path, vae_folders)
+    content = torch.load(path, weights_only=True)
+    content["state_dict"]["out.bias"] += math.nan
+    torch.save(content, path)
+    flags = {"checkpoint": path, "eval_data_dir": judged.flags["eval_data_dir"], "output_dir": tmp_path / "out"}
+    eval_align.main(as_argv({**flags, "num_workers": 0, "device": "cpu", "num_samples": 2, "metrics": "ssim"}))
+    metrics = read_json(tmp_path / "out" / "metrics.json")
+    assert metrics["ladder"]["aligned"]["psnr"] is None
+    assert metrics["verdict"]["answer"] == "no"
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "not finite" in page
+    assert "nan" not in re.sub(r'"data:[^"]*"', "", page).lower()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The verdict
 
@@ -347,7 +363,7 @@ def test_zoom_works_by_keyboard(judged, browser):
 def results_of(gains, aligned=None, reencode=None, **more):
     """Results of as many images as there are `gains`, the PSNR of the module over decode + re-encode in dB."""
     per_image = {"reencode": {"psnr": [25.0] * len(gains)}, "ceiling": {"psnr": [30.0] * len(gains)}}
-    per_image["aligned"] = {"psnr": [25.0 + gain for gain in gains]}
+    per_image["aligned"] = {"psnr": [25.0 + gain for gain in gains], "latent_mse": [0.1] * len(gains)}
     plain = {"latent_mse": 0.1, "ssim": 0.8, "colour_bias": [0.0, 0.0, 0.0], "macs": 4e9, "milliseconds": 8.0}
     ladder = {row: plain | {"label": row, "psnr": float(np.mean(figures["psnr"]))} for row, figures in per_image.items()}
     ladder["aligned"] |= {"macs": 1e9} | (aligned or {})
@@ -364,7 +380,7 @@ def test_verdict_answers_by_the_gain_and_its_uncertainty(gains, answer):
     assert verdict["answer"] == answer
     assert verdict["gain_db"] == pytest.approx(np.mean(gains))
     assert verdict["macs_fraction"] == 0.25
-    assert "25 % of the multiply-adds" in verdict["sentences"][0]
+    assert "25% of the multiply-adds" in verdict["sentences"][0]
     assert 1 <= len(verdict["sentences"]) <= 2
     if len(gains) > 1:
         assert verdict["gain_error_db"] == pytest.approx(1.96 * np.std(gains, ddof=1) / math.sqrt(len(gains)))
@@ -379,6 +395,9 @@ def test_verdict_names_the_weaknesses_and_only_those():
     assert len(said) == 5
     for sentence, part in zip(said, ("green −1.4", "0.2000 against 0.1000", "SSIM", "On 1 image", "1 file")):
         assert part in sentence
+    idle = results_of([1.0] * 40)
+    idle["ladder"]["linear"] = {"psnr": idle["ladder"]["aligned"]["psnr"] - 0.01}
+    assert ["linear map" in sentence for sentence in report.verdict(idle)["weaknesses"]] == [True]
     few = results_of([1.0] * 3, settings={"trained_image_size": 128})
     assert [sentence.split()[0] for sentence in report.verdict(few)["weaknesses"]] == ["Judged", "Judged"]
 
