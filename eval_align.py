@@ -19,7 +19,7 @@ from tqdm import tqdm
 import report
 from cli import Parser, integer, run
 from dataloader import ImageDataset, eval_loader, open_dataset, require_memory
-from device import PRECISIONS, autocast, get_dtype, keep_freed_memory, resolve_device, resolve_precision
+from device import PRECISIONS, autocast, get_dtype, keep_freed_memory, memory_advice, resolve_device, resolve_precision
 from utils import UserError, claim_writable_folder, count_of, plain_stem, use_proxy, write_json
 from vae_align import AlignModule, AlignPipeline, good_image_size
 
@@ -289,7 +289,8 @@ def main(argv: list[str] | None = None) -> dict:
             name = f"{index:05d}_{plain_stem(path)}.png"
             report.comparison_picture(rows[2 * number : 2 * number + 2], size).save(output_dir / name)
 
-    results = evaluate(pipeline, loader, dtype, visit=save_pictures if args.save_visualizations else None, costs=True)
+    with memory_advice("evaluating", eval_batch_size=args.eval_batch_size, image_size=size, precision=precision):
+        results = evaluate(pipeline, loader, dtype, visit=save_pictures if args.save_visualizations else None, costs=True)
     results["checkpoint"] = str(args.checkpoint)
     results["image_size"] = size
     write_json(output_dir / "metrics.json", results)
