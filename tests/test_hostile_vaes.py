@@ -336,6 +336,26 @@ def test_building_the_cache_goes_on_with_half_the_batch(vae_folders, photo_folde
         )
 
 
+DAMAGE = {
+    "cut short": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "of nothing": lambda path: os.truncate(path, 0),
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_cache_is_one_line(vae_folders, photo_folders, tmp_path, kind):
+    """A traceback from mmap in the first step; the remedy is to delete it, and nothing else says so."""
+    spaces = [LatentSpace(load(vae_folders[vae])) for vae in ("kl4", "kl16")]
+    dataset = ImageDataset(sorted(map(str, photo_folders[0].rglob("*.png")))[:2], 16, random_crop=True)
+    (tmp_path / "cache").mkdir()
+    data = cache_latents(dataset, *spaces, True, tmp_path / "cache", 1, 0)
+    (data.cache.folder / "journal.jsonl").open("ab").write(b"\n\xff\xfe{}\n")
+    DAMAGE[kind](data.cache.folder / "latents1.bin")
+    data = cache_latents(dataset, *spaces, True, tmp_path / "cache", 1, 0)
+    refusal(lambda: data.__getitems__([(0, 0)]), "latent cache", "delete this folder")
+
+
 def test_a_cache_that_not_even_one_image_fits_is_one_line(vae_folders, photo_folders, tmp_path):
     """Halving for ever."""
     spaces = [LatentSpace(load(vae_folders[vae])) for vae in ("kl4", "kl16")]
