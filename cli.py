@@ -13,8 +13,9 @@ import math
 import os
 import re
 import sys
+import traceback
 
-from utils import UserError, one_line, printable, read_json, shown
+from utils import UserError, one_line, printable, read_json, shown, without_secrets
 
 UNSET = object()
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -188,6 +189,8 @@ def run(main) -> None:
         sys.exit(f"error: {one_line(error, limit=600)}; {remedy}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:  # a bug, and all that is known of it; libraries quote URLs and headers
+        sys.exit(without_secrets(traceback.format_exc().rstrip()))
 
 
 class _PrintableFormatter(logging.Formatter):

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from device import physical_memory
+from device import memory_advice, physical_memory
 from latent_cache import LatentCache, build, cache_key, file_list_digest
 from utils import UserError, hub_token, one_line, require_regular
 
@@ -416,6 +416,11 @@ def cache_latents(dataset, space1, space2, with_images, root, views, num_workers
         return DataLoader(every_view, batch_size=images_per_batch, sampler=images, **options)
 
     def encode(indices, pixels):
+        precision = str(space1.vae.dtype).rpartition(".")[2]
+        with memory_advice("encoding images for the latent cache", image_size=size, cache_views=views, precision=precision):
+            return encode_views(indices, pixels)
+
+    def encode_views(indices, pixels):
         images = to_pixel_values(pixels)
         rows = {"pixel_values": pixels.numpy()} if with_images else {}
         for number, space in ((1, space1), (2, space2)):

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-
 KINDS = {"l1": F.l1_loss, "mse": F.mse_loss}
 
 

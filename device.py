@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from utils import UserError
+from utils import UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,43 @@ def peak_memory(device: torch.device) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out: the device's, or the CPU's, for which torch has no class of its own."""
+    said = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+    )
+
+
+@contextlib.contextmanager
+def memory_advice(doing: str, **flags):
+    """Within this context, running out of memory is a UserError that says what was being done and which flags help.
+
+    Args:
+        doing: what the message says after "out of memory while", such as "training".
+        flags: by name, those that decide how much memory it takes, such as `train_batch_size=4, precision="float32"`.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        given = ", ".join(f"--{name} {value}" for name, value in flags.items())
+        lower = [f"--{name}" for name, value in flags.items() if isinstance(value, int) and value > 1]
+        advice = [f"lower {' or '.join(lower)}"] if lower else []
+        advice += ["use --precision bfloat16"] if flags.get("precision") == "float32" else []
+        raise UserError(
+            f"out of memory while {doing} with {given} ({one_line(error, limit=200)}): "
+            f"{' or '.join(advice) or 'use a machine with more of it'}"
+        ) from None
+
+
+def release_memory() -> None:
+    """Give back what the CUDA allocator keeps for later, so that pieces of another size find room."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def autocast(device: torch.device, dtype: torch.dtype):

@@ -30,7 +30,7 @@ import report
 import report_page
 from cli import Parser, integer, run
 from dataloader import ImageDataset, eval_loader, open_dataset, require_memory
-from device import PRECISIONS, autocast, get_dtype, keep_freed_memory, resolve_device, resolve_precision
+from device import PRECISIONS, autocast, get_dtype, keep_freed_memory, memory_advice, resolve_device, resolve_precision
 from metrics import (
     DEFAULT_OPTIONAL,
     ErrorSpectrum,
@@ -478,7 +478,8 @@ def main(argv: list[str] | None = None) -> dict:
             with atomic_file(output_dir / f"{index:05d}_{plain_stem(path)}.png") as file:
                 report.comparison_picture(rows[2 * number : 2 * number + 2], size).save(file, "PNG")
 
-    results = judge(pairs, loader, dtype, args.metrics, size, save_pictures if args.save_visualizations else None)
+    with memory_advice("evaluating", eval_batch_size=args.eval_batch_size, image_size=size, precision=precision):
+        results = judge(pairs, loader, dtype, args.metrics, size, save_pictures if args.save_visualizations else None)
     for number, checkpoint in enumerate(checkpoints[1:], 2):
         results["ladder"][checkpoint["row"]]["label"] = f"aligned {number}: {checkpoint['name']}"
     identities = [space.identity for space in (pairs[0].pipeline.space1, pairs[0].pipeline.space2)]

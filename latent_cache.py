@@ -84,7 +84,7 @@ class LatentCache:
         """{chunk that is complete: {image left out of it: why}}; a line that a kill cut short does not count."""
         entries = {}
         with contextlib.suppress(FileNotFoundError):
-            for line in (self.folder / "journal.jsonl").read_text(encoding="utf-8").splitlines():
+            for line in (self.folder / "journal.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
                     entry = json.loads(line)
                     entries[entry["chunk"]] = {int(image): why for image, why in entry["left_out"].items()}
@@ -166,7 +166,10 @@ class LatentCache:
         if name not in self._maps:
             shape, dtype = self.columns[name]
             rows = self.length * self.views
-            self._maps[name] = np.memmap(self.folder / f"{name}.bin", dtype, "r", shape=(rows, *shape))
+            try:
+                self._maps[name] = np.memmap(self.folder / f"{name}.bin", dtype, "r", shape=(rows, *shape))
+            except (OSError, ValueError) as error:  # gone, or shorter than what was written
+                raise UserError(f"latent cache {self.folder}: damaged ({one_line(error)}); delete this folder") from None
         return self._maps[name]
 
     def read(self, name: str, images: np.ndarray, views: np.ndarray) -> np.ndarray:

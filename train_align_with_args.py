@@ -36,13 +36,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import dataloader
 from bad_steps import BadSteps
 from checkpoints import BEST_METRICS, RunCheckpoints, find_checkpoint
-from cli import Parser, integer, load_config, real, run
+from cli import Parser, checked_config, integer, load_config, real, run
 from decoded_loss import KINDS, DecodedImageLoss
 from device import (
     ACCELERATE_NAMES,
     PRECISIONS,
     get_dtype,
     keep_freed_memory,
+    memory_advice,
     peak_memory,
     resolve_device,
     resolve_precision,
@@ -364,9 +365,7 @@ def setup_losses(pipeline: AlignPipeline, args: argparse.Namespace):
         if (space.channels, space.stride) != (pipeline.space2.channels, pipeline.space2.stride):
             raise UserError(f"{flag} {args.decoder_loss_path}: its latent space is not VAE2's (other channels or stride)")
     reference, kind = args.decoder_loss_reference, args.decoder_loss_type
-    return terms, DecodedImageLoss(
-        space, args.decoder_loss_batch, args.decoder_loss_window, reference, args.seed, kind=kind
-    )
+    return terms, DecodedImageLoss(space, args.decoder_loss_batch, args.decoder_loss_window, reference, args.seed, kind=kind)
 
 
 def needs_pixels(args: argparse.Namespace) -> bool:
@@ -527,7 +526,8 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
     bar = tqdm(total=end, initial=step, desc="train", unit="step", disable=not main_process)
     clock, clocked_step = time.perf_counter(), step
 
-    with StopRequest() as stop:
+    facts = {"train_batch_size": args.train_batch_size, "image_size": args.image_size, "precision": args.precision}
+    with StopRequest() as stop, memory_advice("training", **facts):
         while True:
             # ---- where we are: the clock is the step, epochs are counted from it
             epoch, last, new = step / steps_per_epoch, step == end, step > arrived or not resumed
@@ -728,7 +728,9 @@ def adopt_resumed(args: argparse.Namespace) -> bool:
             log.warning("--resume: no checkpoint in %s, starting fresh", args.save_dir)
         return False
     args.resumed_from, args.resumed = found
-    adopt_flags(args, args.resumed["config"])
+    flags = {action.dest: action for action in build_parser()._actions}
+    config = {name: value for name, value in args.resumed["config"].items() if name in flags}
+    adopt_flags(args, checked_config(config, flags, f"--resume {args.resumed_from}"))
     args.steps_per_epoch = args.resumed["training"]["order"]["steps in an epoch"]
     step, end = args.resumed["step"], total_steps(args)
     if step >= end:

@@ -37,10 +37,14 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 def printable(text: str) -> str:
     """`text` without secrets, and with everything that is no printable character (a file name may hold newlines, terminal
     commands, bytes that are not UTF-8) written as in Python: `\\n`, `\\x1b`, `\\udcff`."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in without_secrets(text))
+
+
+def without_secrets(text: str) -> str:
+    """`text` with tokens, passwords and the user part of URLs blotted out."""
     for secret in (*hub_tokens(), *proxy_passwords()):
         text = text.replace(secret, "***")
-    text = URL_USER.sub("***@", text)
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return URL_USER.sub("***@", text)
 
 
 def hub_token() -> str | None:

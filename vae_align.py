@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from device import physical_memory
+from device import is_out_of_memory, physical_memory, release_memory
 from utils import UserError, atomic_file, count_of, file_digest, next_stamp, one_line, require_regular, shown
-from vaes import LazyVAE, freeze, load_vae_model
+from vaes import LazyVAE, freeze, image_stride, load_vae_model
 
 log = logging.getLogger(__name__)
 
@@ -241,15 +241,17 @@ class LatentSpace:
         self.vae = vae if isinstance(vae, LazyVAE) else freeze(vae)
         config = vae.config
         class_name = vae.model_class.__name__ if isinstance(vae, LazyVAE) else type(vae).__name__
-        widths = config["encoder_block_out_channels" if class_name == "AutoencoderTiny" else "block_out_channels"]
         self.channels = config["latent_channels"]
-        self.stride = 2 ** (len(widths) - 1)
-        try:
-            self.scaling_factor = float(config.get("scaling_factor") or 1.0)
-            self.shift_factor = float(config.get("shift_factor") or 0.0)
-        except (TypeError, ValueError):
-            where = f"{vae.flag} {vae.folder}" if isinstance(vae, LazyVAE) else class_name
-            raise UserError(f"{where}: scaling_factor and shift_factor of its config.json must be numbers") from None
+        self.stride = image_stride(vae)
+        scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+        scale, shift = 1.0 if scale is None else scale, 0.0 if shift is None else shift
+        for name, value, low in (("scaling_factor", scale, 0), ("shift_factor", shift, -1e6)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < 1e6:
+                where = f"{vae.flag} {vae.folder}" if isinstance(vae, LazyVAE) else class_name
+                raise UserError(f"{where}: {name} {shown(value)} of its config.json must be a number above {low:g}")
+        self.scaling_factor, self.shift_factor = float(scale), float(shift)
+        self._images_at_once = None  # as many as come
+        self._precision_settled = False
         if path is not None:
             local = Path(path).expanduser()
             path = str(local.resolve() if local.is_dir() else path)  # a relative folder means another one elsewhere
@@ -284,7 +286,8 @@ class LatentSpace:
         """
         if any(side % self.stride for side in images.shape[2:]):
             raise UserError(f"image of {tuple(images.shape[2:])} px: both sides must be multiples of {self.stride}")
-        encoded = [self.vae.encode(self._input(part)) for part in self._parts(images, stride=1)]
+        self._settle_precision(images)
+        encoded = self._encode_parts(images)
         if hasattr(encoded[0], "latents"):
             raw = torch.cat([part.latents for part in encoded])
         else:
@@ -300,6 +303,37 @@ class LatentSpace:
         raw = latents.float() / self.scaling_factor + self.shift_factor
         parts = self._parts(raw, stride=self.stride)
         return torch.cat([self.vae.decode(self._input(part)).sample.float() for part in parts])
+
+    def _encode_parts(self, images: torch.Tensor) -> list:
+        """What the VAE makes of `images`, piece by piece. Where memory runs out it goes on with half as many at once, and
+        keeps to that; what comes out does not depend on it but for rounding."""
+        while True:
+            pieces = images.split(self._images_at_once or max(1, len(images)))
+            parts = [part for piece in pieces for part in self._parts(piece, stride=1)]
+            try:
+                return [self.vae.encode(self._input(part)) for part in parts]
+            except Exception as error:
+                largest = max(map(len, parts))
+                if not is_out_of_memory(error) or largest == 1:
+                    raise
+            release_memory()  # out here, where the error no longer holds on to what it was about
+            self._images_at_once = largest // 2
+            log.warning("out of memory: encoding at most %s at once", count_of(self._images_at_once, "image"))
+
+    def _settle_precision(self, images: torch.Tensor) -> None:
+        """Before the first batch in float16, see on one of its images whether this VAE's activations stay within float16's
+        range (those of SDXL's do not); where they overflow, float32 it is from then on."""
+        if self._precision_settled or self.vae.dtype != torch.float16 or not len(images):
+            return
+        self._precision_settled = True
+        (encoded,) = self._encode_parts(images[:1])
+        raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        if not (raw.isfinite().all() and self.vae.decode(raw).sample.isfinite().all()):
+            if isinstance(self.vae, LazyVAE):
+                self.vae.widen()
+            else:
+                log.warning("%s overflows in float16: running it in float32", self.identity["class"])
+                self.vae.float()
 
     def _parts(self, tensor: torch.Tensor, stride: int):
         """`tensor` in the pieces in which the VAE runs fastest: whole, but on a CPU of at most `CPU_PIXELS` image pixels,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from utils import UserError, hub_token, one_line
+from utils import UserError, hub_token, one_line, read_json, shown
+
+log = logging.getLogger(__name__)
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
@@ -89,21 +91,25 @@ class LazyVAE:
         import diffusers
 
         try:
-            stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            stored = read_json(folder / "config.json")
             class_name = stored["_class_name"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{flag} {folder}: its config.json cannot be read as a VAE's ({one_line(error)})") from None
         if class_name not in VAE_CLASSES:
-            raise UserError(f"{flag} {folder}: a {class_name}; known VAE classes are {', '.join(VAE_CLASSES)}")
+            raise UserError(f"{flag} {folder}: a {shown(class_name)}; known VAE classes are {', '.join(VAE_CLASSES)}")
         self.folder, self.flag = folder, flag
         self.device, self.dtype = torch.device(device), dtype
         self.model_class = getattr(diffusers, class_name)
         try:
+            _check_sizes(stored)
             with torch.device("meta"):  # shapes and defaults without memory
-                self.config = self.model_class.from_config(stored).config
+                plan = self.model_class.from_config(stored)
+                self.config = plan.config
+                _check_shapes(plan, image_stride(plan))
         except Exception as error:  # whatever a hand-edited config makes the constructor raise
             raise UserError(f"{flag} {folder}: its config.json does not describe a {class_name} ({one_line(error)})") from None
         self._model = None
+        self._weights = sum(parameter.numel() for parameter in plan.parameters())
 
     @property
     def files(self) -> list[Path]:
@@ -119,21 +125,41 @@ class LazyVAE:
     @torch.inference_mode(False)  # weights first read while evaluating must still serve a backward pass later
     def model(self) -> nn.Module:
         if self._model is None:
-            try:
-                model, report = self.model_class.from_pretrained(
-                    self.folder,
-                    torch_dtype=self.dtype,
-                    low_cpu_mem_usage=False,
-                    output_loading_info=True,
-                    local_files_only=True,
-                )
-            except Exception as error:  # truncated, wrong shapes, another kind of file: each library has its own error
-                raise UserError(f"{self.flag} {self.folder}: its weights cannot be loaded ({one_line(error)})") from None
-            if report["missing_keys"]:
-                missing = report["missing_keys"]
-                raise UserError(f"{self.flag} {self.folder}: {len(missing)} weights are missing, {sorted(missing)[0]} first")
+            model = self._read()
+            if self.dtype == torch.float16 and _not_finite(model):
+                self.widen()
+                model = self._read()
+            if _not_finite(model):
+                raise UserError(f"{self.flag} {self.folder}: its weights are not finite ({_not_finite(model)} first)")
             self._model = freeze(model).to(self.device)
         return self._model
+
+    def _read(self) -> nn.Module:
+        try:
+            room = self.files[1].stat().st_size
+            if self._weights > room:  # before memory is taken for what a config merely claims
+                raise ValueError(f"{self._weights} of them are described, in a file of {room} bytes")
+            model, report = self.model_class.from_pretrained(
+                self.folder,
+                torch_dtype=self.dtype,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+                local_files_only=True,
+            )
+        except Exception as error:  # truncated, wrong shapes, another kind of file: each library has its own error
+            raise UserError(f"{self.flag} {self.folder}: its weights cannot be loaded ({one_line(error)})") from None
+        if report["missing_keys"]:
+            missing = report["missing_keys"]
+            raise UserError(f"{self.flag} {self.folder}: {len(missing)} weights are missing, {sorted(missing)[0]} first")
+        unused = sorted(name for name in report["unexpected_keys"] if name.startswith(("encoder.", "decoder.")))
+        if unused:  # a part of the network that its config leaves out
+            raise UserError(f"{self.flag} {self.folder}: {len(unused)} weights have no place in its config, {unused[0]} first")
+        return model
+
+    def widen(self) -> None:
+        """Go over to float32, with the weights read anew: float16 has rounded them."""
+        log.warning("%s %s overflows in %s: running it in float32", self.flag, self.folder, str(self.dtype).split(".")[-1])
+        self.dtype, self._model = torch.float32, None
 
     def __getattr__(self, name):
         if name.startswith("__") or name == "_model":  # copy and pickle probe for these before __init__ ran
@@ -148,6 +174,42 @@ class LazyVAE:
         if self.loaded:
             self._model.to(self.device)
         return self
+
+
+def image_stride(vae) -> int:
+    """Image pixels per latent of a diffusers VAE (a model or a `LazyVAE`), from its config."""
+    widths = vae.config.get("encoder_block_out_channels") or vae.config["block_out_channels"]
+    return 2 ** (len(widths) - 1)
+
+
+def _check_sizes(config) -> None:
+    """ValueError for a config with numbers that no VAE has, and that would take the constructor hours or all memory."""
+    for name, value in config.items():
+        items = value if isinstance(value, list) else [value]
+        most = 64 if name in ("layers_per_block", "num_encoder_blocks", "num_decoder_blocks") else 1 << 16
+        if (len(items) > 12 and name.endswith("block_out_channels")) or any(
+            isinstance(item, (int, float)) and not abs(item) <= most for item in items
+        ):
+            raise ValueError(f"{name} {shown(value)}")
+    if config.get("latent_channels", 1) == 0:
+        raise ValueError("latent_channels 0")
+
+
+def _check_shapes(plan: nn.Module, stride: int) -> None:
+    """ValueError unless the VAE turns an RGB image into latents of its channels and stride, and those into an image. For a
+    model on the meta device, which computes shapes only."""
+    image = torch.empty(1, 3, 2 * stride, 2 * stride)
+    encoded = plan.encode(image)
+    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    if latents.shape != (1, plan.config["latent_channels"], 2, 2):
+        raise ValueError(f"its latents of a {2 * stride} px image are {tuple(latents.shape)}")
+    if plan.decode(latents).sample.shape != image.shape:
+        raise ValueError("it decodes to another size or number of channels than RGB")
+
+
+def _not_finite(model: nn.Module) -> str | None:
+    """The name of a weight that holds NaN or infinity, or None."""
+    return next((name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()), None)
 
 
 def freeze(vae: nn.Module) -> nn.Module:
