@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,21 +13,25 @@ KINDS = {"l1": F.l1_loss, "mse": F.mse_loss}
 
 
 class DecodedImageLoss:
-    """Mean difference, in image values [-1, 1], between the decoded aligned latents and a reference picture.
+    """The weighted difference between the decoded aligned latents and a reference picture, in image values [-1, 1].
 
     Gradients flow through the frozen decoder into the aligned latents. To stay affordable it decodes the first
     `batch_size` items of a batch, of each a random window of `window` x `window` latents (0: the whole).
 
     Args:
         space: `vae_align.LatentSpace` to decode with: VAE2's, or a cheaper one that shares its latents.
-        kind: "l1" takes the absolute difference, "mse" the squared one.
+        weight, kind: factor of the difference by pixel; "l1" takes the absolute one, "mse" the squared one.
         reference: "original" compares with the image that was encoded, "vae2" with the decoder's view of VAE2's latents.
         margin: latents at the window's edge that are decoded but not compared, since the decoder lacks their surroundings.
+        perceptual: a function (shown, wanted pictures) -> distances, such as LPIPS, or "decoder": how far the decoder's own
+            features are from those of VAE2's latents (see `feature_distance`); perceptual_weight: its factor.
     """
 
-    def __init__(self, space, batch_size: int, window: int, reference: str, seed: int, margin: int = 1, kind: str = "l1"):
+    def __init__(self, space, batch_size: int, window: int, reference: str, seed: int, margin: int = 1, kind: str = "l1",
+                 weight: float = 1.0, perceptual=None, perceptual_weight: float = 0.0):  # fmt: skip
         self.space, self.batch_size, self.window, self.reference = space, batch_size, window, reference
-        self.seed, self.margin, self.difference = seed, margin, KINDS[kind]
+        self.seed, self.margin, self.difference, self.weight = seed, margin, KINDS[kind], weight
+        self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
 
     def __call__(self, aligned: torch.Tensor, target: torch.Tensor, images: torch.Tensor | None, step: int) -> torch.Tensor:
         """Aligned and target latents (B, C, h, w), images (B, 3, H, W) in [-1, 1] -> scalar. The window depends on
@@ -39,13 +46,51 @@ class DecodedImageLoss:
             tensor = tensor[: self.batch_size]
             return tensor[..., top * scale : (top + high) * scale, left * scale : (left + wide) * scale]
 
-        shown = self.space.decode(windowed(aligned))
-        if self.reference == "vae2":
-            with torch.no_grad():
+        by_features = self.perceptual == "decoder"
+        with decoder_features(self.space.vae, by_features) as features:
+            shown = self.space.decode(windowed(aligned))
+        if self.reference == "vae2" or by_features:
+            with torch.no_grad(), decoder_features(self.space.vae, by_features) as wanted_features:
                 wanted = self.space.decode(windowed(target))
-        else:
+        if self.reference == "original":
             wanted = windowed(images.to(shown.device), stride)
         # an edge of the window that is an edge of the image has nothing beyond it to miss
         trim = [self.margin * stride * (cut > 0) for cut in (top, height - top - high, left, width - left - wide)]
         inner = (..., slice(trim[0], shown.shape[2] - trim[1]), slice(trim[2], shown.shape[3] - trim[3]))
-        return self.difference(shown[inner], wanted[inner])
+        loss = self.weight * self.difference(shown[inner], wanted[inner])
+        if by_features:
+            loss = loss + self.perceptual_weight * feature_distance(features, wanted_features)
+        elif self.perceptual:
+            loss = loss + self.perceptual_weight * self.perceptual(shown[inner].clamp(-1, 1), wanted[inner]).mean()
+        return loss
+
+
+@contextlib.contextmanager
+def decoder_features(vae, wanted: bool = True):
+    """Within this context collect what the stages of `vae`'s decoder put out: a list with a list of tensors per stage."""
+    features, hooks = [], []
+    for stage in decoder_stages(vae.decoder) if wanted else ():
+        kept = []
+        features.append(kept)
+        hooks.append(stage.register_forward_hook(lambda module, inputs, output, kept=kept: kept.append(output)))
+    try:
+        yield features
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def decoder_stages(decoder: torch.nn.Module) -> list[torch.nn.Module]:
+    """The last layer at each resolution but the finest: an AutoencoderKL's up blocks, a tiny one's layers before upsampling."""
+    if hasattr(decoder, "up_blocks"):
+        return list(decoder.up_blocks)[:-1]
+    return [layer for layer, following in itertools.pairwise(decoder.layers) if isinstance(following, torch.nn.Upsample)]
+
+
+def feature_distance(features: list, wanted: list) -> torch.Tensor:
+    """Mean squared difference relative to the wanted features' mean square, averaged over the stages: 0 where they agree."""
+    distances = []
+    for stage, reference in zip(features, wanted):
+        stage, reference = torch.cat(stage).float(), torch.cat(reference).float()
+        distances.append(F.mse_loss(stage, reference) / reference.square().mean().clamp_min(1e-12))
+    return torch.stack(distances).mean()

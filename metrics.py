@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from utils import one_line
+from utils import UserError, one_line
 
 OPTIONAL = ("ssim", "ms_ssim", "lpips", "rfid")
 DEFAULT_OPTIONAL = ("ssim", "ms_ssim", "lpips")
@@ -64,6 +64,21 @@ def latent_metrics(latents: torch.Tensor, target: torch.Tensor) -> dict:
     }
 
 
+def lpips_network(device: torch.device) -> torch.nn.Module:
+    """LPIPS with AlexNet (Zhang et al. 2018): two image batches (B, 3, H, W) in [-1, 1] -> distances; frozen, in eval mode,
+    gradients flow to the images. UserError that says what to fetch when the machine lacks something."""
+    if not importlib.util.find_spec("torchvision"):
+        raise UserError("needs torchvision, which is not installed (pip install torchvision)")
+    from torchvision.models import AlexNet_Weights
+
+    url = AlexNet_Weights.DEFAULT.url
+    if not _weights_file(url.rsplit("/", 1)[-1]).is_file():
+        raise UserError(f"its AlexNet weights are not on this machine: {_fetch_hint(url)}")
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    return LearnedPerceptualImagePatchSimilarity(net_type="alex").net.to(device).eval().requires_grad_(False)
+
+
 class OptionalMetrics:
     """The metrics that cost time or need weights of their own: those of `names` that can be had here.
 
@@ -94,16 +109,10 @@ class OptionalMetrics:
     def _load_lpips(self, image_size):
         if image_size < LPIPS_SIDE:
             return f"needs images of at least {LPIPS_SIDE} px, these have {image_size}"
-        if not importlib.util.find_spec("torchvision"):
-            return "needs torchvision, which is not installed (pip install torchvision)"
-        from torchvision.models import AlexNet_Weights
-
-        url = AlexNet_Weights.DEFAULT.url
-        if not _weights_file(url.rsplit("/", 1)[-1]).is_file():
-            return f"its AlexNet weights are not on this machine: {_fetch_hint(url)}"
-        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-        self._lpips = LearnedPerceptualImagePatchSimilarity(net_type="alex").net.to(self.device)
+        try:
+            self._lpips = lpips_network(self.device)
+        except UserError as error:
+            return str(error)
         return None
 
     def _load_inception(self, _):

@@ -50,6 +50,7 @@ from device import (
 )
 from eval_align import evaluate
 from losses import LOSSES, checked_loss_term, get_loss_function, loss_term
+from metrics import lpips_network
 from resume import (
     StopRequest,
     adopt_flags,
@@ -178,7 +179,10 @@ def build_parser() -> Parser:
                        help="side of the random window that is decoded, latents; 0: the whole image")  # fmt: skip
     group.add_argument("--decoder_loss_reference", choices=("original", "vae2"), default="original",
                        help="what the decoded image should look like: the image, or VAE2's own reconstruction")  # fmt: skip
-    group.add_argument("--decoder_loss_path", help="a cheaper VAE with VAE2's latent space to decode with: folder or hub id")
+    group.add_argument("--perceptual_loss", choices=("decoder", "lpips"), default="decoder",
+                       help="on the decoded image too: the decoder's own features, or LPIPS if its weights are there")  # fmt: skip
+    group.add_argument("--perceptual_loss_weight", type=real(0, 1e6), default=0.0, help="factor of that loss; 0: none")
+    group.add_argument("--decoder_loss_path", help="a cheaper VAE of VAE2's latent space to decode with: folder or hub id")
     group.add_argument("--decoder_loss_subfolder", default="vae", help="where that VAE is in its folder")
 
     group = parser.add_argument_group("logging, evaluation, checkpoints")
@@ -353,7 +357,7 @@ def setup_losses(pipeline: AlignPipeline, args: argparse.Namespace):
     """(the latent terms as [(weight, function)], the `DecodedImageLoss` or None)."""
     terms = [(args.loss_weight, get_loss_function(args.loss_type))]
     terms += [(weight, get_loss_function(name)) for name, weight in map(loss_term, args.extra_losses)]
-    if not args.decoder_loss_weight:
+    if not decodes_pictures(args):
         return terms, None
     space = pipeline.space2
     if args.decoder_loss_path:
@@ -364,13 +368,32 @@ def setup_losses(pipeline: AlignPipeline, args: argparse.Namespace):
         space = LatentSpace(vae, args.decoder_loss_path, args.decoder_loss_subfolder)
         if (space.channels, space.stride) != (pipeline.space2.channels, pipeline.space2.stride):
             raise UserError(f"{flag} {args.decoder_loss_path}: its latent space is not VAE2's (other channels or stride)")
-    reference, kind = args.decoder_loss_reference, args.decoder_loss_type
-    return terms, DecodedImageLoss(space, args.decoder_loss_batch, args.decoder_loss_window, reference, args.seed, kind=kind)
+    perceptual = None
+    if args.perceptual_loss_weight:
+        perceptual = "decoder" if args.perceptual_loss == "decoder" else perceptual_network(pipeline.device)
+    return terms, DecodedImageLoss(
+        space, args.decoder_loss_batch, args.decoder_loss_window, args.decoder_loss_reference, args.seed,
+        kind=args.decoder_loss_type, weight=args.decoder_loss_weight,
+        perceptual=perceptual, perceptual_weight=args.perceptual_loss_weight,
+    )  # fmt: skip
+
+
+def perceptual_network(device: torch.device) -> torch.nn.Module:
+    """LPIPS for --perceptual_loss lpips; UserError when the machine lacks its weights."""
+    try:
+        return lpips_network(device)
+    except UserError as error:
+        raise UserError(f"--perceptual_loss lpips: {error}; or use --perceptual_loss decoder, which needs no weights") from None
+
+
+def decodes_pictures(args: argparse.Namespace) -> bool:
+    """Whether a loss looks at decoded pictures."""
+    return bool(args.decoder_loss_weight or args.perceptual_loss_weight)
 
 
 def needs_pixels(args: argparse.Namespace) -> bool:
     """Whether training batches must carry the image beside its latents."""
-    return "image" in args.input_types or bool(args.decoder_loss_weight and args.decoder_loss_reference == "original")
+    return "image" in args.input_types or (decodes_pictures(args) and args.decoder_loss_reference == "original")
 
 
 def fit_ridge(pipeline: AlignPipeline, loader, args: argparse.Namespace, accelerator) -> None:
@@ -567,7 +590,7 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
             # loss
             loss = sum(weight * term(aligned, target) for weight, term in terms)
             if decoded_loss:
-                loss = loss + args.decoder_loss_weight * decoded_loss(aligned, target, batch.get("pixel_values"), step)
+                loss = loss + decoded_loss(aligned, target, batch.get("pixel_values"), step)
 
             # backward
             optimizer.zero_grad(set_to_none=True)
@@ -676,7 +699,7 @@ def dry_run(args: argparse.Namespace, vae1, vae2, accelerator) -> None:
             aligned = pipeline.training_module(**encoded["inputs"]).float()
         loss = sum(weight * term(aligned, encoded["target"]) for weight, term in terms)
         if decoded_loss:
-            loss = loss + args.decoder_loss_weight * decoded_loss(aligned, encoded["target"], batch["pixel_values"], 0)
+            loss = loss + decoded_loss(aligned, encoded["target"], batch["pixel_values"], 0)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from runs import train
 
 from decoded_loss import DecodedImageLoss
+from utils import UserError
 from vae_align import LatentSpace, load_vae_model
 
 
@@ -71,3 +73,46 @@ def test_a_vae_first_used_in_evaluation_still_takes_part_in_training(space):
     latents = torch.zeros(1, 16, 2, 2, requires_grad=True)
     space.decode(latents).sum().backward()
     assert latents.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("folder", ["kl16", "tiny4"])
+def test_decoder_features_pull_towards_the_target(vae_folders, folder):
+    """A distance without a gradient, hooks that stay in the decoder, or features of the wrong latents."""
+    space = LatentSpace(load_vae_model(vae_folders[folder], "", None, "cpu", torch.float32))
+    target = torch.randn(2, space.channels, 6, 6)
+    aligned = (target + 0.5 * torch.randn_like(target)).requires_grad_()
+    loss = DecodedImageLoss(space, 2, 0, "vae2", 0, weight=0.0, perceptual="decoder", perceptual_weight=3.0)
+    assert loss(target, target, None, 0) == 0
+    far = loss(aligned, target, None, 0)
+    (gradient,) = torch.autograd.grad(far, aligned)
+    nearer = loss((aligned - 0.1 * gradient / gradient.norm()).detach(), target, None, 0)
+    assert 0 < nearer < far
+    doubled = DecodedImageLoss(space, 2, 0, "vae2", 0, weight=0.0, perceptual="decoder", perceptual_weight=6.0)
+    assert doubled(aligned, target, None, 0).item() == pytest.approx(2 * far.item(), rel=1e-5)
+    assert not any(module._forward_hooks for module in space.vae.modules())
+
+
+def test_a_perceptual_network_sees_both_pictures_and_passes_its_gradient(space):
+    """LPIPS on pictures in another range, in the wrong order, or under no_grad; its weights need not be here for that."""
+    seen = []
+
+    def network(shown, wanted):
+        seen.append((shown, wanted))
+        return (shown - wanted).square().mean(dim=(1, 2, 3))
+
+    images = torch.rand(2, 3, 48, 48) * 2 - 1
+    target = space.encode(images)
+    aligned = (target + torch.randn_like(target)).requires_grad_()
+    loss = DecodedImageLoss(space, 2, 0, "original", 0, weight=0.0, perceptual=network, perceptual_weight=2.0)
+    value = loss(aligned, target, images, 0)
+    ((shown, wanted),) = seen
+    assert torch.equal(wanted, images) and shown.abs().max() <= 1
+    assert torch.allclose(value, 2 * (shown - images).square().mean())
+    assert torch.autograd.grad(value, aligned)[0].any()
+
+
+def test_lpips_without_its_weights_says_what_to_fetch(flags, tmp_path, monkeypatch):
+    """A download without being asked, a traceback, or a run that quietly goes without the loss."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError, match=r"^--perceptual_loss lpips: .*(pip install|fetch|not on this machine)"):
+        train(flags, tmp_path, perceptual_loss="lpips", perceptual_loss_weight=1.0)
