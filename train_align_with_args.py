@@ -180,7 +180,7 @@ def build_parser() -> Parser:
     group.add_argument("--decoder_loss_reference", choices=("original", "vae2"), default="original",
                        help="what the decoded image should look like: the image, or VAE2's own reconstruction")  # fmt: skip
     group.add_argument("--perceptual_loss", choices=("decoder", "lpips"), default="decoder",
-                       help="on the decoded image too: the decoder's own features, or LPIPS if its weights are there")  # fmt: skip
+                       help="on the decoded image too: the decoder's features, or LPIPS if its weights are here")  # fmt: skip
     group.add_argument("--perceptual_loss_weight", type=real(0, 1e6), default=0.0, help="factor of that loss; 0: none")
     group.add_argument("--decoder_loss_path", help="a cheaper VAE of VAE2's latent space to decode with: folder or hub id")
     group.add_argument("--decoder_loss_subfolder", default="vae", help="where that VAE is in its folder")
