@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import logging
 import math
 import re
@@ -44,11 +43,10 @@ from device import (
     get_dtype,
     keep_freed_memory,
     memory_advice,
-    peak_memory,
     resolve_device,
     resolve_precision,
 )
-from eval_align import evaluate
+from dry_run import print_plan
 from losses import LOSSES, checked_loss_term, get_loss_function, loss_term
 from metrics import lpips_network
 from resume import (
@@ -378,6 +376,13 @@ def setup_losses(pipeline: AlignPipeline, args: argparse.Namespace):
     )  # fmt: skip
 
 
+def total_loss(losses, aligned, target, images, step: int) -> torch.Tensor:
+    """What `setup_losses` set up, for one batch: aligned and target latents (B, C, h, w), images (B, 3, H, W) or None."""
+    terms, decoded_loss = losses
+    loss = sum(weight * term(aligned, target) for weight, term in terms)
+    return loss + decoded_loss(aligned, target, images, step) if decoded_loss else loss
+
+
 def perceptual_network(device: torch.device) -> torch.nn.Module:
     """LPIPS for --perceptual_loss lpips; UserError when the machine lacks its weights."""
     try:
@@ -479,7 +484,7 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
     torch.manual_seed(args.seed)
     dtype = get_dtype(args.precision)
     pipeline = create_align_pipeline(vae1, vae2, args).to(accelerator.device)
-    terms, decoded_loss = setup_losses(pipeline, args)
+    losses = setup_losses(pipeline, args)
     order = data_order(train_loader, accelerator.num_processes)
     if resumed:
         require_same_order(resumed["training"]["order"], order)
@@ -588,9 +593,7 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
             aligned = module(**inputs).float()
 
             # loss
-            loss = sum(weight * term(aligned, target) for weight, term in terms)
-            if decoded_loss:
-                loss = loss + decoded_loss(aligned, target, batch.get("pixel_values"), step)
+            loss = total_loss(losses, aligned, target, batch.get("pixel_values"), step)
 
             # backward
             optimizer.zero_grad(set_to_none=True)
@@ -671,64 +674,15 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
 
 
 def dry_run(args: argparse.Namespace, vae1, vae2, accelerator) -> None:
-    """One step and one evaluation batch without a latent cache; prints what the run would take. Writes nothing."""
-    args.cache_latents, cached = False, args.cache_latents
-    train_loader, eval_loader = create_data_loaders(args, vae1, vae2, accelerator)
-    args.steps_per_epoch = len(train_loader)
+    """Build every part but the latent cache, try it once, and print what the run would take. Writes nothing."""
+    views, args.cache_latents = args.cache_views if args.cache_latents else 0, False
+    loaders = create_data_loaders(args, vae1, vae2, accelerator)
+    args.steps_per_epoch = len(loaders[0])
     torch.manual_seed(args.seed)
-    dtype = get_dtype(args.precision)
     pipeline = create_align_pipeline(vae1, vae2, args).to(accelerator.device)
-    terms, decoded_loss = setup_losses(pipeline, args)
+    loss_of = functools.partial(total_loss, setup_losses(pipeline, args), step=0)
     optimizer = setup_optimizer(pipeline, args)
-    batch = next(iter(train_loader))
-
-    def seconds(work):
-        work()  # the first time also compiles and allocates
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    encoded = {}
-
-    def encode():
-        encoded["inputs"], encoded["target"] = pipeline.encode_batch(batch)
-        encoded["target"].sum().item()  # waits for the device
-
-    def step():
-        with accelerator.autocast():
-            aligned = pipeline.training_module(**encoded["inputs"]).float()
-        loss = sum(weight * term(aligned, encoded["target"]) for weight, term in terms)
-        if decoded_loss:
-            loss = loss + decoded_loss(aligned, encoded["target"], batch["pixel_values"], 0)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    encoding, stepping = seconds(encode), seconds(step)
-    evaluating = seconds(lambda: evaluate(pipeline, itertools.islice(eval_loader, 1), dtype, show_progress=False))
-
-    steps, images = total_steps(args), len(train_loader.dataset)
-    views = args.cache_views if cached else 0
-    a_view = 2 * sum(
-        tensor[0].numel() for tensor in (encoded["target"], encoded["inputs"].get("latents")) if tensor is not None
-    )
-    a_view += batch["pixel_values"][0].numel() if needs_pixels(args) else 0
-    weights = 4 * sum(parameter.numel() for parameter in pipeline.module.parameters())
-    encoded_images = images * views if cached else steps * args.train_batch_size
-    minutes = (steps * stepping + encoded_images * encoding / args.train_batch_size) / 60
-    evaluations = 1 + steps // (args.eval_frequency * args.steps_per_epoch) if args.eval_frequency else 0
-    minutes += evaluations * len(eval_loader) * evaluating / 60
-    print(
-        f"dry run: one step and one evaluation batch went well; nothing was written\n"
-        f"steps:            {steps} ({args.steps_per_epoch} in an epoch) of {count_of(args.train_batch_size, 'image')}\n"
-        f"images:           {images} to train on, {len(eval_loader.dataset)} to judge by\n"
-        f"expected time:    {minutes:.1f} minutes ({stepping:.2f} s a step, {encoding:.2f} s to encode a batch, "
-        f"{count_of(evaluations, 'evaluation')})\n"
-        f"latent cache:     {images * views * a_view / 1e6:.0f} MB for {count_of(views, 'view')} of each image\n"
-        f"a checkpoint:     {(4 if args.ema_decay else 3) * weights / 1e6:.1f} MB\n"
-        f"peak memory:      {peak_memory(accelerator.device) / 1e9:.1f} GB"
-    )
+    print_plan(args, pipeline, loaders, loss_of, optimizer, total_steps(args), views, needs_pixels(args), accelerator)
 
 
 def claim_outputs(args: argparse.Namespace) -> None:
