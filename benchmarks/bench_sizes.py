@@ -25,7 +25,7 @@ ROWS = ("ceiling", "reencode", "aligned")
 def centre(photo: Image.Image, width: int, height: int) -> torch.Tensor:
     """(1, 3, height, width) in [-1, 1]."""
     left, top = (photo.width - width) // 2, (photo.height - height) // 2
-    pixels = np.asarray(photo.crop((left, top, left + width, top + height)).convert("RGB"))
+    pixels = np.array(photo.crop((left, top, left + width, top + height)).convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
 
 
