@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 OUTPUT := demo_output
+KILLS := 25
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-faults lint clean
 
 demo: $(VENV)/installed
 	$(RUN) train_align_with_args.py --load_config config/demo.json
@@ -19,6 +20,9 @@ test: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest
+
+test-faults: $(VENV)/installed
+	VAE_ALIGN_FAULTS=$(KILLS) $(RUN) -m pytest -s tests/test_faults.py
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check --fix .
