@@ -13,6 +13,7 @@ import math
 import os
 import re
 import signal
+import threading
 import warnings
 from pathlib import Path
 
@@ -450,9 +451,20 @@ def eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int) -> Dat
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """For a worker: an interrupt goes to every process of a terminal, and it is the parent that ends the run."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """For a worker: an interrupt goes to every process of a terminal or a job, and it is the parent that ends the run.
+
+    A SIGTERM of the parent's own still ends the worker, or a parent that leaves in haste would wait for it for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # elsewhere a SIGTERM to all ends the workers at once
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_await_sigterm_of, args=(os.getppid(),), daemon=True).start()
+
+
+def _await_sigterm_of(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def require_memory(batch_size: int, image_size: int, flag: str) -> None:

@@ -4,10 +4,13 @@ import io
 import json
 import os
 import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from dataloader import (
@@ -414,6 +417,19 @@ def test_order_and_views_differ_between_epochs_and_seeds_and_repeat_with_them():
     assert all(len({dict(epoch)[image] for epoch in epochs}) > 1 for image in range(5))
     assert {view for _, view in epochs[0]} == {0, 1, 2, 3}
     assert draw(EpochSampler(50, 50, 1, 4), 1) == epochs[:1] != draw(EpochSampler(50, 50, 2, 4), 1)
+
+
+def test_a_program_that_leaves_in_the_middle_of_an_epoch_does_not_wait_for_its_workers(photo_folders):
+    """Workers that ignore their parent's SIGTERM, so that a failed run never ends."""
+    program = """if True:
+        import sys
+        from dataloader import ImageDataset, eval_loader, list_images
+        batches = iter(eval_loader(ImageDataset(list_images(sys.argv[1]), 16), 1, 1))
+        next(batches)
+        sys.exit(7)
+    """
+    left = subprocess.run([sys.executable, "-c", program, photo_folders[0]], cwd=ROOT, timeout=60)
+    assert left.returncode == 7
 
 
 def test_batches_do_not_depend_on_workers(photo_folders):

@@ -10,10 +10,8 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from conftest import as_argv, read_scalars, run_script, tiny_flags
@@ -23,7 +21,6 @@ from test_resume import assert_same_tensors, start, tiny_of
 
 KILLS = int(os.environ.get("VAE_ALIGN_FAULTS", "0"))
 STEPS_BETWEEN = {"save_steps": 1, "keep_last": 3, "eval_frequency": 8, "visualize_frequency": 0, "ema_decay": 0.9}
-MORTAL = [sys.executable, str(Path(__file__).with_name("mortal.py"))]
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +104,8 @@ def test_killed_inside_a_write(job, tmp_path, where, count):
     if where == "cache":
         count = 1  # the ten images are one chunk
     changed = flags_in(flags, tmp_path)
-    died = subprocess.run([*MORTAL, where, str(count), "--", *as_argv(changed)], cwd=tmp_path, capture_output=True, timeout=240)
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    died = run_script("tests/mortal.py", where, str(count), "--", *as_argv(changed), cwd=tmp_path, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr
     assert_as_if_nothing_had_happened(finish(changed, tmp_path), whole)
 
 
@@ -117,9 +114,7 @@ def test_a_disk_that_is_full_at_a_write_ends_in_one_line_and_is_resumed(job, tmp
     """A traceback; a damaged checkpoint that replaces a good one; a cache that must be built anew."""
     flags, whole = job
     changed = flags_in(flags, tmp_path)
-    ended = subprocess.run(
-        [*MORTAL, "full", str(count), "--", *as_argv(changed)], cwd=tmp_path, capture_output=True, text=True, timeout=240
-    )
+    ended = run_script("tests/mortal.py", "full", str(count), "--", *as_argv(changed), cwd=tmp_path, check=False)
     assert ended.returncode == 1, ended.stderr
     assert "Traceback" not in ended.stderr
     assert "No space left" in ended.stderr or "disk is full" in ended.stderr

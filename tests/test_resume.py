@@ -155,12 +155,13 @@ def test_best_checkpoint_is_that_of_the_best_evaluation(flags, tmp_path):
 
 
 def start(flags, folder, launcher=()):
-    """The training program as a process of its own, in `folder`, its output in folder/log."""
+    """The training program as the first process of a group of its own, in `folder`, its output in folder/log."""
     folder.mkdir(exist_ok=True)
     with open(folder / "log", "a") as log:
         return subprocess.Popen(
             [*(launcher or [sys.executable]), str(ROOT / "train_align_with_args.py"), *as_argv(flags)],
             stdout=log, stderr=log, cwd=folder, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **ONE_THREAD},
+            start_new_session=True,
         )  # fmt: skip
 
 
@@ -174,14 +175,15 @@ def wait_for(condition, process, seconds=120):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_and_exits_with_the_customary_code(flags, tmp_path, number):
-    """A signal that loses the steps since the last checkpoint; a save that cannot be resumed; exit status 0 or a traceback."""
+    """A signal that loses the steps since the last checkpoint, or that ends the data workers, who get it too from a terminal;
+    a save that cannot be resumed; exit status 0 or a traceback."""
     changes = {**QUIET, "epochs": 40, "num_workers": 1, "no_cache_latents": True}
     whole = train(flags, tmp_path / "whole", **changes)
     folder = tmp_path / "stopped"
     stopped_flags = {**tiny_of(flags, folder), **changes}
     process = start(stopped_flags, folder)
     wait_for(lambda: "train: " in (folder / "log").read_text(), process)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     code = process.wait(60)
     said = (folder / "log").read_text()
     assert code == 128 + number, said

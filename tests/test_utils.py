@@ -209,10 +209,10 @@ def test_what_is_no_device_is_an_error_even_from_a_config(name, typed):
     ],
 )
 def test_precision_on_a_cpu(monkeypatch, caplog, precision, typed, with_bfloat16, without):
-    """float16 on a CPU, which has no gradient scaler; bfloat16 where it is emulated; a typed choice not respected."""
+    """float16 on a CPU, which has no gradient scaler; bfloat16 where it is slower; a typed choice not respected."""
     for capability, expected in ((True, with_bfloat16), (False, without)):
         caplog.clear()
-        capabilities = {"avx2": True, "avx512_bf16": capability}
+        capabilities = {"avx2": True, "avx512_bf16": True, "amx_bf16": capability}
         monkeypatch.setattr(torch.cpu, "get_capabilities", capabilities.copy, raising=False)
         assert cpu_has_bfloat16() == capability
         assert resolve_precision(precision, torch.device("cpu"), typed) == expected
