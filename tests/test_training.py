@@ -13,6 +13,9 @@ import torch
 from conftest import ROOT, as_argv, run_script, tiny_flags
 from PIL import Image
 from runs import ONE_THREAD, QUIET, event_tags, results_of, same_weights, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import report
@@ -82,7 +85,8 @@ def test_event_file_holds_every_promised_tag(user_run):
     _, results, *_ = user_run
     assert len(results.event_files) == 1
     tags = event_tags(results.event_files[0])
-    assert {"train/loss", "train/learning_rate", "train/grad_norm"} <= set(tags["scalars"])
+    of_a_step = ("loss", "learning_rate", "grad_norm", "images_per_second", "skipped_steps")
+    assert {f"train/{name}" for name in of_a_step} <= set(tags["scalars"])
     for row in ("vae1", "ceiling", "reencode", "aligned"):
         assert {f"eval_psnr/{row}", f"eval_ssim/{row}"} <= set(tags["scalars"])
     for row in ("ceiling", "reencode", "aligned"):
@@ -93,6 +97,27 @@ def test_event_file_holds_every_promised_tag(user_run):
     assert set(tags["images"]) == {"samples/0", "samples/1", "samples/2"}
     assert [step for step, _ in results.scalars["train/loss"]] == list(range(1, 7))
     assert [step for step, _ in results.scalars["eval_psnr/aligned"]] == [0, 3, 6]
+
+
+def test_tensorboard_draws_the_ladder_in_one_chart_and_lists_the_flags_with_the_final_metrics(user_run):
+    """A running curve without the fixed lines beside it; a run that cannot be told from others by its flags."""
+    _, results, *_ = user_run
+    events = EventAccumulator(str(results.event_files[0]))
+    events.Reload()
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    drawn = [pattern for chart in layout.category[0].chart for pattern in chart.multiline.tag]
+    for row in ("ceiling", "reencode", "linear", "aligned"):
+        assert f"eval_psnr/{row}" in results.scalars
+        assert any(re.fullmatch(pattern, f"eval_psnr/{row}") for pattern in drawn), row
+
+    def hparams(part):
+        return HParamsPluginData.FromString(events.SummaryMetadata(f"_hparams_/{part}").plugin_data.content)
+
+    flags = hparams("session_start_info").session_start_info.hparams
+    assert flags["learning_rate"].number_value == results.last["config"]["learning_rate"]
+    for info in hparams("experiment").experiment.metric_infos:
+        (point,) = results.scalars[info.name.tag]
+        assert point[1] == pytest.approx(results.scalars[info.name.tag.replace("final/", "eval_") + "/aligned"][-1][1])
 
 
 def test_eval_align_writes_metrics_table_and_one_picture_per_image(user_run, photo_folders):
