@@ -49,6 +49,7 @@ from device import (
 from dry_run import print_plan
 from losses import LOSSES, checked_loss_term, get_loss_function, loss_term
 from metrics import lpips_network
+from muon import Muon
 from resume import (
     StopRequest,
     adopt_flags,
@@ -147,7 +148,9 @@ def build_parser() -> Parser:
         "--precision", choices=PRECISIONS, default="bfloat16", help="of the VAEs and of autocast; weights stay float32"
     )
 
-    group = parser.add_argument_group("optimizer (AdamW)")
+    group = parser.add_argument_group("optimizer")
+    group.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw",
+                       help="muon: for the hidden convolutions, AdamW for the rest; the same picture in fewer steps")  # fmt: skip
     group.add_argument("--learning_rate", type=real(0, 1e3), default=1e-3, help="after warm-up")
     group.add_argument("--weight_decay", type=real(0, 1e3), default=1e-4, help="decoupled weight decay; 0: none")
     group.add_argument("--grad_clip", type=real(0), default=0.0, help="largest gradient norm; 0: no clipping")
@@ -319,11 +322,15 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
 
 
 def setup_optimizer(pipeline: AlignPipeline, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW over the align module's parameters, and no others; one fused kernel where the device has it."""
-    fused = pipeline.device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(
-        pipeline.training_module.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=fused
-    )
+    """The optimizer that --optimizer names, over the align module's parameters and no others; AdamW in one fused kernel
+    where the device has it."""
+    module = pipeline.training_module
+    options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": pipeline.device.type in ("cuda", "cpu")}
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(module.parameters(), **options)
+    matrices = module.hidden_weights()
+    known = {id(weight) for weight in matrices}
+    return Muon(matrices, [parameter for parameter in module.parameters() if id(parameter) not in known], **options)
 
 
 def setup_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> torch.optim.lr_scheduler.LambdaLR:

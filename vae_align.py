@@ -190,6 +190,11 @@ class AlignModule(nn.Module):
         coarser = self.config.latent_stride // self.config.out_stride
         return F.interpolate(latents, scale_factor=coarser, mode="nearest") if coarser > 1 else latents
 
+    def hidden_weights(self) -> list[nn.Parameter]:
+        """The weights of the convolutions between hidden features, which an optimizer may treat as matrices."""
+        parts = [self.image_in, self.blocks] if "image" in self.config.input_types else [self.blocks]
+        return [layer.weight for part in parts for layer in part.modules() if isinstance(layer, nn.Conv2d)]
+
     def remember_ridge(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         """Keep the closed-form linear map (a 3x3 convolution's weight and bias) beside the weights."""
         self.ridge_weight.copy_(weight)

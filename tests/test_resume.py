@@ -20,7 +20,7 @@ KINDS = {
     "cached": {"ema_decay": 0.9, "scheduler": "cosine"},
     "online": {"cache_latents": None, "no_cache_latents": True, "num_workers": 1, "decoder_loss_weight": 1.0},
     "sampled": {"no_cache_latents": True, "sample_posterior": True},
-    "image": {"input_types": ["image"], "grad_clip": 0.5},
+    "image": {"input_types": ["image"], "grad_clip": 0.5, "optimizer": "muon"},
 }
 
 
@@ -237,8 +237,10 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(flags, tmp_path, monk
     assert 6 not in dict(run.scalars["train/grad_norm"])
 
 
-def test_a_skipped_step_leaves_the_weights_as_they_were(flags, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_skipped_step_leaves_the_weights_as_they_were(flags, tmp_path, monkeypatch, optimizer):
     """Weight decay or momentum that moves the weights in a step that is called skipped."""
+    flags = flags | {"optimizer": optimizer, "weight_decay": 0.1}
     before = train(flags, tmp_path / "before", **QUIET, max_train_steps=2)
     poison(monkeypatch, {3})
     after = train(flags, tmp_path / "after", **QUIET, max_train_steps=3)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from runs import QUIET, train
 
+from muon import Muon
 from train_align_with_args import create_align_pipeline, load_vae_model, parse_args, setup_optimizer, setup_scheduler
 
 
@@ -35,9 +36,10 @@ def test_scheduler_alone_matches_the_formula_at_every_step():
         scheduler.step()
 
 
-def test_optimizer_holds_the_modules_parameters_and_no_others(vae_folders):
+@pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("muon", Muon)])
+def test_optimizer_holds_the_modules_parameters_and_no_others(vae_folders, name, kind):
     """A VAE's weights among the parameters, a forgotten branch, or a weight decay that nothing reads."""
-    args = parse_args(["--weight_decay", "0.03", "--learning_rate", "0.002"])
+    args = parse_args(["--weight_decay", "0.03", "--learning_rate", "0.002", "--optimizer", name])
     vaes = [load_vae_model(vae_folders[name], "", None, "cpu", torch.float32) for name in ("kl4", "kl16")]
     pipeline = create_align_pipeline(*vaes, args)
     optimizer = setup_optimizer(pipeline, args)
@@ -45,7 +47,7 @@ def test_optimizer_holds_the_modules_parameters_and_no_others(vae_folders):
     assert {id(parameter) for parameter in held} == {id(parameter) for parameter in pipeline.module.parameters()}
     assert len(held) == len(list(pipeline.module.parameters()))
     assert all(parameter.requires_grad for parameter in held)
-    assert isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    assert isinstance(optimizer, kind)
     for group in optimizer.param_groups:
         assert group["weight_decay"] == 0.03
         assert group["lr"] == 0.002
