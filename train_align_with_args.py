@@ -150,7 +150,7 @@ def build_parser() -> Parser:
 
     group = parser.add_argument_group("optimizer")
     group.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw",
-                       help="muon: for the hidden convolutions, AdamW for the rest; the same picture in fewer steps")  # fmt: skip
+                       help="muon: that for hidden convolutions, AdamW for the rest; as good in fewer steps")  # fmt: skip
     group.add_argument("--learning_rate", type=real(0, 1e3), default=1e-3, help="after warm-up")
     group.add_argument("--weight_decay", type=real(0, 1e3), default=1e-4, help="decoupled weight decay; 0: none")
     group.add_argument("--grad_clip", type=real(0), default=0.0, help="largest gradient norm; 0: no clipping")
