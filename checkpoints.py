@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from pathlib import Path
 
 from utils import UserError
@@ -12,6 +13,7 @@ from vae_align import AlignPipeline, checkpoints_in, read_checkpoint
 
 log = logging.getLogger(__name__)
 
+ABANDONED = 3600  # seconds since a temporary file last grew, after which its writer is no longer alive
 BEST_METRICS = {"psnr": 1, "ssim": 1, "psnr_vs_vae2": 1, "latent_mse": -1}  # what --best_metric knows; -1: less is better
 
 
@@ -34,6 +36,7 @@ class RunCheckpoints:
         self.last = path
         self.best = resumed["best"] if resumed else None
         self._own = [*resumed["own"], path.name] if resumed else []
+        drop_abandoned(self.folder)
 
     @property
     def best_path(self) -> Path:
@@ -58,6 +61,14 @@ class RunCheckpoints:
             return
         self.best = {"value": value, "step": step}
         self.pipeline.save_checkpoint(self.folder, config, step, epoch, metrics, name=self.best_path.name, run=self.run)
+
+
+def drop_abandoned(folder: Path) -> None:
+    """Delete the half-written checkpoints that kills left in `folder`, before they fill the disk."""
+    for file in folder.glob(".align_*.pth.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - file.stat().st_mtime > ABANDONED:
+                os.unlink(file)
 
 
 def find_checkpoint(wanted: str, save_dir: str) -> tuple[Path, dict] | None:

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import os
 import signal
+import time
 
 import torch
 
@@ -25,6 +26,9 @@ MAY_CHANGE = frozenset({
     "log_frequency", "eval_frequency", "visualize_frequency", "save_frequency", "save_steps", "keep_last",
     "eval_batch_size", "num_visualize_samples",
 })  # fmt: skip
+
+RELAY = 2.0  # seconds within which a launcher has passed a signal on
+ASK = 2.0  # seconds between two askings whether some process shall stop
 
 
 def adopt_flags(args: argparse.Namespace, config: dict) -> None:
@@ -110,12 +114,14 @@ def _on_cpu(value):
 class StopRequest:
     """Within this context SIGINT and SIGTERM ask the run to stop instead of stopping it: `signal` says which came.
 
-    The second one of a kind acts as if this context were not there, so that it ends the process at once.
+    The second one of a kind acts as if this context were not there, so that it ends the process at once. With a launcher
+    that only goes for one that comes later than `RELAY` seconds: what a terminal sends to all, the launcher sends once more.
     """
 
     def __init__(self):
         self.signal: int | None = None
-        self._before = {}
+        self._before, self._came = {}, {}
+        self._ask_at, self._interval, self._asked = 0, 1, time.monotonic()
 
     def __enter__(self):
         with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
@@ -124,20 +130,35 @@ class StopRequest:
         return self
 
     def _note(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        self.signal, now = number, time.monotonic()
+        if number in self._came:
+            if now - self._came[number] > RELAY:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self._came[number] = now
+        if "LOCAL_RANK" not in os.environ:  # which launchers set
+            signal.signal(number, signal.SIG_DFL)
         # os.write: a handler may come upon a half-done print, which buffered streams do not bear
         os.write(2, f"\n{signal.Signals(number).name}: finishing the step and saving; once more to leave at once\n".encode())
 
     def __exit__(self, *exception):
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if self.signal else handler)  # we are leaving: once more is at once
 
-    def agreed(self, accelerator, may_ask: bool) -> int | None:
-        """The signal that came, to every process the same and at the same step; several ask each other if `may_ask`."""
+    def agreed(self, accelerator, step: int) -> int | None:
+        """The signal that came, to every process the same and at the same step.
+
+        Several processes must wait for each other to agree, so they ask only about every `ASK` seconds: at steps that all of
+        them work out from the slowest one's time.
+        """
         if accelerator.num_processes == 1:
             return self.signal
-        if not may_ask:
+        if step < self._ask_at:
             return None
-        mine = torch.tensor([float(self.signal or 0)], device=accelerator.device)
-        return int(accelerator.gather(mine).max().item()) or None
+        mine = [float(self.signal or 0), time.monotonic() - self._asked]
+        number, seconds = accelerator.gather(torch.tensor([mine], device=accelerator.device)).amax(dim=0).tolist()
+        self._asked = time.monotonic()
+        self._interval = max(1, min(2 * self._interval, int(self._interval * ASK / max(seconds, 1e-3))))
+        self._ask_at = step + self._interval
+        return int(number) or None

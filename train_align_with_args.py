@@ -23,8 +23,12 @@ import functools
 import logging
 import math
 import re
+import signal
 import time
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of the imports, which take seconds
 
 import numpy as np
 import torch
@@ -551,11 +555,11 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
 
     batches = endless(train_loader)
     unreadable, arrived = set(), step  # where a resumed run arrives, everything that was due has been done
-    bar = tqdm(total=end, initial=step, desc="train", unit="step", disable=not main_process)
-    clock, clocked_step = time.perf_counter(), step
-
     facts = {"train_batch_size": args.train_batch_size, "image_size": args.image_size, "precision": args.precision}
+
     with StopRequest() as stop, memory_advice("training", **facts):
+        bar = tqdm(total=end, initial=step, desc="train", unit="step", disable=not main_process)
+        clock, clocked_step = time.perf_counter(), step
         while True:
             # ---- where we are: the clock is the step, epochs are counted from it
             epoch, last, new = step / steps_per_epoch, step == end, step > arrived or not resumed
@@ -574,7 +578,7 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
                 saved = True
             if step % steps_per_epoch == 0 or last:
                 accelerator.wait_for_everyone()
-            stopped = stop.agreed(accelerator, may_ask=step % args.log_frequency == 0)
+            stopped = stop.agreed(accelerator, step)
             if stopped and main_process and not saved:
                 save()
             if last or stopped:

@@ -165,7 +165,7 @@ def start(flags, folder, launcher=()):
         )  # fmt: skip
 
 
-def wait_for(condition, process, seconds=120):
+def wait_for(condition, process, seconds=300):
     """Wait until `condition()` holds; AssertionError if the process ends or time runs out before."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -184,7 +184,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_the_customary_code(flag
     process = start(stopped_flags, folder)
     wait_for(lambda: "train: " in (folder / "log").read_text(), process)
     os.killpg(process.pid, number)
-    code = process.wait(60)
+    code = process.wait(240)
     said = (folder / "log").read_text()
     assert code == 128 + number, said
     assert "--resume" in said and "Traceback" not in said
