@@ -8,6 +8,7 @@ import os
 import time
 from pathlib import Path
 
+from resume import require_training
 from utils import UserError
 from vae_align import AlignPipeline, checkpoints_in, read_checkpoint
 
@@ -84,16 +85,17 @@ def find_checkpoint(wanted: str, save_dir: str) -> tuple[Path, dict] | None:
                 f"--resume {wanted}: this checkpoint holds weights but not the state of its training; "
                 "--load_checkpoint starts a new run from them"
             )
+        require_training(content, wanted)
         return Path(wanted), content
     folder = save_dir if wanted == "latest" else wanted
     for path in checkpoints_in(folder):
         try:
             content = read_checkpoint(path)
+            if "training" in content:
+                require_training(content, path)
+                return path, content
         except UserError as error:
             log.warning("%s; trying the one before it", error)
-            continue
-        if "training" in content:
-            return path, content
     if wanted != "latest":
         raise UserError(f"--resume {wanted}: no checkpoint to resume from in this folder")
     return None

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import os
+import re
 import signal
 import time
 
 import torch
 
-from utils import UserError
+from utils import UserError, one_line
 from vae_align import LatentSpace
 
 # What a resumed run may be given anew: how long it goes on, where things are and what it says meanwhile. The other flags
@@ -77,6 +79,48 @@ def require_same_order(recorded: dict, order: dict) -> None:
             raise UserError(f"--resume: the run had {recorded[name]} {name}, now {number}; resume it with as many")
 
 
+def names_digest(paths) -> str:
+    """A digest of the training images' names, in order and below the folder that they have in common; "" for a hub's."""
+    if not isinstance(paths, list):
+        return ""
+    above = len(os.path.commonpath([paths[0], paths[-1]]))
+    return hashlib.sha256("\0".join(path[above:] for path in paths).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def require_same_files(training: dict, paths, processes: int, folder: str) -> None:
+    """UserError, before anything is encoded, if these are not the images of the run that is resumed, or not its processes."""
+    require_same_order(training["order"], {"processes": processes})
+    if isinstance(paths, list) and len(paths) < training["order"]["images"]:
+        raise UserError(
+            f"--train_data_dir {folder}: the run to resume had {training['order']['images']} images, now {len(paths)}; "
+            "resume it with the same"
+        )
+    if training["files"] != names_digest(paths):
+        raise UserError(f"--train_data_dir {folder}: not the files that the run to resume had; resume it with the same")
+
+
+def require_training(content: dict, path) -> None:
+    """UserError unless a checkpoint's `training` and `run` are of the form in which a run wrote them: names in them become
+    paths, of files that are deleted too."""
+    training, number = content["training"], lambda value: type(value) is int and value >= 0
+    try:
+        best, order = training["best"], training["order"]
+        good = (
+            re.fullmatch(r"align_\d{8}_\d{6}", content["run"])
+            and all(re.fullmatch(r"align_pipeline_\d{8}_\d{6}\.pth", name) for name in training["own"])
+            and (best is None or (isinstance(best["value"], float) and number(best["step"])))
+            and all(number(order[name]) and order[name] for name in ("images", "steps in an epoch", "processes"))
+            and number(training["bad_steps"]) and number(training["bad_steps_in_a_row"])
+            and all(training[name].shape == () for name in ("loss_sum", "summed_steps"))
+            and isinstance(training["files"], str)
+            and training["state"].keys() == {"weights", "averaged", "optimizer", "scheduler", "scaler"}
+        )  # fmt: skip
+    except (AttributeError, KeyError, TypeError):
+        good = False
+    if not good:
+        raise UserError(f"checkpoint {path}: the state of its training was not written by this tool")
+
+
 def training_state(trained, average, optimizer, scheduler, scaler) -> dict:
     """What goes on from step to step besides the weights that are judged; tensors on the CPU."""
     return {
@@ -89,15 +133,25 @@ def training_state(trained, average, optimizer, scheduler, scaler) -> dict:
 
 
 def restore_training(state: dict, trained, average, optimizer, scheduler, scaler) -> None:
-    """Undo `training_state`. The judged weights are already in place."""
+    """Undo `training_state`. The judged weights are already in place. UserError for a state that does not fit."""
+    try:
+        _restore(state, trained, average, optimizer, scheduler, scaler)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"--resume: the state of its training does not fit its module ({one_line(error)})") from None
+
+
+def _restore(state, trained, average, optimizer, scheduler, scaler):
     if average:
         trained.load_state_dict(state["weights"])
         average.n_averaged.fill_(state["averaged"])
     optimizer.load_state_dict(state["optimizer"])
     for parameter, moments in optimizer.state.items():  # a fused kernel relies on the parameter's own memory layout
-        for name, moment in moments.items():
-            if moment.shape == parameter.shape:
-                moments[name] = torch.empty_like(parameter).copy_(moment)
+        if moments["step"].shape != ():
+            raise ValueError("its step is no number")
+        for name in ("exp_avg", "exp_avg_sq"):
+            if moments[name].shape != parameter.shape:  # which the kernel would not notice
+                raise ValueError(f"{name} of shape {tuple(moments[name].shape)}")
+            moments[name] = torch.empty_like(parameter).copy_(moments[name])
     scheduler.load_state_dict(state["scheduler"])
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])

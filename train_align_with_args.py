@@ -47,6 +47,7 @@ from device import (
     get_dtype,
     keep_freed_memory,
     memory_advice,
+    require_compiler,
     resolve_device,
     resolve_precision,
 )
@@ -57,6 +58,8 @@ from resume import (
     StopRequest,
     adopt_flags,
     data_order,
+    names_digest,
+    require_same_files,
     require_same_order,
     require_same_vaes,
     restore_training,
@@ -283,14 +286,8 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace) -> AlignPipeline
     return AlignPipeline(module, space1, space2)
 
 
-def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelerator=None):
-    """(training loader, evaluation loader) of this process.
-
-    With --cache_latents and both VAEs, training batches come from the latent cache, which is built first where it is not
-    complete; otherwise they are decoded as they are drawn. The training loader is endless and its length is the number of
-    steps in an epoch; both give dicts with `pixel_values` (B, 3, S, S) in [-1, 1] or the latents in its place. UserError
-    when a folder is missing, empty, or holds no readable image.
-    """
+def open_datasets(args: argparse.Namespace) -> tuple[dataloader.ImageDataset, dataloader.ImageDataset]:
+    """(training set, evaluation set). UserError when a folder is missing, empty, or holds no readable image."""
     dataloader.require_memory(args.eval_batch_size, args.image_size, "--eval_batch_size")
     if needs_pixels(args) or not args.cache_latents:
         dataloader.require_memory(args.train_batch_size, args.image_size, "--train_batch_size")
@@ -301,7 +298,17 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
         dataset = dataloader.ImageDataset(source, args.image_size, **options)
         dataset.require_readable(f"--{flag}_data_dir {folder}")
         datasets.append(dataset)
-    train_set, eval_set = datasets
+    return tuple(datasets)
+
+
+def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelerator=None, datasets=None):
+    """(training loader, evaluation loader) of this process, over `datasets` as from `open_datasets`, which is called if None.
+
+    With --cache_latents and both VAEs, training batches come from the latent cache, which is built first where it is not
+    complete; otherwise they are decoded as they are drawn. The training loader is endless and its length is the number of
+    steps in an epoch; both give dicts with `pixel_values` (B, 3, S, S) in [-1, 1] or the latents in its place.
+    """
+    train_set, eval_set = datasets or open_datasets(args)
     place = {"rank": accelerator.process_index, "world": accelerator.num_processes} if accelerator else {}
     if args.cache_latents and vae1 is not None and vae2 is not None:
         train_set = dataloader.cache_latents(
@@ -544,6 +551,7 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
         training = {
             "state": training_state(**parts),
             "order": order,
+            "files": names_digest(getattr(train_loader.dataset, "dataset", train_loader.dataset).source),
             "loss_sum": loss_sum.cpu(),
             "summed_steps": summed_steps.cpu(),
             "bad_steps": bad_steps.total,
@@ -677,10 +685,10 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def dry_run(args: argparse.Namespace, vae1, vae2, accelerator) -> None:
+def dry_run(args: argparse.Namespace, vae1, vae2, accelerator, datasets) -> None:
     """Build every part but the latent cache, try it once, and print what the run would take. Writes nothing."""
     views, args.cache_latents = args.cache_views if args.cache_latents else 0, False
-    loaders = create_data_loaders(args, vae1, vae2, accelerator)
+    loaders = create_data_loaders(args, vae1, vae2, accelerator, datasets)
     args.steps_per_epoch = len(loaders[0])
     torch.manual_seed(args.seed)
     pipeline = create_align_pipeline(vae1, vae2, args).to(accelerator.device)
@@ -698,6 +706,19 @@ def claim_outputs(args: argparse.Namespace) -> None:
         claim_writable_folder(getattr(args, name), f"--{name}", create=not args.dry_run)
     if args.config_save_path and not args.dry_run:
         claim_writable_file(args.config_save_path, "--config_save_path")
+
+
+def say_what_is_odd(args: argparse.Namespace, train_set, accelerator) -> None:
+    """A warning for what is possible but hardly meant, before hours go into it."""
+    if not accelerator.is_main_process:
+        return
+    images, batch_size = len(train_set), args.train_batch_size * accelerator.num_processes
+    if batch_size > images:
+        log.warning("--train_batch_size: %d images a step of %d; some come twice in each", batch_size, images)
+    steps = args.epochs * -(-images // batch_size)
+    steps = min(steps, args.max_train_steps) if args.max_train_steps else steps
+    if args.warmup_steps >= steps:
+        log.warning("--warmup_steps %d: the run has %d, so it ends before --learning_rate is reached", args.warmup_steps, steps)
 
 
 def adopt_resumed(args: argparse.Namespace) -> bool:
@@ -733,7 +754,14 @@ def main(argv: list[str] | None = None) -> None:
         adopt_architecture(args)
     claim_outputs(args)
 
+    if args.compile:
+        require_compiler(torch.device(args.device))
+
     accelerator = create_accelerator(args)
+    datasets = open_datasets(args)
+    if args.resumed:
+        files, processes = datasets[0].source, accelerator.num_processes
+        require_same_files(args.resumed["training"], files, processes, args.train_data_dir)
     vaes = [
         load_vae_model(path, subfolder, args.cache_dir, accelerator.device, get_dtype(args.precision), flag)
         for path, subfolder, flag in (
@@ -743,9 +771,10 @@ def main(argv: list[str] | None = None) -> None:
     ]
     good_image_size(args.image_size, *(LatentSpace(vae).stride for vae in vaes))
     setup_losses(create_align_pipeline(*vaes, args), args)  # what does not fit together is said before anything is encoded
+    say_what_is_odd(args, datasets[0], accelerator)
     if args.dry_run:
-        return dry_run(args, *vaes, accelerator)
-    loaders = create_data_loaders(args, *vaes, accelerator)
+        return dry_run(args, *vaes, accelerator, datasets)
+    loaders = create_data_loaders(args, *vaes, accelerator, datasets)
     if args.cache_only:
         print(f"latent cache complete: {args.latent_cache_dir}")
         return

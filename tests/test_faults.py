@@ -51,9 +51,9 @@ def assert_as_if_nothing_had_happened(broken, whole):
     assert len(broken.checkpoints) <= 3 + 1  # --keep_last; one may be new and its predecessor not yet deleted
 
 
-def kill_at_random(flags, folder, moment, at_work=True):
-    """Start or resume the run and kill it `moment` seconds after it began to work, or was started; says in what it was hit,
-    or None if it was done before."""
+def kill_at_random(flags, folder, moment, at_work=True, number=signal.SIGKILL):
+    """Start or resume the run and send it signal `number` `moment` seconds after it began to work, or was started; says in
+    what it was hit, or None if it was done before."""
     log = folder / "log"
     before = log.stat().st_size if log.exists() else 0
     leftovers = set(folder.glob("ckpt/*.tmp"))
@@ -70,8 +70,12 @@ def kill_at_random(flags, folder, moment, at_work=True):
         assert process.returncode == 0, log.read_text()
         return None
     started = working()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.killpg(process.pid, number)
+    code = process.wait()
+    if number != signal.SIGKILL:
+        said = log.read_bytes()[before:].decode()
+        assert code in (128 + number, -number) and "Traceback" not in said, said
+        return "in training, saved" if "saved in" in said else "before or after"
     if not started:
         return "at start-up"
     if set(folder.glob("ckpt/*.tmp")) - leftovers:
@@ -81,24 +85,29 @@ def kill_at_random(flags, folder, moment, at_work=True):
     return "in training" if list(folder.glob("ckpt/*.pth")) else "before the first checkpoint"
 
 
-def test_killed_at_random_moments(job, tmp_path):
-    """A state that is only consistent at some moments: a checkpoint that does not match its logs, a torn journal."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, *([signal.SIGINT, signal.SIGTERM] if KILLS else [])])
+def test_killed_at_random_moments(job, tmp_path, number):
+    """A state that is only consistent at some moments: a checkpoint that does not match its logs, a torn journal; a signal
+    that ends the run unsaved in some moments, or with a traceback."""
     flags, whole = job
     kills, hit, seed = 0, Counter(), random.randrange(2**32)
     draw = random.Random(seed)
+    if number != signal.SIGKILL:
+        flags = flags | {"cache_latents": None, "no_cache_latents": True, "num_workers": 2}
+        whole = train(flags, tmp_path / "whole")
     while kills < max(2, KILLS):
         folder = tmp_path / str(kills)
         changed = flags_in(flags, folder)
         for longest in (0.2, *[0.8] * 7):  # the latent cache is soon complete
             at_work = draw.random() < 0.8
-            phase = kill_at_random(changed, folder, draw.random() * (longest if at_work else 8), at_work)
+            phase = kill_at_random(changed, folder, draw.random() * (longest if at_work else 8), at_work, number)
             if phase is None or kills >= max(2, KILLS):
                 break
             hit[phase] += 1
             kills += 1
         assert_as_if_nothing_had_happened(finish(changed, folder), whole)
         shutil.rmtree(folder)
-    print(f"\n{kills} kills (seed {seed}): " + ", ".join(f"{count} {phase}" for phase, count in hit.items()))
+    print(f"\n{kills} x {number.name} (seed {seed}): " + ", ".join(f"{count} {phase}" for phase, count in hit.items()))
 
 
 @pytest.mark.parametrize("count", (1, 5) if KILLS else (2,))

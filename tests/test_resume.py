@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,8 +128,22 @@ def test_a_contradicting_flag_is_an_error_that_names_it(flags, tmp_path, flag, v
 def test_other_data_is_refused(flags, tmp_path, photo_folders):
     """An order inside the epoch that no longer is the run's."""
     train(flags, tmp_path, **QUIET, max_train_steps=2)
-    with pytest.raises(train_script.UserError, match="the run had 10 images, now 5"):
+    with pytest.raises(train_script.UserError, match="the run to resume had 10 images, now 5"):
         train(flags, tmp_path, **QUIET, max_train_steps=4, resume=True, train_data_dir=photo_folders[1])
+
+
+def test_other_files_of_the_same_number_are_refused_before_they_are_encoded(flags, tmp_path, photo_folders, monkeypatch):
+    """A run that goes on with other pictures, or hours of encoding before it says so; a moved folder that is refused."""
+    folder = tmp_path / "moved"
+    shutil.copytree(photo_folders[0], folder / "deeper")
+    train(flags, tmp_path, **QUIET, max_train_steps=2)
+    changes = {**QUIET, "resume": True, "train_data_dir": folder / "deeper"}
+    assert train(flags, tmp_path, **changes, max_train_steps=3).last["step"] == 3
+    monkeypatch.setattr("dataloader.cache_latents", lambda *_, **__: pytest.fail("the cache is built"))
+    first = next((folder / "deeper").rglob("*.png"))
+    first.rename(first.with_name("other.png"))
+    with pytest.raises(train_script.UserError, match=r"^--train_data_dir .*not the files that the run to resume had"):
+        train(flags, tmp_path, **changes, max_train_steps=4)
 
 
 def test_keep_last_deletes_this_runs_oldest_only(flags, tmp_path, monkeypatch):
