@@ -51,31 +51,43 @@ def assert_as_if_nothing_had_happened(broken, whole):
     assert len(broken.checkpoints) <= 3 + 1  # --keep_last; one may be new and its predecessor not yet deleted
 
 
-def kill_at_random(flags, folder, moment, at_work=True, number=signal.SIGKILL):
-    """Start or resume the run and send it signal `number` `moment` seconds after it began to work, or was started; says in
-    what it was hit, or None if it was done before."""
+def kill_at_random(flags, folder, draw, number=signal.SIGKILL):
+    """Start or resume the run and send it signal `number` at a moment that `draw` chooses: by what the run has done, for a
+    clock would meet a slow machine at start-up only. Says in what it was hit, or None if it was done before."""
     log = folder / "log"
     before = log.stat().st_size if log.exists() else 0
-    leftovers = set(folder.glob("ckpt/*.tmp"))
+    leftovers, saved = set(folder.glob("ckpt/*.tmp")), set(folder.glob("ckpt/align_pipeline_*.pth"))
+    moment, saves = draw.choice(["start", "cache", "training", "training", "training"]), len(saved) + draw.randint(0, 12)
     process = start(flags, folder)
 
-    def working():
-        said = log.read_bytes()[before:]
-        return process.poll() is not None or b"encode: " in said or b"train: " in said
+    def said():
+        return log.read_bytes()[before:]
 
-    while at_work and not working():
-        time.sleep(0.01)
-    time.sleep(moment)
+    def reached():
+        saved.update(folder.glob("ckpt/align_pipeline_*.pth"))
+        return (
+            process.poll() is not None
+            or {
+                "start": True,
+                "cache": b"encode: " in said() or b"train: " in said(),
+                "training": b"train: " in said() and len(saved) >= saves,
+            }[moment]
+        )
+
+    while not reached():
+        time.sleep(0.005)
+    time.sleep(draw.random() * {"start": 8, "cache": 0.2, "training": 0.1}[moment])
     if process.poll() is not None:
         assert process.returncode == 0, log.read_text()
         return None
-    started = working()
+    started = b"encode: " in said() or b"train: " in said()
     os.killpg(process.pid, number)
     code = process.wait()
+    if code == 0:  # it was done in that very moment
+        return None
     if number != signal.SIGKILL:
-        said = log.read_bytes()[before:].decode()
-        assert code in (128 + number, -number) and "Traceback" not in said, said
-        return "in training, saved" if "saved in" in said else "before or after"
+        assert code in (128 + number, -number) and b"Traceback" not in said(), said().decode()
+        return "in training, saved" if b"saved in" in said() else "before or after"
     if not started:
         return "at start-up"
     if set(folder.glob("ckpt/*.tmp")) - leftovers:
@@ -85,7 +97,9 @@ def kill_at_random(flags, folder, moment, at_work=True, number=signal.SIGKILL):
     return "in training" if list(folder.glob("ckpt/*.pth")) else "before the first checkpoint"
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, *([signal.SIGINT, signal.SIGTERM] if KILLS else [])])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, *([signal.SIGINT, signal.SIGTERM] if KILLS else [])], ids=lambda number: number.name
+)
 def test_killed_at_random_moments(job, tmp_path, number):
     """A state that is only consistent at some moments: a checkpoint that does not match its logs, a torn journal; a signal
     that ends the run unsaved in some moments, or with a traceback."""
@@ -98,9 +112,8 @@ def test_killed_at_random_moments(job, tmp_path, number):
     while kills < max(2, KILLS):
         folder = tmp_path / str(kills)
         changed = flags_in(flags, folder)
-        for longest in (0.2, *[0.8] * 7):  # the latent cache is soon complete
-            at_work = draw.random() < 0.8
-            phase = kill_at_random(changed, folder, draw.random() * (longest if at_work else 8), at_work, number)
+        for _ in range(8):
+            phase = kill_at_random(changed, folder, draw, number)
             if phase is None or kills >= max(2, KILLS):
                 break
             hit[phase] += 1
