@@ -724,6 +724,9 @@ def say_what_is_odd(args: argparse.Namespace, train_set, accelerator) -> None:
 def adopt_resumed(args: argparse.Namespace) -> bool:
     """With --resume, find the checkpoint and take its flags; returns whether that run is already finished."""
     args.resumed = None
+    for name in ("resume", "load_checkpoint"):
+        if getattr(args, name) == "":  # an unset variable in a job's script
+            raise UserError(f"--{name} '': names nothing; leave the flag out to start anew")
     found = find_checkpoint(args.resume, args.save_dir) if args.resume else None
     if not found:
         if args.resume:

@@ -285,6 +285,8 @@ REFUSED = {  # changes to a run's flags, and what the line says
     "images that are a file": ({"train_data_dir": "{}/file"}, "--train_data_dir"),
     "images in a pipe": ({"eval_data_dir": "{}/pipe"}, "--eval_data_dir"),
     "images that are nowhere": ({"train_data_dir": "{}/none", "vae1_path": "{}/none"}, "--train_data_dir"),
+    "a checkpoint without a name": ({"resume": ""}, "--resume ''"),
+    "weights without a name": ({"load_checkpoint": ""}, "--load_checkpoint ''"),
     "compiling without a compiler": ({"compile": True}, "--compile"),
     "device that nobody has": ({"device": "cuda:99"}, "--device cuda:99"),
 }

@@ -272,6 +272,17 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_the_files_named(flags, tmp
     assert all(tensor.isfinite().all() for tensor in tensors_of(run.last).values())
 
 
+def test_bad_steps_in_a_row_are_counted_across_a_resume(flags, tmp_path, monkeypatch):
+    """A run that is restarted every few minutes and never comes to the limit."""
+    with monkeypatch.context() as patch:
+        poison(patch, {4, 5})
+        first = train(flags, tmp_path, **QUIET, max_bad_steps=4, max_train_steps=5).last["training"]
+    assert (first["bad_steps"], first["bad_steps_in_a_row"]) == (2, 2)
+    poison(monkeypatch, set(range(100)))
+    with pytest.raises(train_script.UserError, match=r"not finite in 4 steps in a row.* step 7 with"):
+        train(flags, tmp_path, **QUIET, max_bad_steps=4, max_train_steps=20, resume=True)
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path, capsys):
     """A plan that leaves folders, a cache or event files behind, or that lies about the number of steps."""
     before = sorted(tmp_path.rglob("*"))
