@@ -67,7 +67,17 @@ from resume import (
 )
 from ridge import RidgeRegression
 from training_log import evaluate_and_log, log_hparams, log_model_stats, open_writer, visualize_results
-from utils import UserError, claim_writable_file, claim_writable_folder, count_of, next_stamp, one_line, use_proxy, write_json
+from utils import (
+    UserError,
+    claim_writable_file,
+    claim_writable_folder,
+    count_of,
+    next_stamp,
+    one_line,
+    printable,
+    use_proxy,
+    write_json,
+)
 from vae_align import (
     AlignConfig,
     AlignModule,
@@ -701,6 +711,8 @@ def claim_outputs(args: argparse.Namespace) -> None:
     """UserError unless everything that is to be written can be. A dry run creates nothing to find out."""
     if args.cache_only and not args.cache_latents:
         raise UserError("--cache_only: with --no_cache_latents there is no cache to build; leave one of them out")
+    if printable(args.log_dir) != args.log_dir:
+        raise UserError(f"--log_dir {args.log_dir}: TensorBoard's files need a printable name in UTF-8; name another folder")
     folders = ["save_dir", "log_dir", *(["latent_cache_dir"] if args.cache_latents else [])]
     for name in folders:
         claim_writable_folder(getattr(args, name), f"--{name}", create=not args.dry_run)

@@ -277,6 +277,7 @@ REFUSED = {  # changes to a run's flags, and what the line says
     "checkpoints onto a file": ({"save_dir": "{}/file"}, "--save_dir"),
     "logs into the system": ({"log_dir": "/proc/x"}, "--log_dir /proc/x"),
     "logs onto a file": ({"log_dir": "{}/file"}, "--log_dir"),
+    "logs that are not utf-8": ({"log_dir": os.fsdecode(b"\xff\xfe")}, "--log_dir \\udcff\\udcfe"),
     "logs with too long a name": ({"log_dir": "{}/" + "x" * 300}, "--log_dir"),
     "cache onto a file": ({"latent_cache_dir": "{}/file"}, "--latent_cache_dir"),
     "cache below a device": ({"latent_cache_dir": "/dev/null/x"}, "--latent_cache_dir /dev/null/x"),

@@ -295,6 +295,17 @@ def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path, capsys):
         assert fact in said
 
 
+def test_folders_whose_names_are_not_utf8(flags, tmp_path, photo_folders):
+    """A run that is lost at its last line, where its flags are written down; one that is refused for such a name."""
+    photos, place = (tmp_path / os.fsdecode(name) for name in (b"\xff\xfe", b"\xfe\n"))
+    shutil.copytree(photo_folders[1], photos)
+    changes = {"train_data_dir": photos, "eval_data_dir": photos, "latent_cache_dir": place, "visualize_frequency": 0}
+    for steps in (2, 3):
+        train(flags, tmp_path, **changes, max_train_steps=steps, save_dir=place, resume=True)
+    (kept,) = set(place.glob("align_pipeline_*.pth")) - {sorted(place.glob("align_pipeline_*.pth"))[0]}
+    assert torch.load(kept, weights_only=True)["step"] == 3
+
+
 def test_no_temporary_files_are_left(flags, tmp_path):
     """Half-written files that pile up beside the checkpoints."""
     train(flags, tmp_path, **QUIET, epochs=2, save_steps=1)
