@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from pathlib import Path
 
+from resume import require_training
 from utils import UserError
 from vae_align import AlignPipeline, checkpoints_in, read_checkpoint
 
 log = logging.getLogger(__name__)
 
+ABANDONED = 3600  # seconds since a temporary file last grew, after which its writer is no longer alive
 BEST_METRICS = {"psnr": 1, "ssim": 1, "psnr_vs_vae2": 1, "latent_mse": -1}  # what --best_metric knows; -1: less is better
 
 
@@ -34,6 +37,7 @@ class RunCheckpoints:
         self.last = path
         self.best = resumed["best"] if resumed else None
         self._own = [*resumed["own"], path.name] if resumed else []
+        drop_abandoned(self.folder)
 
     @property
     def best_path(self) -> Path:
@@ -60,6 +64,14 @@ class RunCheckpoints:
         self.pipeline.save_checkpoint(self.folder, config, step, epoch, metrics, name=self.best_path.name, run=self.run)
 
 
+def drop_abandoned(folder: Path) -> None:
+    """Delete the half-written checkpoints that kills left in `folder`, before they fill the disk."""
+    for file in folder.glob(".align_*.pth.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - file.stat().st_mtime > ABANDONED:
+                os.unlink(file)
+
+
 def find_checkpoint(wanted: str, save_dir: str) -> tuple[Path, dict] | None:
     """(path, content) of the checkpoint that --resume means; None when there is nothing to resume.
 
@@ -73,16 +85,17 @@ def find_checkpoint(wanted: str, save_dir: str) -> tuple[Path, dict] | None:
                 f"--resume {wanted}: this checkpoint holds weights but not the state of its training; "
                 "--load_checkpoint starts a new run from them"
             )
+        require_training(content, wanted)
         return Path(wanted), content
     folder = save_dir if wanted == "latest" else wanted
     for path in checkpoints_in(folder):
         try:
             content = read_checkpoint(path)
+            if "training" in content:
+                require_training(content, path)
+                return path, content
         except UserError as error:
             log.warning("%s; trying the one before it", error)
-            continue
-        if "training" in content:
-            return path, content
     if wanted != "latest":
         raise UserError(f"--resume {wanted}: no checkpoint to resume from in this folder")
     return None

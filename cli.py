@@ -6,13 +6,16 @@ Both command lines are built on `Parser`. Knows no flag by name but --load_confi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import errno
 import logging
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 
 from utils import UserError, one_line, printable, read_json, shown, without_secrets
@@ -166,8 +169,9 @@ def _checked_item(action, value, where):
 
 
 def run(main) -> None:
-    """Call `main()` as a program: a UserError, or what the system refuses, becomes one line on stderr and exit status 1, an
-    interrupt 130. Nothing that is printed or logged breaks its line, or on a terminal that lacks its letters."""
+    """Call `main()` as a program: a UserError, or what the system refuses, becomes one line on stderr and exit status 1;
+    SIGINT and SIGTERM one line and 128 + their number. Nothing that is printed or logged breaks its line, or on a terminal
+    that lacks its letters."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it warns of every config key that a VAE class does not use
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what it warns of while it retries ends in a UserError's one line
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -177,8 +181,10 @@ def run(main) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     for chatty in ("httpx", "httpx2"):  # one line per request of the hub client
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    threading.excepthook = _thread_failed
     try:
-        main()
+        with _unwinding_on_signals():
+            main()
     except UserError as error:
         sys.exit(f"error: {one_line(error, limit=600)}")
     except BrokenPipeError:  # whoever read our output has seen enough
@@ -187,10 +193,44 @@ def run(main) -> None:
     except OSError as error:
         remedy = "free some space or name another folder" if error.errno in FULL else "check its permissions, or name another"
         sys.exit(f"error: {one_line(error, limit=600)}; {remedy}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:
+        number = signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT
+        print(f"\nstopped by {number.name}; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(128 + number)
     except Exception:  # a bug, and all that is known of it; libraries quote URLs and headers
         sys.exit(without_secrets(traceback.format_exc().rstrip()))
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as KeyboardInterrupt is SIGINT."""
+
+
+@contextlib.contextmanager
+def _unwinding_on_signals():
+    """Within this context the first SIGINT or SIGTERM raises, so that temporary files go and workers end."""
+
+    def terminate(number, _):
+        signal.signal(number, signal.SIG_DFL)  # the second one ends at once
+        raise _Terminated
+
+    before = {}
+    with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, terminate)
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _thread_failed(failure):
+    """One line for what the system refuses a library's thread, such as TensorBoard's writer: the main thread is told too."""
+    if isinstance(failure.exc_value, OSError):
+        logging.warning("%s", one_line(failure.exc_value))
+    else:
+        text = traceback.format_exception(failure.exc_type, failure.exc_value, failure.exc_traceback)
+        print(without_secrets("".join(text).rstrip()), file=sys.stderr)
 
 
 class _PrintableFormatter(logging.Formatter):

@@ -378,7 +378,7 @@ def train_loader(dataset, batch_size: int, num_workers: int, seed: int, views=0,
         options["collate_fn"] = _as_it_is
         if not torch.cuda.is_available():
             options |= {"num_workers": 0, "persistent_workers": False}
-    return DataLoader(dataset, batch_sampler=sampler, **options)
+    return WorkerLoader(dataset, batch_sampler=sampler, **options)
 
 
 def _as_it_is(batch):
@@ -414,7 +414,7 @@ def cache_latents(dataset, space1, space2, with_images, root, views, num_workers
 
     def loader_for(images):
         options = loader_options(num_workers) | {"collate_fn": every_view.collate, "persistent_workers": False}
-        return DataLoader(every_view, batch_size=images_per_batch, sampler=images, **options)
+        return WorkerLoader(every_view, batch_size=images_per_batch, sampler=images, **options)
 
     def encode(indices, pixels):
         precision = str(space1.vae.dtype).rpartition(".")[2]
@@ -447,7 +447,21 @@ def cache_latents(dataset, space1, space2, with_images, root, views, num_workers
 
 def eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int) -> DataLoader:
     """One pass over the evaluation images, in order."""
-    return DataLoader(dataset, batch_size=batch_size, shuffle=False, **loader_options(num_workers))
+    return WorkerLoader(dataset, batch_size=batch_size, shuffle=False, **loader_options(num_workers))
+
+
+class WorkerLoader(DataLoader):
+    """A DataLoader whose workers are born deaf to SIGINT and SIGTERM: before `leave_signals_to_parent` has run, one that is
+    sent to all processes of a job would end them, and with them the run that it asks to stop."""
+
+    def __iter__(self):
+        if not hasattr(signal, "sigwaitinfo") or threading.current_thread() is not threading.main_thread():
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_signals_to_parent(worker: int) -> None:

@@ -76,6 +76,15 @@ def keep_freed_memory(device: torch.device) -> None:
             libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def require_compiler(device: torch.device) -> None:
+    """UserError unless torch.compile works here: it needs a C++ compiler or Triton, and says so at the first step only."""
+    try:
+        torch.compile(lambda value: value * 2 + 1)(torch.ones(8, device=device))
+    except Exception as error:  # whichever of its many parts is missing
+        reason = one_line(error, limit=200)
+        raise UserError(f"--compile: torch.compile does not work on this machine ({reason}); leave the flag out") from None
+
+
 def physical_memory() -> int:
     """Bytes of memory that this machine has, or its container may use; a large number where the system does not tell."""
     with contextlib.suppress(AttributeError, ValueError, OSError):  # another system

@@ -17,11 +17,15 @@ from __future__ import annotations
 
 import logging
 import shlex
+import signal
 import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of the imports, which take seconds
 
 import torch
 from tqdm import tqdm

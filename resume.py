@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import os
+import re
 import signal
+import time
 
 import torch
 
-from utils import UserError
+from utils import UserError, one_line
 from vae_align import LatentSpace
 
 # What a resumed run may be given anew: how long it goes on, where things are and what it says meanwhile. The other flags
@@ -25,6 +28,9 @@ MAY_CHANGE = frozenset({
     "log_frequency", "eval_frequency", "visualize_frequency", "save_frequency", "save_steps", "keep_last",
     "eval_batch_size", "num_visualize_samples",
 })  # fmt: skip
+
+RELAY = 2.0  # seconds within which a launcher has passed a signal on
+ASK = 2.0  # seconds between two askings whether some process shall stop
 
 
 def adopt_flags(args: argparse.Namespace, config: dict) -> None:
@@ -73,6 +79,48 @@ def require_same_order(recorded: dict, order: dict) -> None:
             raise UserError(f"--resume: the run had {recorded[name]} {name}, now {number}; resume it with as many")
 
 
+def names_digest(paths) -> str:
+    """A digest of the training images' names, in order and below the folder that they have in common; "" for a hub's."""
+    if not isinstance(paths, list):
+        return ""
+    above = len(os.path.commonpath([paths[0], paths[-1]]))
+    return hashlib.sha256("\0".join(path[above:] for path in paths).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def require_same_files(training: dict, paths, processes: int, folder: str) -> None:
+    """UserError, before anything is encoded, if these are not the images of the run that is resumed, or not its processes."""
+    require_same_order(training["order"], {"processes": processes})
+    if isinstance(paths, list) and len(paths) < training["order"]["images"]:
+        raise UserError(
+            f"--train_data_dir {folder}: the run to resume had {training['order']['images']} images, now {len(paths)}; "
+            "resume it with the same"
+        )
+    if training["files"] != names_digest(paths):
+        raise UserError(f"--train_data_dir {folder}: not the files that the run to resume had; resume it with the same")
+
+
+def require_training(content: dict, path) -> None:
+    """UserError unless a checkpoint's `training` and `run` are of the form in which a run wrote them: names in them become
+    paths, of files that are deleted too."""
+    training, number = content["training"], lambda value: type(value) is int and value >= 0
+    try:
+        best, order = training["best"], training["order"]
+        good = (
+            re.fullmatch(r"align_\d{8}_\d{6}", content["run"])
+            and all(re.fullmatch(r"align_pipeline_\d{8}_\d{6}\.pth", name) for name in training["own"])
+            and (best is None or (isinstance(best["value"], float) and number(best["step"])))
+            and all(number(order[name]) and order[name] for name in ("images", "steps in an epoch", "processes"))
+            and number(training["bad_steps"]) and number(training["bad_steps_in_a_row"])
+            and all(training[name].shape == () for name in ("loss_sum", "summed_steps"))
+            and isinstance(training["files"], str)
+            and training["state"].keys() == {"weights", "averaged", "optimizer", "scheduler", "scaler"}
+        )  # fmt: skip
+    except (AttributeError, KeyError, TypeError):
+        good = False
+    if not good:
+        raise UserError(f"checkpoint {path}: the state of its training was not written by this tool")
+
+
 def training_state(trained, average, optimizer, scheduler, scaler) -> dict:
     """What goes on from step to step besides the weights that are judged; tensors on the CPU."""
     return {
@@ -85,15 +133,25 @@ def training_state(trained, average, optimizer, scheduler, scaler) -> dict:
 
 
 def restore_training(state: dict, trained, average, optimizer, scheduler, scaler) -> None:
-    """Undo `training_state`. The judged weights are already in place."""
+    """Undo `training_state`. The judged weights are already in place. UserError for a state that does not fit."""
+    try:
+        _restore(state, trained, average, optimizer, scheduler, scaler)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"--resume: the state of its training does not fit its module ({one_line(error)})") from None
+
+
+def _restore(state, trained, average, optimizer, scheduler, scaler):
     if average:
         trained.load_state_dict(state["weights"])
         average.n_averaged.fill_(state["averaged"])
     optimizer.load_state_dict(state["optimizer"])
     for parameter, moments in optimizer.state.items():  # a fused kernel relies on the parameter's own memory layout
-        for name, moment in moments.items():
-            if moment.shape == parameter.shape:
-                moments[name] = torch.empty_like(parameter).copy_(moment)
+        if moments["step"].shape != ():
+            raise ValueError("its step is no number")
+        for name in ("exp_avg", "exp_avg_sq"):
+            if moments[name].shape != parameter.shape:  # which the kernel would not notice
+                raise ValueError(f"{name} of shape {tuple(moments[name].shape)}")
+            moments[name] = torch.empty_like(parameter).copy_(moments[name])
     scheduler.load_state_dict(state["scheduler"])
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
@@ -110,12 +168,14 @@ def _on_cpu(value):
 class StopRequest:
     """Within this context SIGINT and SIGTERM ask the run to stop instead of stopping it: `signal` says which came.
 
-    The second one of a kind acts as if this context were not there, so that it ends the process at once.
+    The second one of a kind acts as if this context were not there, so that it ends the process at once. With a launcher
+    that only goes for one that comes later than `RELAY` seconds: what a terminal sends to all, the launcher sends once more.
     """
 
     def __init__(self):
         self.signal: int | None = None
-        self._before = {}
+        self._before, self._came = {}, {}
+        self._ask_at, self._interval, self._asked = 0, 1, time.monotonic()
 
     def __enter__(self):
         with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
@@ -124,20 +184,35 @@ class StopRequest:
         return self
 
     def _note(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        self.signal, now = number, time.monotonic()
+        if number in self._came:
+            if now - self._came[number] > RELAY:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self._came[number] = now
+        if "LOCAL_RANK" not in os.environ:  # which launchers set
+            signal.signal(number, signal.SIG_DFL)
         # os.write: a handler may come upon a half-done print, which buffered streams do not bear
         os.write(2, f"\n{signal.Signals(number).name}: finishing the step and saving; once more to leave at once\n".encode())
 
     def __exit__(self, *exception):
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if self.signal else handler)  # we are leaving: once more is at once
 
-    def agreed(self, accelerator, may_ask: bool) -> int | None:
-        """The signal that came, to every process the same and at the same step; several ask each other if `may_ask`."""
+    def agreed(self, accelerator, step: int) -> int | None:
+        """The signal that came, to every process the same and at the same step.
+
+        Several processes must wait for each other to agree, so they ask only about every `ASK` seconds: at steps that all of
+        them work out from the slowest one's time.
+        """
         if accelerator.num_processes == 1:
             return self.signal
-        if not may_ask:
+        if step < self._ask_at:
             return None
-        mine = torch.tensor([float(self.signal or 0)], device=accelerator.device)
-        return int(accelerator.gather(mine).max().item()) or None
+        mine = [float(self.signal or 0), time.monotonic() - self._asked]
+        number, seconds = accelerator.gather(torch.tensor([mine], device=accelerator.device)).amax(dim=0).tolist()
+        self._asked = time.monotonic()
+        self._interval = max(1, min(2 * self._interval, int(self._interval * ASK / max(seconds, 1e-3))))
+        self._ask_at = step + self._interval
+        return int(number) or None

@@ -23,8 +23,12 @@ import functools
 import logging
 import math
 import re
+import signal
 import time
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of the imports, which take seconds
 
 import numpy as np
 import torch
@@ -43,6 +47,7 @@ from device import (
     get_dtype,
     keep_freed_memory,
     memory_advice,
+    require_compiler,
     resolve_device,
     resolve_precision,
 )
@@ -54,6 +59,8 @@ from resume import (
     StopRequest,
     adopt_flags,
     data_order,
+    names_digest,
+    require_same_files,
     require_same_order,
     require_same_vaes,
     restore_training,
@@ -61,7 +68,17 @@ from resume import (
 )
 from ridge import RidgeRegression
 from training_log import evaluate_and_log, log_hparams, log_model_stats, open_writer, visualize_results
-from utils import UserError, claim_writable_file, claim_writable_folder, count_of, next_stamp, one_line, use_proxy, write_json
+from utils import (
+    UserError,
+    claim_writable_file,
+    claim_writable_folder,
+    count_of,
+    next_stamp,
+    one_line,
+    printable,
+    use_proxy,
+    write_json,
+)
 from vae_align import (
     AlignConfig,
     AlignModule,
@@ -282,14 +299,8 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace) -> AlignPipeline
     return AlignPipeline(module, space1, space2)
 
 
-def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelerator=None):
-    """(training loader, evaluation loader) of this process.
-
-    With --cache_latents and both VAEs, training batches come from the latent cache, which is built first where it is not
-    complete; otherwise they are decoded as they are drawn. The training loader is endless and its length is the number of
-    steps in an epoch; both give dicts with `pixel_values` (B, 3, S, S) in [-1, 1] or the latents in its place. UserError
-    when a folder is missing, empty, or holds no readable image.
-    """
+def open_datasets(args: argparse.Namespace) -> tuple[dataloader.ImageDataset, dataloader.ImageDataset]:
+    """(training set, evaluation set). UserError when a folder is missing, empty, or holds no readable image."""
     dataloader.require_memory(args.eval_batch_size, args.image_size, "--eval_batch_size")
     if needs_pixels(args) or not args.cache_latents:
         dataloader.require_memory(args.train_batch_size, args.image_size, "--train_batch_size")
@@ -300,7 +311,17 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
         dataset = dataloader.ImageDataset(source, args.image_size, **options)
         dataset.require_readable(f"--{flag}_data_dir {folder}")
         datasets.append(dataset)
-    train_set, eval_set = datasets
+    return tuple(datasets)
+
+
+def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelerator=None, datasets=None):
+    """(training loader, evaluation loader) of this process, over `datasets` as from `open_datasets`, which is called if None.
+
+    With --cache_latents and both VAEs, training batches come from the latent cache, which is built first where it is not
+    complete; otherwise they are decoded as they are drawn. The training loader is endless and its length is the number of
+    steps in an epoch; both give dicts with `pixel_values` (B, 3, S, S) in [-1, 1] or the latents in its place.
+    """
+    train_set, eval_set = datasets or open_datasets(args)
     place = {"rank": accelerator.process_index, "world": accelerator.num_processes} if accelerator else {}
     if args.cache_latents and vae1 is not None and vae2 is not None:
         train_set = dataloader.cache_latents(
@@ -547,6 +568,7 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
         training = {
             "state": training_state(**parts),
             "order": order,
+            "files": names_digest(getattr(train_loader.dataset, "dataset", train_loader.dataset).source),
             "loss_sum": loss_sum.cpu(),
             "summed_steps": summed_steps.cpu(),
             "bad_steps": bad_steps.total,
@@ -558,11 +580,11 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
 
     batches = endless(train_loader)
     unreadable, arrived = set(), step  # where a resumed run arrives, everything that was due has been done
-    bar = tqdm(total=end, initial=step, desc="train", unit="step", disable=not main_process)
-    clock, clocked_step = time.perf_counter(), step
-
     facts = {"train_batch_size": args.train_batch_size, "image_size": args.image_size, "precision": args.precision}
+
     with StopRequest() as stop, memory_advice("training", **facts):
+        bar = tqdm(total=end, initial=step, desc="train", unit="step", disable=not main_process)
+        clock, clocked_step = time.perf_counter(), step
         while True:
             # ---- where we are: the clock is the step, epochs are counted from it
             epoch, last, new = step / steps_per_epoch, step == end, step > arrived or not resumed
@@ -581,7 +603,7 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
                 saved = True
             if step % steps_per_epoch == 0 or last:
                 accelerator.wait_for_everyone()
-            stopped = stop.agreed(accelerator, may_ask=step % args.log_frequency == 0)
+            stopped = stop.agreed(accelerator, step)
             if stopped and main_process and not saved:
                 save()
             if last or stopped:
@@ -680,10 +702,10 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def dry_run(args: argparse.Namespace, vae1, vae2, accelerator) -> None:
+def dry_run(args: argparse.Namespace, vae1, vae2, accelerator, datasets) -> None:
     """Build every part but the latent cache, try it once, and print what the run would take. Writes nothing."""
     views, args.cache_latents = args.cache_views if args.cache_latents else 0, False
-    loaders = create_data_loaders(args, vae1, vae2, accelerator)
+    loaders = create_data_loaders(args, vae1, vae2, accelerator, datasets)
     args.steps_per_epoch = len(loaders[0])
     torch.manual_seed(args.seed)
     pipeline = create_align_pipeline(vae1, vae2, args).to(accelerator.device)
@@ -696,6 +718,8 @@ def claim_outputs(args: argparse.Namespace) -> None:
     """UserError unless everything that is to be written can be. A dry run creates nothing to find out."""
     if args.cache_only and not args.cache_latents:
         raise UserError("--cache_only: with --no_cache_latents there is no cache to build; leave one of them out")
+    if printable(args.log_dir) != args.log_dir:
+        raise UserError(f"--log_dir {args.log_dir}: TensorBoard's files need a printable name in UTF-8; name another folder")
     folders = ["save_dir", "log_dir", *(["latent_cache_dir"] if args.cache_latents else [])]
     for name in folders:
         claim_writable_folder(getattr(args, name), f"--{name}", create=not args.dry_run)
@@ -703,9 +727,25 @@ def claim_outputs(args: argparse.Namespace) -> None:
         claim_writable_file(args.config_save_path, "--config_save_path")
 
 
+def say_what_is_odd(args: argparse.Namespace, train_set, accelerator) -> None:
+    """A warning for what is possible but hardly meant, before hours go into it."""
+    if not accelerator.is_main_process:
+        return
+    images, batch_size = len(train_set), args.train_batch_size * accelerator.num_processes
+    if batch_size > images:
+        log.warning("--train_batch_size: %d images a step of %d; some come twice in each", batch_size, images)
+    steps = args.epochs * -(-images // batch_size)
+    steps = min(steps, args.max_train_steps) if args.max_train_steps else steps
+    if args.warmup_steps >= steps:
+        log.warning("--warmup_steps %d: the run has %d, so it ends before --learning_rate is reached", args.warmup_steps, steps)
+
+
 def adopt_resumed(args: argparse.Namespace) -> bool:
     """With --resume, find the checkpoint and take its flags; returns whether that run is already finished."""
     args.resumed = None
+    for name in ("resume", "load_checkpoint"):
+        if getattr(args, name) == "":  # an unset variable in a job's script
+            raise UserError(f"--{name} '': names nothing; leave the flag out to start anew")
     found = find_checkpoint(args.resume, args.save_dir) if args.resume else None
     if not found:
         if args.resume:
@@ -736,7 +776,14 @@ def main(argv: list[str] | None = None) -> None:
         adopt_architecture(args)
     claim_outputs(args)
 
+    if args.compile:
+        require_compiler(torch.device(args.device))
+
     accelerator = create_accelerator(args)
+    datasets = open_datasets(args)
+    if args.resumed:
+        files, processes = datasets[0].source, accelerator.num_processes
+        require_same_files(args.resumed["training"], files, processes, args.train_data_dir)
     vaes = [
         load_vae_model(path, subfolder, args.cache_dir, accelerator.device, get_dtype(args.precision), flag)
         for path, subfolder, flag in (
@@ -746,9 +793,10 @@ def main(argv: list[str] | None = None) -> None:
     ]
     good_image_size(args.image_size, *(LatentSpace(vae).stride for vae in vaes))
     setup_losses(create_align_pipeline(*vaes, args), args)  # what does not fit together is said before anything is encoded
+    say_what_is_odd(args, datasets[0], accelerator)
     if args.dry_run:
-        return dry_run(args, *vaes, accelerator)
-    loaders = create_data_loaders(args, *vaes, accelerator)
+        return dry_run(args, *vaes, accelerator, datasets)
+    loaders = create_data_loaders(args, *vaes, accelerator, datasets)
     if args.cache_only:
         print(f"latent cache complete: {args.latent_cache_dir}")
         return

@@ -15,7 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import report
 from eval_align import applicable_rows, comparison_panels, evaluate, reconstruct, translators
-from utils import UserError, atomic_file
+from utils import UserError, atomic_file, printable
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def log_hparams(writer, config: dict, ladder: dict, step: int) -> None:
     """The run's flags beside its final metrics, for TensorBoard's HPARAMS page."""
     from torch.utils.tensorboard.summary import hparams
 
-    flags = {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in config.items()}
+    flags = {name: value if isinstance(value, (bool, int, float)) else printable(str(value)) for name, value in config.items()}
     final = {f"final/{name}": ladder["aligned"][name] for name in CHARTS.values() if ladder["aligned"][name] is not None}
     for summary in hparams(flags, final):
         writer.file_writer.add_summary(summary)

@@ -49,7 +49,7 @@ def find_chromium() -> str | None:
 class Browser:
     """One tab. `events` holds every DevTools event so far as (method, params)."""
 
-    def __init__(self, program: str, timeout: float = 30):
+    def __init__(self, program: str, timeout: float = 120):
         self.timeout, self.events = timeout, []
         self._home = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         command_end, self._write = os.pipe()

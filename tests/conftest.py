@@ -13,7 +13,9 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-hypothesis.settings.register_profile("suite", derandomize=True, database=None, deadline=None)  # the same examples every time
+hypothesis.settings.register_profile(  # the same examples every time, on a slow machine too
+    "suite", derandomize=True, database=None, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("suite")
 torch.set_num_threads(1)  # networks this small gain nothing from threads, and on busy cores they wait for each other
 
@@ -124,7 +126,7 @@ def as_argv(flags):
     return argv
 
 
-def run_script(script, *argv, launcher=(), check=True, env=None, cwd=None, timeout=240):
+def run_script(script, *argv, launcher=(), check=True, env=None, cwd=None, timeout=600):
     """Run one of the programs as a user would; the CompletedProcess with its text. `env` adds to the environment."""
     result = subprocess.run(
         [*(launcher or [sys.executable]), str(ROOT / script), *argv],

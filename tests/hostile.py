@@ -9,7 +9,7 @@ from utils import UserError
 
 
 @contextlib.contextmanager
-def no_hang(seconds=20):
+def no_hang(seconds=120):
     """Fail instead of waiting forever, such as for someone to write into a pipe."""
 
     def give_up(*_):

@@ -64,7 +64,7 @@ def half_a_checkpoint(content, file):
 
 def half_a_chunk(cache, chunk, rows, left_out):
     name, values = next(iter(rows.items()))
-    with open(cache.folder / f"{name}.bin", "r+b") as file:
+    with open(cache.folder / f"{name}.bin", "wb") as file:
         file.write(bytes(values.nbytes // 2))
     die()
 

@@ -346,7 +346,7 @@ def test_two_processes_that_save_at_once_never_overwrite(saved, tmp_path):
     workers = [context.Process(target=save_many, args=(saved[0], folder, number, start, names)) for number in (1, 2)]
     for worker in workers:
         worker.start()
-    written = [entry for _ in workers for entry in names.get(timeout=60)]
+    written = [entry for _ in workers for entry in names.get(timeout=240)]
     for worker in workers:
         worker.join(60)
     assert len({name for _, name, _ in written}) == 8

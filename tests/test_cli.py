@@ -372,7 +372,7 @@ heavy = {{"diffusers", "accelerate", "datasets", "transformers", "tensorboard", 
 print(sorted(heavy & set(sys.modules)))
 """
     result = subprocess.run(
-        [sys.executable, "-B", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-B", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "[]\n", "")
     assert not list(tmp_path.iterdir())

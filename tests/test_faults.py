@@ -51,49 +51,76 @@ def assert_as_if_nothing_had_happened(broken, whole):
     assert len(broken.checkpoints) <= 3 + 1  # --keep_last; one may be new and its predecessor not yet deleted
 
 
-def kill_at_random(flags, folder, moment):
-    """Start or resume the run and kill it `moment` seconds after it began to work; says in what it was hit, or None if it
-    was done before."""
+def kill_at_random(flags, folder, draw, number=signal.SIGKILL):
+    """Start or resume the run and send it signal `number` at a moment that `draw` chooses: by what the run has done, for a
+    clock would meet a slow machine at start-up only. Says in what it was hit, or None if it was done before."""
     log = folder / "log"
     before = log.stat().st_size if log.exists() else 0
+    leftovers, saved = set(folder.glob("ckpt/*.tmp")), set(folder.glob("ckpt/align_pipeline_*.pth"))
+    moment, saves = draw.choice(["start", "cache", "training", "training", "training"]), len(saved) + draw.randint(0, 12)
     process = start(flags, folder)
 
-    def working():
-        said = log.read_bytes()[before:]
-        return process.poll() is not None or b"encode: " in said or b"train: " in said
+    def said():
+        return log.read_bytes()[before:]
 
-    while not working():
-        time.sleep(0.01)
-    time.sleep(moment)
+    def reached():
+        saved.update(folder.glob("ckpt/align_pipeline_*.pth"))
+        return (
+            process.poll() is not None
+            or {
+                "start": True,
+                "cache": b"encode: " in said() or b"train: " in said(),
+                "training": b"train: " in said() and len(saved) >= saves,
+            }[moment]
+        )
+
+    while not reached():
+        time.sleep(0.005)
+    time.sleep(draw.random() * {"start": 8, "cache": 0.2, "training": 0.1}[moment])
     if process.poll() is not None:
         assert process.returncode == 0, log.read_text()
         return None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    if list(folder.glob("ckpt/*.tmp")):
+    started = b"encode: " in said() or b"train: " in said()
+    os.killpg(process.pid, number)
+    code = process.wait()
+    if code == 0:  # it was done in that very moment
+        return None
+    if number != signal.SIGKILL:
+        assert code in (128 + number, -number) and b"Traceback" not in said(), said().decode()
+        return "in training, saved" if b"saved in" in said() else "before or after"
+    if not started:
+        return "at start-up"
+    if set(folder.glob("ckpt/*.tmp")) - leftovers:
         return "while a checkpoint was written"
     if not list(folder.glob("cache/*/complete.json")):
         return "while the latent cache was built"
     return "in training" if list(folder.glob("ckpt/*.pth")) else "before the first checkpoint"
 
 
-def test_killed_at_random_moments(job, tmp_path):
-    """A state that is only consistent at some moments: a checkpoint that does not match its logs, a torn journal."""
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, *([signal.SIGINT, signal.SIGTERM] if KILLS else [])], ids=lambda number: number.name
+)
+def test_killed_at_random_moments(job, tmp_path, number):
+    """A state that is only consistent at some moments: a checkpoint that does not match its logs, a torn journal; a signal
+    that ends the run unsaved in some moments, or with a traceback."""
     flags, whole = job
     kills, hit, seed = 0, Counter(), random.randrange(2**32)
     draw = random.Random(seed)
+    if number != signal.SIGKILL:
+        flags = flags | {"cache_latents": None, "no_cache_latents": True, "num_workers": 2}
+        whole = train(flags, tmp_path / "whole")
     while kills < max(2, KILLS):
         folder = tmp_path / str(kills)
         changed = flags_in(flags, folder)
         for _ in range(8):
-            phase = kill_at_random(changed, folder, draw.random() * 0.8)
+            phase = kill_at_random(changed, folder, draw, number)
             if phase is None or kills >= max(2, KILLS):
                 break
             hit[phase] += 1
             kills += 1
         assert_as_if_nothing_had_happened(finish(changed, folder), whole)
         shutil.rmtree(folder)
-    print(f"\n{kills} kills (seed {seed}): " + ", ".join(f"{count} {phase}" for phase, count in hit.items()))
+    print(f"\n{kills} x {number.name} (seed {seed}): " + ", ".join(f"{count} {phase}" for phase, count in hit.items()))
 
 
 @pytest.mark.parametrize("count", (1, 5) if KILLS else (2,))

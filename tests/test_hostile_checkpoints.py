@@ -10,10 +10,11 @@ import zipfile
 
 import pytest
 import torch
-from conftest import as_argv
+from conftest import as_argv, tiny_flags
 from hostile import no_hang, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import QUIET, train
 from safetensors.torch import save_file
 from test_checkpoint import Payload, make_pipeline, save
 
@@ -293,3 +294,51 @@ def test_a_full_disk_while_saving_is_one_line_and_leaves_nothing(good, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list((tmp_path / "full").iterdir())
+
+
+STATES = {  # what is set in the state of the training, or beside it
+    "nothing in it": {"training": {}},
+    "a list": {"training": [1]},
+    "no order": {"order": {}},
+    "an epoch of no steps": {"order": {"images": 10, "steps in an epoch": 0, "processes": 1}},
+    "checkpoints of its own that are elsewhere": {"own": ["../precious.pth"]},
+    "a name that is a path": {"run": "../../align_20260101_000000"},
+    "no name": {"run": None},
+    "a best in words": {"best": "yes"},
+    "half a bad step": {"bad_steps": 0.5},
+    "a sum of losses that is none": {"loss_sum": None},
+    "no optimizer": {"state": {"weights": None}},
+    "another optimizer": {"optimizer": {"state": {}, "param_groups": []}},
+    "moments of another shape": {"optimizer": "moments"},
+    "a scheduler that is none": {"scheduler": None},
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(vae_folders, photo_folders, tmp_path_factory):
+    """(flags of a short run, its checkpoint)."""
+    folder = tmp_path_factory.mktemp("stopped")
+    flags = tiny_flags(vae_folders, photo_folders, folder)
+    return flags, train(flags, folder, **QUIET, max_train_steps=1).checkpoints[-1]
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_hostile_state_of_a_training_is_one_line(stopped, tmp_path, kind):
+    """A traceback; a name in the file by which --keep_last deletes, or TensorBoard writes, whatever its author likes."""
+    flags, path = stopped
+
+    def change(content):
+        training = content["training"]
+        for name, value in STATES[kind].items():
+            if value == "moments":
+                for moments in training["state"]["optimizer"]["state"].values():
+                    moments["exp_avg"] = torch.zeros(3)
+                continue
+            place = content if name in ("training", "run") else training if name in training else training["state"]
+            place[name] = value
+
+    path = shutil.copy(path, tmp_path / path.name)
+    rewrite(path, change)
+    changes = {**QUIET, "resume": path, "max_train_steps": 2}
+    text = refusal(lambda: train(flags, tmp_path, **changes))
+    assert "state of its training" in text, text

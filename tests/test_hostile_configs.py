@@ -277,6 +277,7 @@ REFUSED = {  # changes to a run's flags, and what the line says
     "checkpoints onto a file": ({"save_dir": "{}/file"}, "--save_dir"),
     "logs into the system": ({"log_dir": "/proc/x"}, "--log_dir /proc/x"),
     "logs onto a file": ({"log_dir": "{}/file"}, "--log_dir"),
+    "logs that are not utf-8": ({"log_dir": os.fsdecode(b"\xff\xfe")}, "--log_dir \\udcff\\udcfe"),
     "logs with too long a name": ({"log_dir": "{}/" + "x" * 300}, "--log_dir"),
     "cache onto a file": ({"latent_cache_dir": "{}/file"}, "--latent_cache_dir"),
     "cache below a device": ({"latent_cache_dir": "/dev/null/x"}, "--latent_cache_dir /dev/null/x"),
@@ -284,6 +285,10 @@ REFUSED = {  # changes to a run's flags, and what the line says
     "decoder of another space": ({"decoder_loss_weight": 1, "decoder_loss_path": "kl4"}, "--decoder_loss_path"),
     "images that are a file": ({"train_data_dir": "{}/file"}, "--train_data_dir"),
     "images in a pipe": ({"eval_data_dir": "{}/pipe"}, "--eval_data_dir"),
+    "images that are nowhere": ({"train_data_dir": "{}/none", "vae1_path": "{}/none"}, "--train_data_dir"),
+    "a checkpoint without a name": ({"resume": ""}, "--resume ''"),
+    "weights without a name": ({"load_checkpoint": ""}, "--load_checkpoint ''"),
+    "compiling without a compiler": ({"compile": True}, "--compile"),
     "device that nobody has": ({"device": "cuda:99"}, "--device cuda:99"),
 }
 
@@ -295,6 +300,7 @@ def test_flags_that_cannot_work_together_are_refused_before_anything_is_encoded(
     """An hour of encoding, or a whole training run, that is lost to a flag which could not work from the start."""
     monkeypatch.setattr("dataloader.cache_latents", lambda *_, **__: pytest.fail("the cache is built"))
     monkeypatch.setattr("vaes.LazyVAE.model", property(lambda vae: pytest.fail("a VAE's weights are read")))
+    monkeypatch.setattr("device.torch.compile", lambda _: lambda _: (_ for _ in ()).throw(RuntimeError("no compiler")))
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "pipe")
     changes, said = REFUSED[kind]

@@ -362,7 +362,7 @@ def main():
 run(main)
 """
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, env=env, timeout=60, check=False)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, env=env, timeout=240, check=False)
     assert result.returncode == 1
     assert result.stdout.splitlines()[0].startswith(b"\\u2013 \\udcff\\u56fe")
     lines = result.stderr.decode("ascii").splitlines()
@@ -376,6 +376,6 @@ def test_the_programs_end_quietly_when_their_reader_leaves():
     read_end, write_end = os.pipe()
     os.close(read_end)
     command = [sys.executable, "-c", program]
-    result = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, timeout=60, check=False)
+    result = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, timeout=240, check=False)
     os.close(write_end)
     assert (result.returncode, result.stderr) == (1, b"")

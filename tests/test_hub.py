@@ -172,6 +172,8 @@ def hub_environment(home, endpoint, **changes):
         **ONE_THREAD,
         **{name: str(home / place) for name, place in places.items()},
         "HF_ENDPOINT": endpoint,
+        "HF_HUB_ETAG_TIMEOUT": "120",  # its ten seconds may pass on a busy machine
+        "HF_HUB_DOWNLOAD_TIMEOUT": "120",
         "NO_COLOR": "1",
         **changes,
     }

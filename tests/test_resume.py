@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,8 +128,22 @@ def test_a_contradicting_flag_is_an_error_that_names_it(flags, tmp_path, flag, v
 def test_other_data_is_refused(flags, tmp_path, photo_folders):
     """An order inside the epoch that no longer is the run's."""
     train(flags, tmp_path, **QUIET, max_train_steps=2)
-    with pytest.raises(train_script.UserError, match="the run had 10 images, now 5"):
+    with pytest.raises(train_script.UserError, match="the run to resume had 10 images, now 5"):
         train(flags, tmp_path, **QUIET, max_train_steps=4, resume=True, train_data_dir=photo_folders[1])
+
+
+def test_other_files_of_the_same_number_are_refused_before_they_are_encoded(flags, tmp_path, photo_folders, monkeypatch):
+    """A run that goes on with other pictures, or hours of encoding before it says so; a moved folder that is refused."""
+    folder = tmp_path / "moved"
+    shutil.copytree(photo_folders[0], folder / "deeper")
+    train(flags, tmp_path, **QUIET, max_train_steps=2)
+    changes = {**QUIET, "resume": True, "train_data_dir": folder / "deeper"}
+    assert train(flags, tmp_path, **changes, max_train_steps=3).last["step"] == 3
+    monkeypatch.setattr("dataloader.cache_latents", lambda *_, **__: pytest.fail("the cache is built"))
+    first = next((folder / "deeper").rglob("*.png"))
+    first.rename(first.with_name("other.png"))
+    with pytest.raises(train_script.UserError, match=r"^--train_data_dir .*not the files that the run to resume had"):
+        train(flags, tmp_path, **changes, max_train_steps=4)
 
 
 def test_keep_last_deletes_this_runs_oldest_only(flags, tmp_path, monkeypatch):
@@ -165,7 +180,7 @@ def start(flags, folder, launcher=()):
         )  # fmt: skip
 
 
-def wait_for(condition, process, seconds=120):
+def wait_for(condition, process, seconds=300):
     """Wait until `condition()` holds; AssertionError if the process ends or time runs out before."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -184,7 +199,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_the_customary_code(flag
     process = start(stopped_flags, folder)
     wait_for(lambda: "train: " in (folder / "log").read_text(), process)
     os.killpg(process.pid, number)
-    code = process.wait(60)
+    code = process.wait(240)
     said = (folder / "log").read_text()
     assert code == 128 + number, said
     assert "--resume" in said and "Traceback" not in said
@@ -259,6 +274,17 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_the_files_named(flags, tmp
     assert all(tensor.isfinite().all() for tensor in tensors_of(run.last).values())
 
 
+def test_bad_steps_in_a_row_are_counted_across_a_resume(flags, tmp_path, monkeypatch):
+    """A run that is restarted every few minutes and never comes to the limit."""
+    with monkeypatch.context() as patch:
+        poison(patch, {4, 5})
+        first = train(flags, tmp_path, **QUIET, max_bad_steps=4, max_train_steps=5).last["training"]
+    assert (first["bad_steps"], first["bad_steps_in_a_row"]) == (2, 2)
+    poison(monkeypatch, set(range(100)))
+    with pytest.raises(train_script.UserError, match=r"not finite in 4 steps in a row.* step 7 with"):
+        train(flags, tmp_path, **QUIET, max_bad_steps=4, max_train_steps=20, resume=True)
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path, capsys):
     """A plan that leaves folders, a cache or event files behind, or that lies about the number of steps."""
     before = sorted(tmp_path.rglob("*"))
@@ -269,6 +295,17 @@ def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path, capsys):
     assert "21 (3 in an epoch) of 4 images" in said
     for fact in ("expected time", "latent cache", "checkpoint", "peak memory"):
         assert fact in said
+
+
+def test_folders_whose_names_are_not_utf8(flags, tmp_path, photo_folders):
+    """A run that is lost at its last line, where its flags are written down; one that is refused for such a name."""
+    photos, place = (tmp_path / os.fsdecode(name) for name in (b"\xff\xfe", b"\xfe\n"))
+    shutil.copytree(photo_folders[1], photos)
+    changes = {"train_data_dir": photos, "eval_data_dir": photos, "latent_cache_dir": place, "visualize_frequency": 0}
+    for steps in (2, 3):
+        train(flags, tmp_path, **changes, max_train_steps=steps, save_dir=place, resume=True)
+    (kept,) = set(place.glob("align_pipeline_*.pth")) - {sorted(place.glob("align_pipeline_*.pth"))[0]}
+    assert torch.load(kept, weights_only=True)["step"] == 3
 
 
 def test_no_temporary_files_are_left(flags, tmp_path):

@@ -362,7 +362,7 @@ def failures(vae_folders, photo_folders, tmp_path_factory):
     def fail(changes):
         argv = [sys.executable, str(ROOT / "train_align_with_args.py"), *as_argv({**good, **SHORT, **changes})]
         env = {**os.environ, **ONE_THREAD, "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run(argv, capture_output=True, text=True, env=env, cwd=folder, timeout=240)
+        return subprocess.run(argv, capture_output=True, text=True, env=env, cwd=folder, timeout=600)
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(mistakes, pool.map(fail, mistakes.values())))

@@ -104,7 +104,7 @@ def test_stamp_is_the_present_time_where_nothing_is_in_the_way(tmp_path):
     (tmp_path / "align_pipeline_latest.pth").touch()
     for folder in (tmp_path, tmp_path / "missing"):
         stamp = datetime.strptime(next_stamp(folder, "align_pipeline"), "%Y%m%d_%H%M%S")
-        assert abs(stamp - datetime.now()) < timedelta(seconds=10)
+        assert abs(stamp - datetime.now()) < timedelta(minutes=2)
 
 
 @pytest.mark.parametrize(
