@@ -29,6 +29,7 @@ MAY_CHANGE = frozenset({
     "eval_batch_size", "num_visualize_samples",
 })  # fmt: skip
 
+ADAMW_STATE, MUON_STATE = {"step", "exp_avg", "exp_avg_sq"}, {"momentum"}  # what they keep for each parameter
 RELAY = 2.0  # seconds within which a launcher has passed a signal on
 ASK = 2.0  # seconds between two askings whether some process shall stop
 
@@ -144,17 +145,25 @@ def _restore(state, trained, average, optimizer, scheduler, scaler):
     if average:
         trained.load_state_dict(state["weights"])
         average.n_averaged.fill_(state["averaged"])
+    kinds = [MUON_STATE if "momentum" in group else ADAMW_STATE for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
-    for parameter, moments in optimizer.state.items():  # a fused kernel relies on the parameter's own memory layout
-        if moments["step"].shape != ():
-            raise ValueError("its step is no number")
-        for name in ("exp_avg", "exp_avg_sq"):
-            if moments[name].shape != parameter.shape:  # which the kernel would not notice
-                raise ValueError(f"{name} of shape {tuple(moments[name].shape)}")
-            moments[name] = torch.empty_like(parameter).copy_(moments[name])
+    for names, group in zip(kinds, optimizer.param_groups):
+        for parameter in group["params"]:
+            _fit_moments(optimizer.state[parameter], parameter, names)
     scheduler.load_state_dict(state["scheduler"])
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
+
+
+def _fit_moments(moments: dict, parameter: torch.Tensor, names: set) -> None:
+    """Give each moment its parameter's own memory layout, which a fused kernel relies on; it would not notice another shape."""
+    if moments.keys() != names:
+        raise ValueError(f"moments {sorted(map(str, moments))} instead of {sorted(names)}")
+    for name, moment in moments.items():
+        if moment.shape != (() if name == "step" else parameter.shape):
+            raise ValueError(f"{name} of shape {tuple(moment.shape)}")
+        if name != "step":
+            moments[name] = torch.empty_like(parameter).copy_(moment)
 
 
 def _on_cpu(value):
