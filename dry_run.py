@@ -10,12 +10,12 @@ from eval_align import evaluate
 from utils import count_of
 
 
-def print_plan(args, pipeline, loaders, loss_of, optimizer, steps: int, views: int, cached_pixels: bool, accelerator) -> None:
+def print_plan(args, pipeline, loaders, objective, optimizer, steps: int, views: int, cached_pixels: bool, accelerator) -> None:
     """Try everything once and print what the run would take.
 
     Args:
         loaders: (training, evaluation), without a latent cache.
-        loss_of: function (aligned, target, images) -> loss; steps: in the whole run.
+        objective: `objective.Objective`; steps: in the whole run.
         views: of each image in the latent cache, 0 without one; cached_pixels: whether it holds the images too.
     """
     train_loader, eval_loader = loaders
@@ -29,7 +29,7 @@ def print_plan(args, pipeline, loaders, loss_of, optimizer, steps: int, views: i
     def step():
         with accelerator.autocast():
             aligned = pipeline.training_module(**encoded["inputs"]).float()
-        loss = loss_of(aligned, encoded["target"], batch["pixel_values"])
+        loss = objective(aligned, encoded["target"], batch["pixel_values"], 0)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

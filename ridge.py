@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+IMAGES = 512  # training images behind the map: half a million equations at 256 px
 DAMPING = 1e-4  # ridge penalty, relative to the mean squared input
 
 
@@ -36,3 +37,19 @@ class RidgeRegression:
         penalty[-1] = 0  # the bias is free
         solution = torch.linalg.solve(self.xx + torch.diag(penalty), self.xy).float().T
         return solution[:, :-1].reshape(self.out_channels, self.in_channels, 3, 3).contiguous(), solution[:, -1].contiguous()
+
+
+def fit_ridge(pipeline, loader, accelerator) -> None:
+    """Fit the map between a pipeline's latents on about `IMAGES` training images; its module keeps it beside the weights."""
+    regression = RidgeRegression(pipeline.module.linear.in_channels, pipeline.config.out_channels)
+    wanted = min(IMAGES, len(loader.dataset))
+    for batch in loader:
+        inputs, target = pipeline.encode_batch(batch)
+        regression.add(pipeline.module.on_output_grid(inputs["latents"]), target)
+        wanted -= len(target) * accelerator.num_processes
+        if wanted <= 0:
+            break
+    if accelerator.num_processes > 1:  # every process adds what it saw, and all start from the same map
+        for name in ("xx", "xy"):
+            setattr(regression, name, accelerator.reduce(getattr(regression, name).to(accelerator.device), "sum").cpu())
+    pipeline.module.remember_ridge(*regression.solve())

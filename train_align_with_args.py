@@ -40,7 +40,7 @@ import dataloader
 from bad_steps import BadSteps
 from checkpoints import BEST_METRICS, RunCheckpoints, find_checkpoint
 from cli import Parser, checked_config, integer, load_config, real, run
-from decoded_loss import KINDS, DecodedImageLoss
+from decoded_loss import KINDS
 from device import (
     ACCELERATE_NAMES,
     PRECISIONS,
@@ -52,9 +52,10 @@ from device import (
     resolve_precision,
 )
 from dry_run import print_plan
-from losses import LOSSES, checked_loss_term, get_loss_function, loss_term
-from metrics import lpips_network
+from losses import LOSSES, checked_loss_term, get_loss_function
 from muon import Muon
+from objective import Objective, needs_pixels
+from preflight import claim_outputs, say_what_is_odd
 from resume import (
     StopRequest,
     adopt_flags,
@@ -66,16 +67,13 @@ from resume import (
     restore_training,
     training_state,
 )
-from ridge import RidgeRegression
-from training_log import evaluate_and_log, log_hparams, log_model_stats, open_writer, visualize_results
+from ridge import fit_ridge
+from training_log import evaluate_and_log, log_hparams, log_model_stats, open_writer, print_results, visualize_results
 from utils import (
     UserError,
-    claim_writable_file,
-    claim_writable_folder,
     count_of,
     next_stamp,
     one_line,
-    printable,
     use_proxy,
     write_json,
 )
@@ -93,8 +91,6 @@ from vae_align import (
 __all__ = ["get_dtype", "get_loss_function", "load_config", "load_vae_model"]  # part of this script's interface
 
 log = logging.getLogger("train_align")
-
-RIDGE_IMAGES = 512  # training images behind the closed-form linear map: half a million equations at 256 px
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -379,74 +375,6 @@ def total_steps(args: argparse.Namespace) -> int:
     return min(steps, args.max_train_steps) if args.max_train_steps else steps
 
 
-def setup_losses(pipeline: AlignPipeline, args: argparse.Namespace):
-    """(the latent terms as [(weight, function)], the `DecodedImageLoss` or None)."""
-    terms = [(args.loss_weight, get_loss_function(args.loss_type))]
-    terms += [(weight, get_loss_function(name)) for name, weight in map(loss_term, args.extra_losses)]
-    if not decodes_pictures(args):
-        return terms, None
-    space = pipeline.space2
-    if args.decoder_loss_path:
-        flag = "--decoder_loss_path"
-        vae = load_vae_model(
-            args.decoder_loss_path, args.decoder_loss_subfolder, args.cache_dir, space.vae.device, space.vae.dtype, flag
-        )
-        space = LatentSpace(vae, args.decoder_loss_path, args.decoder_loss_subfolder)
-        if (space.channels, space.stride) != (pipeline.space2.channels, pipeline.space2.stride):
-            raise UserError(f"{flag} {args.decoder_loss_path}: its latent space is not VAE2's (other channels or stride)")
-    perceptual = None
-    if args.perceptual_loss_weight:
-        perceptual = "decoder" if args.perceptual_loss == "decoder" else perceptual_network(pipeline.device)
-    return terms, DecodedImageLoss(
-        space, args.decoder_loss_batch, args.decoder_loss_window, args.decoder_loss_reference, args.seed,
-        kind=args.decoder_loss_type, weight=args.decoder_loss_weight,
-        perceptual=perceptual, perceptual_weight=args.perceptual_loss_weight,
-    )  # fmt: skip
-
-
-def total_loss(losses, aligned, target, images, step: int) -> torch.Tensor:
-    """What `setup_losses` set up, for one batch: aligned and target latents (B, C, h, w), images (B, 3, H, W) or None."""
-    terms, decoded_loss = losses
-    loss = sum(weight * term(aligned, target) for weight, term in terms)
-    return loss + decoded_loss(aligned, target, images, step) if decoded_loss else loss
-
-
-def perceptual_network(device: torch.device) -> torch.nn.Module:
-    """LPIPS for --perceptual_loss lpips; UserError when the machine lacks its weights."""
-    try:
-        return lpips_network(device)
-    except UserError as error:
-        raise UserError(f"--perceptual_loss lpips: {error}; or use --perceptual_loss decoder, which needs no weights") from None
-
-
-def decodes_pictures(args: argparse.Namespace) -> bool:
-    """Whether a loss looks at decoded pictures."""
-    return bool(args.decoder_loss_weight or args.perceptual_loss_weight)
-
-
-def needs_pixels(args: argparse.Namespace) -> bool:
-    """Whether training batches must carry the image beside its latents."""
-    return "image" in args.input_types or (decodes_pictures(args) and args.decoder_loss_reference == "original")
-
-
-def fit_ridge(pipeline: AlignPipeline, loader, args: argparse.Namespace, accelerator) -> None:
-    """Fit the closed-form linear map on about `RIDGE_IMAGES` training images; with --init ridge, start from it."""
-    regression = RidgeRegression(pipeline.module.linear.in_channels, pipeline.config.out_channels)
-    wanted = min(RIDGE_IMAGES, len(loader.dataset))
-    for batch in loader:
-        inputs, target = pipeline.encode_batch(batch)
-        regression.add(pipeline.module.on_output_grid(inputs["latents"]), target)
-        wanted -= len(target) * accelerator.num_processes
-        if wanted <= 0:
-            break
-    if accelerator.num_processes > 1:  # every process adds what it saw, and all start from the same map
-        for name in ("xx", "xy"):
-            setattr(regression, name, accelerator.reduce(getattr(regression, name).to(accelerator.device), "sum").cpu())
-    pipeline.module.remember_ridge(*regression.solve())
-    if args.init == "ridge":
-        pipeline.module.start_from_ridge()
-
-
 def average_weights(module: AlignModule, decay: float) -> AveragedModel:
     """Exponential moving average of the weights; its decay grows from 1/11 to `decay`, so short runs are averaged too."""
 
@@ -512,12 +440,14 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
     torch.manual_seed(args.seed)
     dtype = get_dtype(args.precision)
     pipeline = create_align_pipeline(vae1, vae2, args).to(accelerator.device)
-    losses = setup_losses(pipeline, args)
+    objective = Objective(pipeline, args)
     order = data_order(train_loader, accelerator.num_processes)
     if resumed:
         require_same_order(resumed["training"]["order"], order)
     elif pipeline.uses_latents and not args.load_checkpoint:
-        fit_ridge(pipeline, train_loader, args, accelerator)
+        fit_ridge(pipeline, train_loader, accelerator)
+        if args.init == "ridge":
+            pipeline.module.start_from_ridge()
 
     steps_per_epoch = args.steps_per_epoch = len(train_loader)
     end = total_steps(args)
@@ -622,7 +552,7 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
             aligned = module(**inputs).float()
 
             # loss
-            loss = total_loss(losses, aligned, target, batch.get("pixel_values"), step)
+            loss = objective(aligned, target, batch.get("pixel_values"), step)
 
             # backward
             optimizer.zero_grad(set_to_none=True)
@@ -686,16 +616,7 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
         log.warning("%s left out during training", count_of(len(unreadable), "unreadable image"))
     if bad_steps.total:
         log.warning("%s skipped: loss or gradient not finite", count_of(bad_steps.total, "step"))
-    if metrics:
-        psnr = {row: figures["psnr"] for row, figures in metrics.items()}
-        print(
-            f"PSNR of the decoded image: untrained module {psnr['untrained']:.2f} dB -> aligned {psnr['aligned']:.2f} dB "
-            f"(decode + re-encode {psnr['reencode']:.2f} dB, VAE2's own reconstruction {psnr['ceiling']:.2f} dB)"
-        )
-    print(f"checkpoint: {kept.last}")
-    if kept.best and kept.best["step"] != step:
-        print(f"best by {args.best_metric} (step {kept.best['step']}): {kept.best_path}")
-    print(f"TensorBoard: tensorboard --logdir {args.log_dir}")
+    print_results(kept, metrics, step, args)
     return kept.last
 
 
@@ -709,35 +630,9 @@ def dry_run(args: argparse.Namespace, vae1, vae2, accelerator, datasets) -> None
     args.steps_per_epoch = len(loaders[0])
     torch.manual_seed(args.seed)
     pipeline = create_align_pipeline(vae1, vae2, args).to(accelerator.device)
-    loss_of = functools.partial(total_loss, setup_losses(pipeline, args), step=0)
+    objective = Objective(pipeline, args)
     optimizer = setup_optimizer(pipeline, args)
-    print_plan(args, pipeline, loaders, loss_of, optimizer, total_steps(args), views, needs_pixels(args), accelerator)
-
-
-def claim_outputs(args: argparse.Namespace) -> None:
-    """UserError unless everything that is to be written can be. A dry run creates nothing to find out."""
-    if args.cache_only and not args.cache_latents:
-        raise UserError("--cache_only: with --no_cache_latents there is no cache to build; leave one of them out")
-    if printable(args.log_dir) != args.log_dir:
-        raise UserError(f"--log_dir {args.log_dir}: TensorBoard's files need a printable name in UTF-8; name another folder")
-    folders = ["save_dir", "log_dir", *(["latent_cache_dir"] if args.cache_latents else [])]
-    for name in folders:
-        claim_writable_folder(getattr(args, name), f"--{name}", create=not args.dry_run)
-    if args.config_save_path and not args.dry_run:
-        claim_writable_file(args.config_save_path, "--config_save_path")
-
-
-def say_what_is_odd(args: argparse.Namespace, train_set, accelerator) -> None:
-    """A warning for what is possible but hardly meant, before hours go into it."""
-    if not accelerator.is_main_process:
-        return
-    images, batch_size = len(train_set), args.train_batch_size * accelerator.num_processes
-    if batch_size > images:
-        log.warning("--train_batch_size: %d images a step of %d; some come twice in each", batch_size, images)
-    steps = args.epochs * -(-images // batch_size)
-    steps = min(steps, args.max_train_steps) if args.max_train_steps else steps
-    if args.warmup_steps >= steps:
-        log.warning("--warmup_steps %d: the run has %d, so it ends before --learning_rate is reached", args.warmup_steps, steps)
+    print_plan(args, pipeline, loaders, objective, optimizer, total_steps(args), views, needs_pixels(args), accelerator)
 
 
 def adopt_resumed(args: argparse.Namespace) -> bool:
@@ -792,8 +687,9 @@ def main(argv: list[str] | None = None) -> None:
         )
     ]
     good_image_size(args.image_size, *(LatentSpace(vae).stride for vae in vaes))
-    setup_losses(create_align_pipeline(*vaes, args), args)  # what does not fit together is said before anything is encoded
-    say_what_is_odd(args, datasets[0], accelerator)
+    Objective(create_align_pipeline(*vaes, args), args)  # what does not fit together is said before anything is encoded
+    if accelerator.is_main_process:
+        say_what_is_odd(args, len(datasets[0]), accelerator.num_processes)
     if args.dry_run:
         return dry_run(args, *vaes, accelerator, datasets)
     loaders = create_data_loaders(args, *vaes, accelerator, datasets)

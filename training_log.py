@@ -130,3 +130,17 @@ def log_hparams(writer, config: dict, ladder: dict, step: int) -> None:
         writer.file_writer.add_summary(summary)
     for name, value in final.items():
         writer.add_scalar(name, value, step)
+
+
+def print_results(kept, metrics: dict, step: int, args) -> None:
+    """What a run that ended after `step` steps has reached, and where it is; `kept` is its `RunCheckpoints`."""
+    if metrics:
+        psnr = {row: figures["psnr"] for row, figures in metrics.items()}
+        print(
+            f"PSNR of the decoded image: untrained module {psnr['untrained']:.2f} dB -> aligned {psnr['aligned']:.2f} dB "
+            f"(decode + re-encode {psnr['reencode']:.2f} dB, VAE2's own reconstruction {psnr['ceiling']:.2f} dB)"
+        )
+    print(f"checkpoint: {kept.last}")
+    if kept.best and kept.best["step"] != step:
+        print(f"best by {args.best_metric} (step {kept.best['step']}): {kept.best_path}")
+    print(f"TensorBoard: tensorboard --logdir {args.log_dir}")

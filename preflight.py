@@ -1,0 +1,34 @@
+"""What is checked before hours go into a run: that its outputs can be written, and that its flags make sense together."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from utils import UserError, claim_writable_file, claim_writable_folder, printable
+
+log = logging.getLogger(__name__)
+
+
+def claim_outputs(args: argparse.Namespace) -> None:
+    """UserError unless everything that is to be written can be. A dry run creates nothing to find out."""
+    if args.cache_only and not args.cache_latents:
+        raise UserError("--cache_only: with --no_cache_latents there is no cache to build; leave one of them out")
+    if printable(args.log_dir) != args.log_dir:
+        raise UserError(f"--log_dir {args.log_dir}: TensorBoard's files need a printable name in UTF-8; name another folder")
+    folders = ["save_dir", "log_dir", *(["latent_cache_dir"] if args.cache_latents else [])]
+    for name in folders:
+        claim_writable_folder(getattr(args, name), f"--{name}", create=not args.dry_run)
+    if args.config_save_path and not args.dry_run:
+        claim_writable_file(args.config_save_path, "--config_save_path")
+
+
+def say_what_is_odd(args: argparse.Namespace, images: int, processes: int) -> None:
+    """A warning for what is possible but hardly meant; `images`: how many there are to train on."""
+    batch_size = args.train_batch_size * processes
+    if batch_size > images:
+        log.warning("--train_batch_size: %d images a step of %d; some come twice in each", batch_size, images)
+    steps = args.epochs * -(-images // batch_size)
+    steps = min(steps, args.max_train_steps) if args.max_train_steps else steps
+    if args.warmup_steps >= steps:
+        log.warning("--warmup_steps %d: the run has %d, so it ends before --learning_rate is reached", args.warmup_steps, steps)
