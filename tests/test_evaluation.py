@@ -169,14 +169,16 @@ def test_table_shows_every_row_and_a_dash_where_a_figure_has_no_meaning(judged):
 
 
 def test_comparison_picture_has_room_for_every_panel():
-    """Panels that overlap or fall off the sheet; a panel smaller than the others that is not enlarged."""
+    """Panels or captions that overlap or fall off the sheet; a panel smaller than the others that is not enlarged."""
     red, green, blue = (torch.full((3, 16, 16), -1.0) for _ in range(3))
     red[0], green[1], blue[2] = 1, 1, 1
     rows = [[("red", red), ("green", green), ("blue", blue)], [("latents", green[:, :2, :2]), ("red", red)]]
     sheet = report.comparison_picture(rows, 40)
-    row_height = 40 + report.CAPTION + report.PADDING
-    assert sheet.size == (3 * (40 + report.PADDING) + report.PADDING, 2 * row_height + report.PADDING)
-    middle = report.PADDING + 20
+    panel = (sheet.width - report.PADDING) // 3 - report.PADDING
+    row_height = (sheet.height - report.PADDING) // 2
+    assert panel >= 40
+    assert row_height > panel + report.PADDING
+    middle = report.PADDING + panel // 2
     colours = {
         (0, 0): (255, 0, 0),
         (1, 0): (0, 255, 0),
@@ -185,9 +187,11 @@ def test_comparison_picture_has_room_for_every_panel():
         (1, 1): (255, 0, 0),
     }
     for (column, row), colour in colours.items():
-        assert sheet.getpixel((middle + column * (40 + report.PADDING), middle + row * row_height)) == colour
-    corner = (report.PADDING + 38, report.PADDING + row_height + 38)
+        assert sheet.getpixel((middle + column * (panel + report.PADDING), middle + row * row_height)) == colour
+    corner = (report.PADDING + panel - 2, report.PADDING + row_height + panel - 2)
     assert sheet.getpixel(corner) == (0, 255, 0)
+    long = report.comparison_picture([[("a caption of some length", red), ("", None)]], 40)
+    assert long.width > 2 * 100
 
 
 def test_difference_map_is_grey_for_equals_and_amplified_with_sign():

@@ -109,6 +109,7 @@ def test_tensorboard_draws_the_ladder_in_one_chart_and_lists_the_flags_with_the_
     for row in ("ceiling", "reencode", "linear", "aligned"):
         assert f"eval_psnr/{row}" in results.scalars
         assert any(re.fullmatch(pattern, f"eval_psnr/{row}") for pattern in drawn), row
+    assert not any(re.match(pattern, "eval_psnr/untrained") for pattern in drawn)  # 10 dB below, it would flatten the rest
 
     def hparams(part):
         return HParamsPluginData.FromString(events.SummaryMetadata(f"_hparams_/{part}").plugin_data.content)
