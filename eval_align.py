@@ -381,7 +381,7 @@ def report_strips(pairs: list[Pair], dataset: ImageDataset, dtype, results: dict
     """The pictures of the report: about `wanted` images, worst, median and best, made anew so that none had to be kept."""
     chosen = [(group, place) for group, places in report.chosen_images(results, wanted).items() for place in places]
     per_image, strips = results["per_image"], []
-    panels_on_page = len(chosen) * sum(1 + 2 * len(picture_names(pair.others)) for pair in pairs)
+    panels_on_page = len(chosen) * sum(1 + 3 * len(picture_names(pair.others)) for pair in pairs)
     for group, place in tqdm(chosen, desc="pictures", unit="image", leave=False, disable=not chosen):
         pixels = dataset[results["indices"][place]]["pixel_values"]
         if pixels is None:

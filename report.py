@@ -314,23 +314,25 @@ def picture_uri(image: torch.Tensor, side: int, limit: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def pixels_uri(image: torch.Tensor) -> str:
-    """(3, h, w) in [-1, 1], as small as latents are, as a data URI of a PNG."""
+def pixels_uri(image: torch.Tensor, limit: int) -> str:
+    """(3, h, w) in [-1, 1], as small as latents are, as a data URI of a PNG; of a JPEG if that is over `limit` bytes."""
     file = io.BytesIO()
     to_pil(image).save(file, "PNG", optimize=True)
+    if file.tell() > limit:
+        return picture_uri(image, max(image.shape[-2:]), limit)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def page_panels(rows: list[list[tuple[str, torch.Tensor | None]]], panels_on_page: int) -> list[list[dict]]:
     """`comparison_rows` for the page: {caption, uri, pixelated} for each place, with None as `uri` where there is no panel.
 
-    `panels_on_page` pictures and differences share the page's bytes.
+    `panels_on_page` panels share the page's bytes.
     """
     limit = PAGE_BYTES // max(1, panels_on_page)
     side = max(64, min(PAGE_PANEL, int(math.sqrt(limit * 2))))  # at half a byte per pixel photos look as they are
 
     def for_page(caption, image, pixelated):
-        uri = None if image is None else pixels_uri(image) if pixelated else picture_uri(image, side, limit)
+        uri = None if image is None else pixels_uri(image, limit) if pixelated else picture_uri(image, side, limit)
         return {"caption": caption, "uri": uri, "pixelated": pixelated}
 
     return [[for_page(caption, image, row is rows[-1]) for caption, image in row] for row in rows]
