@@ -37,9 +37,11 @@ def number(value: float | None) -> str:
         return "–"
     if not value:
         return "0"
-    if not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.1e}"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    if value < 0:
+        return "−" + number(-value)
+    if not 1e-3 <= value < 1e5:
+        return f"{value:.1e}".replace("e-", "e−")
+    digits = max(0, 2 - math.floor(math.log10(value)))
     shown = f"{value:.{digits}f}"
     return shown.rstrip("0").rstrip(".") if digits else shown
 

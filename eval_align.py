@@ -48,7 +48,7 @@ from metrics import (
 )
 from metrics import OPTIONAL as OPTIONAL_METRICS
 from run_logs import read_curves
-from utils import UserError, atomic_file, claim_writable_folder, count_of, one_line, plain_stem, use_proxy, write_json
+from utils import UserError, atomic_file, claim_writable_folder, count_of, one_line, plain_stem, use_proxy
 from vae_align import AlignModule, AlignPipeline, good_image_size, newest_checkpoint, read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -258,30 +258,17 @@ def evaluate(
     }
 
 
-def comparison_panels(images: torch.Tensor, made: dict) -> list[list[tuple[str, torch.Tensor]]]:
-    """Two captioned rows of panels per image: pictures, then differences and latents. For `report.comparison_picture`."""
-    gain = report.DIFFERENCE_GAIN
-    target, aligned = report.latents_as_rgb(made["ceiling"][0]), report.latents_as_rgb(made["aligned"][0])
-    rows = []
+def picture_names(others=()) -> dict:
+    """{row: what it is called below a picture}, of the rows that are shown; `others`: see `evaluate`."""
+    names = {"vae1": "VAE1", "ceiling": "VAE2", "reencode": "re-encode", "aligned": "aligned"}
+    return names | {f"aligned_{number}": f"aligned {number}" for number, _ in enumerate(others, 2)}
+
+
+def comparison_sheets(images: torch.Tensor, made: dict, names: dict, size: int):
+    """For each of `images` (B, 3, S, S) what `reconstruct` made of it as one captioned sheet of `size` px panels."""
     for index, original in enumerate(images):
-        pictures = {row: made[row][1][index].clamp(-1, 1) for row in ("vae1", "ceiling", "aligned")}
-        rows.append(
-            [
-                ("original", original),
-                ("VAE1", pictures["vae1"]),
-                ("VAE2", pictures["ceiling"]),
-                ("aligned", pictures["aligned"]),
-            ]
-        )
-        rows.append(
-            [
-                ("VAE2 latents", target[index]),
-                ("aligned latents", aligned[index]),
-                (f"VAE2 - original, x{gain}", report.difference_map(pictures["ceiling"], original)),
-                (f"aligned - VAE2, x{gain}", report.difference_map(pictures["aligned"], pictures["ceiling"])),
-            ]
-        )
-    return rows
+        of_image = {row: (made[row][0][index], made[row][1][index]) for row in names}
+        yield report.comparison_picture(report.comparison_rows(original, of_image, names), size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -397,29 +384,26 @@ def report_strips(pairs: list[Pair], dataset: ImageDataset, dtype, results: dict
     """The pictures of the report: about `wanted` images, worst, median and best, made anew so that none had to be kept."""
     chosen = [(group, place) for group, places in report.chosen_images(results, wanted).items() for place in places]
     per_image, strips = results["per_image"], []
-    panels_on_page = len(chosen) * sum(3 * (4 + len(pair.others)) for pair in pairs)
+    panels_on_page = len(chosen) * sum(1 + 3 * len(picture_names(pair.others)) for pair in pairs)
     for group, place in tqdm(chosen, desc="pictures", unit="image", leave=False, disable=not chosen):
         pixels = dataset[results["indices"][place]]["pixel_values"]
         if pixels is None:
             log.warning("%r can no longer be read; it is left out of the pictures", results["paths"][place])
             continue
-        panels = []
+        grids = []
         for pair in pairs:
-            names = {"vae1": "VAE1", "ceiling": "VAE2", "reencode": "re-encode", "aligned": "aligned"}
-            names |= {f"aligned_{number}": f"aligned {number}" for number, _ in enumerate(pair.others, 2)}
+            names = picture_names(pair.others)
             ways = translators(pair.pipeline, [row for row in names if row != "vae1"], dtype, pair.others)
             images = pixels[None].to(pair.pipeline.device)
             made = {row: (latents[0], shown[0]) for row, (latents, shown) in reconstruct(pair.pipeline, images, ways).items()}
-            of_pair = report.page_panels(images[0], made, names, panels_on_page)
             if pair.suffix:
-                of_pair = [panel | {"caption": f"{panel['caption']}, pair {pair.suffix[1:]}"} for panel in of_pair[1:]]
-            panels += of_pair
-        figures = ", ".join(
-            f"{name} {report.decibels(per_image[row]['psnr'][place])}"
-            for row, name in (("aligned", "aligned"), ("reencode", "decode + re-encode"), ("ceiling", "VAE2"))
-        )
+                names = {row: f"{name}, pair {pair.suffix[1:]}" for row, name in names.items()}
+            grids.append(report.page_panels(report.comparison_rows(images[0], made, names), panels_on_page))
+        shown = {"ceiling": "VAE2", "reencode": "decode + re-encode"}
+        shown |= {each: each.replace("_", " ").replace("@", ", pair ") for each in per_image if each.startswith("aligned")}
+        figures = "; ".join(f"{name} {report.decibels(per_image[row]['psnr'][place])}" for row, name in shown.items())
         name = report.shown_name(results["paths"][place], results["settings"]["eval_data_dir"])
-        strips.append({"group": group, "name": name, "figures": f"PSNR in dB: {figures}", "panels": panels})
+        strips.append({"group": group, "name": name, "figures": f"PSNR in dB: {figures}", "grids": grids})
     return strips
 
 
@@ -477,10 +461,10 @@ def main(argv: list[str] | None = None) -> dict:
     log.info("%s at %d px from %s", count_of(len(dataset), "image"), size, args.eval_data_dir)
 
     def save_pictures(batch, made):
-        rows = comparison_panels(batch["pixel_values"].to(device), made)
-        for number, (path, index) in enumerate(zip(batch["path"], batch["index"].tolist())):
+        sheets = comparison_sheets(batch["pixel_values"].to(device), made, picture_names(pairs[0].others), size)
+        for sheet, path, index in zip(sheets, batch["path"], batch["index"].tolist()):
             with atomic_file(output_dir / f"{index:05d}_{plain_stem(path)}.png") as file:
-                report.comparison_picture(rows[2 * number : 2 * number + 2], size).save(file, "PNG")
+                sheet.save(file, "PNG")
 
     with memory_advice("evaluating", eval_batch_size=args.eval_batch_size, image_size=size, precision=precision):
         results = judge(pairs, loader, dtype, args.metrics, size, save_pictures if args.save_visualizations else None)
@@ -514,10 +498,7 @@ def main(argv: list[str] | None = None) -> dict:
     curves = read_curves(Path(checkpoints[0]["path"]), contents[0])
     page = report_page.render(results, strips, curves)
     try:
-        write_json(output_dir / "metrics.json", results)
-        report.write_csv(output_dir / "metrics.csv", results)
-        with atomic_file(output_dir / "report.html", "w", encoding="utf-8") as file:
-            file.write(page)
+        report.write_files(output_dir, results, page)
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: the results cannot be written ({one_line(error)})") from None
     say(" ".join(results["verdict"]["sentences"]))
@@ -526,4 +507,5 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # an exception: temporary files are removed
     run(main)

@@ -17,7 +17,7 @@ from utils import UserError, one_line
 OPTIONAL = ("ssim", "ms_ssim", "lpips", "rfid")
 DEFAULT_OPTIONAL = ("ssim", "ms_ssim", "lpips")
 HIGHER_IS_BETTER = frozenset(("psnr", "ssim", "ms_ssim", "psnr_vs_vae2", "ssim_vs_vae2", "latent_cosine"))
-MS_SSIM_SIDE = 161  # px: five scales of an 11 px window, as torchmetrics counts
+MS_SSIM_SIDE = 176  # px: a sixteenth of it must exceed 10, or torchmetrics raises
 LPIPS_SIDE = 32  # px: below that nothing is left after AlexNet's pooling
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity names its download
 SPECTRUM_BANDS = 24

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import io
+import json
 import math
 import os
+import textwrap
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -15,7 +19,8 @@ from metrics import to_8bit
 from utils import atomic_file, count_of
 
 DIFFERENCE_GAIN = 5  # differences are shown this many times amplified around mid-grey
-PADDING, CAPTION = 6, 20  # px
+PADDING = 6  # px
+PLAIN_SIGNS = str.maketrans("×−", "x-")  # Pillow's own font lacks these
 PAGE_PANEL = 512  # px: larger pictures are shown smaller on the page
 PAGE_BYTES = 6_000_000  # of pictures on the page, all together
 PSNR_NOISE = 0.05  # dB: smaller differences are none
@@ -46,17 +51,53 @@ def to_pil(image: torch.Tensor) -> Image.Image:
     return Image.fromarray(to_8bit(image).byte().permute(1, 2, 0).cpu().numpy())
 
 
-def comparison_picture(rows: list[list[tuple[str, torch.Tensor]]], panel: int) -> Image.Image:
-    """Rows of captioned panels on one sheet. Each panel is (caption, (3, h, w) in [-1, 1]), shown `panel` px wide."""
-    height = panel + CAPTION + PADDING
+def comparison_rows(original: torch.Tensor, made: dict, names: dict) -> list[list[tuple[str, torch.Tensor | None]]]:
+    """One image as three rows of (caption, panel): pictures, below each its amplified difference, below that its latents.
+
+    Pictures and differences are (3, S, S), latents (3, h, w), all in [-1, 1]. None is a place without a panel; its caption
+    says what is in the row. VAE1 and VAE2 are held against the original, everything else against VAE2.
+
+    Args:
+        original: (3, S, S) in [-1, 1]; made: {row: (latents (C, h, w), picture (3, S, S))}.
+        names: {row: what it is called}, of the rows to show, in order; "ceiling" is among them.
+    """
+    pictures = {row: made[row][1].clamp(-1, 1) for row in names}
+    rows = [
+        [("original", original)],
+        [(f"differences, amplified ×{DIFFERENCE_GAIN} around grey", None)],
+        [("latents, by one fixed projection to RGB", None)],
+    ]
+    for row, name in names.items():
+        than, reference = ("original", original) if row in ("vae1", "ceiling") else ("VAE2", pictures["ceiling"])
+        rows[0].append((name, pictures[row]))
+        rows[1].append((f"{name} − {than}, ×{DIFFERENCE_GAIN}", difference_map(pictures[row], reference)))
+        rows[2].append((f"{name} latents", latents_as_rgb(made[row][0])))
+    return rows
+
+
+def comparison_picture(rows: list[list[tuple[str, torch.Tensor | None]]], size: int) -> Image.Image:
+    """Rows of captioned panels on one sheet; the caption of a place without a panel is written into it.
+
+    Each panel is (caption, (3, h, w) in [-1, 1]), shown `size` px wide or as wide as its caption needs.
+    """
+    font = ImageFont.load_default(max(13, round(size * 0.06)))
+    line = round(1.5 * font.size)
+    shown = [[(caption.translate(PLAIN_SIGNS), image) for caption, image in row] for row in rows]
+    captions = [caption for row in shown for caption, image in row if image is not None]
+    panel = max(size, *(math.ceil(font.getlength(caption)) + 4 for caption in captions))
+    height = panel + line + PADDING
     width = max(len(row) for row in rows) * (panel + PADDING) + PADDING
     sheet = Image.new("RGB", (width, len(rows) * height + PADDING), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for y, row in enumerate(rows):
+    draw = ImageDraw.Draw(sheet)
+    for y, row in enumerate(shown):
         for x, (caption, image) in enumerate(row):
-            corner = (PADDING + x * (panel + PADDING), PADDING + y * height)
-            sheet.paste(to_pil(image).resize((panel, panel), Image.Resampling.NEAREST), corner)
-            draw.text((corner[0] + 2, corner[1] + panel + 2), caption, fill="black", font=font)
+            left, top = PADDING + x * (panel + PADDING), PADDING + y * height
+            if image is None:
+                lines = textwrap.wrap(caption, max(1, int(panel / font.getlength("n"))))
+                draw.text((left + 2, top), "\n".join(lines), fill="black", font=font)
+                continue
+            sheet.paste(to_pil(image).resize((panel, panel), Image.Resampling.NEAREST), (left, top))
+            draw.text((left + 2, top + panel + 2), caption, fill="black", font=font)
     return sheet
 
 
@@ -99,10 +140,24 @@ def csv_rows(results: dict):
             yield [path, row, *("" if figure is None else figure for figure in figures)]
 
 
-def write_csv(path, results: dict) -> None:
-    """Write `csv_rows`, atomically; bytes of a file name that are no UTF-8 come out as escapes."""
-    with atomic_file(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        csv.writer(file).writerows(csv_rows(results))
+def write_files(folder: Path, results: dict, page: str) -> None:
+    """metrics.json, metrics.csv and report.html in `folder`; bytes of a file name that are no UTF-8 come out as escapes.
+
+    Whatever is there of the three tells of one evaluation, at every moment and after a kill: all new files are whole before
+    the old ones go, and these have gone before the first new one gets its name. The page comes last.
+    """
+    paths = [folder / name for name in ("report.html", "metrics.csv", "metrics.json")]
+    with contextlib.ExitStack() as stack:  # which renames them in the reverse order
+        options = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+        files = [stack.enter_context(atomic_file(path, "w", **options)) for path in paths]
+        files[0].write(page)
+        csv.writer(files[1]).writerows(csv_rows(results))
+        files[2].write(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+        for path in paths:
+            path.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -259,33 +314,25 @@ def picture_uri(image: torch.Tensor, side: int, limit: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def latents_uri(latents: torch.Tensor) -> str:
-    """(C, h, w) scaled latents by the fixed projection as a data URI of a PNG, one pixel per latent."""
+def pixels_uri(image: torch.Tensor, limit: int) -> str:
+    """(3, h, w) in [-1, 1], as small as latents are, as a data URI of a PNG; of a JPEG if that is over `limit` bytes."""
     file = io.BytesIO()
-    to_pil(latents_as_rgb(latents)).save(file, "PNG", optimize=True)
+    to_pil(image).save(file, "PNG", optimize=True)
+    if file.tell() > limit:
+        return picture_uri(image, max(image.shape[-2:]), limit)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def page_panels(original: torch.Tensor, made: dict, names: dict, panels_on_page: int) -> list[dict]:
-    """The panels of one image for the page: {caption, uri, pixelated}. Pictures, then differences, then latents.
+def page_panels(rows: list[list[tuple[str, torch.Tensor | None]]], panels_on_page: int) -> list[list[dict]]:
+    """`comparison_rows` for the page: {caption, uri, pixelated} for each place, with None as `uri` where there is no panel.
 
-    Args:
-        original: (3, S, S) in [-1, 1]; made: {row: (latents (C, h, w), picture (3, S, S))}.
-        names: {row: what it is called}, of the rows to show, in order; `panels_on_page`: how many share the page's bytes.
+    `panels_on_page` panels share the page's bytes.
     """
     limit = PAGE_BYTES // max(1, panels_on_page)
     side = max(64, min(PAGE_PANEL, int(math.sqrt(limit * 2))))  # at half a byte per pixel photos look as they are
-    pictures = {row: made[row][1].clamp(-1, 1) for row in names}
-    differences = [(f"VAE2 − original, ×{DIFFERENCE_GAIN}", difference_map(pictures["ceiling"], original))]
-    differences += [
-        (f"{name} − VAE2, ×{DIFFERENCE_GAIN}", difference_map(pictures[row], pictures["ceiling"]))
-        for row, name in names.items()
-        if row not in ("vae1", "ceiling")
-    ]
-    shown = [("original", original), *((name, pictures[row]) for row, name in names.items()), *differences]
-    panels = [{"caption": name, "uri": picture_uri(image, side, limit), "pixelated": False} for name, image in shown]
-    return panels + [
-        {"caption": f"{name} latents", "uri": latents_uri(made[row][0]), "pixelated": True}
-        for row, name in names.items()
-        if row != "vae1"
-    ]
+
+    def for_page(caption, image, pixelated):
+        uri = None if image is None else pixels_uri(image, limit) if pixelated else picture_uri(image, side, limit)
+        return {"caption": caption, "uri": uri, "pixelated": pixelated}
+
+    return [[for_page(caption, image, row is rows[-1]) for caption, image in row] for row in rows]

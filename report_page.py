@@ -49,17 +49,22 @@ h3 { font-size: 1rem; margin: 1.25rem 0 .25rem; } p { margin: .25rem 0 .75rem; m
 .verdict { background: var(--soft); border-left: 6px solid var(--plain); border-radius: 6px; padding: 1rem; margin: 1rem 0; }
 .verdict.yes, .verdict.equal { border-color: var(--good); } .verdict.no { border-color: var(--bad); }
 .verdict p { font-size: 1.1rem; margin: 0 0 .5rem; } .verdict ul { margin: .25rem 0 0; padding-left: 1.2rem; }
-.verdict h2 { margin: 0 0 .25rem; font-size: .875rem; color: var(--dim); font-weight: 600; }
+.verdict h2, .verdict h3 { margin: .75rem 0 .25rem; font-size: .875rem; color: var(--dim); font-weight: 600; }
+.verdict h2 { margin: 0 0 .5rem; } .verdict h2 strong { display: block; font-size: 1.6rem; line-height: 1.2; }
+.verdict.yes strong, .verdict.equal strong { color: var(--good); } .verdict.no strong { color: var(--bad); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .5rem; margin: 0 0 1rem; padding: 0; }
 .tiles div { border: 1px solid var(--rule); border-radius: 6px; padding: .5rem .75rem; }
 .tiles dt { color: var(--dim); font-size: .8125rem; } .tiles dd { margin: 0; font-size: 1.35rem; font-weight: 650; }
 .scroll { overflow-x: auto; border: 1px solid var(--rule); border-radius: 6px; margin: .5rem 0; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
-tbody tr:last-child > * { border-bottom: 0; } thead th { color: var(--dim); font-weight: 600; vertical-align: bottom; }
+th, td { padding: .4rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule);
+  overflow-wrap: normal; }
+tbody tr:last-child > * { border-bottom: 0; } thead th { color: var(--dim); font-weight: 600;
+  vertical-align: bottom; white-space: normal; }
 thead small { display: block; font-weight: 400; } th[scope=row] { text-align: left; font-weight: 500; }
-th:first-child { text-align: left; white-space: normal; min-width: 7.5rem; }
-td.name, th.name { text-align: left; white-space: normal; min-width: 10rem; }
+th:first-child { text-align: left; white-space: normal; min-width: 7.5rem; position: sticky; left: 0;
+  background: var(--paper); overflow-wrap: anywhere; }
+td.name, th.name { text-align: left; white-space: normal; min-width: 10rem; overflow-wrap: anywhere; }
 tr.main > * { background: var(--soft); font-weight: 650; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1.25rem; }
 .charts > figure, .histograms > div { min-width: 0; margin: 0; } figure h3 { margin-top: 0; }
@@ -77,7 +82,10 @@ svg .strong { font-weight: 650; } .grid { stroke: var(--rule); stroke-width: 1; 
   font-size: .8125rem; }
 .legend .key { width: 28px; height: 10px; display: inline-block; margin-right: .4rem; vertical-align: middle; }
 .strip { margin: 0 0 1.5rem; } .strip h4 { margin: .75rem 0 0; font-size: .9375rem; font-weight: 600; }
-.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(clamp(6.4rem, 13vw, 10rem), 1fr)); gap: .4rem; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.4rem, 1fr)); gap: .4rem; margin-bottom: .75rem; }
+.panels .gap { display: none; }
+@media (min-width: 44rem) { .panels { grid-template-columns: repeat(var(--columns), minmax(0, 11.5rem)); }
+  .panels .gap { display: block; align-self: center; margin: 0; padding: .5rem; } }
 .panels figure { margin: 0; min-width: 0; } .panels figcaption { font-size: .75rem; line-height: 1.3; }
 .shot { display: block; width: 100%; padding: 0; border: 0; background: none; cursor: zoom-in; border-radius: 3px; }
 .shot:focus-visible, .scroll:focus-visible, summary:focus-visible { outline: 3px solid var(--aligned); outline-offset: 2px; }
@@ -137,7 +145,7 @@ def colours_of(ladder: dict) -> dict:
 
 def figure_text(metric: str, value) -> str:
     """A figure of the ladder as the tables show it; a dash where there is none."""
-    return "–" if value is None else COLUMNS[metric][2](value)
+    return "–" if value is None else COLUMNS[metric][2](value).replace("-", "−")
 
 
 def render(results: dict, strips: list[dict], curves: dict | None) -> str:
@@ -145,8 +153,8 @@ def render(results: dict, strips: list[dict], curves: dict | None) -> str:
 
     Args:
         results: what metrics.json holds.
-        strips: the images to show, {group: "worst" | "median" | "best", name, figures: text, panels: see
-            `report.page_panels`}.
+        strips: the images to show, {group: "worst" | "median" | "best", name, figures: text, grids: for each pair of VAEs
+            what `report.page_panels` gives}.
         curves: see `run_logs.read_curves`.
     """
     sections = [
@@ -189,7 +197,7 @@ def _verdict(results):
     verdict, aligned = results["verdict"], results["ladder"]["aligned"]
     says = "".join(f"<p>{text(sentence)}</p>" for sentence in verdict["sentences"])
     against = "".join(f"<li>{text(sentence)}</li>" for sentence in verdict["weaknesses"])
-    against = f"<h2>What to mind</h2><ul>{against}</ul>" if against else ""
+    against = f"<h3>What to mind</h3><ul>{against}</ul>" if against else ""
     gain, fraction, below = verdict["gain_db"], verdict["macs_fraction"], verdict["below_ceiling_db"]
     tiles = (
         ("PSNR, aligned", "–" if aligned["psnr"] is None else f"{aligned['psnr']:.2f} dB"),
@@ -199,8 +207,9 @@ def _verdict(results):
     )
     tiles = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in tiles)
     return (
-        f'<section class="verdict {verdict["answer"]}" aria-label="Verdict"><h2>Worth using instead of decode + re-encode? '
-        f'{ANSWERS[verdict["answer"]]}.</h2>{says}{against}</section><dl class="tiles">{tiles}</dl>'
+        f'<section class="verdict {verdict["answer"]}" aria-label="Verdict"><h2>Is it worth using instead of decode + '
+        f"re-encode? <strong>{ANSWERS[verdict['answer']]}</strong></h2>{says}{against}</section>"
+        f'<dl class="tiles">{tiles}</dl>'
     )
 
 
@@ -248,6 +257,22 @@ def _ladder(results):
     )
 
 
+def _grid(name, rows):
+    """The panels of one image between two VAEs: where there is room a column for each way to VAE2's latents."""
+    panels = ""
+    for panel in (panel for row in rows for panel in row):
+        caption = text(panel["caption"])
+        if panel["uri"] is None:
+            panels += f'<p class="dim gap">{caption}</p>'
+            continue
+        pixelated = ' class="pixelated"' if panel["pixelated"] else ""
+        panels += (
+            f'<figure><button type="button" class="shot"><img src="{panel["uri"]}" alt="{text(name)}: {caption}"{pixelated}>'
+            f"</button><figcaption>{caption}</figcaption></figure>"
+        )
+    return f'<div class="panels" style="--columns: {len(rows[0])}">{panels}</div>'
+
+
 def _strips(strips):
     if not strips:
         return ""
@@ -256,17 +281,9 @@ def _strips(strips):
         if strip["group"] != group:
             group = strip["group"]
             body += f"<h3>{GROUPS[group]}</h3>"
-        panels = ""
-        for panel in strip["panels"]:
-            alt = text(f"{strip['name']}: {panel['caption']}")
-            pixelated = ' class="pixelated"' if panel["pixelated"] else ""
-            panels += (
-                f'<figure><button type="button" class="shot"><img src="{panel["uri"]}" alt="{alt}"{pixelated}>'
-                f"</button><figcaption>{text(panel['caption'])}</figcaption></figure>"
-            )
+        grids = "".join(_grid(strip["name"], rows) for rows in strip["grids"])
         body += (
-            f'<section class="strip"><h4>{text(strip["name"])}</h4><p class="dim">{text(strip["figures"])}</p>'
-            f'<div class="panels">{panels}</div></section>'
+            f'<section class="strip"><h4>{text(strip["name"])}</h4><p class="dim">{text(strip["figures"])}</p>{grids}</section>'
         )
     return (
         "<section><h2>Pictures</h2><p>The images on which the module loses most, middling and least against VAE2's own "
@@ -396,7 +413,8 @@ def _method(results):
         "<li>PSNR, SSIM and the other picture metrics are taken per image on clamped 8-bit values, against the original, and "
         "then averaged.</li><li>Latents are scaled latents; their target is VAE2's posterior mean. Their cosine is that of the "
         "whole latent as one vector.</li>"
-        "<li>Colour bias is the mean of aligned − VAE2's own reconstruction per channel, in 8-bit levels.</li>"
+        "<li>Colour bias is the mean of a rung's pictures − VAE2's own reconstructions, for red, green and blue each, in "
+        "8-bit levels.</li>"
         "<li>Time, weights and multiply-adds are what it takes to come by VAE2's latents, from VAE1's (and the image, where "
         f"the module takes it), at batch size 1 on {text(settings['device'])} in {text(settings['precision'])}; the time is "
         "the fastest of three.</li>"

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-import report
-from eval_align import applicable_rows, comparison_panels, evaluate, reconstruct, translators
+from eval_align import applicable_rows, comparison_sheets, evaluate, picture_names, reconstruct, translators
 from utils import UserError, atomic_file, printable
 
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 CHARTS = {"PSNR, dB": "psnr", "PSNR against VAE2, dB": "psnr_vs_vae2", "SSIM": "ssim", "latent MSE": "latent_mse"}
+CHARTED = ("ceiling", "reencode", "linear", "aligned")  # with an untrained module's figures the others would lie in one line
 
 
 def open_writer(folder: Path, step: int):
@@ -35,7 +35,7 @@ def open_writer(folder: Path, step: int):
     while stamps and int(time.time()) == max(stamps):
         time.sleep(0.05)  # readers sort a folder's event files by the second in their names
     writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
-    charts = {title: ["Multiline", [rf"eval_{metric}/.*"]] for title, metric in CHARTS.items()}
+    charts = {title: ["Multiline", [rf"eval_{metric}/({'|'.join(CHARTED)})"]] for title, metric in CHARTS.items()}
     writer.add_custom_scalars({"ladder": charts})
     return writer
 
@@ -105,16 +105,15 @@ def log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype) -> None:
 
 def visualize_results(pipeline, eval_loader, writer, epoch, args, dtype) -> None:
     """The first --num_visualize_samples evaluation images as captioned sheets: reconstructions, differences, latents."""
-    step = step_of(epoch, args)
-    shown = 0
+    step, names, shown = step_of(epoch, args), picture_names(), 0
+    ways = translators(pipeline, [row for row in names if row != "vae1"], dtype)
     for batch in eval_loader:
         images = batch["pixel_values"][: args.num_visualize_samples - shown].to(pipeline.device)
         if not len(images):
             continue
-        rows = comparison_panels(images, reconstruct(pipeline, images, translators(pipeline, ("ceiling", "aligned"), dtype)))
-        for number in range(len(images)):
-            sheet = report.comparison_picture(rows[2 * number : 2 * number + 2], args.image_size)
-            writer.add_image(f"samples/{shown + number}", np.asarray(sheet), step, dataformats="HWC")
+        sheets = comparison_sheets(images, reconstruct(pipeline, images, ways), names, args.image_size)
+        for number, sheet in enumerate(sheets, shown):
+            writer.add_image(f"samples/{number}", np.asarray(sheet), step, dataformats="HWC")
         shown += len(images)
         if shown >= args.num_visualize_samples:
             break

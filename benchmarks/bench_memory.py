@@ -1,9 +1,10 @@
-"""Whether training memory grows with the data set: peak anonymous memory at N and at 10 N images.
+"""Whether memory grows with the data set: peak anonymous memory at N and at 10 N images, training and evaluating.
 
     python benchmarks/bench_memory.py
 
-Trains on made-up images with a complete latent cache, pixels included, in a process of its own, and follows that process's
-RssAnon (memory that is not a mapped file). Prints one JSON line last: `peak_mb` with `n` and `10n`. Linux only.
+Trains on made-up images with a complete latent cache, pixels included, and evaluates the checkpoint on the same images, each in
+a process of its own, and follows that process's RssAnon (memory that is not a mapped file). Prints one JSON line last:
+`training` and `evaluation` with `peak_mb` of `n` and `10n`, and their ratio. Linux only.
 """
 
 import argparse
@@ -44,25 +45,32 @@ def peak_anonymous_mb(command):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=100, help="images of the smaller set")
-    parser.add_argument("--image_size", type=int, default=256, help="px")
+    parser.add_argument("--image_size", type=int, default=256, help="px, in training")
+    parser.add_argument("--eval_image_size", type=int, default=64, help="px, in evaluation")
     parser.add_argument("--steps", type=int, default=20, help="training steps")
     options = parser.parse_args()
-    peaks = {}
+    peaks = {"training": {}, "evaluation": {}}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for name, count in (("n", options.n), ("10n", 10 * options.n)):
             make_images(folder / name, count, options.image_size)
-            command = [
+            train = [
                 sys.executable, "train_align_with_args.py", "--load_config", "config/demo.json",
                 "--train_data_dir", folder / name, "--image_size", options.image_size, "--cache_views", 1,
                 "--latent_cache_dir", folder / "cache", "--log_dir", folder / "runs", "--save_dir", folder / "ckpt",
                 "--eval_frequency", 0, "--visualize_frequency", 0, "--max_train_steps", options.steps, "--num_workers", 1,
             ]  # fmt: skip
-            command = [str(part) for part in command]
-            subprocess.run([*command, "--cache_only"], check=True, cwd=ROOT)
-            peaks[name] = peak_anonymous_mb(command)
-            print(f"{count} images: {peaks[name]:.1f} MB")
-    print_result({"peak_mb": {name: round(peak, 1) for name, peak in peaks.items()}, "ratio": peaks["10n"] / peaks["n"]})
+            evaluate = [
+                sys.executable, "eval_align.py", "--checkpoint", folder / "ckpt", "--eval_data_dir", folder / name,
+                "--output_dir", folder / "results", "--image_size", options.eval_image_size, "--num_workers", 1,
+                "--save_visualizations",
+            ]  # fmt: skip
+            train, evaluate = ([str(part) for part in command] for command in (train, evaluate))
+            subprocess.run([*train, "--cache_only"], check=True, cwd=ROOT)
+            for what, command in (("training", train), ("evaluation", evaluate)):
+                peaks[what][name] = round(peak_anonymous_mb(command), 1)
+                print(f"{what}, {count} images: {peaks[what][name]} MB")
+    print_result({what: {"peak_mb": peak, "ratio": peak["10n"] / peak["n"]} for what, peak in peaks.items()})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from runs import ONE_THREAD  # noqa: F401  one thread in this interpreter
 
 import report
 from dataloader import ImageDataset, eval_loader, list_images
-from eval_align import LADDER, evaluate
+from eval_align import LADDER, evaluate, picture_names
 from metrics import image_metrics
 from vae_align import AlignConfig, AlignModule, AlignPipeline, LatentSpace, load_vae_model
 
@@ -168,15 +168,34 @@ def test_table_shows_every_row_and_a_dash_where_a_figure_has_no_meaning(judged):
     assert f"{judged[0]['ladder']['aligned']['psnr']:.2f}" in table[-1]
 
 
+def test_every_way_to_vae2s_latents_has_its_picture_difference_and_latents_in_one_column():
+    """Decode + re-encode or a further checkpoint left out; a difference against the wrong picture or without its factor."""
+    names = picture_names(others=[None])
+    levels_of = dict(zip(names, (0.1, 0.2, 0.25, 0.3, 0.35)))
+    made = {row: (torch.full((4, 2, 2), level), torch.full((3, 8, 8), level)) for row, level in levels_of.items()}
+    pictures, differences, latents = report.comparison_rows(torch.zeros(3, 8, 8), made, names)
+    assert [caption for caption, _ in pictures] == ["original", "VAE1", "VAE2", "re-encode", "aligned", "aligned 2"]
+    expected = {"VAE1 − original": 0.1, "VAE2 − original": 0.2, "re-encode − VAE2": 0.05, "aligned − VAE2": 0.1}
+    expected["aligned 2 − VAE2"] = 0.15
+    assert [caption for caption, _ in differences[1:]] == [f"{pair}, ×{report.DIFFERENCE_GAIN}" for pair in expected]
+    for (_, image), difference in zip(differences[1:], expected.values()):
+        torch.testing.assert_close(image, torch.full((3, 8, 8), difference / 2 * report.DIFFERENCE_GAIN))
+    for (_, image), row in zip(latents[1:], names):
+        torch.testing.assert_close(image, report.latents_as_rgb(made[row][0]))
+    assert differences[0][1] is latents[0][1] is None
+
+
 def test_comparison_picture_has_room_for_every_panel():
-    """Panels that overlap or fall off the sheet; a panel smaller than the others that is not enlarged."""
+    """Panels or captions that overlap or fall off the sheet; a panel smaller than the others that is not enlarged."""
     red, green, blue = (torch.full((3, 16, 16), -1.0) for _ in range(3))
     red[0], green[1], blue[2] = 1, 1, 1
     rows = [[("red", red), ("green", green), ("blue", blue)], [("latents", green[:, :2, :2]), ("red", red)]]
     sheet = report.comparison_picture(rows, 40)
-    row_height = 40 + report.CAPTION + report.PADDING
-    assert sheet.size == (3 * (40 + report.PADDING) + report.PADDING, 2 * row_height + report.PADDING)
-    middle = report.PADDING + 20
+    panel = (sheet.width - report.PADDING) // 3 - report.PADDING
+    row_height = (sheet.height - report.PADDING) // 2
+    assert panel >= 40
+    assert row_height > panel + report.PADDING
+    middle = report.PADDING + panel // 2
     colours = {
         (0, 0): (255, 0, 0),
         (1, 0): (0, 255, 0),
@@ -185,9 +204,11 @@ def test_comparison_picture_has_room_for_every_panel():
         (1, 1): (255, 0, 0),
     }
     for (column, row), colour in colours.items():
-        assert sheet.getpixel((middle + column * (40 + report.PADDING), middle + row * row_height)) == colour
-    corner = (report.PADDING + 38, report.PADDING + row_height + 38)
+        assert sheet.getpixel((middle + column * (panel + report.PADDING), middle + row * row_height)) == colour
+    corner = (report.PADDING + panel - 2, report.PADDING + row_height + panel - 2)
     assert sheet.getpixel(corner) == (0, 255, 0)
+    long = report.comparison_picture([[("a caption of some length", red), ("", None)]], 40)
+    assert long.width > 2 * 100
 
 
 def test_difference_map_is_grey_for_equals_and_amplified_with_sign():

@@ -193,6 +193,33 @@ def test_interrupt_leaves_the_older_report_whole(judged, tmp_path, monkeypatch):
     assert (tmp_path / "report.html").read_text() == "older"
 
 
+def test_no_moment_of_writing_has_files_of_two_evaluations(judged, tmp_path, monkeypatch):
+    """New figures beside an old page after a kill between two files; a half-written file under its own name."""
+    names, ages = ("metrics.json", "metrics.csv", "report.html"), []
+    for name in names:
+        (tmp_path / name).write_text("old")
+
+    def look(function):
+        def looked_at(*args, **options):
+            result = function(*args, **options)
+            there = [(tmp_path / name).read_text(encoding="utf-8") for name in names if (tmp_path / name).exists()]
+            ages.append({"old" if text == "old" else "new" for text in there})
+            assert all(text == "old" or text.endswith(("\n", "</html>")) for text in there)
+            return result
+
+        return looked_at
+
+    for name in ("fsync", "unlink", "replace"):
+        monkeypatch.setattr(os, name, look(getattr(os, name)))
+    report.write_files(tmp_path, judged.results, "<p>new</p></html>")
+    assert len(ages) >= 9
+    assert ages[0] == {"old"}
+    assert ages[-1] == {"new"}
+    assert all(len(age) <= 1 for age in ages)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    assert read_json(tmp_path / "metrics.json") == judged.results
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The page
 
@@ -219,7 +246,7 @@ def test_page_is_one_file_and_names_in_it_are_text(judged):
     assert "&lt;script&gt;" in judged.page
     assert "two\\nlines" in judged.page
     images = [attributes for tag, attributes in tags if tag == "img"]
-    of_strips = 4 * ((1 + 5 + 4 + 4) + (4 + 3 + 3))  # pictures, differences and latents of both pairs; 4 images
+    of_strips = 4 * ((1 + 3 * 5) + (1 + 3 * 4))  # the original; picture, difference and latents of every way; both pairs
     assert len(images) == of_strips + 1
     assert all(image["alt"] for image in images[:-1])
     assert len(judged.page) < 2_000_000
@@ -261,14 +288,15 @@ def test_logs_that_are_missing_or_damaged_give_no_curves(tmp_path):
 def test_pictures_keep_within_the_pages_bytes():
     """A page of tens of megabytes from large or noisy images."""
     noise = torch.rand(3, 768, 768, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    made = {row: (torch.randn(16, 96, 96), noise) for row in ("vae1", "ceiling", "reencode", "aligned")}
-    names = {row: row for row in made}
+    names = {row: row for row in ("vae1", "ceiling", "reencode", "aligned")}
+    made = {row: (torch.randn(16, 96, 96), noise) for row in names}
     for count in (9, 100):
-        panels = report.page_panels(noise, made, names, 12 * count)
-        assert [panel["caption"] for panel in panels][:2] == ["original", "vae1"]
-        pictures = [panel for panel in panels if not panel["pixelated"]]
-        assert sum(len(panel["uri"]) for panel in pictures) * count < 9_500_000
-        assert len({panel["uri"] for panel in panels}) >= 4
+        rows = report.page_panels(report.comparison_rows(noise, made, names), 13 * count)
+        assert [panel["caption"] for panel in rows[0]] == ["original", *names]
+        panels = [panel for row in rows for panel in row if panel["uri"]]
+        assert len(panels) == 13
+        assert sum(len(panel["uri"]) for panel in panels) * count < 9_500_000
+        assert [panel["pixelated"] for panel in rows[2] if panel["uri"]] == [True] * 4
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +326,7 @@ def test_page_in_a_browser_shows_the_figures_and_asks_for_nothing(judged, browse
     for row, figures in ladder.items():
         for metric, digits in (("psnr", 2), ("ssim", 4), ("latent_mse", 4), ("latent_cosine", 4)):
             shown = cells[f"{row} {metric}"]
-            assert (None if shown == "–" else float(shown)) == (
+            assert (None if shown == "–" else float(shown.replace("−", "-"))) == (
                 None if figures[metric] is None else pytest.approx(figures[metric], abs=0.51 * 10**-digits)
             ), (row, metric)
     assert cells["vae1 latent_mse"] == cells["ceiling psnr_vs_vae2"] == "–"
@@ -453,7 +481,7 @@ def test_ticks_are_round_numbers_within_the_range(low, high, expected):
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(None, "–"), (0, "0"), (0.05, "0.05"), (12.345, "12.3"), (1234.5, "1234"), (2e-7, "2.0e-07"), (-5, "-5")],
+    [(None, "–"), (0, "0"), (0.05, "0.05"), (12.345, "12.3"), (1234.5, "1234"), (2e-7, "2.0e−07"), (-5, "−5")],
 )
 def test_numbers_on_axes_are_short(value, shown):
     assert charts.number(value) == shown
