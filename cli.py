@@ -195,7 +195,7 @@ def run(main) -> None:
         sys.exit(f"error: {one_line(error, limit=600)}; {remedy}")
     except KeyboardInterrupt as interrupt:
         number = signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT
-        print(f"\nstopped by {number.name}; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        print(f"\nstopped by {number.name}; what was finished is kept; start the same command again", file=sys.stderr)
         sys.exit(128 + number)
     except Exception:  # a bug, and all that is known of it; libraries quote URLs and headers
         sys.exit(without_secrets(traceback.format_exc().rstrip()))

@@ -46,6 +46,8 @@ def print_plan(args, pipeline, loaders, objective, optimizer, steps: int, views:
     )
     view_bytes += batch["pixel_values"][0].numel() if cached_pixels else 0
     weight_bytes = 4 * sum(parameter.numel() for parameter in pipeline.module.parameters())
+    moment_bytes = 4 * sum(moment.numel() for moments in optimizer.state.values() for moment in moments.values())
+    checkpoint_bytes = (2 if args.ema_decay else 1) * weight_bytes + moment_bytes
     encoded_images = images * views if views else steps * batch_size
     evaluations = 1 + steps // (args.eval_frequency * len(train_loader)) if args.eval_frequency else 0
     seconds = steps * stepping + encoded_images / batch_size * encoding + evaluations * len(eval_loader) * judging
@@ -56,7 +58,7 @@ def print_plan(args, pipeline, loaders, objective, optimizer, steps: int, views:
         f"expected time:    {seconds / 60:.1f} minutes ({stepping:.2f} s a step, {encoding:.2f} s to encode a batch, "
         f"{count_of(evaluations, 'evaluation')})\n"
         f"latent cache:     {images * views * view_bytes / 1e6:.0f} MB for {count_of(views, 'view')} of each image\n"
-        f"a checkpoint:     {(4 if args.ema_decay else 3) * weight_bytes / 1e6:.1f} MB\n"
+        f"a checkpoint:     {checkpoint_bytes / 1e6:.1f} MB\n"
         f"peak memory:      {peak_memory(accelerator.device) / 1e9:.1f} GB"
     )
 
