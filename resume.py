@@ -1,4 +1,4 @@
-"""Going on with an interrupted run: with which flags, from which state, and how a run lets itself be interrupted.
+"""Going on with an interrupted run: with which flags, from which state, with which images.
 
 Whatever is random in a step is a function of (seed, step): the order of the images, their crops, posterior samples, the
 decoded loss's window. So the state of a training is its tensors and its step, and no generator's.
@@ -7,12 +7,9 @@ decoded loss's window. So the state of a training is its tensors and its step, a
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import os
 import re
-import signal
-import time
 
 import torch
 
@@ -30,8 +27,6 @@ MAY_CHANGE = frozenset({
 })  # fmt: skip
 
 ADAMW_STATE, MUON_STATE = {"step", "exp_avg", "exp_avg_sq"}, {"momentum"}  # what they keep for each parameter
-RELAY = 2.0  # seconds within which a launcher has passed a signal on
-ASK = 2.0  # seconds between two askings whether some process shall stop
 
 
 def adopt_flags(args: argparse.Namespace, config: dict) -> None:
@@ -172,56 +167,3 @@ def _on_cpu(value):
     if isinstance(value, list):
         return [_on_cpu(item) for item in value]
     return value.detach().cpu().contiguous() if isinstance(value, torch.Tensor) else value
-
-
-class StopRequest:
-    """Within this context SIGINT and SIGTERM ask the run to stop instead of stopping it: `signal` says which came.
-
-    The second one of a kind acts as if this context were not there, so that it ends the process at once. With a launcher
-    that only goes for one that comes later than `RELAY` seconds: what a terminal sends to all, the launcher sends once more.
-    """
-
-    def __init__(self):
-        self.signal: int | None = None
-        self._before, self._came = {}, {}
-        self._ask_at, self._interval, self._asked = 0, 1, time.monotonic()
-
-    def __enter__(self):
-        with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number, frame):
-        self.signal, now = number, time.monotonic()
-        if number in self._came:
-            if now - self._came[number] > RELAY:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            return
-        self._came[number] = now
-        if "LOCAL_RANK" not in os.environ:  # which launchers set
-            signal.signal(number, signal.SIG_DFL)
-        # os.write: a handler may come upon a half-done print, which buffered streams do not bear
-        os.write(2, f"\n{signal.Signals(number).name}: finishing the step and saving; once more to leave at once\n".encode())
-
-    def __exit__(self, *exception):
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if self.signal else handler)  # we are leaving: once more is at once
-
-    def agreed(self, accelerator, step: int) -> int | None:
-        """The signal that came, to every process the same and at the same step.
-
-        Several processes must wait for each other to agree, so they ask only about every `ASK` seconds: at steps that all of
-        them work out from the slowest one's time.
-        """
-        if accelerator.num_processes == 1:
-            return self.signal
-        if step < self._ask_at:
-            return None
-        mine = [float(self.signal or 0), time.monotonic() - self._asked]
-        number, seconds = accelerator.gather(torch.tensor([mine], device=accelerator.device)).amax(dim=0).tolist()
-        self._asked = time.monotonic()
-        self._interval = max(1, min(2 * self._interval, int(self._interval * ASK / max(seconds, 1e-3))))
-        self._ask_at = step + self._interval
-        return int(number) or None

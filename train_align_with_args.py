@@ -57,7 +57,6 @@ from muon import Muon
 from objective import Objective, needs_pixels
 from preflight import claim_outputs, say_what_is_odd
 from resume import (
-    StopRequest,
     adopt_flags,
     data_order,
     names_digest,
@@ -68,6 +67,7 @@ from resume import (
     training_state,
 )
 from ridge import fit_ridge
+from stop_request import StopRequest
 from training_log import evaluate_and_log, log_hparams, log_model_stats, open_writer, print_results, visualize_results
 from utils import (
     UserError,

@@ -9,7 +9,7 @@ from hostile import is_one_line, no_hang
 from checkpoints import drop_abandoned
 from cli import run
 from dataloader import WorkerLoader, leave_signals_to_parent
-from resume import RELAY, StopRequest
+from stop_request import RELAY, StopRequest
 
 
 @pytest.fixture(autouse=True)
