@@ -69,14 +69,7 @@ from resume import (
 from ridge import fit_ridge
 from stop_request import StopRequest
 from training_log import evaluate_and_log, log_hparams, log_model_stats, open_writer, print_results, visualize_results
-from utils import (
-    UserError,
-    count_of,
-    next_stamp,
-    one_line,
-    use_proxy,
-    write_json,
-)
+from utils import UserError, count_of, next_stamp, one_line, use_proxy, write_json
 from vae_align import (
     AlignConfig,
     AlignModule,
