@@ -32,13 +32,17 @@ class BadSteps:
     def mask(self, optimizer: torch.optim.Optimizer, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
         """Have the next `optimizer.step()` do nothing if this loss or gradient norm is not finite; returns whether it is.
 
-        `found_inf` is how torch's fused optimizers are told by its own gradient scaler: moments and step count stay too.
+        `found_inf` is how torch's fused optimizers are told by its own gradient scaler: moments and step count stay too. Those
+        that are not fused (on a device that has no such kernel) refuse it; theirs is a step without gradients.
         """
         ok = loss.detach().isfinite() & grad_norm.isfinite().to(loss.device)
         if self.accelerator.num_processes > 1:  # gradients are shared, a loss is each process's own
             ok = self.accelerator.reduce(ok.float(), "sum") >= self.accelerator.num_processes - 0.5
         if self.accelerator.scaler is None:
-            optimizer.found_inf = (~ok).float()
+            if all(group.get("fused", True) for group in optimizer.param_groups):
+                optimizer.found_inf = (~ok).float()
+            elif not ok:
+                optimizer.zero_grad(set_to_none=True)
         return ok
 
     def note(self, ok: torch.Tensor, step: int, files: list[str]) -> None:

@@ -8,7 +8,7 @@ import os
 import time
 from pathlib import Path
 
-from resume import require_training
+from resume import OWN_NAME, require_training
 from utils import UserError
 from vae_align import AlignPipeline, checkpoints_in, read_checkpoint
 
@@ -36,7 +36,9 @@ class RunCheckpoints:
         self.keep_last, self.best_metric = keep_last, best_metric
         self.last = path
         self.best = resumed["best"] if resumed else None
-        self._own = [*resumed["own"], path.name] if resumed else []
+        self._own = list(resumed["own"]) if resumed else []
+        if resumed and OWN_NAME.fullmatch(path.name) and path.parent.resolve() == self.folder.resolve():
+            self._own.append(path.name)  # a copy elsewhere or of another name is the user's
         drop_abandoned(self.folder)
 
     @property
@@ -67,7 +69,7 @@ class RunCheckpoints:
 def drop_abandoned(folder: Path) -> None:
     """Delete the half-written checkpoints that kills left in `folder`, before they fill the disk."""
     for file in folder.glob(".align_*.pth.*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # another process was quicker, or the file is another user's
             if time.time() - file.stat().st_mtime > ABANDONED:
                 os.unlink(file)
 

@@ -209,19 +209,19 @@ class _Terminated(KeyboardInterrupt):
 def _unwinding_on_signals():
     """Within this context the first SIGINT or SIGTERM raises, so that temporary files go and workers end."""
 
-    def terminate(number, _):
+    def unwind(number, _):
         signal.signal(number, signal.SIG_DFL)  # the second one ends at once
-        raise _Terminated
+        raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     before = {}
     with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
-        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, terminate)
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, unwind)
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _thread_failed(failure):

@@ -17,7 +17,7 @@ class Muon(torch.optim.Optimizer):
     AdamW (Liu et al. 2025, arXiv:2502.16982), so one learning rate and one weight decay serve both.
 
     Args:
-        matrices: weights of hidden convolutions or linear layers; others: biases, first and last layers and the like.
+        matrices: weights of convolutions or linear layers; others: biases, first and last layers and the like.
         fused: run AdamW in one kernel, where the device has it.
 
     As with torch's fused optimizers, a step does nothing where the attribute `found_inf` holds a tensor other than 0.
@@ -39,6 +39,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        loss = torch.enable_grad()(closure)() if closure else None
         found_inf = getattr(self, "found_inf", None)
         self._adamw.found_inf = found_inf
         self._adamw.step()
@@ -49,6 +50,7 @@ class Muon(torch.optim.Optimizer):
                 shapes.setdefault(weight.shape, []).append(weight)
         for weights in shapes.values():  # those of one shape at once: a GPU would wait for the launch of each
             self._step_matrices(weights, group, found_inf)
+        return loss
 
     def _step_matrices(self, weights, group, found_inf):
         gradients = torch.stack([weight.grad for weight in weights])

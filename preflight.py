@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from utils import UserError, claim_writable_file, claim_writable_folder, printable
+from utils import UserError, claim_writable_file, claim_writable_folder
 
 log = logging.getLogger(__name__)
 
@@ -14,8 +14,10 @@ def claim_outputs(args: argparse.Namespace) -> None:
     """UserError unless everything that is to be written can be. A dry run creates nothing to find out."""
     if args.cache_only and not args.cache_latents:
         raise UserError("--cache_only: with --no_cache_latents there is no cache to build; leave one of them out")
-    if printable(args.log_dir) != args.log_dir:
-        raise UserError(f"--log_dir {args.log_dir}: TensorBoard's files need a printable name in UTF-8; name another folder")
+    try:
+        args.log_dir.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--log_dir {args.log_dir}: TensorBoard needs a name in UTF-8; name another folder") from None
     folders = ["save_dir", "log_dir", *(["latent_cache_dir"] if args.cache_latents else [])]
     for name in folders:
         claim_writable_folder(getattr(args, name), f"--{name}", create=not args.dry_run)

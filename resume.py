@@ -26,6 +26,7 @@ MAY_CHANGE = frozenset({
     "eval_batch_size", "num_visualize_samples",
 })  # fmt: skip
 
+OWN_NAME = re.compile(r"align_pipeline_\d{8}_\d{6}\.pth")  # of a checkpoint as a run writes it
 ADAMW_STATE, MUON_STATE = {"step", "exp_avg", "exp_avg_sq"}, {"momentum"}  # what they keep for each parameter
 
 
@@ -79,7 +80,7 @@ def names_digest(paths) -> str:
     """A digest of the training images' names, in order and below the folder that they have in common; "" for a hub's."""
     if not isinstance(paths, list):
         return ""
-    above = len(os.path.commonpath([paths[0], paths[-1]]))
+    above = len(os.path.commonpath([os.path.dirname(paths[0]), os.path.dirname(paths[-1])]))
     return hashlib.sha256("\0".join(path[above:] for path in paths).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
@@ -103,7 +104,7 @@ def require_training(content: dict, path) -> None:
         best, order = training["best"], training["order"]
         good = (
             re.fullmatch(r"align_\d{8}_\d{6}", content["run"])
-            and all(re.fullmatch(r"align_pipeline_\d{8}_\d{6}\.pth", name) for name in training["own"])
+            and all(OWN_NAME.fullmatch(name) for name in training["own"])
             and (best is None or (isinstance(best["value"], float) and number(best["step"])))
             and all(number(order[name]) and order[name] for name in ("images", "steps in an epoch", "processes"))
             and number(training["bad_steps"]) and number(training["bad_steps_in_a_row"])
@@ -142,9 +143,10 @@ def _restore(state, trained, average, optimizer, scheduler, scaler):
         average.n_averaged.fill_(state["averaged"])
     kinds = [MUON_STATE if "momentum" in group else ADAMW_STATE for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
-    for names, group in zip(kinds, optimizer.param_groups):
-        for parameter in group["params"]:
-            _fit_moments(optimizer.state[parameter], parameter, names)
+    if optimizer.state:  # not before the first step that was not skipped
+        for names, group in zip(kinds, optimizer.param_groups):
+            for parameter in group["params"]:
+                _fit_moments(optimizer.state[parameter], parameter, names)
     scheduler.load_state_dict(state["scheduler"])
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])

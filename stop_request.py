@@ -42,11 +42,16 @@ class StopRequest:
         if "LOCAL_RANK" not in os.environ:  # which launchers set
             signal.signal(number, signal.SIG_DFL)
         # os.write: a handler may come upon a half-done print, which buffered streams do not bear
-        os.write(2, f"\n{signal.Signals(number).name}: finishing the step and saving; once more to leave at once\n".encode())
+        said = f"\n{signal.Signals(number).name}: finishing the step and saving; once more to leave at once\n"
+        try:
+            os.write(2, said.encode())
+        except OSError:  # the same Ctrl-C has ended whoever read it, and the progress bar would fail on it next
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
     def __exit__(self, *exception):
         for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if self.signal else handler)  # we are leaving: once more is at once
+            leaving = self.signal or handler is None  # then once more is at once
+            signal.signal(number, signal.SIG_DFL if leaving else handler)
 
     def agreed(self, accelerator, step: int) -> int | None:
         """The signal that came, to every process the same and at the same step.

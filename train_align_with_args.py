@@ -67,6 +67,7 @@ from resume import (
     training_state,
 )
 from ridge import fit_ridge
+from schedule import is_due, save_is_due, setup_scheduler, total_steps
 from stop_request import StopRequest
 from training_log import evaluate_and_log, log_hparams, log_model_stats, open_writer, print_results, visualize_results
 from utils import UserError, count_of, next_stamp, one_line, use_proxy, write_json
@@ -156,7 +157,7 @@ def build_parser() -> Parser:
 
     group = parser.add_argument_group("optimizer")
     group.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw",
-                       help="muon: that for hidden convolutions, AdamW for the rest; as good in fewer steps")  # fmt: skip
+                       help="muon: it for most convolutions, AdamW for the rest; as good in fewer steps at 3e-3")  # fmt: skip
     group.add_argument("--learning_rate", type=real(0, 1e3), default=1e-3, help="after warm-up")
     group.add_argument("--weight_decay", type=real(0, 1e3), default=1e-4, help="decoupled weight decay; 0: none")
     group.add_argument("--grad_clip", type=real(0), default=0.0, help="largest gradient norm; 0: no clipping")
@@ -343,31 +344,6 @@ def setup_optimizer(pipeline: AlignPipeline, args: argparse.Namespace) -> torch.
     return Muon(matrices, [parameter for parameter in module.parameters() if id(parameter) not in known], **options)
 
 
-def setup_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> torch.optim.lr_scheduler.LambdaLR:
-    """Warm-up by steps times StepLR by epochs; to be stepped once per optimizer step, on one process or many.
-
-        lr(step) = learning_rate · min(1, (step + 1) / warmup_steps) · gamma^(epoch // step_size)
-
-    with epoch = step // `args.steps_per_epoch`, which `train_align_pipeline` sets (1 where it is not set). Under
-    `--scheduler cosine` the last factor is (1 + cos(pi · step / total_steps)) / 2 instead.
-    """
-    steps_per_epoch = getattr(args, "steps_per_epoch", 1)
-
-    def factor(step):
-        warmup = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
-        if args.scheduler == "cosine":
-            return warmup * (1 + math.cos(math.pi * min(1.0, step / total_steps(args)))) / 2
-        return warmup * args.scheduler_gamma ** (step // steps_per_epoch // args.scheduler_step_size)
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def total_steps(args: argparse.Namespace) -> int:
-    """Optimizer steps in the whole run."""
-    steps = args.epochs * getattr(args, "steps_per_epoch", 1)
-    return min(steps, args.max_train_steps) if args.max_train_steps else steps
-
-
 def average_weights(module: AlignModule, decay: float) -> AveragedModel:
     """Exponential moving average of the weights; its decay grows from 1/11 to `decay`, so short runs are averaged too."""
 
@@ -390,17 +366,6 @@ def create_accelerator(args: argparse.Namespace):
     return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
 
 
-def is_due(epoch: float, last: bool, frequency: int) -> bool:
-    """Whether something that happens every `frequency` epochs (0: never) happens now; the last step always counts."""
-    return frequency > 0 and (last or epoch % frequency == 0)
-
-
-def save_is_due(step: int, epoch: float, last: bool, args: argparse.Namespace) -> bool:
-    """Whether a checkpoint is written after `step` steps."""
-    by_steps = args.save_steps and step % args.save_steps == 0
-    return last or bool(step and (by_steps or is_due(epoch, last, args.save_frequency)))
-
-
 def seed_of_step(seed: int, step: int, process: int) -> int:
     """A seed of its own for every step and process."""
     return int(np.random.SeedSequence((seed, step, process)).generate_state(1)[0])
@@ -421,7 +386,8 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
     Args:
         args: as from `parse_args`, with device and precision resolved; `args.resumed`, where there is one, is the content of
             the checkpoint to go on from and `args.resumed_from` its path.
-        train_loader: batches with `pixel_values`, forever or epoch by epoch; its length is the steps in an epoch.
+        train_loader: batches with `pixel_values` and `path`, forever or epoch by epoch; its length is the steps in an epoch,
+            its `batch_sampler` knows its `batch_size`.
         eval_loader: one pass over the evaluation images.
         generator: draws posterior samples under --sample_posterior; seeded anew for each step.
 
@@ -435,6 +401,7 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
     pipeline = create_align_pipeline(vae1, vae2, args).to(accelerator.device)
     objective = Objective(pipeline, args)
     order = data_order(train_loader, accelerator.num_processes)
+    files = names_digest(getattr(getattr(train_loader.dataset, "dataset", train_loader.dataset), "source", None))
     if resumed:
         require_same_order(resumed["training"]["order"], order)
     elif pipeline.uses_latents and not args.load_checkpoint:
@@ -491,7 +458,7 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
         training = {
             "state": training_state(**parts),
             "order": order,
-            "files": names_digest(getattr(train_loader.dataset, "dataset", train_loader.dataset).source),
+            "files": files,
             "loss_sum": loss_sum.cpu(),
             "summed_steps": summed_steps.cpu(),
             "bad_steps": bad_steps.total,
@@ -529,6 +496,8 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
             stopped = stop.agreed(accelerator, step)
             if stopped and main_process and not saved:
                 save()
+            if stopped:
+                accelerator.wait_for_everyone()  # a launcher ends the others when the first one leaves
             if last or stopped:
                 break
             clock += time.perf_counter() - paused  # images/s is the training's own

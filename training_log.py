@@ -14,6 +14,7 @@ import numpy as np
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from eval_align import applicable_rows, comparison_sheets, evaluate, picture_names, reconstruct, translators
+from report import decibels
 from utils import UserError, atomic_file, printable
 
 log = logging.getLogger(__name__)
@@ -80,9 +81,9 @@ def evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype) -> dict:
         file.write(json.dumps({"step": step, "epoch": epoch, "ladder": ladder}) + "\n")
     with logging_redirect_tqdm():
         log.info(
-            "epoch %g: aligned PSNR %.2f dB (VAE2 itself %.2f, re-encoding %.2f), SSIM %.4f, latent MSE %.4f",
-            round(epoch, 2), aligned["psnr"], ladder["ceiling"]["psnr"], ladder["reencode"]["psnr"], aligned["ssim"],
-            aligned["latent_mse"],
+            "epoch %g: aligned PSNR %s dB (VAE2 itself %s, re-encoding %s), SSIM %.4f, latent MSE %.4f",
+            round(epoch, 2), *(decibels(ladder[row]["psnr"]) for row in ("aligned", "ceiling", "reencode")),
+            aligned["ssim"], aligned["latent_mse"],
         )  # fmt: skip
     return ladder
 
@@ -134,10 +135,10 @@ def log_hparams(writer, config: dict, ladder: dict, step: int) -> None:
 def print_results(kept, metrics: dict, step: int, args) -> None:
     """What a run that ended after `step` steps has reached, and where it is; `kept` is its `RunCheckpoints`."""
     if metrics:
-        psnr = {row: figures["psnr"] for row, figures in metrics.items()}
+        psnr = {row: decibels(figures["psnr"]) for row, figures in metrics.items()}
         print(
-            f"PSNR of the decoded image: untrained module {psnr['untrained']:.2f} dB -> aligned {psnr['aligned']:.2f} dB "
-            f"(decode + re-encode {psnr['reencode']:.2f} dB, VAE2's own reconstruction {psnr['ceiling']:.2f} dB)"
+            f"PSNR of the decoded image: untrained module {psnr['untrained']} dB -> aligned {psnr['aligned']} dB "
+            f"(decode + re-encode {psnr['reencode']} dB, VAE2's own reconstruction {psnr['ceiling']} dB)"
         )
     print(f"checkpoint: {kept.last}")
     if kept.best and kept.best["step"] != step:

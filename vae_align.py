@@ -191,7 +191,7 @@ class AlignModule(nn.Module):
         return F.interpolate(latents, scale_factor=coarser, mode="nearest") if coarser > 1 else latents
 
     def hidden_weights(self) -> list[nn.Parameter]:
-        """The weights of the convolutions between hidden features, which an optimizer may treat as matrices."""
+        """The weights of the convolutions of blocks and image branch, which an optimizer may treat as matrices."""
         parts = [self.image_in, self.blocks] if "image" in self.config.input_types else [self.blocks]
         return [layer.weight for part in parts for layer in part.modules() if isinstance(layer, nn.Conv2d)]
 

@@ -74,7 +74,9 @@ def kill_at_random(flags, folder, draw, number=signal.SIGKILL):
             }[moment]
         )
 
+    deadline = time.monotonic() + 600
     while not reached():
+        assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.005)
     time.sleep(draw.random() * {"start": 8, "cache": 0.2, "training": 0.1}[moment])
     if process.poll() is not None:

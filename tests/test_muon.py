@@ -1,10 +1,12 @@
 """The Muon optimizer."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from bad_steps import BadSteps
 from muon import Muon, orthogonalised
 
 
@@ -61,6 +63,26 @@ def test_directions_count_alike():
     for matrix in (left @ torch.diag(singular) @ right.T, right @ torch.diag(singular) @ left.T):
         values = torch.linalg.svdvals(orthogonalised(matrix[None])[0])
         assert values.min() > 0.6 and values.max() < 1.3
+
+
+@pytest.mark.parametrize("kind", ["adamw", "fused adamw", "muon", "fused muon"])
+def test_a_masked_step_changes_nothing(kind):
+    """A step that is skipped only where a fused kernel is: on other devices torch's AdamW raises, or NaN gets in."""
+    (wide, tall), others = matrices_and_others()
+    options = {"lr": 0.1, "weight_decay": 0.1, "fused": "fused" in kind}
+    optimizer = Muon([wide, tall], others, **options) if "muon" in kind else torch.optim.AdamW([wide, tall, *others], **options)
+    bad_steps = BadSteps(3, SimpleNamespace(num_processes=1, scaler=None))
+    parameters = [wide, tall, *others]
+    for loss in (1.0, float("nan"), 1.0):
+        give_gradients(parameters, 0)
+        before = [parameter.detach().clone() for parameter in parameters]
+        if loss != loss:
+            wide.grad[0, 0] = loss
+        ok = bad_steps.mask(optimizer, torch.tensor(loss), torch.tensor(1.0))
+        optimizer.step()
+        same = [torch.equal(parameter, old) for parameter, old in zip(parameters, before)]
+        assert all(same) if not ok else not any(same)
+        assert all(parameter.isfinite().all() for parameter in parameters)
 
 
 def test_state_travels_with_the_checkpoint():

@@ -158,6 +158,28 @@ def test_keep_last_deletes_this_runs_oldest_only(flags, tmp_path, monkeypatch):
     assert sorted(path.stem for path in other[0].parent.glob("*.json")) == sorted(path.stem for path in run.checkpoints)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_stopped_before_the_first_step_is_resumed_too(flags, tmp_path, monkeypatch, optimizer):
+    """An optimizer without moments yet, called damaged: a signal during the first evaluation would cost the run."""
+    changes = {**QUIET, "max_train_steps": 3, "optimizer": optimizer, "ema_decay": 0.9}
+    whole = train(flags, tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script.StopRequest, "agreed", lambda *_: signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train(flags, tmp_path / "broken", **changes)
+    assert results_of(tmp_path / "broken").last["step"] == 0
+    assert_same_tensors(train(flags, tmp_path / "broken", **changes, resume=True).last, whole.last)
+
+
+def test_resumed_from_a_renamed_copy(flags, tmp_path):
+    """Checkpoints that cannot be resumed in their turn, or the user's copy deleted by --keep_last."""
+    run = train(flags, tmp_path, **QUIET, max_train_steps=2)
+    copy = run.checkpoints[-1].rename(run.checkpoints[-1].with_name("good.pth"))
+    train(flags, tmp_path, **QUIET, max_train_steps=4, resume=copy, keep_last=1, save_steps=1)
+    assert copy.exists()
+    assert train(flags, tmp_path, **QUIET, max_train_steps=5, resume=True).last["step"] == 5
+
+
 def test_best_checkpoint_is_that_of_the_best_evaluation(flags, tmp_path):
     """A best file that is the last, or the worst: with --best_metric latent_mse, less is better."""
     for metric, best in (("psnr", max), ("latent_mse", min)):

@@ -44,12 +44,29 @@ def test_what_a_launcher_passes_on_is_no_second_signal(monkeypatch, capfd):
     """Ctrl-C under `accelerate launch`, which comes twice to each process, ends it unsaved."""
     monkeypatch.setenv("LOCAL_RANK", "0")
     times = iter([0.0, 1.0, 1.0 + RELAY / 2])
-    monkeypatch.setattr("resume.time.monotonic", lambda: next(times))
+    monkeypatch.setattr("stop_request.time.monotonic", lambda: next(times))
     with StopRequest() as stop:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
         assert stop.signal == signal.SIGINT
     assert capfd.readouterr().err.count("finishing the step") == 1
+
+
+def test_a_signal_is_heard_when_nobody_reads_the_log_any_more():
+    """Ctrl-C under `2>&1 | tee log`, which ends tee as well: the run would fail on its own message, unsaved."""
+    reader, writer = os.pipe()
+    stderr = os.dup(2)
+    os.close(reader)
+    os.dup2(writer, 2)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.write(2, b"the progress bar goes on")
+        assert stop.signal == signal.SIGINT
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(writer)
 
 
 def die_then_leave_signals(worker):

@@ -1,0 +1,44 @@
+"""The clock of a run, which counts optimizer steps: the learning rate at each, and what is due after which."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import torch
+
+
+def total_steps(args: argparse.Namespace) -> int:
+    """Optimizer steps in the whole run."""
+    steps = args.epochs * getattr(args, "steps_per_epoch", 1)
+    return min(steps, args.max_train_steps) if args.max_train_steps else steps
+
+
+def setup_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> torch.optim.lr_scheduler.LambdaLR:
+    """Warm-up by steps times StepLR by epochs; to be stepped once per optimizer step, on one process or many.
+
+        lr(step) = learning_rate · min(1, (step + 1) / warmup_steps) · gamma^(epoch // step_size)
+
+    with epoch = step // `args.steps_per_epoch`, which `train_align_pipeline` sets (1 where it is not set). Under
+    `--scheduler cosine` the last factor is (1 + cos(pi · step / total_steps)) / 2 instead.
+    """
+    steps_per_epoch = getattr(args, "steps_per_epoch", 1)
+
+    def factor(step):
+        warmup = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
+        if args.scheduler == "cosine":
+            return warmup * (1 + math.cos(math.pi * min(1.0, step / total_steps(args)))) / 2
+        return warmup * args.scheduler_gamma ** (step // steps_per_epoch // args.scheduler_step_size)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def is_due(epoch: float, last: bool, frequency: int) -> bool:
+    """Whether something that happens every `frequency` epochs (0: never) happens now; the last step always counts."""
+    return frequency > 0 and (last or epoch % frequency == 0)
+
+
+def save_is_due(step: int, epoch: float, last: bool, args: argparse.Namespace) -> bool:
+    """Whether a checkpoint is written after `step` steps."""
+    by_steps = args.save_steps and step % args.save_steps == 0
+    return last or bool(step and (by_steps or is_due(epoch, last, args.save_frequency)))
