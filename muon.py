@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from device import cpu_has_bfloat16
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients and number of iterations are the published ones
 ITERATIONS = 5
 
@@ -53,33 +55,37 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _step_matrices(self, weights, group, found_inf):
-        gradients = torch.stack([weight.grad for weight in weights])
         for weight in weights:
             if "momentum" not in self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
         buffers = [self.state[weight]["momentum"] for weight in weights]
-        momentum = torch.stack(buffers).lerp(gradients, 1 - group["momentum"])
-        updates = orthogonalised(gradients.lerp(momentum, group["momentum"]).flatten(2))
+        gradients, momentum, stacked = map(torch.stack, ([weight.grad for weight in weights], buffers, weights))
+        taken = 1.0
+        if found_inf is not None:  # 0 leaves weights and momentum as they are, once what is not finite is gone
+            taken = 1 - found_inf
+            gradients.masked_fill_(found_inf.bool(), 0)
+        momentum.lerp_(gradients, (1 - group["momentum"]) * taken)
+        # the order of the columns does not matter; that in which channels_last has them saves a copy
+        columns_last = gradients.lerp_(momentum, group["momentum"]).movedim(2, -1)
+        updates = orthogonalised(columns_last.flatten(2))
         rate = group["lr"] * 0.2 * max(updates.shape[1:]) ** 0.5
-        for weight, buffer, moved, update in zip(weights, buffers, momentum, updates):
-            stepped = weight * (1 - group["lr"] * group["weight_decay"]) - rate * update.view_as(weight)
-            if found_inf is not None:
-                stepped, moved = (torch.where(found_inf.bool(), old, new) for old, new in ((weight, stepped), (buffer, moved)))
-            weight.copy_(stepped)
-            buffer.copy_(moved)
+        updates = updates.view(columns_last.shape).movedim(-1, 2)
+        stacked.mul_(1 - group["lr"] * group["weight_decay"] * taken).sub_(updates.mul_(rate * taken))
+        torch._foreach_copy_([*weights, *buffers], [*stacked.unbind(), *momentum.unbind()])
 
 
 def orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
     """(N, rows, columns) -> nearly semi-orthogonal matrices with the same singular vectors: singular values 0.7 to 1.2.
 
-    In bfloat16 where the device multiplies fast in it, as published; on a CPU in float32.
+    In bfloat16, as published, where the device multiplies fast in it; elsewhere in float32.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    fast = matrices.is_cuda or (matrices.device.type == "cpu" and cpu_has_bfloat16())
+    x = matrices.to(torch.bfloat16 if fast else torch.float32)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
