@@ -213,11 +213,13 @@ def verdict(results: dict) -> dict:
         if cheaper:
             first += f" What speaks for the module is cost: {percent(fraction)} of the multiply-adds."
     sentences = [first]
-    if facts["below_ceiling_db"] is not None:
-        sides = "below" if facts["below_ceiling_db"] >= 0 else "above"
+    below = facts["below_ceiling_db"]
+    if below is not None and below >= 0:
+        sentences.append(f"It stays {below:.2f} dB below VAE2's own reconstruction ({ceiling['psnr']:.2f} dB).")
+    elif below is not None:
         sentences.append(
-            f"It stays {abs(facts['below_ceiling_db']):.2f} dB {sides} VAE2's own reconstruction ({ceiling['psnr']:.2f} dB), "
-            "which no module can be expected to pass."
+            f"It passes VAE2's own reconstruction ({ceiling['psnr']:.2f} dB) by {-below:.2f} dB: trained on the decoded "
+            "picture, a module can find latents that decode better than those of VAE2's encoder."
         )
     others = {row: figures["psnr"] for row, figures in ladder.items() if row.startswith("aligned") and row != "aligned"}
     better = {row: psnr for row, psnr in others.items() if psnr is not None and psnr > (aligned["psnr"] or math.inf)}

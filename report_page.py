@@ -202,7 +202,7 @@ def _verdict(results):
     tiles = (
         ("PSNR, aligned", "–" if aligned["psnr"] is None else f"{aligned['psnr']:.2f} dB"),
         ("over decode + re-encode", "–" if gain is None else f"{gain:+.2f} dB".replace("-", "−")),
-        ("below VAE2 itself", "–" if below is None else f"{below:.2f} dB".replace("-", "−")),
+        ("over VAE2's own reconstruction", "–" if below is None else f"{-below:+.2f} dB".replace("-", "−")),
         ("multiply-adds, of re-encode's", "–" if fraction is None else report.percent(fraction)),
     )
     tiles = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in tiles)

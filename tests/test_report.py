@@ -414,6 +414,12 @@ def test_verdict_answers_by_the_gain_and_its_uncertainty(gains, answer):
         assert verdict["gain_error_db"] == pytest.approx(1.96 * np.std(gains, ddof=1) / math.sqrt(len(gains)))
 
 
+@pytest.mark.parametrize(("gain", "said"), [(4.0, "stays 1.00 dB below"), (6.0, "by 1.00 dB"), (5.0, "stays 0.00 dB below")])
+def test_verdict_says_on_which_side_of_vae2_the_module_stands(gain, said):
+    """A module that passes VAE2's own reconstruction, called below it or impossible."""
+    assert said in report.verdict(results_of([gain] * 40))["sentences"][1]
+
+
 def test_verdict_names_the_weaknesses_and_only_those():
     assert report.verdict(results_of([1.0] * 40))["weaknesses"] == []
     weak = results_of(
