@@ -8,6 +8,7 @@ from device import cpu_has_bfloat16
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients and number of iterations are the published ones
 ITERATIONS = 5
+ADAMW_SHARE = 1 / 3  # of the learning rate, for the other parameters: at the whole, first and last layers make the loss jump
 
 
 class Muon(torch.optim.Optimizer):
@@ -16,7 +17,8 @@ class Muon(torch.optim.Optimizer):
     A convolution's weight counts as a matrix (out, in · kh · kw). Its Nesterov momentum G is replaced by the nearest
     semi-orthogonal matrix, UVᵀ of its singular value decomposition, by Newton-Schulz iteration (Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon). Scaled by 0.2 · sqrt(max(rows, columns)) such a step is as large as one of
-    AdamW (Liu et al. 2025, arXiv:2502.16982), so one learning rate and one weight decay serve both.
+    AdamW (Liu et al. 2025, arXiv:2502.16982), so one weight decay serves both, and one learning rate: AdamW takes
+    `ADAMW_SHARE` of it.
 
     Args:
         matrices: weights of convolutions or linear layers; others: biases, first and last layers and the like.
@@ -26,7 +28,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, matrices, others, lr: float, weight_decay: float, momentum: float = 0.95, fused: bool = False):
-        self._adamw = torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, fused=fused)
+        self._adamw = torch.optim.AdamW(others, lr=ADAMW_SHARE * lr, weight_decay=weight_decay, fused=fused)
         group = {"params": list(matrices), "lr": lr, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__([group, *self._adamw.param_groups], {})
         self._share()

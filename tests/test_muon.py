@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bad_steps import BadSteps
-from muon import Muon, orthogonalised
+from muon import ADAMW_SHARE, Muon, orthogonalised
 
 
 def matrices_and_others(seed=0):
@@ -30,7 +30,7 @@ def test_steps_are_those_of_torch():
     optimizer = Muon(*ours, **options)
     references = [
         torch.optim.Muon(theirs[0], momentum=0.95, adjust_lr_fn="match_rms_adamw", **options),
-        torch.optim.AdamW(theirs[1], **options),
+        torch.optim.AdamW(theirs[1], **options | {"lr": ADAMW_SHARE * options["lr"]}),
     ]
     for step in range(5):
         give_gradients([*ours[0], *ours[1]], step)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from runs import QUIET, train
 
-from muon import Muon
+from muon import ADAMW_SHARE, Muon
 from train_align_with_args import create_align_pipeline, load_vae_model, parse_args, setup_optimizer, setup_scheduler
 
 
@@ -48,6 +48,5 @@ def test_optimizer_holds_the_modules_parameters_and_no_others(vae_folders, name,
     assert len(held) == len(list(pipeline.module.parameters()))
     assert all(parameter.requires_grad for parameter in held)
     assert isinstance(optimizer, kind)
-    for group in optimizer.param_groups:
-        assert group["weight_decay"] == 0.03
-        assert group["lr"] == 0.002
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.03] * len(optimizer.param_groups)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.002, 0.002 * ADAMW_SHARE][: len(optimizer.param_groups)]
