@@ -9,6 +9,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+COLOUR_RATE = 0.01  # of the remaining cast, per step: a hundred steps to correct it, and as many to average over
+LARGEST_CORRECTION = 8 / 127.5  # eight 8-bit levels, so that weights that do not follow cannot lead the shift astray
+
 KINDS = {"l1": F.l1_loss, "mse": F.mse_loss}
 
 
@@ -32,20 +35,14 @@ class DecodedImageLoss:
         self.space, self.batch_size, self.window, self.reference = space, batch_size, window, reference
         self.seed, self.margin, self.difference, self.weight = seed, margin, KINDS[kind], weight
         self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
+        # by how much decoded images' mean R, G and B exceed the reference's: VAE2's own on average, and the last aligned ones'
+        self.vae2_cast = self.cast = torch.zeros(3, device=space.vae.device)
+        self.reference_shift = self.vae2_cast  # what is added to the reference, see `correct_colours`
 
     def __call__(self, aligned: torch.Tensor, target: torch.Tensor, images: torch.Tensor | None, step: int) -> torch.Tensor:
         """Aligned and target latents (B, C, h, w), images (B, 3, H, W) in [-1, 1] -> scalar. The window depends on
         (seed, step) alone, so that a resumed run draws the same."""
-        stride = self.space.stride
-        height, width = aligned.shape[2:]
-        high, wide = min(self.window or height, height), min(self.window or width, width)
-        at = np.random.default_rng((self.seed, step)).random(2)
-        top, left = int(at[0] * (height - high + 1)), int(at[1] * (width - wide + 1))
-
-        def windowed(tensor, scale=1):
-            tensor = tensor[: self.batch_size]
-            return tensor[..., top * scale : (top + high) * scale, left * scale : (left + wide) * scale]
-
+        windowed, inner = self._window(aligned.shape[2:], step)
         by_features = self.perceptual == "decoder"
         with decoder_features(self.space.vae, by_features) as features:
             shown = self.space.decode(windowed(aligned))
@@ -53,16 +50,43 @@ class DecodedImageLoss:
             with torch.no_grad(), decoder_features(self.space.vae, by_features) as wanted_features:
                 wanted = self.space.decode(windowed(target))
         if self.reference == "original":
-            wanted = windowed(images.to(shown.device), stride)
-        # an edge of the window that is an edge of the image has nothing beyond it to miss
-        trim = [self.margin * stride * (cut > 0) for cut in (top, height - top - high, left, width - left - wide)]
-        inner = (..., slice(trim[0], shown.shape[2] - trim[1]), slice(trim[2], shown.shape[3] - trim[3]))
+            wanted = windowed(images.to(shown.device), self.space.stride)
+        self.cast = (shown.detach() - wanted)[inner].mean(dim=(0, 2, 3))
+        wanted = wanted + self.reference_shift.view(3, 1, 1)
         loss = self.weight * self.difference(shown[inner], wanted[inner])
         if by_features:
             loss = loss + self.perceptual_weight * feature_distance(features, wanted_features)
         elif self.perceptual:
-            loss = loss + self.perceptual_weight * self.perceptual(shown[inner].clamp(-1, 1), wanted[inner]).mean()
+            loss = loss + self.perceptual_weight * self.perceptual(shown[inner].clamp(-1, 1), wanted[inner].clamp(-1, 1)).mean()
         return loss
+
+    def correct_colours(self, cast: torch.Tensor) -> None:
+        """Given a step's mean `cast`, shift the reference's colours against what it still has beyond VAE2's.
+
+        A cast of a level or two is so small beside the errors of detail that the losses leave it where it is cheapest, mostly
+        on the dark side. As an integral controller the shift grows until the cast's mean over many steps is VAE2's.
+        """
+        error = cast - self.vae2_cast
+        shift = self.reference_shift - COLOUR_RATE * error
+        self.reference_shift = self.vae2_cast + (shift - self.vae2_cast).clamp(-LARGEST_CORRECTION, LARGEST_CORRECTION)
+
+    def _window(self, size: torch.Size, step: int):
+        """Of a step, on latents of that height and width: the function that cuts the window out of a batch, and the index of
+        the part of the decoded window that counts."""
+        stride, (height, width) = self.space.stride, size
+        high, wide = min(self.window or height, height), min(self.window or width, width)
+        # drawn from beyond the edges and moved to them: else what is near them would hardly ever be seen
+        at = 2 * np.random.default_rng((self.seed, step)).random(2) - 0.5
+        top, left = (round(where * room) for where, room in zip(at.clip(0, 1), (height - high, width - wide)))
+
+        def windowed(tensor, scale=1):
+            tensor = tensor[: self.batch_size]
+            return tensor[..., top * scale : (top + high) * scale, left * scale : (left + wide) * scale]
+
+        # an edge of the window that is an edge of the image has nothing beyond it to miss
+        margin = min(self.margin, (min(high, wide) - 1) // 2) * stride
+        above, below, before, after = (margin * (cut > 0) for cut in (top, height - top - high, left, width - left - wide))
+        return windowed, (..., slice(above, high * stride - below), slice(before, wide * stride - after))
 
 
 @contextlib.contextmanager

@@ -110,6 +110,8 @@ def require_training(content: dict, path) -> None:
             and number(training["bad_steps"]) and number(training["bad_steps_in_a_row"])
             and all(training[name].shape == () for name in ("loss_sum", "summed_steps"))
             and isinstance(training["files"], str)
+            and training["objective"].keys() <= {"vae2_cast", "reference_shift"}
+            and all(colours.shape == (3,) for colours in training["objective"].values())
             and training["state"].keys() == {"weights", "averaged", "optimizer", "scheduler", "scaler"}
         )  # fmt: skip
     except (AttributeError, KeyError, TypeError):

@@ -186,7 +186,7 @@ def build_parser() -> Parser:
     group.add_argument("--decoder_loss_window", type=integer(0, 4096), default=16,
                        help="side of the random window that is decoded, latents; 0: the whole image")  # fmt: skip
     group.add_argument("--decoder_loss_reference", choices=("original", "vae2"), default="original",
-                       help="what the decoded image should look like: the image, or VAE2's own reconstruction")  # fmt: skip
+                       help="what it should look like: the image in VAE2's colours, or VAE2's reconstruction")  # fmt: skip
     group.add_argument("--perceptual_loss", choices=("decoder", "lpips"), default="decoder",
                        help="on the decoded image too: the decoder's features, or LPIPS if its weights are here")  # fmt: skip
     group.add_argument("--perceptual_loss_weight", type=real(0, 1e6), default=0.0, help="factor of that loss; 0: none")
@@ -404,10 +404,13 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
     files = names_digest(getattr(getattr(train_loader.dataset, "dataset", train_loader.dataset), "source", None))
     if resumed:
         require_same_order(resumed["training"]["order"], order)
-    elif pipeline.uses_latents and not args.load_checkpoint:
-        fit_ridge(pipeline, train_loader, accelerator)
-        if args.init == "ridge":
-            pipeline.module.start_from_ridge()
+        objective.restore(resumed["training"]["objective"])
+    else:
+        objective.fit_colours(pipeline, train_loader, accelerator)
+        if pipeline.uses_latents and not args.load_checkpoint:
+            fit_ridge(pipeline, train_loader, accelerator)
+            if args.init == "ridge":
+                pipeline.module.start_from_ridge()
 
     steps_per_epoch = args.steps_per_epoch = len(train_loader)
     end = total_steps(args)
@@ -457,6 +460,7 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
         bad_steps.read()
         training = {
             "state": training_state(**parts),
+            "objective": objective.state(),
             "order": order,
             "files": files,
             "loss_sum": loss_sum.cpu(),
@@ -528,6 +532,7 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
             ok = bad_steps.mask(fused_optimizer, loss, grad_norm)
             optimizer.step()
             scheduler.step()
+            objective.correct_colours(ok, accelerator)
             if average:
                 average.update_parameters(trained)
             step += 1

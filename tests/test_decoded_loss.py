@@ -1,8 +1,12 @@
 """The loss on the decoded image."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
-from runs import train
+from runs import QUIET, train
+from safetensors.torch import load_file, save_file
 
 from decoded_loss import DecodedImageLoss
 from utils import UserError
@@ -55,6 +59,51 @@ def test_perfect_latents_look_like_vae2(space):
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     target = space.encode(images)
     assert all(DecodedImageLoss(space, 2, 4, "vae2", 0)(target, target, None, step) == 0 for step in range(4))
+
+
+def test_an_empty_comparison_is_impossible(space):
+    """A window so small that the margins on both sides leave nothing of it: a loss of nan."""
+    target = torch.randn(2, 16, 6, 6)
+    for window in (1, 2, 3):
+        assert DecodedImageLoss(space, 2, window, "vae2", 0)(target + 0.1, target, None, 5) > 0
+
+
+@pytest.mark.parametrize("reference", ["original", "vae2"])
+def test_colours_are_led_to_those_of_vae2(space, reference):
+    """Catches a correction of the wrong sign or channel, and one that forgets that VAE2 itself has a cast: aligned latents
+    whose decoded image follows the reference but for a cast of its own end with VAE2's."""
+    images = torch.rand(2, 3, 48, 48) * 1.6 - 0.8
+    target = space.encode(images)
+    loss, own = DecodedImageLoss(space, 2, 4, reference, 0), torch.tensor([-0.03, 0.02, 0.0])
+    loss(target, target, images, 3)
+    loss.vae2_cast = loss.reference_shift = loss.cast
+    assert not loss.vae2_cast.any() if reference == "vae2" else loss.vae2_cast.abs().min() > 1e-3
+    for _ in range(1000):
+        loss.correct_colours(loss.reference_shift + own)
+    assert (loss.reference_shift + own).tolist() == pytest.approx(loss.vae2_cast.tolist(), abs=1e-3)
+    shifted = loss(target, target, images + loss.reference_shift.view(3, 1, 1), 3)
+    loss.reference_shift = torch.zeros(3)
+    if reference == "original":
+        assert shifted != loss(target, target, images, 3)
+    for _ in range(1000):  # an image that does not follow
+        loss.correct_colours(torch.ones(3))
+    assert (loss.vae2_cast - loss.reference_shift).tolist() == pytest.approx([8 / 127.5] * 3)
+
+
+def test_training_measures_and_corrects_the_colours(flags, tmp_path):
+    """Catches colours that are never measured or corrected, or are lost to a checkpoint and so to the run that resumes."""
+    states = []
+    for name, red in (("as it is", 0.0), ("redder", 0.25)):
+        vae = Path(shutil.copytree(flags["vae2_path"], tmp_path / name / "vae2"))
+        (file,) = vae.glob("*.safetensors")
+        weights = load_file(file)
+        weights["decoder.conv_out.bias"][0] += red
+        save_file(weights, file)
+        changes = {"decoder_loss_weight": 1.0, "decoder_loss_batch": 3, "decoder_loss_window": 2, "max_train_steps": 2}
+        run = train(flags, tmp_path / name, vae2_path=vae, **changes, **QUIET)
+        states.append(run.last["training"]["objective"])
+    assert (states[1]["vae2_cast"] - states[0]["vae2_cast"]).tolist() == pytest.approx([0.25, 0, 0], abs=1e-4)
+    assert all(0 < (state["reference_shift"] - state["vae2_cast"]).abs().max() < 8 / 127.5 for state in states)
 
 
 def test_same_step_same_window(space):

@@ -307,6 +307,8 @@ STATES = {  # what is set in the state of the training, or beside it
     "a best in words": {"best": "yes"},
     "half a bad step": {"bad_steps": 0.5},
     "a sum of losses that is none": {"loss_sum": None},
+    "a colour of one channel": {"objective": {"vae2_cast": torch.zeros(1)}},
+    "a colour of another name": {"objective": {"decoded": torch.zeros(3)}},
     "no optimizer": {"state": {"weights": None}},
     "another optimizer": {"optimizer": {"state": {}, "param_groups": []}},
     "moments of another shape": {"optimizer": "moments"},
