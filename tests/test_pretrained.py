@@ -61,4 +61,4 @@ def test_beats_decoding_and_encoding_again(path, shared):
     assert aligned["psnr"] > reencode["psnr"]
     assert aligned["latent_mse"] < reencode["latent_mse"]
     if pipeline.uses_image:
-        assert aligned["psnr"] > ceiling["psnr"] - 0.7
+        assert aligned["psnr"] > ceiling["psnr"]
