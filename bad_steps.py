@@ -24,9 +24,9 @@ class BadSteps:
         total: bad steps so far. in_a_row: those at the end of what was read.
     """
 
-    def __init__(self, limit: int, accelerator, total: int = 0, in_a_row: int = 0):
+    def __init__(self, limit: int, accelerator):
         self.limit, self.accelerator = limit, accelerator
-        self.total, self.in_a_row = total, in_a_row
+        self.total = self.in_a_row = 0
         self._pending = []
 
     def mask(self, optimizer: torch.optim.Optimizer, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,8 @@ class DecodedImageLoss:
     Args:
         space: `vae_align.LatentSpace` to decode with: VAE2's, or a cheaper one that shares its latents.
         weight, kind: factor of the difference by pixel; "l1" takes the absolute one, "mse" the squared one.
-        reference: "original" compares with the image that was encoded, "vae2" with the decoder's view of VAE2's latents.
+        reference: "original" compares with the image that was encoded, in VAE2's colours (see `correct_colours`), "vae2" with
+            the decoder's view of VAE2's latents.
         margin: latents at the window's edge that are decoded but not compared, since the decoder lacks their surroundings.
         perceptual: a function (shown, wanted pictures) -> distances, such as LPIPS, or "decoder": how far the decoder's own
             features are from those of VAE2's latents (see `feature_distance`); perceptual_weight: its factor.
@@ -50,7 +51,7 @@ class DecodedImageLoss:
             with torch.no_grad(), decoder_features(self.space.vae, by_features) as wanted_features:
                 wanted = self.space.decode(windowed(target))
         if self.reference == "original":
-            wanted = windowed(images.to(shown.device), self.space.stride)
+            wanted = windowed(images[: self.batch_size].to(shown.device, non_blocking=True), self.space.stride)
         self.cast = (shown.detach() - wanted)[inner].mean(dim=(0, 2, 3))
         wanted = wanted + self.reference_shift.view(3, 1, 1)
         loss = self.weight * self.difference(shown[inner], wanted[inner])
@@ -60,15 +61,32 @@ class DecodedImageLoss:
             loss = loss + self.perceptual_weight * self.perceptual(shown[inner].clamp(-1, 1), wanted[inner].clamp(-1, 1)).mean()
         return loss
 
-    def correct_colours(self, cast: torch.Tensor) -> None:
-        """Given a step's mean `cast`, shift the reference's colours against what it still has beyond VAE2's.
+    @torch.no_grad()
+    def measure_vae2(self, pairs, accelerator) -> None:
+        """Take VAE2's cast from training images: `pairs` of (VAE2's latents, images), as for a call."""
+        total, count = torch.zeros_like(self.cast), 0
+        for step, (target, images) in enumerate(pairs):
+            self(target, target, images, step)
+            total, count = total + self.cast, count + 1
+        total, count = (accelerator.reduce(number, "sum") for number in (total, total.new_tensor(count)))
+        self.vae2_cast = self.reference_shift = total / count.clamp_min(1)
+
+    def correct_colours(self, ok: torch.Tensor, accelerator) -> None:
+        """After a step that was `ok`, shift the reference's colours against the cast that its images had beyond VAE2's.
 
         A cast of a level or two is so small beside the errors of detail that the losses leave it where it is cheapest, mostly
         on the dark side. As an integral controller the shift grows until the cast's mean over many steps is VAE2's.
         """
-        error = cast - self.vae2_cast
+        error = accelerator.reduce(torch.where(ok, self.cast - self.vae2_cast, 0), "mean")
         shift = self.reference_shift - COLOUR_RATE * error
         self.reference_shift = self.vae2_cast + (shift - self.vae2_cast).clamp(-LARGEST_CORRECTION, LARGEST_CORRECTION)
+
+    def state_dict(self) -> dict:
+        """The colours, with which a resumed run goes on; tensors on the CPU."""
+        return {"vae2_cast": self.vae2_cast.cpu(), "reference_shift": self.reference_shift.cpu()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.vae2_cast, self.reference_shift = (state[name].to(self.cast.device) for name in ("vae2_cast", "reference_shift"))
 
     def _window(self, size: torch.Size, step: int):
         """Of a step, on latents of that height and width: the function that cuts the window out of a batch, and the index of

@@ -49,7 +49,7 @@ def print_plan(args, pipeline, loaders, objective, optimizer, steps: int, views:
     moment_bytes = 4 * sum(moment.numel() for moments in optimizer.state.values() for moment in moments.values())
     checkpoint_bytes = (2 if args.ema_decay else 1) * weight_bytes + moment_bytes
     encoded_images = images * views if views else steps * batch_size
-    evaluations = 1 + steps // (args.eval_frequency * len(train_loader)) if args.eval_frequency else 0
+    evaluations = 1 + -(-steps // (args.eval_frequency * len(train_loader))) if args.eval_frequency else 0
     seconds = steps * stepping + encoded_images / batch_size * encoding + evaluations * len(eval_loader) * judging
     print(
         f"dry run: one step and one evaluation batch went well; nothing was written\n"

@@ -39,10 +39,10 @@ def image_metrics(image: torch.Tensor, original: torch.Tensor, ssim: bool = True
     SSIM as Wang et al. 2004 (11x11 Gaussian, sigma 1.5; mirrored borders).
     """
     image, original = to_8bit(image), to_8bit(original)
-    error = (image - original).square().mean(dim=(1, 2, 3), dtype=torch.float64)
+    error = (image - original).square().cpu().mean(dim=(1, 2, 3), dtype=torch.float64)
     figures = {
         "psnr": (10 * torch.log10(255**2 / error)).tolist(),
-        "colour_bias": (image - original).mean(dim=(2, 3), dtype=torch.float64).tolist(),
+        "colour_bias": (image - original).cpu().mean(dim=(2, 3), dtype=torch.float64).tolist(),
     }
     if ssim:
         from torchmetrics.functional.image import structural_similarity_index_measure

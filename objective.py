@@ -12,11 +12,9 @@ from metrics import lpips_network
 from utils import UserError
 from vae_align import AlignPipeline, LatentSpace, load_vae_model
 
-COLOUR_IMAGES = 256  # training images by whose windows VAE2's colours are measured, to a fifth of an 8-bit level
-
 
 class Objective:
-    """The weighted sum of the latent losses and, where asked for, of what VAE2's decoder shows.
+    """The weighted sum of the latent losses and, where asked for, of what VAE2's decoder shows (`decoded`, else None).
 
     Raises UserError when the VAE of --decoder_loss_path has another latent space, or LPIPS' weights are not at hand.
     """
@@ -30,38 +28,6 @@ class Objective:
         """Aligned and target latents (B, C, h, w), images (B, 3, H, W) or None where no loss needs them -> scalar."""
         loss = sum(weight * term(aligned, target) for weight, term in self.terms)
         return loss + self.decoded(aligned, target, images, step) if self.decoded else loss
-
-    def fit_colours(self, pipeline: AlignPipeline, loader, accelerator) -> None:
-        """Measure on training images the cast of VAE2's reconstruction, so that the decoded images are led to the reference's
-        detail in VAE2's colours."""
-        if not self.decoded:
-            return
-        casts, wanted = [], min(COLOUR_IMAGES, len(loader.dataset))
-        for step, batch in enumerate(loader):
-            _, target = pipeline.encode_batch(batch)
-            with torch.no_grad():
-                self.decoded(target, target, batch.get("pixel_values"), step)
-            casts.append(self.decoded.cast)
-            wanted -= len(target) * accelerator.num_processes
-            if wanted <= 0:
-                break
-        self.decoded.vae2_cast = self.decoded.reference_shift = accelerator.reduce(torch.stack(casts).mean(dim=0), "mean")
-
-    def correct_colours(self, ok: torch.Tensor, accelerator) -> None:
-        """After a step, let the reference's colours counter the cast of its images, unless the step was not `ok`."""
-        if self.decoded:
-            cast = torch.where(ok, self.decoded.cast, self.decoded.vae2_cast)
-            self.decoded.correct_colours(accelerator.reduce(cast, "mean"))
-
-    def state(self) -> dict:
-        """What a resumed run goes on with; tensors on the CPU."""
-        decoded = self.decoded
-        return {"vae2_cast": decoded.vae2_cast.cpu(), "reference_shift": decoded.reference_shift.cpu()} if decoded else {}
-
-    def restore(self, state: dict) -> None:
-        """Undo `state`."""
-        for name, colours in state.items() if self.decoded else ():
-            setattr(self.decoded, name, colours.to(self.decoded.space.vae.device))
 
 
 def _decoded_loss(pipeline, args):

@@ -32,5 +32,5 @@ def say_what_is_odd(args: argparse.Namespace, images: int, processes: int) -> No
         log.warning("--train_batch_size: %d images a step of %d; some come twice in each", batch_size, images)
     steps = args.epochs * -(-images // batch_size)
     steps = min(steps, args.max_train_steps) if args.max_train_steps else steps
-    if args.warmup_steps >= steps:
+    if args.warmup_steps > steps:
         log.warning("--warmup_steps %d: the run has %d, so it ends before --learning_rate is reached", args.warmup_steps, steps)

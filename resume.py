@@ -80,6 +80,7 @@ def names_digest(paths) -> str:
     """A digest of the training images' names, in order and below the folder that they have in common; "" for a hub's."""
     if not isinstance(paths, list):
         return ""
+    paths = [os.path.normpath(path) for path in paths]
     above = len(os.path.commonpath([os.path.dirname(paths[0]), os.path.dirname(paths[-1])]))
     return hashlib.sha256("\0".join(path[above:] for path in paths).encode(errors="surrogateescape")).hexdigest()[:16]
 
@@ -110,9 +111,9 @@ def require_training(content: dict, path) -> None:
             and number(training["bad_steps"]) and number(training["bad_steps_in_a_row"])
             and all(training[name].shape == () for name in ("loss_sum", "summed_steps"))
             and isinstance(training["files"], str)
-            and training["objective"].keys() <= {"vae2_cast", "reference_shift"}
-            and all(colours.shape == (3,) for colours in training["objective"].values())
-            and training["state"].keys() == {"weights", "averaged", "optimizer", "scheduler", "scaler"}
+            and training["colours"].keys() in ({}.keys(), {"vae2_cast", "reference_shift"})
+            and all(colours.shape == (3,) for colours in training["colours"].values())
+            and training["state"].keys() == {"weights", "optimizer", "scheduler", "scaler"}
         )  # fmt: skip
     except (AttributeError, KeyError, TypeError):
         good = False
@@ -124,7 +125,6 @@ def training_state(trained, average, optimizer, scheduler, scaler) -> dict:
     """What goes on from step to step besides the weights that are judged; tensors on the CPU."""
     return {
         "weights": _on_cpu(trained.state_dict()) if average else None,  # without averages they are the judged ones
-        "averaged": int(average.n_averaged) if average else 0,
         "optimizer": _on_cpu(optimizer.state_dict()),
         "scheduler": scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler else None,
@@ -142,7 +142,6 @@ def restore_training(state: dict, trained, average, optimizer, scheduler, scaler
 def _restore(state, trained, average, optimizer, scheduler, scaler):
     if average:
         trained.load_state_dict(state["weights"])
-        average.n_averaged.fill_(state["averaged"])
     kinds = [MUON_STATE if "momentum" in group else ADAMW_STATE for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
     if optimizer.state:  # not before the first step that was not skipped

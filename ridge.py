@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-IMAGES = 512  # training images behind the map: half a million equations at 256 px
 DAMPING = 1e-4  # ridge penalty, relative to the mean squared input
 
 
@@ -28,8 +27,8 @@ class RidgeRegression:
         x = F.unfold(inputs.float(), 3, padding=1).transpose(1, 2).flatten(0, 1)
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
         y = targets.float().flatten(2).transpose(1, 2).flatten(0, 1)
-        self.xx += (x.T @ x).double().cpu()
-        self.xy += (x.T @ y).double().cpu()
+        self.xx += (x.T @ x).cpu().double()
+        self.xy += (x.T @ y).cpu().double()
 
     def solve(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(weight (out, in, 3, 3), bias (out,)) of the convolution, float32."""
@@ -37,19 +36,3 @@ class RidgeRegression:
         penalty[-1] = 0  # the bias is free
         solution = torch.linalg.solve(self.xx + torch.diag(penalty), self.xy).float().T
         return solution[:, :-1].reshape(self.out_channels, self.in_channels, 3, 3).contiguous(), solution[:, -1].contiguous()
-
-
-def fit_ridge(pipeline, loader, accelerator) -> None:
-    """Fit the map between a pipeline's latents on about `IMAGES` training images; its module keeps it beside the weights."""
-    regression = RidgeRegression(pipeline.module.linear.in_channels, pipeline.config.out_channels)
-    wanted = min(IMAGES, len(loader.dataset))
-    for batch in loader:
-        inputs, target = pipeline.encode_batch(batch)
-        regression.add(pipeline.module.on_output_grid(inputs["latents"]), target)
-        wanted -= len(target) * accelerator.num_processes
-        if wanted <= 0:
-            break
-    if accelerator.num_processes > 1:  # every process adds what it saw, and all start from the same map
-        for name in ("xx", "xy"):
-            setattr(regression, name, accelerator.reduce(getattr(regression, name).to(accelerator.device), "sum").cpu())
-    pipeline.module.remember_ridge(*regression.solve())

@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import logging
 import math
@@ -32,7 +33,6 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -52,6 +52,7 @@ from device import (
     resolve_precision,
 )
 from dry_run import print_plan
+from first_pass import fit_colours, fit_ridge
 from losses import LOSSES, checked_loss_term, get_loss_function
 from muon import Muon
 from objective import Objective, needs_pixels
@@ -66,7 +67,6 @@ from resume import (
     restore_training,
     training_state,
 )
-from ridge import fit_ridge
 from schedule import is_due, save_is_due, setup_scheduler, total_steps
 from stop_request import StopRequest
 from training_log import evaluate_and_log, log_hparams, log_model_stats, open_writer, print_results, visualize_results
@@ -231,8 +231,9 @@ def config_dict(args: argparse.Namespace) -> dict:
 
 
 def adopt_architecture(args: argparse.Namespace) -> None:
-    """With --load_checkpoint, set the module's flags to the checkpoint's; UserError if a typed one contradicts."""
-    if not args.load_checkpoint:
+    """With --load_checkpoint, set the module's flags to the checkpoint's; UserError if a typed one contradicts. A resumed run
+    has them already."""
+    if not args.load_checkpoint or getattr(args, "resumed", None):
         return
     config = AlignConfig(**read_checkpoint(args.load_checkpoint)["align_config"])
     for name in ("input_types", "hidden_channels", "num_blocks", "downsample_times"):
@@ -344,14 +345,12 @@ def setup_optimizer(pipeline: AlignPipeline, args: argparse.Namespace) -> torch.
     return Muon(matrices, [parameter for parameter in module.parameters() if id(parameter) not in known], **options)
 
 
-def average_weights(module: AlignModule, decay: float) -> AveragedModel:
-    """Exponential moving average of the weights; its decay grows from 1/11 to `decay`, so short runs are averaged too."""
-
-    @torch.no_grad()
-    def update(averages, currents, count):
-        torch._foreach_lerp_(averages, currents, 1 - min(decay, (1 + float(count)) / (11 + float(count))))
-
-    return AveragedModel(module, multi_avg_fn=update)
+@torch.no_grad()
+def update_average(average: AlignModule, module: AlignModule, decay: float, step: int) -> None:
+    """Exponential moving average of the weights after `step` steps. Its decay grows from 0, a copy, over 1/6 to `decay`, so
+    that short runs are averaged too. (torch's `AveragedModel` keeps its count on the device and waits for it in every step.)"""
+    decay = min(decay, step / (10 + step)) if step > 1 else 0.0
+    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
 
 
 def create_accelerator(args: argparse.Namespace):
@@ -360,6 +359,8 @@ def create_accelerator(args: argparse.Namespace):
     from accelerate.state import AcceleratorState
 
     device = torch.device(args.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # Accelerate takes the current one
     precision = ACCELERATE_NAMES[get_dtype(args.precision)]
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # a second run in one interpreter may want another precision
@@ -399,18 +400,22 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
     torch.manual_seed(args.seed)
     dtype = get_dtype(args.precision)
     pipeline = create_align_pipeline(vae1, vae2, args).to(accelerator.device)
+    pipeline.progress["config"] = config_dict(args)
     objective = Objective(pipeline, args)
     order = data_order(train_loader, accelerator.num_processes)
     files = names_digest(getattr(getattr(train_loader.dataset, "dataset", train_loader.dataset), "source", None))
+    facts = {"train_batch_size": args.train_batch_size, "image_size": args.image_size, "precision": args.precision}
     if resumed:
         require_same_order(resumed["training"]["order"], order)
-        objective.restore(resumed["training"]["objective"])
-    else:
-        objective.fit_colours(pipeline, train_loader, accelerator)
-        if pipeline.uses_latents and not args.load_checkpoint:
+    with memory_advice("looking at the first images", **facts):
+        if not resumed and pipeline.uses_latents and not args.load_checkpoint:
             fit_ridge(pipeline, train_loader, accelerator)
             if args.init == "ridge":
                 pipeline.module.start_from_ridge()
+        if objective.decoded and resumed and resumed["training"]["colours"]:
+            objective.decoded.load_state_dict(resumed["training"]["colours"])
+        elif objective.decoded:
+            fit_colours(objective.decoded, pipeline, train_loader, accelerator)
 
     steps_per_epoch = args.steps_per_epoch = len(train_loader)
     end = total_steps(args)
@@ -418,9 +423,9 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
     scheduler = setup_scheduler(optimizer, args)
     fused_optimizer = optimizer
     trained = pipeline.training_module
-    average = average_weights(trained, args.ema_decay) if args.ema_decay else None
+    average = copy.deepcopy(trained).requires_grad_(False) if args.ema_decay else None
     if average:
-        pipeline.module = average.module  # what is judged and saved
+        pipeline.module = average  # what is judged and saved
     module, optimizer = accelerator.prepare(trained, optimizer)
     parts = {"trained": trained, "average": average, "optimizer": fused_optimizer, "scheduler": scheduler}
     parts["scaler"] = accelerator.scaler
@@ -460,7 +465,7 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
         bad_steps.read()
         training = {
             "state": training_state(**parts),
-            "objective": objective.state(),
+            "colours": objective.decoded.state_dict() if objective.decoded else {},
             "order": order,
             "files": files,
             "loss_sum": loss_sum.cpu(),
@@ -474,7 +479,6 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
 
     batches = endless(train_loader)
     unreadable, arrived = set(), step  # where a resumed run arrives, everything that was due has been done
-    facts = {"train_batch_size": args.train_batch_size, "image_size": args.image_size, "precision": args.precision}
 
     with StopRequest() as stop, memory_advice("training", **facts):
         bar = tqdm(total=end, initial=step, desc="train", unit="step", disable=not main_process)
@@ -532,10 +536,11 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
             ok = bad_steps.mask(fused_optimizer, loss, grad_norm)
             optimizer.step()
             scheduler.step()
-            objective.correct_colours(ok, accelerator)
-            if average:
-                average.update_parameters(trained)
             step += 1
+            if average:
+                update_average(average, trained, args.ema_decay, step)
+            if objective.decoded:
+                objective.decoded.correct_colours(ok, accelerator)
             # ==========================================================================================================
 
             # ---- log: the only place that waits for the device
@@ -634,8 +639,7 @@ def main(argv: list[str] | None = None) -> None:
     args.precision = resolve_precision(args.precision, torch.device(args.device), "precision" in args.typed_flags)
     if adopt_resumed(args):
         return
-    if not args.resumed:
-        adopt_architecture(args)
+    adopt_architecture(args)
     claim_outputs(args)
 
     if args.compile:

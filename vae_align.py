@@ -256,7 +256,7 @@ class LatentSpace:
                 raise UserError(f"{where}: {name} {shown(value)} of its config.json must be a number above {low:g}")
         self.scaling_factor, self.shift_factor = float(scale), float(shift)
         self._images_at_once = None  # as many as come
-        self._precision_settled = False
+        self._settled = set()  # which of encode and decode were seen to work in this precision
         if path is not None:
             local = Path(path).expanduser()
             path = str(local.resolve() if local.is_dir() else path)  # a relative folder means another one elsewhere
@@ -291,7 +291,7 @@ class LatentSpace:
         """
         if any(side % self.stride for side in images.shape[2:]):
             raise UserError(f"image of {tuple(images.shape[2:])} px: both sides must be multiples of {self.stride}")
-        self._settle_precision(images)
+        self._settle_precision("encode", images)
         encoded = self._encode_parts(images)
         if hasattr(encoded[0], "latents"):
             raw = torch.cat([part.latents for part in encoded])
@@ -306,6 +306,7 @@ class LatentSpace:
         Gradients flow to the latents; the VAE's own weights take none.
         """
         raw = latents.float() / self.scaling_factor + self.shift_factor
+        self._settle_precision("decode", raw)
         parts = self._parts(raw, stride=self.stride)
         return torch.cat([self.vae.decode(self._input(part)).sample.float() for part in parts])
 
@@ -325,15 +326,20 @@ class LatentSpace:
             self._images_at_once = largest // 2
             log.warning("out of memory: encoding at most %s at once", count_of(self._images_at_once, "image"))
 
-    def _settle_precision(self, images: torch.Tensor) -> None:
-        """Before the first batch in float16, see on one of its images whether this VAE's activations stay within float16's
-        range (those of SDXL's do not); where they overflow, float32 it is from then on."""
-        if self._precision_settled or self.vae.dtype != torch.float16 or not len(images):
+    @torch.no_grad()
+    def _settle_precision(self, what: str, batch: torch.Tensor) -> None:
+        """Before the first batch in float16, see on one of its images, or raw latents, whether this VAE's activations stay
+        within float16's range (those of SDXL's do not); where they overflow, float32 it is from then on."""
+        if what in self._settled or self.vae.dtype != torch.float16 or not len(batch):
             return
-        self._precision_settled = True
-        (encoded,) = self._encode_parts(images[:1])
-        raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        if not (raw.isfinite().all() and self.vae.decode(raw).sample.isfinite().all()):
+        self._settled |= {what, "decode"}
+        raw = batch[:1]
+        if what == "encode":
+            (encoded,) = self._encode_parts(raw)
+            raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        elif not raw.isfinite().all():
+            return
+        if not (raw.isfinite().all() and self.vae.decode(self._input(raw)).sample.isfinite().all()):
             if isinstance(self.vae, LazyVAE):
                 self.vae.widen()
             else:

@@ -2,10 +2,11 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import QUIET, train
+from runs import QUIET, same_weights, train
 from safetensors.torch import load_file, save_file
 
 from decoded_loss import DecodedImageLoss
@@ -68,25 +69,42 @@ def test_an_empty_comparison_is_impossible(space):
         assert DecodedImageLoss(space, 2, window, "vae2", 0)(target + 0.1, target, None, 5) > 0
 
 
+ONE_PROCESS = SimpleNamespace(reduce=lambda tensor, how: tensor)
+OK = torch.tensor(True)
+
+
 @pytest.mark.parametrize("reference", ["original", "vae2"])
-def test_colours_are_led_to_those_of_vae2(space, reference):
-    """Catches a correction of the wrong sign or channel, and one that forgets that VAE2 itself has a cast: aligned latents
-    whose decoded image follows the reference but for a cast of its own end with VAE2's."""
+def test_the_reference_is_compared_in_shifted_colours(space, reference):
+    """Catches a shift that never reaches the loss, or another channel."""
     images = torch.rand(2, 3, 48, 48) * 1.6 - 0.8
     target = space.encode(images)
-    loss, own = DecodedImageLoss(space, 2, 4, reference, 0), torch.tensor([-0.03, 0.02, 0.0])
-    loss(target, target, images, 3)
-    loss.vae2_cast = loss.reference_shift = loss.cast
-    assert not loss.vae2_cast.any() if reference == "vae2" else loss.vae2_cast.abs().min() > 1e-3
+    loss = DecodedImageLoss(space, 2, 0, reference, 0, kind="mse")
+    loss.reference_shift = torch.tensor([0.3, -0.1, 0.05])
+    wanted = images if reference == "original" else space.decode(target)
+    expected = (space.decode(target) - wanted - loss.reference_shift.view(3, 1, 1)).square().mean()
+    assert torch.allclose(loss(target, target, images, 3), expected)
+
+
+@pytest.mark.parametrize("reference", ["original", "vae2"])
+def test_colours_are_led_to_those_of_vae2(space, reference):
+    """Catches a correction of the wrong sign, one that forgets that VAE2 itself has a cast, and one by a step that was not
+    finite: an image that follows the reference but for a cast of its own ends with VAE2's."""
+    images = torch.rand(4, 3, 48, 48) * 1.6 - 0.8
+    target = space.encode(images)
+    loss, own = DecodedImageLoss(space, 2, 0, reference, 0), torch.tensor([-0.03, 0.02, 0.0])
+    loss.measure_vae2(zip(target.split(2), images.split(2)), ONE_PROCESS)
+    wanted = images if reference == "original" else space.decode(target)
+    assert torch.allclose(loss.vae2_cast, (space.decode(target) - wanted).mean(dim=(0, 2, 3)), atol=1e-6)
     for _ in range(1000):
-        loss.correct_colours(loss.reference_shift + own)
-    assert (loss.reference_shift + own).tolist() == pytest.approx(loss.vae2_cast.tolist(), abs=1e-3)
-    shifted = loss(target, target, images + loss.reference_shift.view(3, 1, 1), 3)
-    loss.reference_shift = torch.zeros(3)
-    if reference == "original":
-        assert shifted != loss(target, target, images, 3)
+        loss.cast = loss.reference_shift + own
+        loss.correct_colours(OK, ONE_PROCESS)
+    assert loss.cast.tolist() == pytest.approx(loss.vae2_cast.tolist(), abs=1e-3)
+    before, loss.cast = loss.reference_shift, torch.full((3,), float("nan"))
+    loss.correct_colours(~OK, ONE_PROCESS)
+    assert torch.equal(loss.reference_shift, before)
+    loss.cast = torch.ones(3)
     for _ in range(1000):  # an image that does not follow
-        loss.correct_colours(torch.ones(3))
+        loss.correct_colours(OK, ONE_PROCESS)
     assert (loss.vae2_cast - loss.reference_shift).tolist() == pytest.approx([8 / 127.5] * 3)
 
 
@@ -101,9 +119,52 @@ def test_training_measures_and_corrects_the_colours(flags, tmp_path):
         save_file(weights, file)
         changes = {"decoder_loss_weight": 1.0, "decoder_loss_batch": 3, "decoder_loss_window": 2, "max_train_steps": 2}
         run = train(flags, tmp_path / name, vae2_path=vae, **changes, **QUIET)
-        states.append(run.last["training"]["objective"])
+        states.append(run.last["training"]["colours"])
     assert (states[1]["vae2_cast"] - states[0]["vae2_cast"]).tolist() == pytest.approx([0.25, 0, 0], abs=1e-4)
-    assert all(0 < (state["reference_shift"] - state["vae2_cast"]).abs().max() < 8 / 127.5 for state in states)
+    assert all((state["reference_shift"] != state["vae2_cast"]).all() for state in states)
+
+
+def test_a_decoder_of_its_own(flags, tmp_path):
+    """Catches a --decoder_loss_path that is read and not used, or used for the targets too."""
+    plain, same, other = (
+        train(flags, tmp_path / name, decoder_loss_weight=1.0, max_train_steps=3, **QUIET, **changes).last
+        for name, changes in (
+            ("plain", {}),
+            ("same", {"decoder_loss_path": flags["vae2_path"]}),
+            ("other", {"decoder_loss_path": another_decoder(flags["vae2_path"], tmp_path)}),
+        )
+    )
+    assert same_weights(plain, same) and not same_weights(plain, other)
+
+
+def another_decoder(folder, tmp_path):
+    vae = Path(shutil.copytree(folder, tmp_path / "another"))
+    (file,) = vae.glob("*.safetensors")
+    weights = load_file(file)
+    weights["decoder.conv_out.weight"].neg_()
+    save_file(weights, file)
+    return vae
+
+
+def test_the_edges_of_an_image_are_decoded_as_often_as_a_quarter_of_the_time(space):
+    """Catches windows drawn evenly over the image, which touch an edge once in as many steps as there is room for."""
+    loss = DecodedImageLoss(space, 1, 4, "vae2", 0)
+    rows = torch.arange(12.0).view(1, 1, 12, 1).expand(1, 1, 12, 12)
+    tops = [int(loss._window(rows.shape[2:], step)[0](rows).min()) for step in range(400)]
+    assert tops.count(0) > 80 and tops.count(8) > 80 and set(tops) == set(range(9))
+
+
+def test_what_lacks_its_surroundings_is_not_compared(space):
+    """Catches a margin that is not trimmed: at a window's edge inside the image the decoder's padding is no error of ours."""
+    target = torch.randn(1, 16, 12, 12)
+    images = space.decode(target).detach()
+    loss = DecodedImageLoss(space, 1, 4, "original", 0, margin=1)
+    for step in range(30):
+        windowed, inner = loss._window(target.shape[2:], step)
+        decoded, image = space.decode(windowed(target))[inner], windowed(images, 8)[inner]
+        top = int(windowed(torch.arange(12.0).view(1, 1, 12, 1).expand(1, 1, 12, 12)).min())
+        assert decoded.shape[2] == 32 - 8 * (top > 0) - 8 * (top < 8)
+        assert torch.allclose(loss(target, target, images, step), (decoded - image).abs().mean())
 
 
 def test_same_step_same_window(space):

@@ -222,6 +222,17 @@ def test_a_vae_that_overflows_in_float16_runs_in_float32(folder, caplog, kind, l
     assert len(said) == 1 and "float32" in said[0] and (not lazy or str(folder) in said[0])
 
 
+def test_a_decoder_that_is_asked_first_settles_the_precision_too(folder):
+    """NaN pictures, and so a loss that is never finite, where all latents come from a complete cache."""
+    weights(OVERFLOWS["activations of the decoder"])(folder)
+    space = LatentSpace(load(folder, torch.float16))
+    assert space.decode(torch.full((1, space.channels, 4, 4), float("nan"))).isnan().any()
+    assert space.vae.dtype == torch.float16, "latents that are not finite are not the decoder's doing"
+    space = LatentSpace(load(folder, torch.float16))
+    assert space.decode(torch.randn(2, space.channels, 4, 4)).isfinite().all()
+    assert space.vae.dtype == torch.float32
+
+
 def test_a_vae_within_float16s_range_stays_in_it_and_is_measured_once(folder, caplog):
     """float32 on suspicion, at twice the time and memory; a decode for every batch to find out again."""
     space = LatentSpace(load(folder, torch.float16))

@@ -10,7 +10,7 @@ from dataloader import ImageDataset, eval_loader
 from eval_align import evaluate
 from vae_align import AlignPipeline, read_checkpoint
 
-PRETRAINED = sorted((ROOT / "assets" / "pretrained").glob("*.pth"))
+PRETRAINED = [ROOT / "assets" / "pretrained" / f"taesd_to_taef1{kind}.pth" for kind in ("", "_latent")]
 
 
 @pytest.mark.parametrize("path", PRETRAINED, ids=lambda path: path.stem)

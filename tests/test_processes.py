@@ -9,6 +9,7 @@ from runs import ONE_THREAD, results_of, train
 from test_schedule import specified
 
 SETTINGS = {
+    "decoder_loss_weight": 1.0,
     "epochs": 4,
     "warmup_steps": 4,
     "scheduler_step_size": 2,

@@ -15,6 +15,7 @@ from conftest import ROOT, as_argv, run_script, tiny_flags
 from runs import ONE_THREAD, QUIET, results_of, train
 from test_processes import LAUNCHER
 
+import resume
 import train_align_with_args as train_script
 
 KINDS = {
@@ -264,7 +265,7 @@ def poison(monkeypatch, bad_steps):
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(flags, tmp_path, monkeypatch, caplog):
     """NaN weights after one bad batch; moments that a bad step spoils; a skip that nobody hears of."""
-    changes = {**QUIET, "epochs": 3, "log_frequency": 2, "weight_decay": 0.1, "ema_decay": 0.9}
+    changes = {**QUIET, "epochs": 3, "log_frequency": 2, "weight_decay": 0.1, "ema_decay": 0.9, "decoder_loss_weight": 1.0}
     poison(monkeypatch, {2, 5, 6})
     run = train(flags, tmp_path, **changes)
     assert all(tensor.isfinite().all() for tensor in tensors_of(run.last).values())
@@ -305,6 +306,25 @@ def test_bad_steps_in_a_row_are_counted_across_a_resume(flags, tmp_path, monkeyp
     poison(monkeypatch, set(range(100)))
     with pytest.raises(train_script.UserError, match=r"not finite in 4 steps in a row.* step 7 with"):
         train(flags, tmp_path, **QUIET, max_bad_steps=4, max_train_steps=20, resume=True)
+
+
+def test_a_run_from_another_runs_weights_resumes_without_them(flags, tmp_path):
+    """A resume that reads --load_checkpoint again: the file may be gone, or the folder's newest be of another shape."""
+    first = train(flags, tmp_path / "first", **QUIET, max_train_steps=1).checkpoints[-1]
+    changes = {**QUIET, "load_checkpoint": first, "hidden_channels": None, "num_blocks": None}
+    train(flags, tmp_path / "second", **changes, max_train_steps=2)
+    first.unlink()
+    changes = {**QUIET, "hidden_channels": None, "num_blocks": None, "resume": True}
+    assert train(flags, tmp_path / "second", **changes, max_train_steps=3).last["step"] == 3
+
+
+def test_names_do_not_depend_on_how_the_folder_is_written():
+    """A run that is refused its own images since its folder is now typed with ./ or two slashes; one of a single image."""
+    names = resume.names_digest(["photos/a/1.png", "photos/b/2.png"])
+    assert names == resume.names_digest(["./photos/a/1.png", "./photos/b/2.png"])
+    assert names == resume.names_digest(["/elsewhere//photos/a/1.png", "/elsewhere//photos/b/2.png"])
+    assert names != resume.names_digest(["photos/a/1.png", "photos/b/3.png"])
+    assert resume.names_digest(["x/1.png"]) == resume.names_digest(["y/1.png"]) != resume.names_digest(["x/2.png"])
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path, capsys):
