@@ -39,6 +39,8 @@ def print_plan(args, pipeline, loaders, objective, optimizer, steps: int, views:
         evaluate(pipeline, itertools.islice(eval_loader, 1), get_dtype(args.precision), show_progress=False)
 
     encoding, stepping, judging = _seconds(encode), _seconds(step), _seconds(judge)
+    if not accelerator.is_main_process:
+        return
 
     images, batch_size = len(train_loader.dataset), args.train_batch_size * accelerator.num_processes
     view_bytes = 2 * sum(  # float16 latents, 8-bit pixels

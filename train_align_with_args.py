@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import datetime
 import functools
 import logging
 import math
@@ -355,7 +356,7 @@ def update_average(average: AlignModule, module: AlignModule, decay: float, step
 
 def create_accelerator(args: argparse.Namespace):
     """Accelerate's view of this process: its device, precision and place among the others."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
     device = torch.device(args.device)
@@ -364,7 +365,9 @@ def create_accelerator(args: argparse.Namespace):
     precision = ACCELERATE_NAMES[get_dtype(args.precision)]
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # a second run in one interpreter may want another precision
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    # the others wait while the main process evaluates, or while another run builds the cache: longer than the usual ten minutes
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[patience])
 
 
 def seed_of_step(seed: int, step: int, process: int) -> int:
@@ -665,7 +668,8 @@ def main(argv: list[str] | None = None) -> None:
         return dry_run(args, *vaes, accelerator, datasets)
     loaders = create_data_loaders(args, *vaes, accelerator, datasets)
     if args.cache_only:
-        print(f"latent cache complete: {args.latent_cache_dir}")
+        if accelerator.is_main_process:
+            print(f"latent cache complete: {args.latent_cache_dir}")
         return
     log.info("%s to train on, %s to judge by", *(count_of(len(loader.dataset), "image") for loader in loaders))
     generator = torch.Generator(accelerator.device).manual_seed(args.seed + accelerator.process_index)
