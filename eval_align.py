@@ -375,7 +375,8 @@ def judge(pairs: list[Pair], loader, dtype, names, size: int, visit) -> dict:
             results[part] |= {f"{row}{pair.suffix}": value for row, value in figures[part].items()}
         for row, figures_of_row in figures["ladder"].items():
             figures_of_row["label"] = f"{label_of(row)}, pair {pair.suffix[1:]}"
-        results["spectrum"]["rows"] |= {f"{row}{pair.suffix}": line for row, line in figures["spectrum"]["rows"].items()}
+        for name in ("rows", "detail"):
+            results["spectrum"][name] |= {f"{row}{pair.suffix}": line for row, line in figures["spectrum"][name].items()}
     return results
 
 

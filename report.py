@@ -25,6 +25,7 @@ PAGE_PANEL = 512  # px: larger pictures are shown smaller on the page
 PAGE_BYTES = 6_000_000  # of pictures on the page, all together
 PSNR_NOISE = 0.05  # dB: smaller differences are none
 BIAS_SEEN = 1  # 8-bit levels of colour bias from which it is called a weakness
+SOFT = 0.8  # fine detail relative to decode + re-encode's, below which a picture visibly lacks it
 FEW_IMAGES = 30
 
 
@@ -220,6 +221,13 @@ def verdict(results: dict) -> dict:
         sentences.append(
             f"It passes VAE2's own reconstruction ({ceiling['psnr']:.2f} dB) by {-below:.2f} dB: trained on the decoded "
             "picture, a module can find latents that decode better than those of VAE2's encoder."
+        )
+    detail = results.get("spectrum", {}).get("detail", {})
+    ours, theirs = detail.get("aligned"), detail.get("reencode")
+    if ours is not None and theirs is not None and ours < SOFT * theirs:
+        sentences.append(
+            f"But it looks softer: its pictures have {percent(ours)} of the power of the originals' finest detail (up to 4 "
+            f"pixels a cycle), those of decode + re-encode {percent(theirs)}, true or invented; PSNR does not mind softness."
         )
     others = {row: figures["psnr"] for row, figures in ladder.items() if row.startswith("aligned") and row != "aligned"}
     better = {row: psnr for row, psnr in others.items() if psnr is not None and psnr > (aligned["psnr"] or math.inf)}

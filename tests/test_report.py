@@ -420,6 +420,14 @@ def test_verdict_says_on_which_side_of_vae2_the_module_stands(gain, said):
     assert said in report.verdict(results_of([gain] * 40))["sentences"][1]
 
 
+@pytest.mark.parametrize(("detail", "soft"), [(0.5, True), (0.9, False), (None, False)])
+def test_verdict_says_when_pictures_are_soft(detail, soft):
+    """Praise for a blurred picture, whose PSNR is the better for it."""
+    results = results_of([1.0] * 40, spectrum={"detail": {"aligned": detail, "reencode": 1.0}})
+    said = " ".join(report.verdict(results)["sentences"])
+    assert ("softer" in said and "50% of the power" in said) == soft
+
+
 def test_verdict_names_the_weaknesses_and_only_those():
     assert report.verdict(results_of([1.0] * 40))["weaknesses"] == []
     weak = results_of(
