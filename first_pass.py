@@ -23,7 +23,10 @@ def fit_ridge(pipeline: AlignPipeline, loader, accelerator) -> None:
 
 
 def fit_colours(decoded: DecodedImageLoss, pipeline: AlignPipeline, loader, accelerator) -> None:
-    """Measure the cast of VAE2's reconstruction, to which the decoded loss leads the aligned images."""
+    """Measure the cast of VAE2's reconstruction, to which the decoded loss leads the aligned images; where that is itself the
+    reference it has none."""
+    if decoded.reference == "vae2":
+        return
     batches = encoded_batches(pipeline, loader, accelerator, COLOUR_WINDOWS, decoded.batch_size)
     decoded.measure_vae2(((target, batch.get("pixel_values")) for _, target, batch in batches), accelerator)
 

@@ -332,13 +332,13 @@ class LatentSpace:
         within float16's range (those of SDXL's do not); where they overflow, float32 it is from then on."""
         if what in self._settled or self.vae.dtype != torch.float16 or not len(batch):
             return
-        self._settled |= {what, "decode"}
         raw = batch[:1]
+        if what == "decode" and not raw.isfinite().all():
+            return  # says nothing of the decoder
+        self._settled |= {what, "decode"}
         if what == "encode":
             (encoded,) = self._encode_parts(raw)
             raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        elif not raw.isfinite().all():
-            return
         if not (raw.isfinite().all() and self.vae.decode(self._input(raw)).sample.isfinite().all()):
             if isinstance(self.vae, LazyVAE):
                 self.vae.widen()
