@@ -8,8 +8,8 @@ processes or what was read before.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
-import math
 import os
 import re
 import signal
@@ -21,10 +21,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
-from device import memory_advice, physical_memory
-from latent_cache import LatentCache, build, cache_key, file_list_digest
+from runtime.device import physical_memory
 from utils import UserError, hub_token, one_line, require_regular
 
 log = logging.getLogger(__name__)
@@ -32,7 +30,6 @@ log = logging.getLogger(__name__)
 WIDE_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # grey with more than 8 bits; Pillow would clip them at 255
 PROGRAMS = ("EPS",)  # Pillow hands these to Ghostscript, which executes them; whatever the file's name says it is
 SYNSET = re.compile(r"n\d{8}$")
-ENCODE_BATCH = 16  # views encoded at once for the cache
 ZOOM = 1.25  # training draws the short side between image_size and this multiple of it (never above the image's own)
 PREPROCESSING = 1  # counts changes to what `ImageDataset.crop` makes of a file, so that no older cache is read
 
@@ -84,6 +81,19 @@ def list_imagenet(folder: str | os.PathLike, split: str) -> list[str]:
             "use --dataset_type default"
         )
     return [path for place in classes for path in list_images(place)]
+
+
+def file_list_digest(paths: list[str]) -> str:
+    """A digest of the files' names, sizes and modification times, in order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            status = os.stat(path)
+            line = f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n"
+        except OSError:
+            line = f"{path}\0unreadable\n"
+        digest.update(line.encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -221,57 +231,6 @@ class ImageDataset(Dataset):
         raise UserError(f"no image can be read any more; the last failure: {unreadable[-1]}")
 
 
-class AllViews(Dataset):
-    """Every view of a training image at once, for the latent cache: (index, (views, 3, S, S) uint8, None), or
-    (index, None, why) for one that cannot be read."""
-
-    def __init__(self, dataset: ImageDataset, views: int):
-        self.dataset, self.views = dataset, views
-
-    def __getitem__(self, index):
-        try:
-            image = self.dataset.open(index)
-            return index, torch.stack([self.dataset.crop(image, index, view) for view in range(self.views)]), None
-        except UnreadableImage as error:
-            return index, None, str(error)
-
-    def collate(self, items):
-        """Items -> (indices, pixels (B · views, 3, S, S) with zeros for the unreadable, {index: why})."""
-        size = self.dataset.image_size
-        blank = torch.zeros(self.views, 3, size, size, dtype=torch.uint8)
-        pixels = torch.cat([blank if views is None else views for _, views, _ in items])
-        return [index for index, _, _ in items], pixels, {index: why for index, _, why in items if why}
-
-
-class CachedDataset(Dataset):
-    """Training batches out of a complete latent cache, asked for as lists of (index, view).
-
-    The index counts the images that are in the cache; the batch carries `latents1`, `latents2` and, where the cache has
-    pixels, `pixel_values`, beside what every batch has.
-    """
-
-    def __init__(self, cache: LatentCache, dataset: ImageDataset):
-        self.cache, self.dataset = cache, dataset
-        left_out = cache.left_out()
-        self.images = np.array([image for image in range(cache.length) if image not in left_out], dtype=np.int64)
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitems__(self, items):
-        places, views = np.array(items).T
-        images = self.images[places]
-        batch = {
-            "index": torch.from_numpy(images),
-            "path": [self.dataset.name(image) for image in images.tolist()],
-            "unreadable": [],
-        }
-        for name in self.cache.columns:
-            rows = torch.from_numpy(self.cache.read(name, images, views))
-            batch[name] = to_pixel_values(rows) if name == "pixel_values" else rows.float()
-        return batch
-
-
 def collate(items: list[dict]) -> dict:
     """Items -> batch; items without pixels are dropped, `unreadable` names every file that failed on the way."""
     good = [item for item in items if item["pixel_values"] is not None]
@@ -368,81 +327,9 @@ class EpochSampler(Sampler):
 
 
 def train_loader(dataset, batch_size: int, num_workers: int, seed: int, views=0, rank=0, world=1) -> DataLoader:
-    """An endless loader of training batches; `len(loader)` is the number of steps in an epoch.
-
-    Cached latents are read in this process unless a device computes meanwhile: there is nothing to decode.
-    """
+    """An endless loader of training batches; `len(loader)` is the number of steps in an epoch."""
     sampler = EpochSampler(len(dataset), batch_size, seed, views, rank, world)
-    options = loader_options(num_workers)
-    if isinstance(dataset, CachedDataset):
-        options["collate_fn"] = _as_it_is
-        if not torch.cuda.is_available():
-            options |= {"num_workers": 0, "persistent_workers": False}
-    return WorkerLoader(dataset, batch_sampler=sampler, **options)
-
-
-def _as_it_is(batch):
-    return batch
-
-
-def cache_latents(dataset, space1, space2, with_images, root, views, num_workers, sample=False, rank=0, world=1, barrier=None):
-    """The complete latent cache of a training set, built or finished now if need be; as a `CachedDataset`.
-
-    Args:
-        space1, space2: `vae_align.LatentSpace`s; their VAEs are not loaded when the cache is already complete.
-        with_images: also store the pixels, for modules that take the image.
-        root: folder of caches; sample: store a draw from the posterior in place of its mean.
-    """
-    size = dataset.image_size
-    columns = {
-        f"latents{number}": ((space.channels, size // space.stride, size // space.stride), "float16")
-        for number, space in ((1, space1), (2, space2))
-    }
-    if with_images:
-        columns["pixel_values"] = ((3, size, size), "uint8")
-    key = cache_key(
-        vaes=[space1.fingerprint, space2.fingerprint],
-        precision=[str(space1.vae.dtype), str(space2.vae.dtype)],
-        sample=sample,
-        columns={name: list(shape) for name, (shape, _) in columns.items()},
-        views=views,
-        **dataset.content_key(),
-    )
-    cache = LatentCache(root, key, len(dataset), views, columns)
-    every_view = AllViews(dataset, views)
-    images_per_batch = 2 ** max(0, int(math.log2(max(1, ENCODE_BATCH / views))))
-
-    def loader_for(images):
-        options = loader_options(num_workers) | {"collate_fn": every_view.collate, "persistent_workers": False}
-        return WorkerLoader(every_view, batch_size=images_per_batch, sampler=images, **options)
-
-    def encode(indices, pixels):
-        precision = str(space1.vae.dtype).rpartition(".")[2]
-        with memory_advice("encoding images for the latent cache", image_size=size, cache_views=views, precision=precision):
-            return encode_views(indices, pixels)
-
-    def encode_views(indices, pixels):
-        images = to_pixel_values(pixels)
-        rows = {"pixel_values": pixels.numpy()} if with_images else {}
-        for number, space in ((1, space1), (2, space2)):
-            generator = None
-            if sample:  # a function of the images, so that a build that was cut short draws the same
-                seed = np.random.SeedSequence((dataset.seed, indices[0], number)).generate_state(1)[0]
-                generator = torch.Generator(space.vae.device).manual_seed(int(seed))
-            rows[f"latents{number}"] = space.encode(images, sample, generator).half().cpu().numpy()
-        return rows
-
-    def progress(total):
-        return tqdm(total=total, desc="encode", unit="image", disable=rank != 0 or not total)
-
-    build(cache, loader_for, encode, dataset.name, progress, rank, world, barrier or (lambda: None))
-    cached = CachedDataset(cache, dataset)
-    left_out = list(cache.left_out().values())
-    for why in left_out if rank == 0 else ():
-        log.warning("left out: %s", why)
-    if not len(cached):
-        raise UserError(f"no training image could be encoded; the last failure: {left_out[-1]}")
-    return cached
+    return WorkerLoader(dataset, batch_sampler=sampler, **loader_options(num_workers))
 
 
 def eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int) -> DataLoader:

@@ -19,7 +19,6 @@ import logging
 import shlex
 import signal
 import sys
-import time
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -30,249 +29,29 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-import report
-import report_page
-from cli import Parser, integer, run
 from dataloader import ImageDataset, eval_loader, open_dataset, require_memory
-from device import PRECISIONS, autocast, get_dtype, keep_freed_memory, memory_advice, resolve_device, resolve_precision
-from metrics import (
+from evaluation import page, pictures, tables
+from evaluation.ladder import applicable_rows, comparison_sheets, evaluate, label_of, picture_names, reconstruct, translators
+from evaluation.metrics import (
     DEFAULT_OPTIONAL,
     ErrorSpectrum,
     LatentHistograms,
     OptionalMetrics,
     finite,
-    image_metrics,
-    latent_metrics,
-    mean_of,
-    summarise,
 )
-from metrics import OPTIONAL as OPTIONAL_METRICS
-from run_logs import read_curves
+from evaluation.metrics import OPTIONAL as OPTIONAL_METRICS
+from evaluation.run_logs import read_curves
+from evaluation.verdict import verdict
+from latents.pipeline import PipelineWithVAEs
+from latents.spaces import good_image_size
+from runtime.cli import Parser, integer, run
+from runtime.device import PRECISIONS, get_dtype, keep_freed_memory, memory_advice, resolve_device, resolve_precision
 from utils import UserError, atomic_file, claim_writable_folder, count_of, one_line, plain_stem, use_proxy
-from vae_align import AlignModule, AlignPipeline, good_image_size, newest_checkpoint, read_checkpoint
+from vae_align import newest_checkpoint, read_checkpoint
 
 log = logging.getLogger(__name__)
 
 METRICS_FORMAT = "vae-align metrics 1"
-LADDER = {
-    "vae1": "VAE1 reconstruction",
-    "ceiling": "VAE2 reconstruction (ceiling)",
-    "reencode": "decode with VAE1, re-encode with VAE2",
-    "linear": "closed-form linear map",
-    "untrained": "untrained module",
-    "aligned": "aligned",
-}
-
-
-def label_of(row: str) -> str:
-    """What a row of the ladder is called: "aligned_2" is another module between the same VAEs."""
-    return LADDER.get(row) or f"aligned, checkpoint {row.rpartition('_')[2]}"
-
-
-def applicable_rows(pipeline: AlignPipeline, others=()) -> tuple[str, ...]:
-    """The rungs of the ladder that mean something for this pipeline: without latents there is no linear map."""
-    has_ridge = any(each.module.has_ridge for each in (pipeline, *others))
-    rungs = tuple(row for row in LADDER if row != "linear" or has_ridge)
-    return rungs + tuple(f"aligned_{number}" for number, _ in enumerate(others, 2))
-
-
-def untrained_module(pipeline: AlignPipeline) -> AlignModule:
-    """The pipeline's module as it would start at random, from its run's seed."""
-    with torch.random.fork_rng():
-        torch.manual_seed(pipeline.progress["config"].get("seed", 42))
-        return AlignModule(pipeline.config).to(pipeline.device).eval()
-
-
-def translators(pipeline: AlignPipeline, rows, dtype: torch.dtype, others=()) -> dict:
-    """{row: function (VAE1's latents, images) -> VAE2's scaled latents, float32} for rows that lead to VAE2's latents.
-
-    `others`: see `evaluate`. Each function that is not made of VAEs has as its attribute `parameters` how many it uses.
-    """
-    space1, space2 = pipeline.space1, pipeline.space2
-    linear = next((each.module for each in (pipeline, *others) if each.module.has_ridge), None)
-
-    def by_module(module):
-        def translate(latents, images):
-            given = {"latent": latents, "image": images}
-            given = [given[kind] if kind in module.config.input_types else None for kind in ("latent", "image")]
-            with autocast(pipeline.device, dtype):
-                return module(*given).float()
-
-        translate.parameters = sum(parameter.numel() for parameter in module.parameters())
-        return translate
-
-    def by_linear_map(latents, images):
-        return linear.linear_map(latents)
-
-    if linear:
-        by_linear_map.parameters = linear.ridge_weight.numel() + linear.ridge_bias.numel()
-
-    ways = {
-        "ceiling": lambda latents, images: space2.encode(images),
-        "reencode": lambda latents, images: space2.encode(space1.decode(latents).clamp(-1, 1)),
-        "linear": by_linear_map,
-        "aligned": by_module(pipeline.module),
-    }
-    ways |= {f"aligned_{number}": by_module(other.module) for number, other in enumerate(others, 2)}
-    if "untrained" in rows:
-        ways["untrained"] = by_module(untrained_module(pipeline))
-    return {row: ways[row] for row in rows if row in ways}
-
-
-@torch.inference_mode()
-def reconstruct(pipeline: AlignPipeline, images: torch.Tensor, ways: dict) -> dict:
-    """What each rung of the ladder makes of `images` (B, 3, H, W) in [-1, 1].
-
-    `ways` is from `translators`. Returns {row: (scaled latents in VAE2's space, decoded images)}, with "vae1" as VAE1's
-    own latents and reconstruction.
-    """
-    latents1 = pipeline.space1.encode(images)
-    made = {"vae1": (latents1, pipeline.space1.decode(latents1))}
-    for row, translate in ways.items():
-        latents = translate(latents1, images)
-        made[row] = (latents, pipeline.space2.decode(latents))
-    return made
-
-
-@torch.inference_mode()
-def measure_costs(pipeline: AlignPipeline, image_size: int, ways: dict, repeats: int = 3) -> dict:
-    """What it costs to come by VAE2's latents of one image: {row: {milliseconds, parameters, macs}}.
-
-    For "ceiling" from the image, for the others from VAE1's latents (and the image, where the module takes it); decoding
-    with VAE2, which all have in common, is not in it. `macs` are multiply-adds of convolutions and matrix products, the
-    time is the fastest of a few runs at batch size 1.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    def size(*modules):
-        return sum(parameter.numel() for module in modules if module is not None for parameter in module.parameters())
-
-    def half(vae, coder, quant):
-        return size(getattr(vae, coder), getattr(vae, quant, None))
-
-    images = torch.zeros(1, 3, image_size, image_size, device=pipeline.device)
-    latents1 = pipeline.space1.encode(images)
-    encoder2 = half(pipeline.vae2, "encoder", "quant_conv")
-    parameters = {
-        "ceiling": encoder2,
-        "reencode": half(pipeline.vae1, "decoder", "post_quant_conv") + encoder2,
-    }
-    costs = {}
-    for row, translate in ways.items():
-        with FlopCounterMode(display=False) as counter:
-            translate(latents1, images)
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            translate(latents1, images)[0, 0, 0, 0].item()  # reading a value waits for the device
-            times.append(time.perf_counter() - start)
-        costs[row] = {
-            "milliseconds": 1e3 * min(times),
-            "parameters": getattr(translate, "parameters", None) or parameters[row],
-            "macs": counter.get_total_flops() // 2,
-        }
-    return costs
-
-
-def evaluate(
-    pipeline: AlignPipeline,
-    loader,
-    dtype: torch.dtype,
-    rows=None,
-    visit=None,
-    costs=False,
-    show_progress=True,
-    optional: OptionalMetrics | None = None,
-    others=(),
-) -> dict:
-    """Judge rungs of the ladder on every image of `loader`.
-
-    Args:
-        dtype: precision of the module's autocast.
-        rows: keys of `LADDER`; by default all that apply.
-        visit: called with (batch, what `reconstruct` returned) for each batch, for pictures and for what is summed up.
-        costs: also measure what each rung costs (see `measure_costs`).
-        optional: which metrics beyond the plain ones; by default SSIM alone.
-        others: pipelines of the same two VAEs whose modules are judged too, as "aligned_2", "aligned_3", …
-
-    Returns a dict of plain values:
-        images: how many were judged; unreadable: the messages of those that could not be.
-        ladder: {row: {label, latent_mse, latent_l1, latent_cosine, latent_mse_by_channel, psnr, ssim, psnr_vs_vae2,
-            ssim_vs_vae2, colour_bias, further optional metrics, and with `costs` milliseconds, parameters, macs}}: means
-            over images. What begins with `latent` is against VAE2's posterior mean; `psnr` (dB), `ssim` and the further
-            ones are against the original, `psnr_vs_vae2`, `ssim_vs_vae2` and `colour_bias` (signed 8-bit levels of
-            R, G, B) against VAE2's own reconstruction. None where undefined or not measured.
-        summary: {row: {metric: {mean, std, worst, worst_image}}}, see `metrics.summarise`.
-        per_image: {row: {metric: [value per image]}}, paths: the images' names in the same order.
-    """
-    optional = optional or OptionalMetrics()
-    ssim = "ssim" in optional.names
-    rows = applicable_rows(pipeline, others) if rows is None else rows
-    values = {row: {} for row in rows}
-    paths, unreadable = [], []
-    was_training = pipeline.module.training
-    pipeline.module.eval()
-    ways = translators(pipeline, dict.fromkeys((*rows, "ceiling")), dtype, others)
-    for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not show_progress):
-        unreadable += batch["unreadable"]
-        if not batch["path"]:
-            continue
-        images = batch["pixel_values"].to(pipeline.device)
-        made = reconstruct(pipeline, images, ways)
-        target, shown = made["ceiling"]
-        optional.begin_batch(images)
-        for row in rows:
-            latents, decoded = made[row]
-            figures = image_metrics(decoded, images, ssim)
-            against_vae2 = image_metrics(decoded, shown, ssim)
-            figures |= {f"{name}_vs_vae2": against_vae2[name] for name in ("psnr", "ssim") if name in against_vae2}
-            figures["colour_bias"] = against_vae2["colour_bias"]
-            figures |= optional.measure(row, decoded, images)
-            if row != "vae1":
-                figures |= latent_metrics(latents, target)
-            for name, per_image in figures.items():
-                values[row].setdefault(name, []).extend(per_image)
-        paths += batch["path"]
-        if visit:
-            visit(batch, made)
-    if not paths:
-        raise UserError(f"no image could be evaluated; the last failure: {(unreadable or ['the folder is empty'])[-1]}")
-    ladder = {
-        row: {"label": label_of(row)}
-        | dict.fromkeys(("latent_mse", "latent_l1", "latent_cosine", "latent_mse_by_channel", "ssim", "ssim_vs_vae2"))
-        | {name: mean_of(numbers) for name, numbers in values[row].items()}
-        | finite(optional.of_the_set(row))
-        for row in rows
-    }
-    if costs:
-        for row, cost in measure_costs(pipeline, images.shape[-1], {row: ways[row] for row in rows if row in ways}).items():
-            ladder[row] |= cost
-    pipeline.module.train(was_training)
-    return {
-        "images": len(paths),
-        "unreadable": unreadable,
-        "ladder": ladder,
-        "summary": summarise(values),
-        "per_image": finite(values),
-        "paths": paths,
-    }
-
-
-def picture_names(others=()) -> dict:
-    """{row: what it is called below a picture}, of the rows that are shown; `others`: see `evaluate`."""
-    names = {"vae1": "VAE1", "ceiling": "VAE2", "reencode": "re-encode", "aligned": "aligned"}
-    return names | {f"aligned_{number}": f"aligned {number}" for number, _ in enumerate(others, 2)}
-
-
-def comparison_sheets(images: torch.Tensor, made: dict, names: dict, size: int):
-    """For each of `images` (B, 3, S, S) what `reconstruct` made of it as one captioned sheet of `size` px panels."""
-    for index, original in enumerate(images):
-        of_image = {row: (made[row][0][index], made[row][1][index]) for row in names}
-        yield report.comparison_picture(report.comparison_rows(original, of_image, names), size)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The command line
 
 
 def build_parser() -> Parser:
@@ -312,8 +91,8 @@ def build_parser() -> Parser:
 class Pair:
     """Checkpoints between the same two VAEs: the first one's pipeline, and the others', which share its VAEs."""
 
-    pipeline: AlignPipeline
-    others: list[AlignPipeline]
+    pipeline: PipelineWithVAEs
+    others: list[PipelineWithVAEs]
     suffix: str  # of its rows in the ladder: "" for the main checkpoint's pair, then "@2", "@3", …
 
 
@@ -332,10 +111,10 @@ def load_pairs(args, device: torch.device, dtype: torch.dtype) -> tuple[list[Pai
         if key in pairs:
             pair = pairs[key]
             vaes = (pair.pipeline.vae1, pair.pipeline.vae2)
-            pair.others.append(AlignPipeline.from_checkpoint(path, *vaes, **options))
+            pair.others.append(PipelineWithVAEs.from_checkpoint(path, *vaes, **options))
             row = f"aligned_{len(pair.others) + 1}{pair.suffix}"
         else:
-            pipeline = AlignPipeline.from_checkpoint(path, args.vae1_path, args.vae2_path, **options)
+            pipeline = PipelineWithVAEs.from_checkpoint(path, args.vae1_path, args.vae2_path, **options)
             pair = pairs[key] = Pair(pipeline, [], f"@{len(pairs) + 1}" if pairs else "")
             row = f"aligned{pair.suffix}"
         config = {name: value for name, value in content["config"].items() if name != "proxy"}
@@ -383,7 +162,7 @@ def judge(pairs: list[Pair], loader, dtype, names, size: int, visit) -> dict:
 @torch.inference_mode()
 def report_strips(pairs: list[Pair], dataset: ImageDataset, dtype, results: dict, wanted: int) -> list[dict]:
     """The pictures of the report: about `wanted` images, worst, median and best, made anew so that none had to be kept."""
-    chosen = [(group, place) for group, places in report.chosen_images(results, wanted).items() for place in places]
+    chosen = [(group, place) for group, places in pictures.chosen_images(results, wanted).items() for place in places]
     per_image, strips = results["per_image"], []
     panels_on_page = len(chosen) * sum(1 + 3 * len(picture_names(pair.others)) for pair in pairs)
     for group, place in tqdm(chosen, desc="pictures", unit="image", leave=False, disable=not chosen):
@@ -399,11 +178,11 @@ def report_strips(pairs: list[Pair], dataset: ImageDataset, dtype, results: dict
             made = {row: (latents[0], shown[0]) for row, (latents, shown) in reconstruct(pair.pipeline, images, ways).items()}
             if pair.suffix:
                 names = {row: f"{name}, pair {pair.suffix[1:]}" for row, name in names.items()}
-            grids.append(report.page_panels(report.comparison_rows(images[0], made, names), panels_on_page))
+            grids.append(pictures.page_panels(pictures.comparison_rows(images[0], made, names), panels_on_page))
         shown = {"ceiling": "VAE2", "reencode": "decode + re-encode"}
         shown |= {each: each.replace("_", " ").replace("@", ", pair ") for each in per_image if each.startswith("aligned")}
-        figures = "; ".join(f"{name} {report.decibels(per_image[row]['psnr'][place])}" for row, name in shown.items())
-        name = report.shown_name(results["paths"][place], results["settings"]["eval_data_dir"])
+        figures = "; ".join(f"{name} {tables.decibels(per_image[row]['psnr'][place])}" for row, name in shown.items())
+        name = tables.shown_name(results["paths"][place], results["settings"]["eval_data_dir"])
         strips.append({"group": group, "name": name, "figures": f"PSNR in dB: {figures}", "grids": grids})
     return strips
 
@@ -438,7 +217,7 @@ def main(argv: list[str] | None = None) -> dict:
         of further checkpoints ("aligned_2") and of further pairs of VAEs ("aligned@2", "ceiling@2") behind the first ones;
     indices: place of each image in the data set; image_size: px;
     checkpoint: the first one as it was given; checkpoints: [{row, name, path, run, step, epoch, config}];
-    verdict: see `report.verdict`; left_out_metrics: {name: why it could not be measured};
+    verdict: see `verdict.verdict`; left_out_metrics: {name: why it could not be measured};
     spectrum: see `metrics.ErrorSpectrum.result`; histograms: see `metrics.LatentHistograms.result`, of the first pair;
     settings: {created, command, eval_data_dir, trained_image_size, vae1, vae2, device, precision, metrics, torch}.
 
@@ -453,7 +232,7 @@ def main(argv: list[str] | None = None) -> dict:
     precision = resolve_precision(args.precision or first.get("precision", "bfloat16"), device, args.precision is not None)
     dtype = get_dtype(precision)
     pairs, checkpoints, contents = load_pairs(args, device, dtype)
-    strides = [space.stride for pair in pairs for space in (pair.pipeline.space1, pair.pipeline.space2)]
+    strides = [space.stride for pair in pairs for space in (pair.pipeline.codec1, pair.pipeline.codec2)]
     size = good_image_size(args.image_size or first.get("image_size", 256), *strides)
     require_memory(args.eval_batch_size, size, "--eval_batch_size")
     source = open_dataset(args.eval_data_dir, args.dataset_type, False, "--eval_data_dir", args.cache_dir)
@@ -471,7 +250,7 @@ def main(argv: list[str] | None = None) -> dict:
         results = judge(pairs, loader, dtype, args.metrics, size, save_pictures if args.save_visualizations else None)
     for number, checkpoint in enumerate(checkpoints[1:], 2):
         results["ladder"][checkpoint["row"]]["label"] = f"aligned {number}: {checkpoint['name']}"
-    identities = [space.identity for space in (pairs[0].pipeline.space1, pairs[0].pipeline.space2)]
+    identities = [space.identity for space in (pairs[0].pipeline.codec1, pairs[0].pipeline.codec2)]
     results |= {
         "format": METRICS_FORMAT,
         "checkpoint": str(args.checkpoint[0]),
@@ -491,15 +270,15 @@ def main(argv: list[str] | None = None) -> dict:
         },
     }
     results = finite(results)  # whatever a config may hold: the file must not fail now
-    results["verdict"] = report.verdict(results)
-    say(report.ladder_table(results))
+    results["verdict"] = verdict(results)
+    say(tables.ladder_table(results))
     for message in results["unreadable"]:
         log.warning("left out: %s", message)
     strips = report_strips(pairs, dataset, dtype, results, args.num_samples)
     curves = read_curves(Path(checkpoints[0]["path"]), contents[0])
-    page = report_page.render(results, strips, curves)
+    html = page.render(results, strips, curves)
     try:
-        report.write_files(output_dir, results, page)
+        tables.write_files(output_dir, results, html)
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: the results cannot be written ({one_line(error)})") from None
     say(" ".join(results["verdict"]["sentences"]))

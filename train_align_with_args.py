@@ -38,11 +38,13 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import dataloader
-from bad_steps import BadSteps
-from checkpoints import BEST_METRICS, RunCheckpoints, find_checkpoint
-from cli import Parser, checked_config, integer, load_config, real, run
-from decoded_loss import KINDS
-from device import (
+from latents.encode_once import cache_latents, cached_loader
+from latents.pipeline import PipelineWithVAEs, build_module
+from latents.spaces import Codec, good_image_size
+from latents.vaes import load_vae_model
+from losses import LOSSES, checked_loss_term, get_loss_function
+from runtime.cli import Parser, checked_config, integer, load_config, real, run
+from runtime.device import (
     ACCELERATE_NAMES,
     PRECISIONS,
     get_dtype,
@@ -52,13 +54,17 @@ from device import (
     resolve_device,
     resolve_precision,
 )
-from dry_run import print_plan
-from first_pass import fit_colours, fit_ridge
-from losses import LOSSES, checked_loss_term, get_loss_function
-from muon import Muon
-from objective import Objective, needs_pixels
-from preflight import claim_outputs, say_what_is_odd
-from resume import (
+from runtime.interrupts import StopRequest
+from training.bad_steps import BadSteps
+from training.checkpoints import BEST_METRICS, RunCheckpoints, find_checkpoint
+from training.decoded_image import KINDS, fit_colours
+from training.dry_run import print_plan
+from training.linear_start import fit_ridge
+from training.log import evaluate_and_log, log_hparams, log_model_stats, open_writer, print_results, visualize_results
+from training.muon import Muon
+from training.objective import Objective, needs_pixels
+from training.preflight import claim_outputs, say_what_is_odd
+from training.resume import (
     adopt_flags,
     data_order,
     names_digest,
@@ -68,20 +74,9 @@ from resume import (
     restore_training,
     training_state,
 )
-from schedule import is_due, save_is_due, setup_scheduler, total_steps
-from stop_request import StopRequest
-from training_log import evaluate_and_log, log_hparams, log_model_stats, open_writer, print_results, visualize_results
+from training.schedule import is_due, save_is_due, setup_scheduler, total_steps
 from utils import UserError, count_of, next_stamp, one_line, use_proxy, write_json
-from vae_align import (
-    AlignConfig,
-    AlignModule,
-    AlignPipeline,
-    LatentSpace,
-    build_module,
-    good_image_size,
-    load_vae_model,
-    read_checkpoint,
-)
+from vae_align import AlignConfig, AlignModule, read_checkpoint
 
 __all__ = ["get_dtype", "get_loss_function", "load_config", "load_vae_model"]  # part of this script's interface
 
@@ -247,13 +242,13 @@ def adopt_architecture(args: argparse.Namespace) -> None:
         setattr(args, name, value)
 
 
-def create_align_pipeline(vae1, vae2, args: argparse.Namespace) -> AlignPipeline:
+def create_align_pipeline(vae1, vae2, args: argparse.Namespace) -> PipelineWithVAEs:
     """The pipeline between two frozen VAEs, with the architecture of `args`, or of `args.load_checkpoint` and its weights.
 
     Channels and strides are the VAEs'; `args.out_channels` is set to what VAE2 has, unless it was typed and contradicts.
     """
-    space1 = LatentSpace(vae1, getattr(args, "vae1_path", None), getattr(args, "vae1_subfolder", None))
-    space2 = LatentSpace(vae2, getattr(args, "vae2_path", None), getattr(args, "vae2_subfolder", None))
+    space1 = Codec(vae1, getattr(args, "vae1_path", None), getattr(args, "vae1_subfolder", None))
+    space2 = Codec(vae2, getattr(args, "vae2_path", None), getattr(args, "vae2_subfolder", None))
     if args.out_channels != space2.channels:
         if "out_channels" in getattr(args, "typed_flags", ()):
             raise UserError(
@@ -288,7 +283,7 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace) -> AlignPipeline
                     f"these have {getattr(config, name)}"
                 )
         module.load_state_dict(content["state_dict"])
-    return AlignPipeline(module, space1, space2)
+    return PipelineWithVAEs(module, space1, space2)
 
 
 def open_datasets(args: argparse.Namespace) -> tuple[dataloader.ImageDataset, dataloader.ImageDataset]:
@@ -315,11 +310,12 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
     """
     train_set, eval_set = datasets or open_datasets(args)
     place = {"rank": accelerator.process_index, "world": accelerator.num_processes} if accelerator else {}
+    train_loader = dataloader.train_loader
     if args.cache_latents and vae1 is not None and vae2 is not None:
-        train_set = dataloader.cache_latents(
+        train_set = cache_latents(
             train_set,
-            LatentSpace(vae1),
-            LatentSpace(vae2),
+            Codec(vae1),
+            Codec(vae2),
             with_images=needs_pixels(args),
             root=args.latent_cache_dir,
             views=args.cache_views,
@@ -328,13 +324,14 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
             barrier=accelerator.wait_for_everyone if accelerator else None,
             **place,
         )
+        train_loader = cached_loader
     return (
-        dataloader.train_loader(train_set, args.train_batch_size, args.num_workers, args.seed, views=args.cache_views, **place),
+        train_loader(train_set, args.train_batch_size, args.num_workers, args.seed, views=args.cache_views, **place),
         dataloader.eval_loader(eval_set, args.eval_batch_size, args.num_workers),
     )
 
 
-def setup_optimizer(pipeline: AlignPipeline, args: argparse.Namespace) -> torch.optim.Optimizer:
+def setup_optimizer(pipeline: PipelineWithVAEs, args: argparse.Namespace) -> torch.optim.Optimizer:
     """The optimizer that --optimizer names, over the align module's parameters and no others; AdamW in one fused kernel
     where the device has it."""
     module = pipeline.training_module
@@ -660,7 +657,7 @@ def main(argv: list[str] | None = None) -> None:
             (args.vae2_path, args.vae2_subfolder, "--vae2_path"),
         )
     ]
-    good_image_size(args.image_size, *(LatentSpace(vae).stride for vae in vaes))
+    good_image_size(args.image_size, *(Codec(vae).stride for vae in vaes))
     Objective(create_align_pipeline(*vaes, args), args)  # what does not fit together is said before anything is encoded
     if accelerator.is_main_process:
         say_what_is_odd(args, len(datasets[0]), accelerator.num_processes)

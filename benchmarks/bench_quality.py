@@ -15,11 +15,12 @@ import time
 import torch
 from common import print_result, recipe_args, train
 
-import report
-from device import get_dtype
-from eval_align import evaluate
+from evaluation import tables
+from evaluation.ladder import evaluate
+from latents.pipeline import PipelineWithVAEs
+from latents.vaes import load_vae_model
+from runtime.device import get_dtype
 from utils import write_json
-from vae_align import AlignPipeline, load_vae_model
 
 PACE_STEPS = 40
 KEPT = ("latent_mse", "psnr", "ssim", "psnr_vs_vae2", "colour_bias", "macs")
@@ -72,11 +73,11 @@ def main():
         args.save_dir = options.save_dir or folder
         checkpoint, seconds = run(args, vaes, loaders)
 
-        pipeline = AlignPipeline.from_checkpoint(checkpoint, *vaes)
+        pipeline = PipelineWithVAEs.from_checkpoint(checkpoint, *vaes)
         results = evaluate(pipeline, loaders[1], dtype, costs=True)
         if options.save_dir:
             write_json(checkpoint.with_suffix(".metrics.json"), results)
-    print(report.ladder_table(results))
+    print(tables.ladder_table(results))
     ladder = {row: {name: figures.get(name) for name in KEPT} for row, figures in results["ladder"].items() if row != "vae1"}
     print_result({"minutes": seconds / 60, "steps": args.max_train_steps, "images": results["images"], "ladder": ladder})
 

@@ -15,8 +15,8 @@ import torch
 from common import print_result
 from PIL import Image
 
-from eval_align import evaluate
-from vae_align import AlignPipeline
+from evaluation.ladder import evaluate
+from latents.pipeline import PipelineWithVAEs
 
 SIZES = {"256x256": (256, 256), "768x512": (768, 512)}  # width, height
 ROWS = ("ceiling", "reencode", "aligned")
@@ -44,7 +44,7 @@ def main():
             photo = Image.open(path)
             if photo.width >= 768 and photo.height >= 512:
                 photos.append(photo)
-    pipeline = AlignPipeline.from_checkpoint(args.checkpoint, args.vae1_path, args.vae2_path)
+    pipeline = PipelineWithVAEs.from_checkpoint(args.checkpoint, args.vae1_path, args.vae2_path)
     result = {"images": len(photos)}
     for name, (width, height) in SIZES.items():
         batches = [{"pixel_values": centre(photo, width, height), "path": ["photo"], "unreadable": []} for photo in photos]

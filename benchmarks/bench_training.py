@@ -20,9 +20,10 @@ from common import open_vae, print_result, recipe_args, train
 from tqdm import tqdm
 
 import dataloader
-from device import autocast, get_dtype
+from latents.encode_once import cache_latents
+from latents.spaces import Codec
 from losses import get_loss_function
-from vae_align import LatentSpace
+from runtime.device import autocast, get_dtype
 
 
 def rate_of(work, images, rounds):
@@ -114,7 +115,7 @@ def main():
         num_workers=2,
     )  # fmt: skip
     vaes = [open_vae(name, args.device, get_dtype(args.precision)) for name in names]
-    spaces = [LatentSpace(vae) for vae in vaes]
+    spaces = [Codec(vae) for vae in vaes]
     source = dataloader.open_dataset(options.images, "default", True, "--images")[: options.max_images]
     dataset = dataloader.ImageDataset(source, options.image_size, random_crop=True, random_flip=True, seed=args.seed)
 
@@ -125,9 +126,7 @@ def main():
         for number in range(rounds):
             best.append(encoder_rate(spaces, images, 2))
             start = time.perf_counter()
-            cached = dataloader.cache_latents(
-                dataset, *spaces, with_images, f"{folder}/cache{number}", options.views, args.num_workers
-            )
+            cached = cache_latents(dataset, *spaces, with_images, f"{folder}/cache{number}", options.views, args.num_workers)
             build.append(len(dataset) * options.views / (time.perf_counter() - start))
         loader = dataloader.train_loader(cached, args.train_batch_size, 0, args.seed, options.views)
         online_loader = dataloader.train_loader(dataset, args.train_batch_size, args.num_workers, args.seed, options.views)

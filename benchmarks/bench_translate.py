@@ -14,8 +14,8 @@ import time
 import torch
 from common import ROOT, open_vae, print_result, recipe_args, train
 
-from device import autocast, get_dtype
-from eval_align import measure_costs, translators
+from evaluation.ladder import measure_costs, translators
+from runtime.device import autocast, get_dtype
 
 
 def seconds_per_image(translate, latents, images, rounds):
@@ -41,7 +41,7 @@ def measure(vae1, vae2, size, batch_size, rounds):
         names = {"aligned": f"align_{'_'.join(input_types)}", "ceiling": "vae2_encoder", "reencode": "reencode"}
         costs = measure_costs(pipeline, size, ways, repeats=1)
         images = torch.rand(batch_size, 3, size, size, device=pipeline.device) * 2 - 1
-        latents = pipeline.space1.encode(images)
+        latents = pipeline.codec1.encode(images)
         for row, name in names.items():
             if name in figures["macs"]:
                 continue

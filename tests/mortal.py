@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import latent_cache
 import train_align_with_args
 import utils
-import vae_align
-from cli import run
+from latents import cache as latent_cache
+from latents.pipeline import PipelineWithVAEs
+from runtime.cli import run
 
 WHERE = ("checkpoint", "rename", "kept", "cache", "journal")
 
@@ -76,7 +76,7 @@ def main():
     elif where == "rename":
         torch.save = at(count, torch.save, after=die)
     elif where == "kept":
-        pipeline = vae_align.AlignPipeline
+        pipeline = PipelineWithVAEs
         pipeline.save_checkpoint = at(count, pipeline.save_checkpoint, after=die)
     elif where == "cache":
         cache = latent_cache.LatentCache

@@ -12,9 +12,12 @@ import torch
 from conftest import make_kl_vae
 from runs import ONE_THREAD  # noqa: F401  one thread in this interpreter
 
+from latents.pipeline import PipelineWithVAEs
+from latents.spaces import Codec
+from latents.vaes import load_vae_model
 from train_align_with_args import create_align_pipeline, parse_args
 from utils import UserError
-from vae_align import AlignConfig, AlignModule, AlignPipeline, LatentSpace, load_vae_model, read_checkpoint
+from vae_align import AlignConfig, AlignModule, read_checkpoint
 
 NAME = re.compile(r"align_pipeline_\d{8}_\d{6}\.pth")
 
@@ -23,7 +26,7 @@ def make_pipeline(path1, path2, seed=0, subfolder="vae", **options):
     """An untrained pipeline with random weights everywhere, the buffers included."""
     spaces = []
     for path in (path1, path2):
-        spaces.append(LatentSpace(load_vae_model(path, subfolder, None, "cpu", torch.float32), str(path), subfolder))
+        spaces.append(Codec(load_vae_model(path, subfolder, None, "cpu", torch.float32), str(path), subfolder))
     sizes = {
         "latent_channels": spaces[0].channels,
         "latent_stride": spaces[0].stride,
@@ -34,7 +37,7 @@ def make_pipeline(path1, path2, seed=0, subfolder="vae", **options):
     module = AlignModule(AlignConfig(**{"hidden_channels": 8, "num_blocks": 1, **sizes, **options})).eval()
     if "latent" in module.config.input_types:
         module.remember_ridge(torch.randn_like(module.ridge_weight), torch.randn_like(module.ridge_bias))
-    return AlignPipeline(module, *spaces)
+    return PipelineWithVAEs(module, *spaces)
 
 
 def save(pipeline, folder, **changes):
@@ -87,7 +90,7 @@ def test_a_checkpoint_gives_the_same_pipeline_back(vae_folders, tmp_path, input_
     pipeline = make_pipeline(vae_folders["kl4_stride4"], vae_folders["kl16"], **options)
     metrics = {"aligned": {"psnr": 20.5, "ssim": None}}
     path = save(pipeline, tmp_path, config={"image_size": 32, "input_types": ["image"]}, metrics=metrics)
-    again = AlignPipeline.from_checkpoint(path)
+    again = PipelineWithVAEs.from_checkpoint(path)
     assert again.config == pipeline.config
     assert again.progress == {
         "step": 7,
@@ -100,9 +103,9 @@ def test_a_checkpoint_gives_the_same_pipeline_back(vae_folders, tmp_path, input_
     assert torch.equal(again.translate(latents, image), pipeline.translate(latents, image))
     assert again.module.has_ridge == ("latent" in input_types)
     assert not again.module.training
-    assert again.space1.identity == pipeline.space1.identity
-    assert again.space2.identity == pipeline.space2.identity
-    assert torch.equal(again.space2.encode(image), pipeline.space2.encode(image))
+    assert again.space1.identity == pipeline.codec1.identity
+    assert again.space2.identity == pipeline.codec2.identity
+    assert torch.equal(again.space2.encode(image), pipeline.codec2.encode(image))
 
 
 def test_training_afterwards_does_not_change_what_was_saved(saved):
@@ -112,7 +115,7 @@ def test_training_afterwards_does_not_change_what_was_saved(saved):
     with torch.no_grad():
         for parameter in pipeline.module.parameters():
             parameter.zero_()
-    assert torch.equal(AlignPipeline.from_checkpoint(path).translate(*make_inputs()), expected)
+    assert torch.equal(PipelineWithVAEs.from_checkpoint(path).translate(*make_inputs()), expected)
 
 
 def test_plain_torch_reads_the_file_without_running_code(saved):
@@ -131,7 +134,7 @@ def test_paths_given_as_path_objects_can_be_read_back(vae_folders, tmp_path):
     args.vae1_path, args.vae2_path = vae_folders["kl4"], vae_folders["kl16"]
     vaes = [load_vae_model(path, "", None, "cpu", torch.float32) for path in (args.vae1_path, args.vae2_path)]
     path = save(create_align_pipeline(*vaes, args), tmp_path)
-    assert AlignPipeline.from_checkpoint(path).space2.channels == 16
+    assert PipelineWithVAEs.from_checkpoint(path).space2.channels == 16
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,22 +144,22 @@ def test_paths_given_as_path_objects_can_be_read_back(vae_folders, tmp_path):
 def test_translate_needs_neither_vae(orphan):
     """VAEs that are loaded, looked for or asked about although only the module is used."""
     pipeline, path = orphan
-    again = AlignPipeline.from_checkpoint(path)
+    again = PipelineWithVAEs.from_checkpoint(path)
     assert torch.equal(again.translate(*make_inputs()), pipeline.translate(*make_inputs()))
 
 
 def test_moving_to_a_device_needs_neither_vae(orphan):
     """`from_checkpoint(...).to(device).translate(...)`: the three lines of a diffusers user without our VAE folders."""
     pipeline, path = orphan
-    again = AlignPipeline.from_checkpoint(path).to("cpu")
+    again = PipelineWithVAEs.from_checkpoint(path).to("cpu")
     assert torch.equal(again.translate(*make_inputs()), pipeline.translate(*make_inputs()))
 
 
 def test_a_vae_that_is_gone_is_one_line_that_names_its_flag(orphan):
     """The other VAE's flag, or a traceback from the hub client."""
-    pipeline = AlignPipeline.from_checkpoint(orphan[1])
+    pipeline = PipelineWithVAEs.from_checkpoint(orphan[1])
     complaint(lambda: pipeline.vae2, "--vae2_path", "gone")
-    complaint(lambda: pipeline.space1, "--vae1_path", "gone")
+    complaint(lambda: pipeline.codec1, "--vae1_path", "gone")
 
 
 def test_vae_of_a_relative_path_is_found_from_another_directory(vae_folders, tmp_path, monkeypatch):
@@ -167,7 +170,7 @@ def test_vae_of_a_relative_path_is_found_from_another_directory(vae_folders, tmp
     monkeypatch.chdir(tmp_path / "here")
     path = save(make_pipeline("assets/vaes/kl4", "assets/vaes/kl16"), tmp_path / "ckpt")  # two slashes: no hub id
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert AlignPipeline.from_checkpoint(path).space2.channels == 16
+    assert PipelineWithVAEs.from_checkpoint(path).space2.channels == 16
 
 
 @pytest.mark.parametrize("given", ["folder", "path", "subfolder", "lazy", "object"])
@@ -181,7 +184,7 @@ def test_vaes_can_be_named_anew(orphan, vae_folders, given):
         "lazy": load_vae_model(vae_folders["kl16"], "", None, "cpu", torch.float32),
         "object": load_vae_model(vae_folders["kl16"], "", None, "cpu", torch.float32).model,
     }[given]
-    again = AlignPipeline.from_checkpoint(path, vae2=vae2)
+    again = PipelineWithVAEs.from_checkpoint(path, vae2=vae2)
     _, image = make_inputs()
     assert again.space2.encode(image).shape == (1, 16, 5, 3)
     if given in ("lazy", "object"):
@@ -193,15 +196,15 @@ def test_vaes_can_be_named_anew(orphan, vae_folders, given):
 def test_a_vae_of_another_latent_space_is_one_line_that_names_its_flag(saved, vae_folders, number, other, said):
     """Wrong channels found by a convolution much later; VAEs given the wrong way round."""
     for vae in (vae_folders[other], load_vae_model(vae_folders[other], "", None, "cpu", torch.float32).model):
-        pipeline = AlignPipeline.from_checkpoint(saved[1], **{f"vae{number}": vae})
+        pipeline = PipelineWithVAEs.from_checkpoint(saved[1], **{f"vae{number}": vae})
         complaint(lambda pipeline=pipeline: getattr(pipeline, f"space{number}"), f"--vae{number}_path", said)
 
 
 def test_a_pipeline_of_objects_says_that_it_does_not_know_where_they_are(tmp_path):
     """The path None looked up as a folder of that name."""
-    spaces = [LatentSpace(make_kl_vae(4)), LatentSpace(make_kl_vae(16))]
-    path = save(AlignPipeline(AlignModule(AlignConfig(hidden_channels=8)), *spaces), tmp_path)
-    complaint(lambda: AlignPipeline.from_checkpoint(path).space2, "--vae2_path", "does not say")
+    spaces = [Codec(make_kl_vae(4)), Codec(make_kl_vae(16))]
+    path = save(PipelineWithVAEs(AlignModule(AlignConfig(hidden_channels=8)), *spaces), tmp_path)
+    complaint(lambda: PipelineWithVAEs.from_checkpoint(path).space2, "--vae2_path", "does not say")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -230,7 +233,7 @@ def test_a_malicious_file_runs_no_code(saved, tmp_path, form):
         path.write_bytes(pickle.dumps(content["metrics"], protocol=2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "torch")
-    complaint(lambda: AlignPipeline.from_checkpoint(path), path, "code")
+    complaint(lambda: PipelineWithVAEs.from_checkpoint(path), path, "code")
     assert not target.exists()
 
 
@@ -259,7 +262,7 @@ def test_a_foreign_file_is_refused_in_one_line(saved, kind):
     """A traceback from zipfile, pickle or torch; a warning about malicious code for a file that merely is another kind."""
     path = saved[1]
     FOREIGN[kind](path)
-    text = complaint(lambda: AlignPipeline.from_checkpoint(path), path)
+    text = complaint(lambda: PipelineWithVAEs.from_checkpoint(path), path)
     assert "run code" not in text
 
 
@@ -288,8 +291,8 @@ def test_a_checkpoint_with_a_broken_part_is_one_line(saved, changes):
     change(path, **changes)
 
     def use():
-        pipeline = AlignPipeline.from_checkpoint(path)
-        return pipeline.space2, pipeline.progress["config"].get("seed")
+        pipeline = PipelineWithVAEs.from_checkpoint(path)
+        return pipeline.codec2, pipeline.progress["config"].get("seed")
 
     complaint(use)
 
@@ -322,7 +325,7 @@ def test_a_folder_stands_for_its_newest_checkpoint(saved, tmp_path):
     latest = save(pipeline, first.parent, step=8)
     os.utime(first)  # touched later, but not newer
     assert read_checkpoint(first.parent)["step"] == 8
-    assert AlignPipeline.from_checkpoint(latest.parent).progress["step"] == 8
+    assert PipelineWithVAEs.from_checkpoint(latest.parent).progress["step"] == 8
 
 
 def test_a_renamed_copy_does_not_pass_for_the_newest(saved):

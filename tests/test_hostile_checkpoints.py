@@ -20,8 +20,9 @@ from test_checkpoint import Payload, make_pipeline, save
 
 import eval_align
 import train_align_with_args as train_script
+from latents.pipeline import PipelineWithVAEs, build_module
 from utils import UserError
-from vae_align import AlignConfig, AlignPipeline, build_module, read_checkpoint
+from vae_align import AlignConfig, read_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,7 @@ def test_a_hostile_checkpoint_is_one_line(path, kind):
     make, said = KINDS[kind]
     make(path)
     refusal(lambda: read_checkpoint(path), path, said)
-    refusal(lambda: AlignPipeline.from_checkpoint(path), path)
+    refusal(lambda: PipelineWithVAEs.from_checkpoint(path), path)
 
 
 PLACES = {
@@ -280,7 +281,7 @@ def test_a_checkpoint_for_other_vaes_is_one_line(flags, vae_folders, path, tmp_p
 
 def test_a_module_larger_than_the_memory_is_refused_before_it_is_built(monkeypatch):
     """A process that the system ends without a word; a billion parameters started at random first."""
-    monkeypatch.setattr("vae_align.physical_memory", lambda: 4 * 100_000)
+    monkeypatch.setattr("latents.pipeline.physical_memory", lambda: 4 * 100_000)
     refusal(lambda: build_module(AlignConfig(hidden_channels=64)), "--hidden_channels 64", "--num_blocks 2")
     assert build_module(AlignConfig(hidden_channels=8, num_blocks=0)).config.hidden_channels == 8
 

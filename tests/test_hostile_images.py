@@ -353,7 +353,7 @@ def test_the_programs_survive_names_that_no_terminal_can_show():
     program = f"""
 import logging, os, sys
 sys.path.insert(0, {str(ROOT)!r})
-from cli import run
+from runtime.cli import run
 def main():
     name = os.fsdecode(bytes([255])) + "图\\n\\x1b"
     print("–", name.strip())

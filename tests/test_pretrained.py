@@ -7,8 +7,9 @@ import torch
 from conftest import ROOT
 
 from dataloader import ImageDataset, eval_loader
-from eval_align import evaluate
-from vae_align import AlignPipeline, read_checkpoint
+from evaluation.ladder import evaluate
+from latents.pipeline import PipelineWithVAEs
+from vae_align import read_checkpoint
 
 PRETRAINED = [ROOT / "assets" / "pretrained" / f"taesd_to_taef1{kind}.pth" for kind in ("", "_latent")]
 
@@ -31,7 +32,7 @@ def test_is_fit_to_be_given_away(path):
 @pytest.mark.parametrize("path", PRETRAINED, ids=lambda path: path.stem)
 def test_translates_any_size_without_its_vaes(path):
     """A module that needs the hub to be used, or that knows one size only."""
-    pipeline = AlignPipeline.from_checkpoint(path)
+    pipeline = PipelineWithVAEs.from_checkpoint(path)
     image = torch.zeros(1, 3, 192, 320) if pipeline.uses_image else None
     assert pipeline.translate(torch.randn(1, 4, 24, 40), image).shape == (1, 16, 24, 40)
 
@@ -39,7 +40,7 @@ def test_translates_any_size_without_its_vaes(path):
 @pytest.mark.parametrize("path", PRETRAINED, ids=lambda path: path.stem)
 def test_a_large_picture_is_translated_as_its_parts_are(path):
     """Anything that looks at the whole picture, such as a normalisation: good at the training size, wrong at any other."""
-    pipeline = AlignPipeline.from_checkpoint(path)
+    pipeline = PipelineWithVAEs.from_checkpoint(path)
     latents, image = torch.randn(1, 4, 48, 80), torch.rand(1, 3, 384, 640) * 2 - 1
     whole = pipeline.translate(latents, image if pipeline.uses_image else None)
     part = pipeline.translate(latents[..., 8:40, 8:40], image[..., 64:320, 64:320] if pipeline.uses_image else None)
@@ -53,7 +54,7 @@ def test_a_large_picture_is_translated_as_its_parts_are(path):
 def test_beats_decoding_and_encoding_again(path, shared):
     """Shipped weights that do not belong to the figures in the README."""
     vaes = (str(shared / "vaes" / name) for name in ("taesd", "taef1"))
-    pipeline = AlignPipeline.from_checkpoint(path, *vaes, vae1_subfolder="", vae2_subfolder="")
+    pipeline = PipelineWithVAEs.from_checkpoint(path, *vaes, vae1_subfolder="", vae2_subfolder="")
     photos = ImageDataset(sorted((shared / "photos" / "eval").iterdir())[::17], 256)  # six, of many kinds
     loader = eval_loader(photos, 6, 0)
     ladder = evaluate(pipeline, loader, torch.float32, ("ceiling", "reencode", "aligned"), show_progress=False)["ladder"]

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, as_argv
 
 import train_align_with_args as train_script
-from cli import run
+from runtime.cli import run
 from utils import UserError, without_secrets
 
 SECRETS = {"HF_TOKEN": "hf_alphaSecret1", "HUGGINGFACE_TOKEN": "hf_betaSecret2"}

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 import pytest
 import torch
 
-from device import autocast, cpu_has_bfloat16, get_dtype, resolve_device, resolve_precision
+from runtime.device import autocast, cpu_has_bfloat16, get_dtype, resolve_device, resolve_precision
 from utils import UserError, atomic_file, claim_writable_folder, next_stamp, one_line, use_proxy, write_json
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from cli import run
+from runtime.cli import run
 from utils import UserError, atomic_file
 from vae_align import read_checkpoint
 

@@ -1,0 +1,1 @@
+"""What judges it: the ladder of baselines, figures, verdict, pictures, the report."""

@@ -1,0 +1,152 @@
+"""Pictures of what the rungs of the ladder make of an image. Knows no model."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import textwrap
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from evaluation.metrics import to_8bit
+
+DIFFERENCE_GAIN = 5  # differences are shown this many times amplified around mid-grey
+PADDING = 6  # px
+PLAIN_SIGNS = str.maketrans("×−", "x-")  # Pillow's own font lacks these
+PAGE_PANEL = 512  # px: larger pictures are shown smaller on the page
+PAGE_BYTES = 6_000_000  # of pictures on the page, all together
+
+
+def difference_map(image: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """(image - reference), amplified `DIFFERENCE_GAIN` times around grey: (…, 3, H, W) in [-1, 1]."""
+    return ((image - reference) / 2 * DIFFERENCE_GAIN).clamp(-1, 1)
+
+
+def latent_projection(channels: int) -> torch.Tensor:
+    """A fixed (3, channels) matrix that shows latents as RGB; the same for every picture of that channel count."""
+    generator = torch.Generator().manual_seed(channels)
+    basis, _ = torch.linalg.qr(torch.randn(max(3, channels), 3, generator=generator))
+    return basis[:channels].T
+
+
+def latents_as_rgb(latents: torch.Tensor) -> torch.Tensor:
+    """Scaled latents (…, C, h, w) -> (…, 3, h, w) in [-1, 1] by a fixed projection, so that panels can be compared."""
+    projection = latent_projection(latents.shape[-3]).to(latents)
+    return torch.einsum("rc,...chw->...rhw", projection, latents).div(2.5).clamp(-1, 1)
+
+
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> RGB image."""
+    return Image.fromarray(to_8bit(image).byte().permute(1, 2, 0).cpu().numpy())
+
+
+def comparison_rows(original: torch.Tensor, made: dict, names: dict) -> list[list[tuple[str, torch.Tensor | None]]]:
+    """One image as three rows of (caption, panel): pictures, below each its amplified difference, below that its latents.
+
+    Pictures and differences are (3, S, S), latents (3, h, w), all in [-1, 1]. None is a place without a panel; its caption
+    says what is in the row. VAE1 and VAE2 are held against the original, everything else against VAE2.
+
+    Args:
+        original: (3, S, S) in [-1, 1]; made: {row: (latents (C, h, w), picture (3, S, S))}.
+        names: {row: what it is called}, of the rows to show, in order; "ceiling" is among them.
+    """
+    pictures = {row: made[row][1].clamp(-1, 1) for row in names}
+    rows = [
+        [("original", original)],
+        [(f"differences, amplified ×{DIFFERENCE_GAIN} around grey", None)],
+        [("latents, by one fixed projection to RGB", None)],
+    ]
+    for row, name in names.items():
+        than, reference = ("original", original) if row in ("vae1", "ceiling") else ("VAE2", pictures["ceiling"])
+        rows[0].append((name, pictures[row]))
+        rows[1].append((f"{name} − {than}, ×{DIFFERENCE_GAIN}", difference_map(pictures[row], reference)))
+        rows[2].append((f"{name} latents", latents_as_rgb(made[row][0])))
+    return rows
+
+
+def comparison_picture(rows: list[list[tuple[str, torch.Tensor | None]]], size: int) -> Image.Image:
+    """Rows of captioned panels on one sheet; the caption of a place without a panel is written into it.
+
+    Each panel is (caption, (3, h, w) in [-1, 1]), shown `size` px wide or as wide as its caption needs.
+    """
+    font = ImageFont.load_default(max(13, round(size * 0.06)))
+    line = round(1.5 * font.size)
+    shown = [[(caption.translate(PLAIN_SIGNS), image) for caption, image in row] for row in rows]
+    captions = [caption for row in shown for caption, image in row if image is not None]
+    panel = max(size, *(math.ceil(font.getlength(caption)) + 4 for caption in captions))
+    height = panel + line + PADDING
+    width = max(len(row) for row in rows) * (panel + PADDING) + PADDING
+    sheet = Image.new("RGB", (width, len(rows) * height + PADDING), "white")
+    draw = ImageDraw.Draw(sheet)
+    for y, row in enumerate(shown):
+        for x, (caption, image) in enumerate(row):
+            left, top = PADDING + x * (panel + PADDING), PADDING + y * height
+            if image is None:
+                lines = textwrap.wrap(caption, max(1, int(panel / font.getlength("n"))))
+                draw.text((left + 2, top), "\n".join(lines), fill="black", font=font)
+                continue
+            sheet.paste(to_pil(image).resize((panel, panel), Image.Resampling.NEAREST), (left, top))
+            draw.text((left + 2, top + panel + 2), caption, fill="black", font=font)
+    return sheet
+
+
+def chosen_images(results: dict, wanted: int) -> dict:
+    """{"worst" | "median" | "best": [place in `paths`, …]}: about `wanted` images by what the main module loses to VAE2's own
+    reconstruction, in dB of PSNR against the original. Without that figure an image is perfect, or if the latents are not
+    finite, the worst."""
+    per_image = results["per_image"]
+    losses = []
+    for place, (ours, ceiling) in enumerate(zip(per_image["aligned"]["psnr"], per_image["ceiling"]["psnr"])):
+        if ours is not None and ceiling is not None:
+            losses.append(ceiling - ours)
+        else:
+            losses.append(math.inf if per_image["aligned"]["latent_mse"][place] is None else -math.inf)
+    order = sorted(range(len(losses)), key=lambda place: (-losses[place], place))
+    wanted = min(wanted, len(order))
+    worst, best = -(-wanted // 3), wanted // 3
+    middle = wanted - worst - best
+    start = min(max(worst, (len(order) - middle) // 2), len(order) - best - middle)
+    groups = {"worst": order[:worst], "median": order[start : start + middle], "best": order[len(order) - best :][::-1]}
+    return {name: places for name, places in groups.items() if places}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures on the page
+
+
+def picture_uri(image: torch.Tensor, side: int, limit: int) -> str:
+    """(3, h, w) in [-1, 1] as a data URI of a JPEG of at most `side` px and, as far as that can be had, `limit` bytes."""
+    picture = to_pil(image)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    for quality in (90, 80, 65, 45):
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=quality, subsampling=0)
+        if file.tell() <= limit:
+            break
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def pixels_uri(image: torch.Tensor, limit: int) -> str:
+    """(3, h, w) in [-1, 1], as small as latents are, as a data URI of a PNG; of a JPEG if that is over `limit` bytes."""
+    file = io.BytesIO()
+    to_pil(image).save(file, "PNG", optimize=True)
+    if file.tell() > limit:
+        return picture_uri(image, max(image.shape[-2:]), limit)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def page_panels(rows: list[list[tuple[str, torch.Tensor | None]]], panels_on_page: int) -> list[list[dict]]:
+    """`comparison_rows` for the page: {caption, uri, pixelated} for each place, with None as `uri` where there is no panel.
+
+    `panels_on_page` panels share the page's bytes.
+    """
+    limit = PAGE_BYTES // max(1, panels_on_page)
+    side = max(64, min(PAGE_PANEL, int(math.sqrt(limit * 2))))  # at half a byte per pixel photos look as they are
+
+    def for_page(caption, image, pixelated):
+        uri = None if image is None else pixels_uri(image, limit) if pixelated else picture_uri(image, side, limit)
+        return {"caption": caption, "uri": uri, "pixelated": pixelated}
+
+    return [[for_page(caption, image, row is rows[-1]) for caption, image in row] for row in rows]

@@ -1,0 +1,1 @@
+"""The command line, the machine, and how a program is interrupted."""

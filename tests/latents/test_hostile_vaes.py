@@ -1,0 +1,392 @@
+"""VAE folders from a hostile hand, VAEs beyond float16's range, and too little memory."""
+
+import json
+import math
+import os
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hostile import refusal
+from safetensors.torch import load_file, save_file
+from test_checkpoint import Payload
+
+import eval_align
+from dataloader import ImageDataset
+from latents.encode_once import cache_latents
+from latents.spaces import Codec
+from latents.vaes import load_vae_model
+from runtime.device import is_out_of_memory, memory_advice
+from utils import UserError
+
+CONFIG, WEIGHTS, PICKLED = "config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+
+
+@pytest.fixture
+def folder(vae_folders, tmp_path):
+    """A copy of kl4, to be damaged."""
+    folder = tmp_path / "hostile_vae"
+    folder.mkdir()
+    for name in (CONFIG, WEIGHTS):
+        (folder / name).write_bytes((vae_folders["kl4"] / name).read_bytes())
+    return folder
+
+
+def load(folder, dtype=torch.float32):
+    return load_vae_model(folder, "vae", None, "cpu", dtype, "--vae2_path")
+
+
+def images(count=1):
+    return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def config(**changes):
+    def edit(folder):
+        values = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps({**values, **changes}))
+
+    return edit
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def weights(change):
+    """`change` the dict of tensors and store it again."""
+
+    def edit(folder):
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return edit
+
+
+def replace_by(make, name):
+    def edit(folder):
+        (folder / name).unlink()
+        make(folder / name)
+
+    return edit
+
+
+def header(change):
+    """`change` the JSON header of the weights file and leave the numbers as they are."""
+
+    def edit(folder):
+        content = (folder / WEIGHTS).read_bytes()
+        length = struct.unpack("<Q", content[:8])[0]
+        entries = json.loads(content[8 : 8 + length])
+        change(entries)
+        written = json.dumps(entries).encode()
+        (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(written)) + written + content[8 + length :])
+
+    return edit
+
+
+def cut_by_a_byte(folder):
+    os.truncate(folder / WEIGHTS, (folder / WEIGHTS).stat().st_size - 1)
+
+
+def pickled_noise(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / PICKLED).write_bytes(bytes(range(256)) * 9999)
+
+
+NAME = "decoder.conv_out.bias"
+KINDS = {  # kind: (what makes it of a good folder, what the message says)
+    "config of nothing": (write(CONFIG, b""), "config.json"),
+    "config that is text": (write(CONFIG, b"AutoencoderKL"), "config.json"),
+    "config that is an array": (write(CONFIG, b"[]"), "config.json"),
+    "config that is not utf-8": (write(CONFIG, b"\xff\xfe{}"), "config.json"),
+    "config 100,000 deep": (write(CONFIG, b'{"_class_name":' * 100_000), "config.json"),
+    "config with a key twice": (write(CONFIG, b'{"_class_name": "AutoencoderKL", "_class_name": "Other"}'), "twice"),
+    "config that is a folder": (replace_by(os.mkdir, CONFIG), "config.json"),
+    "config that is a pipe": (replace_by(os.mkfifo, CONFIG), "config.json"),
+    "config that is a device": (replace_by(lambda path: path.symlink_to("/dev/zero"), CONFIG), "config.json"),
+    "class that is a list": (config(_class_name=["AutoencoderKL"]), "AutoencoderKL"),
+    "class with a newline": (config(_class_name="two\nlines"), "two"),
+    "scale of zero": (config(scaling_factor=0), "scaling_factor 0"),
+    "scale below zero": (config(scaling_factor=-0.18), "scaling_factor -0.18"),
+    "scale of NaN": (config(scaling_factor=math.nan), "scaling_factor nan"),
+    "scale of infinity": (config(scaling_factor=math.inf), "scaling_factor inf"),
+    "scale of 10**400": (config(scaling_factor=10**400), "scaling_factor"),
+    "scale in quotes": (config(scaling_factor="0.18"), "scaling_factor '0.18'"),
+    "scale of true": (config(scaling_factor=True), "scaling_factor True"),
+    "shift of NaN": (config(shift_factor=math.nan), "shift_factor nan"),
+    "shift in a list": (config(shift_factor=[0.1]), "shift_factor [0.1]"),
+    "no latent channels": (config(latent_channels=0), "latent_channels 0"),
+    "latent channels below zero": (config(latent_channels=-4), "config.json"),
+    "a billion latent channels": (config(latent_channels=10**9), "latent_channels 1000000000"),
+    "half a latent channel": (config(latent_channels=4.5), "config.json"),
+    "no widths": (config(block_out_channels=[]), "config.json"),
+    "widths of zero": (config(block_out_channels=[0, 0, 0, 0]), "config.json"),
+    "widths in words": (config(block_out_channels=["8", "8", "16", "16"]), "config.json"),
+    "widths that are a number": (config(block_out_channels=8), "config.json"),
+    "a hundred thousand widths": (config(block_out_channels=[8] * 100_000), "block_out_channels"),
+    "a billion layers": (config(layers_per_block=10**9), "layers_per_block 1000000000"),
+    "widths that the file does not hold": (config(block_out_channels=[8192] * 4), "weights cannot be loaded"),
+    "no groups": (config(norm_num_groups=0), "config.json"),
+    "grey images": (config(in_channels=1), "config.json"),
+    "four channels of colour": (config(out_channels=4), "config.json"),
+    "an activation that nobody knows": (config(act_fn="magic"), "config.json"),
+    "a level left out": (config(down_block_types=["DownEncoderBlock2D"] * 3), "have no place"),
+    "quantised weights": (config(quantization_config={"quant_method": "none"}), "weights cannot be loaded"),
+    "weights of nothing": (write(WEIGHTS, b""), "weights cannot be loaded"),
+    "weights of zeros": (write(WEIGHTS, bytes(1 << 20)), "weights cannot be loaded"),
+    "weights that are a page": (write(WEIGHTS, b"<html>Not found</html>" * 9), "weights cannot be loaded"),
+    "weights that git-lfs has not fetched": (write(WEIGHTS, b"version https://git-lfs.github.com/spec/v1"), "cannot be loaded"),
+    "weights cut by a byte": (cut_by_a_byte, "cannot be loaded"),
+    "weights whose header is endless": (write(WEIGHTS, struct.pack("<Q", 1 << 60) + bytes(1 << 20)), "cannot be loaded"),
+    "weights that claim another shape": (header(lambda entries: entries[NAME].update(shape=[10**9])), "cannot be loaded"),
+    "weights beyond the file": (header(lambda entries: entries[NAME].update(data_offsets=[0, 1 << 50])), "cannot be loaded"),
+    "weights of an unknown type": (header(lambda entries: entries[NAME].update(dtype="F7")), "weights cannot be loaded"),
+    "weights of another shape": (weights(lambda tensors: tensors.update({NAME: torch.zeros(5)})), NAME),
+    "weights that lack one": (weights(lambda tensors: tensors.pop(NAME)), NAME),
+    "weights of NaN": (weights(lambda tensors: tensors[NAME].fill_(math.nan)), "not finite"),
+    "weights of infinity": (weights(lambda tensors: tensors[NAME].fill_(math.inf)), "not finite"),
+    "weights that are a folder": (replace_by(os.mkdir, WEIGHTS), "no VAE there"),
+    "weights that are a pipe": (replace_by(os.mkfifo, WEIGHTS), "no VAE there"),
+    "weights that are a device": (replace_by(lambda path: path.symlink_to("/dev/zero"), WEIGHTS), "no VAE there"),
+    "weights that link to nowhere": (replace_by(lambda path: path.symlink_to("nowhere"), WEIGHTS), "no VAE there"),
+    "pickled weights that are noise": (pickled_noise, "cannot be loaded"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hostile_vae_is_one_line(folder, kind):
+    """A traceback; a scale that is silently taken for 1; hours of building layers; memory for what a file only claims."""
+    make, said = KINDS[kind]
+    make(folder)
+    refusal(lambda: Codec(load(folder)).encode(images()), "--vae2_path", "hostile_vae", said)
+
+
+def test_the_good_vae_is_taken(folder):
+    """That the kinds above are refused for their damage."""
+    assert Codec(load(folder)).encode(images()).shape == (1, 4, 2, 2)
+
+
+@pytest.mark.parametrize("form", ["torch", "legacy", "pickle"])
+def test_code_in_pickled_weights_is_not_run(folder, tmp_path, form):
+    """diffusers' older weights format, which is a pickle, loaded as one."""
+    marker = tmp_path / "executed"
+    (folder / WEIGHTS).unlink()
+    if form == "pickle":
+        (folder / PICKLED).write_bytes(pickle.dumps(Payload(marker), protocol=2) + bytes(1 << 20))
+    else:
+        content = {"x": Payload(marker), "room": torch.zeros(1 << 18)}
+        torch.save(content, folder / PICKLED, _use_new_zipfile_serialization=form == "torch")
+    refusal(lambda: Codec(load(folder)).encode(images()), "--vae2_path", "weights cannot be loaded")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", "x" * 5000, "two\nlines", "/dev/null", "/dev/zero/vae"], ids=repr)
+def test_a_vae_path_that_leads_nowhere_is_one_line(path, tmp_path, monkeypatch):
+    """A ValueError or OSError of the system's in place of a message."""
+    monkeypatch.chdir(tmp_path)
+    refusal(lambda: load(path), "--vae2_path")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Beyond float16's range
+
+OVERFLOWS = {  # what overflows, and the change to the weights that makes it
+    "activations of the encoder": lambda tensors: tensors["encoder.conv_in.weight"].mul_(1e5),
+    "activations of the decoder": lambda tensors: [
+        tensors[name].fill_(6e4) for name in ("decoder.conv_in.bias", "decoder.mid_block.resnets.0.conv2.bias")
+    ],
+    "weights": lambda tensors: tensors["encoder.conv_in.weight"].mul_(1e7),
+}
+
+
+@pytest.mark.parametrize("kind", OVERFLOWS)
+@pytest.mark.parametrize("lazy", [True, False], ids=["folder", "object"])
+def test_a_vae_that_overflows_in_float16_runs_in_float32(folder, caplog, kind, lazy):
+    """NaN latents, and so a module trained on nothing or a cache that leaves out every image."""
+    weights(OVERFLOWS[kind])(folder)
+    exact = Codec(load(folder))
+    vae = load(folder, torch.float16)
+    if not lazy:
+        if kind == "weights":
+            pytest.skip("an object's weights are what they are")
+        vae = vae.model
+    space = Codec(vae)
+    latents = space.encode(images(2))
+    decoded = space.decode(latents)
+    assert latents.isfinite().all() and decoded.isfinite().all()
+    assert next(space.vae.parameters()).dtype == space.vae.dtype == torch.float32
+    if lazy:  # read anew, not rounded to float16 and back
+        torch.testing.assert_close(latents, exact.encode(images(2)), rtol=0, atol=0)
+    said = [record.message for record in caplog.records if "overflows in float16" in record.message]
+    assert len(said) == 1 and "float32" in said[0] and (not lazy or str(folder) in said[0])
+
+
+def test_a_decoder_that_is_asked_first_settles_the_precision_too(folder):
+    """NaN pictures, and so a loss that is never finite, where all latents come from a complete cache."""
+    weights(OVERFLOWS["activations of the decoder"])(folder)
+    space = Codec(load(folder, torch.float16))
+    assert space.decode(torch.full((1, space.channels, 4, 4), float("nan"))).isnan().any()
+    assert space.vae.dtype == torch.float16, "latents that are not finite are not the decoder's doing"
+    assert space.decode(torch.randn(2, space.channels, 4, 4)).isfinite().all()
+    assert space.vae.dtype == torch.float32
+
+
+def test_a_vae_within_float16s_range_stays_in_it_and_is_measured_once(folder, caplog):
+    """float32 on suspicion, at twice the time and memory; a decode for every batch to find out again."""
+    space = Codec(load(folder, torch.float16))
+    decoded, decode = [], space.vae.model.decode
+    space.vae.model.decode = lambda latents: decoded.append(len(latents)) or decode(latents)
+    for _ in range(3):
+        assert space.encode(images(2)).isfinite().all()
+    assert space.vae.dtype == next(space.vae.parameters()).dtype == torch.float16
+    assert decoded == [1] and "overflows" not in caplog.text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Too little memory
+
+OUT_OF_MEMORY = {
+    "cuda": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:114] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    "mps": RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"),
+    "python": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+def test_running_out_of_memory_says_what_was_done_and_which_flags_help(kind):
+    """torch's page of allocator statistics; a RuntimeError that nobody takes for what it is."""
+    error = OUT_OF_MEMORY[kind]
+    assert is_out_of_memory(error)
+
+    def work():
+        with memory_advice("training", train_batch_size=64, num_workers=0, precision="float32"):
+            raise error
+
+    text = refusal(work, "out of memory while training", "--train_batch_size 64", "--precision float32")
+    assert "lower --train_batch_size or use --precision bfloat16" in text
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes do not match"), ValueError("out of memory"), UserError("x"), KeyboardInterrupt()]
+)
+def test_other_errors_pass_through(error):
+    """A bug that is reported as too little memory."""
+    with pytest.raises(type(error)) as caught, memory_advice("training", train_batch_size=4):
+        raise error
+    assert caught.value is error and not is_out_of_memory(error)
+
+
+def test_advice_when_nothing_can_be_lowered():
+    """ "lower " and nothing after it."""
+
+    def work():
+        with memory_advice("training", train_batch_size=1, precision="bfloat16"):
+            raise MemoryError
+
+    refusal(work, "use a machine with more of it")
+
+
+def real_lack_of_memory():
+    torch.empty(1 << 50)
+
+
+def test_torchs_own_error_on_the_cpu_is_known():
+    """A wording of torch's that changes with its version."""
+    with pytest.raises(RuntimeError) as error:
+        real_lack_of_memory()
+    assert is_out_of_memory(error.value)
+
+
+def short_of_memory(space, most):
+    """Have the VAE behind `space` fail like torch on more than `most` images at once; the list of sizes that it was given."""
+    sizes, encode = [], space.vae.model.encode
+
+    def guarded(batch):
+        sizes.append(len(batch))
+        if len(batch) > most:
+            real_lack_of_memory()
+        return encode(batch)
+
+    space.vae.model.encode = guarded
+    return sizes
+
+
+@pytest.mark.parametrize("sample", [False, True], ids=["mean", "sample"])
+def test_encoding_goes_on_with_half_the_batch_and_gives_the_same(vae_folders, caplog, sample):
+    """A run that ends where a smaller batch would have done; other draws from the posterior than with enough memory."""
+    plenty, short = Codec(load(vae_folders["kl4"])), Codec(load(vae_folders["kl4"]))
+    sizes = short_of_memory(short, 3)
+    for _ in range(2):
+        draws = [torch.Generator().manual_seed(0) for _ in range(2)]
+        made = short.encode(images(10), sample, draws[0])
+        torch.testing.assert_close(made, plenty.encode(images(10), sample, draws[1]), rtol=1e-4, atol=1e-5)
+    assert sizes == [10, 5, *[2] * 10]  # found once, kept from then on
+    assert caplog.text.count("out of memory") == 2
+
+
+def test_building_the_cache_goes_on_with_half_the_batch(vae_folders, photo_folders, tmp_path):
+    """The longest part of a run, lost to a batch size that is no flag."""
+    files = sorted(map(str, photo_folders[0].rglob("*.png")))
+
+    def cached(name, most):
+        spaces = [Codec(load(vae_folders[vae])) for vae in ("kl4", "kl16")]
+        sizes = [short_of_memory(space, most) for space in spaces]
+        dataset = ImageDataset(files, 16, random_crop=True)
+        return cache_latents(dataset, *spaces, True, tmp_path / name, 2, 0), sizes
+
+    plenty, _ = cached("plenty", 100)
+    short, sizes = cached("short", 3)
+    assert all(max(given) > 3 and 2 in given for given in sizes)
+    images, views = np.arange(len(files)).repeat(2), np.tile([0, 1], len(files))
+    for name in plenty.cache.columns:
+        np.testing.assert_allclose(
+            short.cache.read(name, images, views), plenty.cache.read(name, images, views), rtol=1e-2, atol=1e-3
+        )
+
+
+DAMAGE = {
+    "cut short": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "of nothing": lambda path: os.truncate(path, 0),
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_cache_is_one_line(vae_folders, photo_folders, tmp_path, kind):
+    """A traceback from mmap in the first step; the remedy is to delete it, and nothing else says so."""
+    spaces = [Codec(load(vae_folders[vae])) for vae in ("kl4", "kl16")]
+    dataset = ImageDataset(sorted(map(str, photo_folders[0].rglob("*.png")))[:2], 16, random_crop=True)
+    (tmp_path / "cache").mkdir()
+    data = cache_latents(dataset, *spaces, True, tmp_path / "cache", 1, 0)
+    (data.cache.folder / "journal.jsonl").open("ab").write(b"\n\xff\xfe{}\n")
+    DAMAGE[kind](data.cache.folder / "latents1.bin")
+    data = cache_latents(dataset, *spaces, True, tmp_path / "cache", 1, 0)
+    refusal(lambda: data.__getitems__([(0, 0)]), "latent cache", "delete this folder")
+
+
+def test_a_cache_that_not_even_one_image_fits_is_one_line(vae_folders, photo_folders, tmp_path):
+    """Halving for ever."""
+    spaces = [Codec(load(vae_folders[vae])) for vae in ("kl4", "kl16")]
+    short_of_memory(spaces[1], 0)
+    dataset = ImageDataset(sorted(map(str, photo_folders[0].rglob("*.png"))), 16, random_crop=True)
+    refusal(
+        lambda: cache_latents(dataset, *spaces, True, tmp_path / "cache", 2, 0),
+        "out of memory while encoding", "--image_size 16", "--precision float32", "use --precision bfloat16",
+    )  # fmt: skip
+
+
+def test_an_evaluation_out_of_memory_is_one_line(vae_folders, photo_folders, tmp_path, monkeypatch):
+    """The other program, whose batch is a flag."""
+    from test_checkpoint import make_pipeline, save
+
+    path = save(
+        make_pipeline(vae_folders["kl4"], vae_folders["kl16"]), tmp_path, config={"image_size": 16, "precision": "float32"}
+    )
+    monkeypatch.setattr(eval_align, "reconstruct", lambda *_: real_lack_of_memory())
+    argv = ["--checkpoint", path, "--eval_data_dir", photo_folders[1], "--output_dir", tmp_path / "out", "--eval_batch_size", 3]
+    argv += ["--device", "cpu", "--num_workers", 0]
+    refusal(lambda: eval_align.main([str(item) for item in argv]), "out of memory while evaluating", "lower --eval_batch_size")

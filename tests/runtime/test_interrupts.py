@@ -1,0 +1,122 @@
+"""SIGINT and SIGTERM at the moments that whole runs in test_resume.py seldom meet."""
+
+import os
+import signal
+
+import pytest
+from hostile import is_one_line, no_hang
+
+from dataloader import WorkerLoader, leave_signals_to_parent
+from runtime.cli import run
+from runtime.interrupts import RELAY, StopRequest
+from training.checkpoints import drop_abandoned
+
+
+@pytest.fixture(autouse=True)
+def handlers_of_the_suite():
+    """A run that is stopped leaves the default handlers behind; this interpreter runs on."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_before_the_first_step_unwinds_and_says_so(capsys, number):
+    """Temporary files and workers that a SIGTERM at start-up leaves behind; another exit status than 128 + its number."""
+    unwound = []
+
+    def main():
+        try:
+            os.kill(os.getpid(), number)
+            signal.sigtimedwait({signal.SIGUSR1}, 60)  # a handler runs at the next instruction; this is one
+        finally:
+            unwound.append(True)
+
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == 128 + number and unwound
+    said = capsys.readouterr().err.strip()
+    assert is_one_line(said) and number.name in said
+
+
+def test_what_a_launcher_passes_on_is_no_second_signal(monkeypatch, capfd):
+    """Ctrl-C under `accelerate launch`, which comes twice to each process, ends it unsaved."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    times = iter([0.0, 1.0, 1.0 + RELAY / 2])
+    monkeypatch.setattr("runtime.interrupts.time.monotonic", lambda: next(times))
+    with StopRequest() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+    assert capfd.readouterr().err.count("finishing the step") == 1
+
+
+def test_a_signal_is_heard_when_nobody_reads_the_log_any_more():
+    """Ctrl-C under `2>&1 | tee log`, which ends tee as well: the run would fail on its own message, unsaved."""
+    reader, writer = os.pipe()
+    stderr = os.dup(2)
+    os.close(reader)
+    os.dup2(writer, 2)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.write(2, b"the progress bar goes on")
+        assert stop.signal == signal.SIGINT
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(writer)
+
+
+def die_then_leave_signals(worker):
+    os.kill(os.getpid(), signal.SIGTERM)
+    leave_signals_to_parent(worker)
+
+
+def test_workers_survive_a_signal_to_all_while_they_are_born():
+    """A job's SIGTERM at the first step that ends a worker, and with it the run that it asks to stop."""
+    loader = WorkerLoader(list(range(3)), batch_size=None, num_workers=1, worker_init_fn=die_then_leave_signals)
+    with no_hang():
+        assert list(loader) == [0, 1, 2]
+    assert not {signal.SIGINT, signal.SIGTERM} & signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+class Steps:
+    """An accelerator of two processes; the other takes 0.1 s a step and has been sent `number`."""
+
+    num_processes, device = 2, "cpu"
+
+    def __init__(self):
+        self.number, self.step, self.asked = 0, 0, [0]
+
+    def gather(self, mine):
+        seconds = 0.1 * (self.step - self.asked[-1])
+        self.asked.append(self.step)
+        return mine.new_tensor([mine.tolist()[0], [self.number, seconds]])
+
+
+def test_processes_agree_to_stop_without_asking_at_every_step():
+    """A process that stops alone, and leaves the others waiting; a wait for the device at every step."""
+    accelerator, stop = Steps(), StopRequest()
+
+    def agreed(steps):
+        for accelerator.step in steps:
+            yield stop.agreed(accelerator, accelerator.step)
+
+    assert set(agreed(range(200))) == {None}
+    assert len(accelerator.asked) < 30
+    accelerator.number = signal.SIGTERM
+    assert signal.SIGTERM in agreed(range(200, 230))
+
+
+def test_half_written_checkpoints_do_not_pile_up(tmp_path):
+    """A disk that kills fill up; a file deleted under a run that is writing it; another file's deletion."""
+    names = (".align_pipeline_20260101_000000.pth.x.tmp", ".align_best_20260101_000000.pth.x.tmp", "my.tmp", "align_x.pth")
+    for name in names:
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (0, 0))
+    (tmp_path / ".align_pipeline_20260101_000001.pth.y.tmp").touch()
+    drop_abandoned(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {*names[2:], ".align_pipeline_20260101_000001.pth.y.tmp"}
+    drop_abandoned(tmp_path / "nowhere")

@@ -1,0 +1,322 @@
+"""The align module: shapes for every combination of inputs and strides, gradients, locality, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from runs import ONE_THREAD  # noqa: F401  one thread in this interpreter
+
+from latents.pipeline import PipelineWithVAEs
+from train_align_with_args import create_align_pipeline, load_vae_model, parse_args
+from utils import UserError
+from vae_align import AlignConfig, AlignModule
+
+INPUT_TYPES = (("latent",), ("image",), ("image", "latent"))
+IDS = "-".join
+
+
+def make_module(seed=0, **options):
+    torch.manual_seed(seed)
+    return AlignModule(AlignConfig(**{"hidden_channels": 8, "num_blocks": 1, **options})).eval()
+
+
+def make_inputs(config, height=72, width=40, batch=2):
+    """Keyword arguments of `AlignModule.forward` for images of that size."""
+    generator = torch.Generator().manual_seed(5)
+    inputs = {}
+    if "image" in config.input_types:
+        inputs["image"] = torch.rand(batch, 3, height, width, generator=generator) * 2 - 1
+    if "latent" in config.input_types:
+        grid = (height // config.latent_stride, width // config.latent_stride)
+        inputs["latents"] = torch.randn(batch, config.latent_channels, *grid, generator=generator)
+    return inputs
+
+
+def bare_pipeline(**options):
+    """A pipeline without VAEs: asking for one fails the test."""
+
+    def absent():
+        raise AssertionError("asked for a VAE")
+
+    return PipelineWithVAEs(make_module(**options), absent, absent)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shapes
+
+
+@pytest.mark.parametrize("strides", [(8, 8), (4, 8), (8, 4), (4, 4), (16, 4), (4, 16)], ids=str)
+@pytest.mark.parametrize("input_types", INPUT_TYPES, ids=IDS)
+def test_output_lies_on_vae2s_grid(input_types, strides):
+    """A stride of 8 taken for granted, or an output on VAE1's grid."""
+    module = make_module(input_types=input_types, latent_stride=strides[0], out_stride=strides[1], latent_channels=3)
+    height, width = (80, 48) if 16 in strides else (72, 40)
+    with torch.no_grad():
+        out = module(**make_inputs(module.config, height, width))
+    assert out.shape == (2, 16, height // strides[1], width // strides[1])
+
+
+@pytest.mark.parametrize("size", [(72, 40), (8, 8), (64, 128), (8, 200)], ids=str)
+@pytest.mark.parametrize("downsample_times", range(6))
+def test_image_features_reach_vae2s_grid_however_often_they_are_halved(downsample_times, size):
+    """Sides that round up at each halving (9x5 latents), or that a deep branch halves away altogether."""
+    for input_types in (("image",), ("image", "latent")):
+        module = make_module(input_types=input_types, downsample_times=downsample_times)
+        with torch.no_grad():
+            out = module(**make_inputs(module.config, *size))
+        assert out.shape == (2, 16, size[0] // 8, size[1] // 8)
+        assert out.isfinite().all()
+
+
+def test_smallest_module_works():
+    """A width or depth of which something is subtracted or divided."""
+    for options in ({"hidden_channels": 1}, {"num_blocks": 0}, {"out_channels": 1, "latent_channels": 1}):
+        module = make_module(**options)
+        assert module(**make_inputs(module.config)).shape[1] == module.config.out_channels
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Gradients
+
+
+def dead_parameters(module, inputs):
+    """The names of parameters whose gradient is missing or all zero."""
+    module.zero_grad(set_to_none=True)
+    out = module(**inputs)
+    target = torch.randn(out.shape, generator=torch.Generator().manual_seed(6))
+    (out - target).square().mean().backward()
+    return [name for name, parameter in module.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+
+
+@pytest.mark.parametrize("strides", [(8, 8), (4, 8), (8, 4)], ids=str)
+@pytest.mark.parametrize("downsample_times", [0, 3, 4])
+@pytest.mark.parametrize("input_types", INPUT_TYPES, ids=IDS)
+def test_gradients_reach_every_trainable_parameter(input_types, downsample_times, strides):
+    """A layer that forward skips, a detach, or a branch that is built though its input is never given."""
+    module = make_module(
+        input_types=input_types, downsample_times=downsample_times, latent_stride=strides[0], out_stride=strides[1]
+    )
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    assert dead_parameters(module, make_inputs(module.config)) == []
+
+
+@pytest.mark.parametrize("input_types", [("latent",), ("image", "latent")], ids=IDS)
+def test_gradients_reach_every_parameter_one_step_after_the_ridge_start(input_types):
+    """Two zero layers in a row, which keep each other at zero for ever."""
+    module = make_module(input_types=input_types)
+    module.remember_ridge(torch.randn_like(module.ridge_weight) / 10, torch.randn_like(module.ridge_bias))
+    module.start_from_ridge()
+    inputs = make_inputs(module.config)
+    dead_parameters(module, inputs)
+    torch.optim.SGD(module.parameters(), lr=0.1).step()
+    assert dead_parameters(module, inputs) == []
+
+
+def test_ridge_start_is_the_linear_map_itself():
+    """A deep path that still adds something, or a linear path that is not the remembered map."""
+    for strides in ((8, 8), (4, 8), (8, 4)):
+        module = make_module(latent_stride=strides[0], out_stride=strides[1])
+        assert not module.has_ridge
+        module.remember_ridge(torch.randn_like(module.ridge_weight), torch.randn_like(module.ridge_bias))
+        module.start_from_ridge()
+        inputs = make_inputs(module.config)
+        assert module.has_ridge
+        torch.testing.assert_close(module(**inputs), module.linear_map(inputs["latents"]))
+    assert not make_module(input_types=("image",)).has_ridge
+
+
+@pytest.mark.parametrize("downsample_times", range(5))
+def test_every_pixel_of_the_image_counts(downsample_times):
+    """Features brought to a coarser grid by picking a few of them: most pixels would be ignored."""
+    module = make_module(input_types=("image",), downsample_times=downsample_times, num_blocks=0)
+    image = make_inputs(module.config, 64, 40)["image"].requires_grad_()
+    module(image=image).square().sum().backward()
+    ignored = (image.grad.abs().amax(dim=(0, 1)) == 0).float().mean().item()
+    assert ignored == 0, f"{ignored:.0%} of the pixels have no influence"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Any size, the same everywhere, the same in training and in use
+
+
+@pytest.mark.parametrize("input_types", INPUT_TYPES, ids=IDS)
+def test_a_far_away_change_does_not_matter(input_types):
+    """Attention or statistics over the whole picture: the module would depend on the crop it was trained on."""
+    module = make_module(input_types=input_types, downsample_times=3)
+    inputs = make_inputs(module.config, 32, 320)
+    changed = {name: tensor.clone() for name, tensor in inputs.items()}
+    for tensor in changed.values():
+        tensor[..., -tensor.shape[3] // 10 :] += 10
+    with torch.no_grad():
+        before, after = module(**inputs), module(**changed)
+    torch.testing.assert_close(after[..., :20], before[..., :20])
+    assert not torch.allclose(after[..., -4:], before[..., -4:])
+
+
+@pytest.mark.parametrize("input_types", INPUT_TYPES, ids=IDS)
+def test_the_middle_of_a_crop_is_the_middle_of_the_picture(input_types):
+    """Image and latents out of register, or anything that depends on where a place lies in the picture."""
+    module = make_module(input_types=input_types, downsample_times=3)
+    whole = make_inputs(module.config, 32, 480, batch=1)
+    crop = {name: tensor[..., tensor.shape[3] // 3 :] for name, tensor in whole.items()}
+    with torch.no_grad():
+        torch.testing.assert_close(module(**crop)[..., 10:30], module(**whole)[..., 30:50], rtol=1e-4, atol=1e-5)
+
+
+def test_one_image_of_a_batch_does_not_change_the_others():
+    """Batch statistics."""
+    module = make_module().train()
+    inputs = make_inputs(module.config)
+    with torch.no_grad():
+        together = module(**inputs)
+        alone = module(**{name: tensor[:1] for name, tensor in inputs.items()})
+    torch.testing.assert_close(alone, together[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_training_and_evaluation_mode_give_the_same():
+    """Dropout or batch normalisation: better in training than in use."""
+    module = make_module()
+    inputs = make_inputs(module.config)
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(module).train()(**inputs), module(**inputs))
+    assert {name for name, _ in module.named_buffers()} == {"ridge_weight", "ridge_bias"}
+
+
+def test_both_inputs_count():
+    """A branch whose features are computed and then dropped."""
+    module = make_module()
+    inputs = make_inputs(module.config)
+    with torch.no_grad():
+        out = module(**inputs)
+        for name in inputs:
+            assert not torch.allclose(module(**{**inputs, name: inputs[name] + 1}), out)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# translate
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("input_types", INPUT_TYPES, ids=IDS)
+def test_translate_keeps_the_dtype_and_computes_in_float32(input_types, dtype):
+    """Half-precision latents that meet float32 weights, or that come back as float32 into a half-precision pipeline."""
+    pipeline = bare_pipeline(input_types=input_types)
+    inputs = {name: tensor.to(dtype) for name, tensor in make_inputs(pipeline.config).items()}
+    out = pipeline.translate(inputs.get("latents"), inputs.get("image"))
+    assert out.dtype == dtype
+    assert not out.requires_grad
+    with torch.no_grad():
+        exact = pipeline.module(**{name: tensor.float() for name, tensor in inputs.items()})
+    assert torch.equal(out, exact.to(dtype))
+
+
+def test_translate_ignores_an_image_that_the_module_does_not_take():
+    """Callers need not know what the module was trained with."""
+    pipeline = bare_pipeline(input_types=("latent",))
+    latents = make_inputs(pipeline.config)["latents"]
+    assert torch.equal(pipeline.translate(latents, torch.zeros(1, 3, 8, 8)), pipeline.translate(latents))
+
+
+def inputs_that_do_not_fit():
+    latents, image = torch.zeros(1, 4, 9, 5), torch.zeros(1, 3, 72, 40)
+    both = ("image", "latent")
+    return {
+        "nothing": (both, None, None, "latents"),
+        "no_image": (both, latents, None, "image="),
+        "no_latents": (both, None, image, "latents="),
+        "image_only_without_image": (("image",), latents, None, "image="),
+        "latent_only_without_latents": (("latent",), None, image, "latents="),
+        "latent_channels": (both, torch.zeros(1, 16, 9, 5), image, "16 channels"),
+        "image_channels": (both, latents, torch.zeros(1, 4, 72, 40), "4 channels"),
+        "image_of_another_size": (both, latents, torch.zeros(1, 3, 72, 48), "72x48"),
+        "image_off_the_grid": (("image",), None, torch.zeros(1, 3, 70, 40), "multiple"),
+        "latents_without_batch": (("latent",), torch.zeros(4, 4, 4), None, "(4, 4, 4)"),
+        "image_without_batch": (("image",), None, torch.zeros(3, 64, 64), "(3, 64, 64)"),
+        "batches_differ": (both, latents, torch.zeros(2, 3, 72, 40), "2 images"),
+    }
+
+
+@pytest.mark.parametrize("case", inputs_that_do_not_fit())
+def test_inputs_that_do_not_fit_are_refused_in_one_line(case):
+    """An error from inside a convolution, or (batches that differ) a result that nobody asked for."""
+    input_types, latents, image, said = inputs_that_do_not_fit()[case]
+    with pytest.raises(UserError) as caught:
+        bare_pipeline(input_types=input_types).translate(latents, image)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_finer_vae1_grid_that_ends_within_a_latent_of_vae2_is_refused():
+    """9 latents of stride 4 are 36 px, which VAE2 (stride 8) cannot have."""
+    with pytest.raises(UserError, match="multiple"):
+        bare_pipeline(input_types=("latent",), latent_stride=4).translate(torch.zeros(1, 4, 9, 8))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"input_types": ()}, {"input_types": ("latents",)}, {"hidden_channels": 0}, {"num_blocks": -1}, {"downsample_times": -1}],
+    ids=str,
+)
+def test_a_config_that_makes_no_module_is_refused(options):
+    """A typing error that becomes a module without inputs, or a traceback."""
+    with pytest.raises(UserError, match=next(iter(options))):
+        AlignConfig(**options)
+
+
+def test_order_and_repetition_of_input_types_do_not_matter():
+    """A checkpoint that is refused because the same inputs were typed the other way round."""
+    assert AlignConfig(input_types=("latent", "image", "latent")) == AlignConfig(input_types=["image", "latent"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# create_align_pipeline
+
+
+def load_vaes(vae_folders, *names):
+    return [load_vae_model(vae_folders[name], "vae", None, "cpu", torch.float32) for name in names]
+
+
+@pytest.mark.parametrize(
+    "names, out_channels", [(("kl4", "kl16"), 16), (("kl16", "kl4"), 4), (("kl4_stride4", "tiny4"), 4), (("kl4", "nested"), 16)]
+)
+def test_channels_and_strides_follow_the_vaes(vae_folders, names, out_channels):
+    """The documented default of 16 output channels, or a stride of 8, kept against what VAE2 has."""
+    args = parse_args(["--hidden_channels", "8", "--num_blocks", "3", "--downsample_times", "4"])
+    pipeline = create_align_pipeline(*load_vaes(vae_folders, *names), args)
+    config = pipeline.config
+    assert args.out_channels == config.out_channels == pipeline.codec2.channels == out_channels
+    assert (config.latent_channels, config.latent_stride) == (pipeline.codec1.channels, pipeline.codec1.stride)
+    assert config.out_stride == pipeline.codec2.stride
+    assert (config.hidden_channels, config.num_blocks, config.downsample_times) == (8, 3, 4)
+    inputs, target = pipeline.encode_batch({"pixel_values": torch.zeros(1, 3, 32, 24)})
+    assert pipeline.module(**inputs).shape == target.shape
+
+
+def test_typed_out_channels_that_contradict_vae2_are_refused(vae_folders):
+    """A flag that is silently overruled, or that is refused though it was not typed or is right."""
+    vaes = load_vaes(vae_folders, "kl4", "kl16")
+    assert create_align_pipeline(*vaes, parse_args(["--out_channels", "16"])).config.out_channels == 16
+    with pytest.raises(UserError, match=r"--out_channels 8: .*16"):
+        create_align_pipeline(*vaes, parse_args(["--out_channels", "8"]))
+
+
+def test_the_pipelines_vaes_are_frozen_and_not_part_of_the_module(vae_folders):
+    """VAE weights among the module's parameters: trained along, and saved with every checkpoint."""
+    pipeline = create_align_pipeline(*load_vaes(vae_folders, "kl4", "tiny4"), parse_args(["--hidden_channels", "8"]))
+    inputs, target = pipeline.encode_batch({"pixel_values": torch.rand(1, 3, 32, 32)})
+    assert not target.requires_grad
+    pipeline.codec2.decode(pipeline.module(**inputs)).square().mean().backward()
+    own = {id(parameter) for parameter in pipeline.module.parameters()}
+    for vae in (pipeline.vae1, pipeline.vae2):
+        assert all(id(parameter) not in own for parameter in vae.parameters())
+        assert all(parameter.grad is None and not parameter.requires_grad for parameter in vae.parameters())
+
+
+def test_latents_of_the_batch_are_taken_as_they_are(vae_folders):
+    """The cache's latents encoded once more, or scaled twice."""
+    pipeline = create_align_pipeline(*load_vaes(vae_folders, "kl4", "kl16"), parse_args(["--input_types", "latent"]))
+    batch = {"latents1": torch.randn(1, 4, 4, 4), "latents2": torch.randn(1, 16, 4, 4)}
+    inputs, target = pipeline.encode_batch(batch)
+    assert torch.equal(inputs["latents"], batch["latents1"])
+    assert torch.equal(target, batch["latents2"])
+    assert not pipeline.vae1.loaded and not pipeline.vae2.loaded

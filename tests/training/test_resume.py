@@ -1,0 +1,356 @@
+"""Runs that are interrupted and go on: the end must be bit for bit that of an uninterrupted run."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, as_argv, run_script, tiny_flags
+from runs import ONE_THREAD, QUIET, results_of, train
+from test_processes import LAUNCHER
+
+import train_align_with_args as train_script
+from training import resume
+
+KINDS = {
+    "cached": {"ema_decay": 0.9, "scheduler": "cosine"},
+    "online": {"cache_latents": None, "no_cache_latents": True, "num_workers": 1, "decoder_loss_weight": 1.0},
+    "sampled": {"no_cache_latents": True, "sample_posterior": True},
+    "image": {"input_types": ["image"], "grad_clip": 0.5, "optimizer": "muon"},
+}
+
+
+def tensors_of(value, where=""):
+    """{place: tensor} of a checkpoint's content, at any depth."""
+    if isinstance(value, torch.Tensor):
+        return {where: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return {place: tensor for name, item in items for place, tensor in tensors_of(item, f"{where}/{name}").items()}
+
+
+def assert_same_tensors(first, second):
+    """Every tensor of two checkpoints is bit-identical."""
+    first, second = tensors_of(first), tensors_of(second)
+    assert first.keys() == second.keys()
+    differing = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not differing
+
+
+class Killed(BaseException):
+    """Ends a run in this interpreter at once, as a kill would: nothing of the project catches it."""
+
+
+def train_until(flags, folder, step, monkeypatch, **changes):
+    """Start a run that dies when it asks for the batch of `step`."""
+    endless = train_script.endless
+
+    def mortal(loader):
+        for number, batch in enumerate(endless(loader), start=loader.batch_sampler.first_step):
+            if number == step:
+                raise Killed
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script, "endless", mortal)
+        with pytest.raises(Killed):
+            train(flags, folder, **changes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_and_resumed_twice_ends_bit_identical(flags, tmp_path, monkeypatch, kind):
+    """A moment, average, counter, draw or place in the data order that a resume forgets; a ridge fitted anew."""
+    changes = {**QUIET, **KINDS[kind], "epochs": 4, "save_steps": 2, "log_frequency": 3}
+    whole = train(flags, tmp_path / "whole", **changes)
+    train_until(flags, tmp_path / "broken", 5, monkeypatch, **changes)
+    train_until(flags, tmp_path / "broken", 9, monkeypatch, **changes, resume=True)
+    again = train(flags, tmp_path / "broken", **changes, resume=True)
+    assert again.last["step"] == whole.last["step"] == 12
+    assert_same_tensors(again.last, whole.last)
+    assert again.scalars["train/loss"] == whole.scalars["train/loss"]
+
+
+def test_logs_hold_every_point_once(flags, tmp_path, monkeypatch):
+    """Evaluations of the time between the last checkpoint and the kill that appear twice, or fixed rungs measured anew."""
+    changes = {"epochs": 4, "save_frequency": 2, "visualize_frequency": 0}
+    whole = train(flags, tmp_path / "whole", **changes)
+    train_until(flags, tmp_path / "broken", 11, monkeypatch, **changes)
+    broken = train(flags, tmp_path / "broken", **changes, resume=True)
+    timeless = {tag: points for tag, points in whole.scalars.items() if tag != "train/images_per_second"}
+    for tag, points in timeless.items():
+        assert broken.scalars[tag] == points, tag
+    lines = [(run.parent / "metrics.jsonl").read_text() for run in (whole.event_files[0], broken.event_files[0])]
+    assert lines[0] == lines[1]
+    assert [json.loads(line)["step"] for line in lines[0].splitlines()] == [0, 3, 6, 9, 12]
+    assert len({file.parent for file in broken.event_files}) == 1  # one run, one folder
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(flags, tmp_path, monkeypatch, caplog):
+    """A resume that starts from a torn file, fails on it, or starts from nothing."""
+    caplog.set_level("INFO")
+    changes = {**QUIET, "epochs": 4, "save_steps": 2}
+    whole = train(flags, tmp_path / "whole", **changes)
+    train_until(flags, tmp_path / "broken", 7, monkeypatch, **changes)
+    newest = results_of(tmp_path / "broken").checkpoints[-1]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    again = train(flags, tmp_path / "broken", **changes, resume=True)
+    assert newest.name in caplog.text
+    assert "step 4 of 12" in caplog.text
+    assert_same_tensors(again.last, whole.last)
+
+
+def test_nothing_to_resume_starts_fresh_and_a_finished_run_says_so(flags, tmp_path, caplog, capsys):
+    """An error for the first start of a job that always says --resume; a finished run that trains on or is overwritten."""
+    run = train(flags, tmp_path, **QUIET, max_train_steps=2, resume=True)
+    assert "starting fresh" in caplog.text
+    assert run.last["step"] == 2
+    again = train(flags, tmp_path, **QUIET, max_train_steps=2, resume=True)
+    assert "already finished" in capsys.readouterr().out
+    assert again.checkpoints == run.checkpoints
+    longer = train(flags, tmp_path, **QUIET, max_train_steps=4, resume=True)
+    assert longer.last["step"] == 4
+
+
+@pytest.mark.parametrize(("flag", "value"), [("learning_rate", 0.5), ("seed", 7), ("hidden_channels", 16), ("init", "random")])
+def test_a_contradicting_flag_is_an_error_that_names_it(flags, tmp_path, flag, value):
+    """A resumed run that quietly goes on with another learning rate than it was asked for, or with another seed."""
+    train(flags, tmp_path, **QUIET, max_train_steps=2)
+    with pytest.raises(train_script.UserError, match=rf"^--{flag} {value}: the run to resume has"):
+        train(flags, tmp_path, **QUIET, max_train_steps=4, resume=True, **{flag: value})
+
+
+def test_other_data_is_refused(flags, tmp_path, photo_folders):
+    """An order inside the epoch that no longer is the run's."""
+    train(flags, tmp_path, **QUIET, max_train_steps=2)
+    with pytest.raises(train_script.UserError, match="the run to resume had 10 images, now 5"):
+        train(flags, tmp_path, **QUIET, max_train_steps=4, resume=True, train_data_dir=photo_folders[1])
+
+
+def test_other_files_of_the_same_number_are_refused_before_they_are_encoded(flags, tmp_path, photo_folders, monkeypatch):
+    """A run that goes on with other pictures, or hours of encoding before it says so; a moved folder that is refused."""
+    folder = tmp_path / "moved"
+    shutil.copytree(photo_folders[0], folder / "deeper")
+    train(flags, tmp_path, **QUIET, max_train_steps=2)
+    changes = {**QUIET, "resume": True, "train_data_dir": folder / "deeper"}
+    assert train(flags, tmp_path, **changes, max_train_steps=3).last["step"] == 3
+    monkeypatch.setattr("train_align_with_args.cache_latents", lambda *_, **__: pytest.fail("the cache is built"))
+    first = next((folder / "deeper").rglob("*.png"))
+    first.rename(first.with_name("other.png"))
+    with pytest.raises(train_script.UserError, match=r"^--train_data_dir .*not the files that the run to resume had"):
+        train(flags, tmp_path, **changes, max_train_steps=4)
+
+
+def test_keep_last_deletes_this_runs_oldest_only(flags, tmp_path, monkeypatch):
+    """Another run's checkpoint in the same folder deleted; a resumed run that forgets which ones are its own."""
+    other = train(flags, tmp_path, **QUIET, max_train_steps=1).checkpoints
+    changes = {**QUIET, "epochs": 4, "save_steps": 2, "keep_last": 2}
+    train_until(flags, tmp_path, 7, monkeypatch, **changes)
+    run = train(flags, tmp_path, **changes, resume=True)
+    steps = [torch.load(path, weights_only=True)["step"] for path in run.checkpoints]
+    assert run.checkpoints[0] == other[0]
+    assert steps == [1, 10, 12]
+    assert sorted(path.stem for path in other[0].parent.glob("*.json")) == sorted(path.stem for path in run.checkpoints)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_stopped_before_the_first_step_is_resumed_too(flags, tmp_path, monkeypatch, optimizer):
+    """An optimizer without moments yet, called damaged: a signal during the first evaluation would cost the run."""
+    changes = {**QUIET, "max_train_steps": 3, "optimizer": optimizer, "ema_decay": 0.9}
+    whole = train(flags, tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script.StopRequest, "agreed", lambda *_: signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train(flags, tmp_path / "broken", **changes)
+    assert results_of(tmp_path / "broken").last["step"] == 0
+    assert_same_tensors(train(flags, tmp_path / "broken", **changes, resume=True).last, whole.last)
+
+
+def test_resumed_from_a_renamed_copy(flags, tmp_path):
+    """Checkpoints that cannot be resumed in their turn, or the user's copy deleted by --keep_last."""
+    run = train(flags, tmp_path, **QUIET, max_train_steps=2)
+    copy = run.checkpoints[-1].rename(run.checkpoints[-1].with_name("good.pth"))
+    train(flags, tmp_path, **QUIET, max_train_steps=4, resume=copy, keep_last=1, save_steps=1)
+    assert copy.exists()
+    assert train(flags, tmp_path, **QUIET, max_train_steps=5, resume=True).last["step"] == 5
+
+
+def test_best_checkpoint_is_that_of_the_best_evaluation(flags, tmp_path):
+    """A best file that is the last, or the worst: with --best_metric latent_mse, less is better."""
+    for metric, best in (("psnr", max), ("latent_mse", min)):
+        run = train(flags, tmp_path / metric, epochs=4, save_frequency=0, visualize_frequency=0, best_metric=metric)
+        values = dict(run.scalars[f"eval_{metric}/aligned"])
+        (kept,) = (tmp_path / metric / "ckpt").glob("align_best_*.pth")
+        content = torch.load(kept, weights_only=True)
+        assert values[content["step"]] == best(values.values())
+        assert content["metrics"]["aligned"][metric] == pytest.approx(values[content["step"]])
+
+
+def start(flags, folder, launcher=()):
+    """The training program as the first process of a group of its own, in `folder`, its output in folder/log."""
+    folder.mkdir(exist_ok=True)
+    with open(folder / "log", "a") as log:
+        return subprocess.Popen(
+            [*(launcher or [sys.executable]), str(ROOT / "train_align_with_args.py"), *as_argv(flags)],
+            stdout=log, stderr=log, cwd=folder, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **ONE_THREAD},
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def wait_for(condition, process, seconds=300):
+    """Wait until `condition()` holds; AssertionError if the process ends or time runs out before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, "the run never got there"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_exits_with_the_customary_code(flags, tmp_path, number):
+    """A signal that loses the steps since the last checkpoint, or that ends the data workers, who get it too from a terminal;
+    a save that cannot be resumed; exit status 0 or a traceback."""
+    changes = {**QUIET, "epochs": 40, "num_workers": 1, "no_cache_latents": True}
+    whole = train(flags, tmp_path / "whole", **changes)
+    folder = tmp_path / "stopped"
+    stopped_flags = {**tiny_of(flags, folder), **changes}
+    process = start(stopped_flags, folder)
+    wait_for(lambda: "train: " in (folder / "log").read_text(), process)
+    os.killpg(process.pid, number)
+    code = process.wait(240)
+    said = (folder / "log").read_text()
+    assert code == 128 + number, said
+    assert "--resume" in said and "Traceback" not in said
+    run = results_of(folder)
+    assert 0 <= run.last["step"] < 120
+    again = train(flags, folder, **changes, resume=True)
+    assert_same_tensors(again.last, whole.last)
+
+
+def tiny_of(flags, folder):
+    """`flags` with their outputs in `folder`."""
+    return {**flags, "log_dir": folder / "runs", "save_dir": folder / "ckpt"}
+
+
+def test_two_processes_resume_bit_identically(vae_folders, photo_folders, tmp_path):
+    """A process that resumes from another place in the data, or whose optimizer starts anew."""
+    flags = tiny_flags(vae_folders, photo_folders, tmp_path)
+    flags |= {**QUIET, "epochs": 4, "save_steps": 5, "train_batch_size": 2, "ema_decay": 0.9}
+    env = {"ACCELERATE_USE_CPU": "true", **ONE_THREAD}
+    for folder, changes in (("whole", [{}]), ("broken", [{"max_train_steps": 7}, {"resume": True, "max_train_steps": 0}])):
+        (tmp_path / folder).mkdir()
+        for change in changes:
+            argv = as_argv({**tiny_of(flags, tmp_path / folder), **change})
+            run_script("train_align_with_args.py", *argv, launcher=LAUNCHER, env=env, cwd=tmp_path / folder)
+    assert_same_tensors(results_of(tmp_path / "broken").last, results_of(tmp_path / "whole").last)
+
+
+def poison(monkeypatch, bad_steps):
+    """Batches whose latents are NaN at these steps (counted from 1)."""
+    endless = train_script.endless
+
+    def poisoned(loader):
+        for number, batch in enumerate(endless(loader), start=1):
+            if number in bad_steps:
+                batch = batch | {"latents1": torch.full_like(batch["latents1"], float("nan"))}
+            yield batch
+
+    monkeypatch.setattr(train_script, "endless", poisoned)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(flags, tmp_path, monkeypatch, caplog):
+    """NaN weights after one bad batch; moments that a bad step spoils; a skip that nobody hears of."""
+    changes = {**QUIET, "epochs": 3, "log_frequency": 2, "weight_decay": 0.1, "ema_decay": 0.9, "decoder_loss_weight": 1.0}
+    poison(monkeypatch, {2, 5, 6})
+    run = train(flags, tmp_path, **changes)
+    assert all(tensor.isfinite().all() for tensor in tensors_of(run.last).values())
+    assert dict(run.scalars["train/skipped_steps"])[9] == 3
+    assert all(step["step"] == 6 for step in run.last["training"]["state"]["optimizer"]["state"].values())
+    assert "3 steps skipped" in caplog.text
+    assert 6 not in dict(run.scalars["train/grad_norm"])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_skipped_step_leaves_the_weights_as_they_were(flags, tmp_path, monkeypatch, optimizer):
+    """Weight decay or momentum that moves the weights in a step that is called skipped."""
+    flags = flags | {"optimizer": optimizer, "weight_decay": 0.1}
+    before = train(flags, tmp_path / "before", **QUIET, max_train_steps=2)
+    poison(monkeypatch, {3})
+    after = train(flags, tmp_path / "after", **QUIET, max_train_steps=3)
+    assert_same_tensors(after.last["state_dict"], before.last["state_dict"])
+    moments = [run.last["training"]["state"]["optimizer"]["state"] for run in (after, before)]
+    assert_same_tensors(*moments)
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_with_the_files_named(flags, tmp_path, monkeypatch):
+    """A run that goes on for days without learning; a checkpoint spoilt by it."""
+    poison(monkeypatch, set(range(6, 100)))
+    with pytest.raises(train_script.UserError, match=r"not finite in 4 steps in a row.* step 9 with '.*\.png'"):
+        train(flags, tmp_path, **QUIET, epochs=10, max_bad_steps=4, save_steps=5)
+    run = results_of(tmp_path)
+    assert run.last["step"] == 5
+    assert all(tensor.isfinite().all() for tensor in tensors_of(run.last).values())
+
+
+def test_bad_steps_in_a_row_are_counted_across_a_resume(flags, tmp_path, monkeypatch):
+    """A run that is restarted every few minutes and never comes to the limit."""
+    with monkeypatch.context() as patch:
+        poison(patch, {4, 5})
+        first = train(flags, tmp_path, **QUIET, max_bad_steps=4, max_train_steps=5).last["training"]
+    assert (first["bad_steps"], first["bad_steps_in_a_row"]) == (2, 2)
+    poison(monkeypatch, set(range(100)))
+    with pytest.raises(train_script.UserError, match=r"not finite in 4 steps in a row.* step 7 with"):
+        train(flags, tmp_path, **QUIET, max_bad_steps=4, max_train_steps=20, resume=True)
+
+
+def test_a_run_from_another_runs_weights_resumes_without_them(flags, tmp_path):
+    """A resume that reads --load_checkpoint again: the file may be gone, or the folder's newest be of another shape."""
+    first = train(flags, tmp_path / "first", **QUIET, max_train_steps=1).checkpoints[-1]
+    changes = {**QUIET, "load_checkpoint": first, "hidden_channels": None, "num_blocks": None}
+    train(flags, tmp_path / "second", **changes, max_train_steps=2)
+    first.unlink()
+    changes = {**QUIET, "hidden_channels": None, "num_blocks": None, "resume": True}
+    assert train(flags, tmp_path / "second", **changes, max_train_steps=3).last["step"] == 3
+
+
+def test_names_do_not_depend_on_how_the_folder_is_written():
+    """A run that is refused its own images since its folder is now typed with ./ or two slashes; one of a single image."""
+    names = resume.names_digest(["photos/a/1.png", "photos/b/2.png"])
+    assert names == resume.names_digest(["./photos/a/1.png", "./photos/b/2.png"])
+    assert names == resume.names_digest(["/elsewhere//photos/a/1.png", "/elsewhere//photos/b/2.png"])
+    assert names != resume.names_digest(["photos/a/1.png", "photos/b/3.png"])
+    assert resume.names_digest(["x/1.png"]) == resume.names_digest(["y/1.png"]) != resume.names_digest(["x/2.png"])
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path, capsys):
+    """A plan that leaves folders, a cache or event files behind, or that lies about the number of steps."""
+    before = sorted(tmp_path.rglob("*"))
+    work = tmp_path.parent / "elsewhere"
+    train_script.main(as_argv({**flags, "dry_run": True, "save_dir": work / "ckpt", "log_dir": work / "runs", "epochs": 7}))
+    said = capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before and not work.exists()
+    assert "21 (3 in an epoch) of 4 images" in said
+    for fact in ("expected time", "latent cache", "checkpoint", "peak memory"):
+        assert fact in said
+
+
+def test_folders_whose_names_are_not_utf8(flags, tmp_path, photo_folders):
+    """A run that is lost at its last line, where its flags are written down; one that is refused for such a name."""
+    photos, place = (tmp_path / os.fsdecode(name) for name in (b"\xff\xfe", b"\xfe\n"))
+    shutil.copytree(photo_folders[1], photos)
+    changes = {"train_data_dir": photos, "eval_data_dir": photos, "latent_cache_dir": place, "visualize_frequency": 0}
+    for steps in (2, 3):
+        train(flags, tmp_path, **changes, max_train_steps=steps, save_dir=place, resume=True)
+    (kept,) = set(place.glob("align_pipeline_*.pth")) - {sorted(place.glob("align_pipeline_*.pth"))[0]}
+    assert torch.load(kept, weights_only=True)["step"] == 3
+
+
+def test_no_temporary_files_are_left(flags, tmp_path):
+    """Half-written files that pile up beside the checkpoints."""
+    train(flags, tmp_path, **QUIET, epochs=2, save_steps=1)
+    assert not list(Path(tmp_path).rglob("*.tmp"))

@@ -1,0 +1,399 @@
+"""Training runs: what they leave behind, what their flags do, and what must never change."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import ROOT, as_argv, run_script, tiny_flags
+from PIL import Image
+from runs import ONE_THREAD, QUIET, event_tags, results_of, same_weights, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from evaluation.pictures import PADDING
+from latents.pipeline import PipelineWithVAEs
+from train_align_with_args import create_data_loaders, load_vae_model, main, parse_args, train_align_pipeline
+from utils import UserError
+from vae_align import AlignConfig, AlignModule
+
+SHORT = {**QUIET, "max_train_steps": 2}
+
+
+def trainable(content):
+    """The names of a checkpoint's trainable weights."""
+    return [name for name, _ in AlignModule(AlignConfig(**content["align_config"])).named_parameters()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One run of both programs, as a user starts them
+
+
+@pytest.fixture(scope="module")
+def user_run(vae_folders, photo_folders, tmp_path_factory):
+    """(flags, results, folder, stdout of training, stdout of evaluation): 2 epochs of 3 steps, then eval_align.py."""
+    folder = tmp_path_factory.mktemp("user_run")
+    flags = {**tiny_flags(vae_folders, photo_folders, folder), "epochs": 2, "num_visualize_samples": 3}
+    trained = run_script("train_align_with_args.py", *as_argv(flags), cwd=folder, env=ONE_THREAD)
+    results = results_of(folder)
+    judged = run_script(
+        "eval_align.py",
+        "--checkpoint",
+        str(results.checkpoints[-1]),
+        "--eval_data_dir",
+        str(photo_folders[1]),
+        "--output_dir",
+        str(folder / "results"),
+        "--save_visualizations",
+        cwd=folder,
+        env=ONE_THREAD,
+    )
+    return flags, results, folder, trained.stdout, judged.stdout
+
+
+def test_checkpoints_are_named_by_time_and_say_where_they_stand(user_run):
+    """Two saves within one second that share a name; a last checkpoint that is not the last step's."""
+    _, results, _, stdout, _ = user_run
+    assert len(results.checkpoints) == 2  # one an epoch; the end does not save twice
+    for checkpoint in results.checkpoints:
+        assert re.fullmatch(r"align_pipeline_\d{8}_\d{6}\.pth", checkpoint.name)
+    assert [torch.load(path, weights_only=True)["step"] for path in results.checkpoints] == [3, 6]
+    assert results.last["epoch"] == 2
+    assert str(results.checkpoints[-1]) in stdout
+
+
+def test_saved_config_is_accepted_by_load_config_and_repeats_the_flags(user_run):
+    """A config that its own parser refuses, or that forgets what was typed."""
+    flags, results, *_ = user_run
+    saved = results.checkpoints[-1].with_suffix(".json")
+    again = parse_args(["--load_config", str(saved)])
+    for name, value in flags.items():
+        kept = getattr(again, name)
+        assert str(kept) == str(value), name
+    assert again.out_channels == 16
+    assert json.loads(saved.read_text()) == results.last["config"]
+
+
+def test_event_file_holds_every_promised_tag(user_run):
+    """A log that nothing writes: losses, rate, norm, gradients per layer, latents, the ladder, pictures."""
+    _, results, *_ = user_run
+    assert len(results.event_files) == 1
+    tags = event_tags(results.event_files[0])
+    of_a_step = ("loss", "learning_rate", "grad_norm", "images_per_second", "skipped_steps")
+    assert {f"train/{name}" for name in of_a_step} <= set(tags["scalars"])
+    for row in ("vae1", "ceiling", "reencode", "aligned"):
+        assert {f"eval_psnr/{row}", f"eval_ssim/{row}"} <= set(tags["scalars"])
+    for row in ("ceiling", "reencode", "aligned"):
+        assert f"eval_latent_mse/{row}" in tags["scalars"]
+    assert {f"latents_{what}/{which}" for what in ("mean", "std") for which in ("aligned", "target")} <= set(tags["scalars"])
+    layers = {f"gradients/{name}" for name in trainable(results.last)}
+    assert layers <= set(tags["histograms"])
+    assert set(tags["images"]) == {"samples/0", "samples/1", "samples/2"}
+    assert [step for step, _ in results.scalars["train/loss"]] == list(range(1, 7))
+    assert [step for step, _ in results.scalars["eval_psnr/aligned"]] == [0, 3, 6]
+
+
+def test_tensorboard_draws_the_ladder_in_one_chart_and_lists_the_flags_with_the_final_metrics(user_run):
+    """A running curve without the fixed lines beside it; a run that cannot be told from others by its flags."""
+    _, results, *_ = user_run
+    events = EventAccumulator(str(results.event_files[0]))
+    events.Reload()
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    drawn = [pattern for chart in layout.category[0].chart for pattern in chart.multiline.tag]
+    for row in ("ceiling", "reencode", "linear", "aligned"):
+        assert f"eval_psnr/{row}" in results.scalars
+        assert any(re.fullmatch(pattern, f"eval_psnr/{row}") for pattern in drawn), row
+    assert not any(re.match(pattern, "eval_psnr/untrained") for pattern in drawn)  # 10 dB below, it would flatten the rest
+
+    def hparams(part):
+        return HParamsPluginData.FromString(events.SummaryMetadata(f"_hparams_/{part}").plugin_data.content)
+
+    flags = hparams("session_start_info").session_start_info.hparams
+    assert flags["learning_rate"].number_value == results.last["config"]["learning_rate"]
+    for info in hparams("experiment").experiment.metric_infos:
+        (point,) = results.scalars[info.name.tag]
+        assert point[1] == pytest.approx(results.scalars[info.name.tag.replace("final/", "eval_") + "/aligned"][-1][1])
+
+
+def test_eval_align_writes_metrics_table_and_one_picture_per_image(user_run, photo_folders):
+    """Pictures of the first batch only, files that do not open, a table without the aligned row."""
+    _, _, folder, _, stdout = user_run
+    output = folder / "results"
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["images"] == 5
+    pictures = sorted(output.glob("*.png"))
+    assert len(pictures) == 5
+    for picture, photo in zip(pictures, sorted(photo_folders[1].iterdir())):
+        assert photo.stem in picture.stem
+        with Image.open(picture) as image:
+            image.load()
+            assert (image.width - PADDING) % 5 == 0  # the original and four reconstructions side by side
+            assert image.width >= 5 * (32 + PADDING)
+            assert len(image.getcolors(1 << 20)) > 100  # not a white sheet
+    for label in ("VAE1", "VAE2", "aligned", "latent MSE", "PSNR", "SSIM"):
+        assert label in stdout
+
+
+def test_eval_align_agrees_with_the_runs_own_last_evaluation(user_run):
+    """Another crop, size, scale or precision than in training, or weights of another step."""
+    _, results, folder, *_ = user_run
+    ladder = json.loads((folder / "results" / "metrics.json").read_text())["ladder"]
+    for row in ladder:
+        for name in ("latent_mse", "psnr", "ssim"):
+            if ladder[row][name] is not None:
+                assert ladder[row][name] == pytest.approx(results.scalars[f"eval_{name}/{row}"][-1][1], rel=1e-3)
+                assert ladder[row][name] == pytest.approx(results.last["metrics"][row][name], rel=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+def test_every_frequency_zero_switches_its_thing_off_and_the_end_still_saves(flags, tmp_path):
+    run = train(flags, tmp_path, epochs=2, **QUIET)
+    tags = event_tags(run.event_files[0])
+    assert not [tag for tag in tags["scalars"] if not tag.startswith("train/")]
+    assert not tags["images"]
+    assert len(run.checkpoints) == 1
+    assert run.last["step"] == 6
+
+
+@pytest.mark.parametrize(
+    "wanted, tag, kind", [("eval_frequency", "eval_psnr/aligned", "scalars"), ("visualize_frequency", "samples/0", "images")]
+)
+def test_one_frequency_does_not_switch_on_another(flags, tmp_path, wanted, tag, kind):
+    """Pictures only where there is an evaluation, or evaluations only where there are pictures."""
+    run = train(flags, tmp_path, **{**SHORT, wanted: 1})
+    tags = event_tags(run.event_files[0])
+    assert tag in tags[kind]
+    assert bool(tags["images"]) == (wanted == "visualize_frequency")
+    assert ("eval_psnr/aligned" in tags["scalars"]) == (wanted == "eval_frequency")
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_max_train_steps_stops_within_and_across_epochs(flags, tmp_path, steps):
+    """One step too many, or a limit that is rounded to epochs (of 3 steps)."""
+    run = train(flags, tmp_path, **{**QUIET, "max_train_steps": steps})
+    assert [step for step, _ in run.scalars["train/loss"]] == list(range(1, steps + 1))
+    assert run.last["step"] == steps
+    assert len(run.checkpoints) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"input_types": ["image"]},
+        {"input_types": ["latent"]},
+        {"input_types": ["image", "latent"]},
+        {"downsample_times": 4},
+        {"loss_type": "weighted_l1", "vae1_path": "tiny4"},
+        {"precision": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_each_kind_of_module_trains(flags, vae_folders, tmp_path, changes):
+    """A branch that gets no gradient or is never stepped: every layer's weights move. Master weights stay float32."""
+    if "vae1_path" in changes:
+        changes = {**changes, "vae1_path": vae_folders[changes["vae1_path"]]}
+    start = train(flags, tmp_path / "start", **{**SHORT, "learning_rate": 0, **changes})
+    end = train(flags, tmp_path / "end", **{**SHORT, **changes})
+    assert start.last["align_config"]["input_types"] == sorted(changes.get("input_types", ["image", "latent"]))
+    for name in trainable(end.last):
+        weights = end.last["state_dict"][name]
+        assert weights.dtype == torch.float32
+        assert weights.isfinite().all()
+        assert not torch.equal(weights, start.last["state_dict"][name]), name
+
+
+def test_loss_falls_on_a_problem_that_is_nearly_the_identity(flags, tmp_path, vae_folders):
+    """A step against the gradient, a target that moves, gradients that add up: from one VAE's latents to the same ones."""
+    same = {"vae2_path": vae_folders["kl4"], "input_types": ["latent"], "learning_rate": 1e-2}
+    same["init"] = "random"  # the closed-form start would leave nothing to learn
+    run = train(flags, tmp_path, epochs=14, **same, **QUIET)
+    losses = [value for _, value in run.scalars["train/loss"]]
+    assert sum(losses[-4:]) < 0.2 * sum(losses[:4])
+
+
+def test_load_checkpoint_starts_from_the_other_runs_weights_and_architecture(flags, tmp_path):
+    """Weights of a fresh module, or this run's own architecture flags."""
+    judged = {**SHORT, "eval_frequency": 1}
+    shape = {"input_types": ["latent"], "num_blocks": 3, "hidden_channels": 12}
+    first = train(flags, tmp_path / "first", **judged, **shape)
+    flags |= {"num_blocks": None, "hidden_channels": None}  # not typed: the parser's defaults are others
+    second = train(flags, tmp_path / "second", **judged, load_checkpoint=first.checkpoints[-1], seed=7)
+    assert second.last["align_config"] == first.last["align_config"]
+    for name, value in shape.items():
+        assert second.last["config"][name] == value
+    for name in ("latent_mse", "psnr", "ssim"):
+        tag = f"eval_{name}/aligned"
+        assert second.scalars[tag][0][1] == pytest.approx(first.scalars[tag][-1][1], rel=1e-5)
+    untouched = {**SHORT, "learning_rate": 0, "weight_decay": 0}
+    still = train(flags, tmp_path / "still", **untouched, load_checkpoint=first.checkpoints[-1])
+    assert same_weights(still.last, first.last)
+
+
+def test_loss_weight_scales_loss_and_gradient_once(flags, tmp_path):
+    """A weight applied twice, to the log only, or to the gradient only."""
+    first = {**QUIET, "max_train_steps": 1}
+    plain = train(flags, tmp_path / "plain", **first).scalars
+    tripled = train(flags, tmp_path / "tripled", loss_weight=3, **first).scalars
+    for tag in ("train/loss", "train/grad_norm"):
+        assert tripled[tag][0][1] == pytest.approx(3 * plain[tag][0][1], rel=1e-4)
+
+
+@pytest.fixture
+def norms_at_step():
+    """The global gradient norm that every optimizer sees at each of its steps."""
+    norms = []
+
+    def look(optimizer, *_):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.linalg.vector_norm(torch.stack([grad.norm() for grad in gradients])).item())
+
+    hook = register_optimizer_step_pre_hook(look)
+    yield norms
+    hook.remove()
+
+
+@pytest.mark.parametrize("log_frequency", [1, 100])
+def test_gradients_are_clipped_before_the_step(flags, tmp_path, norms_at_step, log_frequency):
+    """Clipping after `optimizer.step`, or only on the steps that are logged."""
+    clip = 1e-5
+    run = train(flags, tmp_path, grad_clip=clip, weight_decay=0, log_frequency=log_frequency, epochs=2, **QUIET)
+    assert len(norms_at_step) == 6
+    assert norms_at_step == [pytest.approx(clip, rel=1e-2)] * 6
+    assert run.scalars["train/grad_norm"][0][1] > 2 * clip  # the logged norm is the one before clipping
+
+
+def test_no_clipping_by_default(flags, tmp_path, norms_at_step):
+    """Measuring the norm for the log must not change the gradients."""
+    run = train(flags, tmp_path, epochs=2, **QUIET)
+    assert [value for _, value in run.scalars["train/grad_norm"]] == pytest.approx(norms_at_step, rel=1e-4)
+
+
+def test_the_seed_alone_decides_the_final_weights(flags, tmp_path):
+    """Order, crops or first weights drawn from an unseeded generator; or a seed that nothing reads."""
+    runs = [train(flags, tmp_path / str(n), **{**SHORT, "seed": seed}).last for n, seed in enumerate((1, 1, 2))]
+    assert same_weights(runs[0], runs[1])
+    assert not same_weights(runs[0], runs[2])
+
+
+def test_evaluating_and_drawing_do_not_change_what_is_learnt(flags, tmp_path):
+    """An evaluation that draws from the training's random state, leaves gradients, or leaves evaluation mode on."""
+    quiet = train(flags, tmp_path / "quiet", **{**QUIET, "epochs": 2})
+    chatty = train(flags, tmp_path / "chatty", epochs=2, num_visualize_samples=1, log_frequency=2)
+    assert same_weights(quiet.last, chatty.last)
+
+
+def test_diverged_training_says_so_without_a_traceback(flags, tmp_path):
+    """Weights that are no numbers any more: histograms refuse them, and None has no format in the summary."""
+    absurd = {"learning_rate": 1000, "warmup_steps": 0, "loss_weight": 1e6, "weight_decay": 1000}
+    with pytest.raises(UserError, match="learning_rate"):
+        train(flags, tmp_path, epochs=4, **{**QUIET, "eval_frequency": 4}, **absurd)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What must never change
+
+
+@pytest.mark.parametrize("input_types", [["latent"], ["image", "latent"]], ids=str)
+def test_vae_weights_are_bit_identical_after_training(flags, tmp_path, vae_folders, input_types):
+    """An optimizer that holds VAE weights, batch statistics that move, gradients that reach the VAEs."""
+    args = parse_args(as_argv({**flags, "epochs": 2, "input_types": input_types, "num_visualize_samples": 1}))
+    vaes = [load_vae_model(vae_folders[name], "", None, "cpu", torch.float32) for name in ("kl4", "kl16")]
+    before = [{name: tensor.clone() for name, tensor in vae.state_dict().items()} for vae in vaes]
+    train_loader, eval_loader = create_data_loaders(args)
+    checkpoint = train_align_pipeline(args, *vaes, train_loader, eval_loader, torch.Generator().manual_seed(0))
+    assert checkpoint.is_file()
+    for vae, kept in zip(vaes, before):
+        after = vae.state_dict()
+        assert after.keys() == kept.keys()
+        assert all(torch.equal(after[name], kept[name]) for name in kept)
+        for parameter in vae.parameters():
+            assert not parameter.requires_grad
+            assert parameter.grad is None
+
+
+def test_checkpoint_of_a_run_gives_back_the_trained_module(flags, tmp_path):
+    """A checkpoint that needs its VAEs to translate, or loads other weights than it was saved with."""
+    run = train(flags, tmp_path, input_types=["latent"], **SHORT)
+    pipeline = PipelineWithVAEs.from_checkpoint(run.checkpoints[-1])
+    assert same_weights({"state_dict": pipeline.module.state_dict()}, run.last)
+    assert pipeline.translate(torch.zeros(1, 4, 6, 5)).shape == (1, 16, 6, 5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What goes wrong
+
+
+def test_unreadable_training_image_is_named_and_the_run_goes_on(flags, tmp_path, photo_folders, caplog):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for photo in sorted(photo_folders[0].rglob("*.png"))[:6]:
+        (folder / photo.name).symlink_to(photo)
+    (folder / "broken_one.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    with caplog.at_level(logging.WARNING):
+        run = train({**flags, "train_data_dir": folder}, tmp_path, epochs=2, **QUIET)
+    assert run.last["step"] == 4
+    naming = [record for record in caplog.records if "broken_one.png" in record.getMessage()]
+    assert len(naming) == 1  # named, and once
+
+
+@pytest.fixture(scope="module")
+def failures(vae_folders, photo_folders, tmp_path_factory):
+    """{mistake: CompletedProcess} of runs that cannot work, side by side."""
+    folder = tmp_path_factory.mktemp("failures")
+    good = tiny_flags(vae_folders, photo_folders, folder)
+    (folder / "a_file").write_text("in the way")
+    (folder / "empty").mkdir()
+    mistakes = {
+        "train_data_dir": {"train_data_dir": folder / "nowhere"},
+        "eval_data_dir": {"eval_data_dir": folder / "empty"},
+        "vae2_path": {"vae2_path": folder / "no_vae"},
+        "out_channels": {"out_channels": 4},
+        "image_size": {"image_size": 36},
+        "save_dir": {"save_dir": folder / "a_file"},
+    }
+
+    def fail(changes):
+        argv = [sys.executable, str(ROOT / "train_align_with_args.py"), *as_argv({**good, **SHORT, **changes})]
+        env = {**os.environ, **ONE_THREAD, "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(argv, capture_output=True, text=True, env=env, cwd=folder, timeout=600)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(mistakes, pool.map(fail, mistakes.values())))
+
+
+@pytest.mark.parametrize(
+    "mistake, said",
+    [
+        ("train_data_dir", "nowhere"),
+        ("eval_data_dir", "empty"),
+        ("vae2_path", "no_vae"),
+        ("out_channels", "16"),
+        ("image_size", "32"),  # 36 px: the nearest good size
+        ("save_dir", "a_file"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_flag(failures, mistake, said):
+    """A traceback, exit status 0, library chatter around the message, or a message that does not say which flag."""
+    ended = failures[mistake]
+    assert ended.returncode != 0
+    lines = ended.stderr.strip().splitlines()
+    assert len(lines) == 1, ended.stderr
+    assert f"--{mistake}" in lines[0]
+    assert said in lines[0]
+
+
+def test_load_checkpoint_of_other_vaes_is_refused(flags, tmp_path, vae_folders):
+    """A module for 16 channels that is loaded for 4, and fails deep inside torch or not at all."""
+    first = train(flags, tmp_path / "first", **SHORT)
+    with pytest.raises(UserError, match="load_checkpoint"):
+        main(as_argv({**flags, **SHORT, "vae2_path": vae_folders["kl4"], "load_checkpoint": first.checkpoints[-1]}))

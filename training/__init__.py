@@ -1,0 +1,1 @@
+"""What moves the align module: losses, optimizer, schedule, checkpoints, logs."""
