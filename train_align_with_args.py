@@ -26,7 +26,9 @@ import logging
 import math
 import re
 import signal
+import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -34,6 +36,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -42,7 +45,7 @@ from latents.encode_once import cache_latents, cached_loader
 from latents.pipeline import PipelineWithVAEs, build_module
 from latents.spaces import Codec, good_image_size
 from latents.vaes import load_vae_model
-from losses import LOSSES, checked_loss_term, get_loss_function
+from losses import LOSSES, get_loss_function
 from runtime.cli import Parser, checked_config, integer, load_config, real, run
 from runtime.device import (
     ACCELERATE_NAMES,
@@ -50,31 +53,33 @@ from runtime.device import (
     get_dtype,
     keep_freed_memory,
     memory_advice,
+    peak_memory,
     require_compiler,
     resolve_device,
     resolve_precision,
 )
 from runtime.interrupts import StopRequest
 from training.bad_steps import BadSteps
-from training.checkpoints import BEST_METRICS, RunCheckpoints, find_checkpoint
-from training.decoded_image import KINDS, fit_colours
-from training.dry_run import print_plan
+from training.checkpoints import BEST_METRICS, RunCheckpoints
+from training.decoded_image import KINDS
+from training.dry_run import FewBatches, Plan, first_batches
 from training.linear_start import fit_ridge
 from training.log import evaluate_and_log, log_hparams, log_model_stats, open_writer, print_results, visualize_results
 from training.muon import Muon
 from training.objective import Objective, needs_pixels
-from training.preflight import claim_outputs, say_what_is_odd
+from training.preflight import claim_outputs, warn_of_odd_flags
 from training.resume import (
+    Start,
     adopt_flags,
     data_order,
+    find_checkpoint,
     names_digest,
     require_same_files,
     require_same_order,
     require_same_vaes,
-    restore_training,
-    training_state,
 )
 from training.schedule import is_due, save_is_due, setup_scheduler, total_steps
+from training.state import LossMeter, TrainingState
 from utils import UserError, count_of, next_stamp, one_line, use_proxy, write_json
 from vae_align import AlignConfig, AlignModule, read_checkpoint
 
@@ -172,9 +177,6 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("loss")
     group.add_argument("--loss_type", choices=LOSSES, default="mse", help="between aligned and VAE2's scaled latents")
     group.add_argument("--loss_weight", type=real(0, 1e6, above=True), default=1.0, help="factor of the loss")
-    group.add_argument(
-        "--extra_losses", nargs="+", type=checked_loss_term, default=[], metavar="NAME=WEIGHT", help="more latent losses"
-    )
     group.add_argument("--decoder_loss_weight", type=real(0, 1e6), default=0.0,
                        help="factor of a loss on the image that VAE2 decodes; 0: none")  # fmt: skip
     group.add_argument("--decoder_loss_type", choices=KINDS, default="l1", help="between that image and the reference")
@@ -203,9 +205,14 @@ def build_parser() -> Parser:
     return parser
 
 
+PARSER = build_parser()
+NOT_SETTINGS = ("help", "load_config", "resume", "dry_run")  # flags that a config does not hold
+SETTINGS = tuple(dict.fromkeys(action.dest for action in PARSER._actions if action.dest not in NOT_SETTINGS))
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags as given: parser default < --load_config < typed. `typed_flags` names those that were typed."""
-    return build_parser().parse(argv)
+    return PARSER.parse(argv)
 
 
 def save_config(args: argparse.Namespace, save_path) -> None:
@@ -215,8 +222,7 @@ def save_config(args: argparse.Namespace, save_path) -> None:
 
 def config_dict(args: argparse.Namespace) -> dict:
     """The flags as plain values, without what is not a setting or must not be stored."""
-    names = {action.dest for action in build_parser()._actions} - {"help", "load_config", "resume", "dry_run"}
-    config = {name: value for name, value in vars(args).items() if name in names}
+    config = {name: value for name, value in vars(args).items() if name in SETTINGS}
     if config.get("proxy"):
         config["proxy"] = re.sub(r"^([\w+.-]+://)?.*@", r"\1", config["proxy"])
     return config
@@ -226,64 +232,73 @@ def config_dict(args: argparse.Namespace) -> dict:
 # Parts
 
 
-def adopt_architecture(args: argparse.Namespace) -> None:
-    """With --load_checkpoint, set the module's flags to the checkpoint's; UserError if a typed one contradicts. A resumed run
-    has them already."""
-    if not args.load_checkpoint or getattr(args, "resumed", None):
-        return
-    config = AlignConfig(**read_checkpoint(args.load_checkpoint)["align_config"])
+def adopt_architecture(args: argparse.Namespace, start: Start) -> None:
+    """Set the module's flags to those of the checkpoint whose weights a new run takes; UserError if a typed one contradicts."""
+    config = AlignConfig(**start.content["align_config"])
     for name in ("input_types", "hidden_channels", "num_blocks", "downsample_times"):
         value, given = getattr(config, name), getattr(args, name)
-        value, given = (list(value), sorted(set(given))) if isinstance(value, tuple) else (value, given)
-        if name in getattr(args, "typed_flags", ()) and given != value:
+        if isinstance(value, tuple):
+            value, given = list(value), sorted(set(given))
+        if name in args.typed_flags and given != value:
             raise UserError(
                 f"--{name} {given}: --load_checkpoint brings its own architecture, with {value}; leave the flag out"
             )
         setattr(args, name, value)
 
 
-def create_align_pipeline(vae1, vae2, args: argparse.Namespace) -> PipelineWithVAEs:
-    """The pipeline between two frozen VAEs, with the architecture of `args`, or of `args.load_checkpoint` and its weights.
+def create_align_pipeline(vae1, vae2, args: argparse.Namespace, start: Start | None = None) -> PipelineWithVAEs:
+    """The pipeline between two frozen VAEs, with the architecture of `args`, or of `start` and its weights; `start` is by
+    default what --load_checkpoint names.
 
     Channels and strides are the VAEs'; `args.out_channels` is set to what VAE2 has, unless it was typed and contradicts.
     """
-    space1 = Codec(vae1, getattr(args, "vae1_path", None), getattr(args, "vae1_subfolder", None))
-    space2 = Codec(vae2, getattr(args, "vae2_path", None), getattr(args, "vae2_subfolder", None))
-    if args.out_channels != space2.channels:
-        if "out_channels" in getattr(args, "typed_flags", ()):
+    if start is None and args.load_checkpoint:
+        start = Start(Path(args.load_checkpoint), read_checkpoint(args.load_checkpoint))
+    codec1 = Codec(vae1, args.vae1_path, args.vae1_subfolder)
+    codec2 = Codec(vae2, args.vae2_path, args.vae2_subfolder)
+    if args.out_channels != codec2.channels:
+        if "out_channels" in args.typed_flags:
             raise UserError(
-                f"--out_channels {args.out_channels}: VAE2 ({args.vae2_path}) has {space2.channels} latent channels; "
+                f"--out_channels {args.out_channels}: VAE2 ({args.vae2_path}) has {codec2.channels} latent channels; "
                 "leave the flag out"
             )
-        log.info("out_channels: %d, as VAE2 has", space2.channels)
-        args.out_channels = space2.channels
-    adopt_architecture(args)
+        log.info("out_channels: %d, as VAE2 has", codec2.channels)
+        args.out_channels = codec2.channels
+    if start and start.resumed:
+        require_same_vaes(start.content, codec1, codec2)
+    elif start:
+        adopt_architecture(args, start)
     config = AlignConfig(
         input_types=tuple(args.input_types),
         hidden_channels=args.hidden_channels,
         num_blocks=args.num_blocks,
         downsample_times=args.downsample_times,
-        latent_channels=space1.channels,
-        latent_stride=space1.stride,
-        out_channels=space2.channels,
-        out_stride=space2.stride,
+        latent_channels=codec1.channels,
+        latent_stride=codec1.stride,
+        out_channels=codec2.channels,
+        out_stride=codec2.stride,
     )
     module = build_module(config)
-    resumed = getattr(args, "resumed", None)
-    if resumed:
-        require_same_vaes(resumed, space1, space2)
-        module.load_state_dict(resumed["state_dict"])
-    elif args.load_checkpoint:
-        content = read_checkpoint(args.load_checkpoint)
-        trained_for = AlignConfig(**content["align_config"])
+    if start:
+        trained_for = AlignConfig(**start.content["align_config"])
         for name in ("latent_channels", "latent_stride", "out_channels", "out_stride"):
             if getattr(config, name) != getattr(trained_for, name):
                 raise UserError(
-                    f"--load_checkpoint {args.load_checkpoint}: trained for VAEs with {name} {getattr(trained_for, name)}, "
+                    f"--load_checkpoint {start.path}: trained for VAEs with {name} {getattr(trained_for, name)}, "
                     f"these have {getattr(config, name)}"
                 )
-        module.load_state_dict(content["state_dict"])
-    return PipelineWithVAEs(module, space1, space2)
+        module.load_state_dict(start.content["state_dict"])
+    return PipelineWithVAEs(module, codec1, codec2)
+
+
+def load_vaes(args: argparse.Namespace, device: torch.device) -> list:
+    """[VAE1, VAE2], whose weights are read when something first needs them."""
+    sides = (
+        (args.vae1_path, args.vae1_subfolder, "--vae1_path"),
+        (args.vae2_path, args.vae2_subfolder, "--vae2_path"),
+    )
+    dtype = get_dtype(args.precision)
+    return [load_vae_model(path, subfolder, args.cache_dir, device, dtype, flag) for path, subfolder, flag in sides]
 
 
 def open_datasets(args: argparse.Namespace) -> tuple[dataloader.ImageDataset, dataloader.ImageDataset]:
@@ -351,9 +366,9 @@ def update_average(average: AlignModule, module: AlignModule, decay: float, step
     torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
 
 
-def create_accelerator(args: argparse.Namespace):
+def create_accelerator(args: argparse.Namespace) -> Accelerator:
     """Accelerate's view of this process: its device, precision and place among the others."""
-    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate import InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
     device = torch.device(args.device)
@@ -381,253 +396,369 @@ def endless(loader):
 # Training
 
 
-def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator) -> Path | None:
-    """Train an align module between two frozen VAEs; returns the final checkpoint's path (None on a helper process).
+@dataclass
+class Parts:
+    """What a run is made of before its data is touched: built once, so that whatever does not fit is said at once."""
 
-    Args:
-        args: as from `parse_args`, with device and precision resolved; `args.resumed`, where there is one, is the content of
-            the checkpoint to go on from and `args.resumed_from` its path.
-        train_loader: batches with `pixel_values` and `path`, forever or epoch by epoch; its length is the steps in an epoch,
-            its `batch_sampler` knows its `batch_size`.
-        eval_loader: one pass over the evaluation images.
-        generator: draws posterior samples under --sample_posterior; seeded anew for each step.
+    accelerator: Accelerator
+    pipeline: PipelineWithVAEs
+    objective: Objective
+    start: Start | None
 
-    On SIGINT or SIGTERM it finishes the step, saves, and leaves by SystemExit with 128 + the signal's number.
-    """
-    accelerator = create_accelerator(args)
-    main_process = accelerator.is_main_process
-    resumed = getattr(args, "resumed", None)
+
+def build_parts(args: argparse.Namespace, vae1, vae2, accelerator=None, start: Start | None = None) -> Parts:
+    """The parts of a run from its flags and two frozen VAEs. UserError names what does not fit together."""
+    accelerator = accelerator or create_accelerator(args)
     torch.manual_seed(args.seed)
-    dtype = get_dtype(args.precision)
-    pipeline = create_align_pipeline(vae1, vae2, args).to(accelerator.device)
+    pipeline = create_align_pipeline(vae1, vae2, args, start).to(accelerator.device)
     pipeline.progress["config"] = config_dict(args)
-    objective = Objective(pipeline, args)
-    order = data_order(train_loader, accelerator.num_processes)
-    files = names_digest(getattr(getattr(train_loader.dataset, "dataset", train_loader.dataset), "source", None))
-    facts = {"train_batch_size": args.train_batch_size, "image_size": args.image_size, "precision": args.precision}
-    if resumed:
-        require_same_order(resumed["training"]["order"], order)
-    with memory_advice("looking at the first images", **facts):
-        if not resumed and pipeline.uses_latents and not args.load_checkpoint:
-            fit_ridge(pipeline, train_loader, accelerator)
-            if args.init == "ridge":
-                pipeline.module.start_from_ridge()
-        if objective.decoded and resumed and resumed["training"]["colours"]:
-            objective.decoded.load_state_dict(resumed["training"]["colours"])
-        elif objective.decoded:
-            fit_colours(objective.decoded, pipeline, train_loader, accelerator)
+    return Parts(accelerator, pipeline, Objective(pipeline, args), start)
 
-    steps_per_epoch = args.steps_per_epoch = len(train_loader)
-    end = total_steps(args)
+
+@dataclass
+class Run:
+    """One run of the training loop.
+
+    Attributes:
+        state: what goes on from step to step. module, optimizer: those of `state` as Accelerate prepared them.
+        steps_per_epoch, end: the clock. batch_size: images of a step over all processes.
+        checkpoints: where the run saves; writer: where it logs (None on a helper process).
+        images_per_second: since the last log entry, over all processes; evaluations and saving do not count.
+    """
+
+    state: TrainingState
+    module: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    steps_per_epoch: int
+    end: int
+    batch_size: int
+    checkpoints: RunCheckpoints
+    writer: object
+    images_per_second: float = 0.0
+
+
+def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
+    """What the loop needs: what is measured before the first step, optimizer, schedule, and the state to go on from."""
+    accelerator, pipeline, objective, start = parts.accelerator, parts.pipeline, parts.objective, parts.start
+    resumed = start.content if start and start.resumed else None
+    data = {"order": data_order(train_loader, accelerator.num_processes), "files": names_digest(image_source(train_loader))}
+    if resumed:
+        require_same_order(resumed["training"]["order"], data["order"])
+    else:
+        with memory_advice("looking at the first images", **memory_flags(args)):
+            if pipeline.uses_latents and not start:
+                fit_ridge(pipeline, train_loader, accelerator)
+                if args.init == "ridge":
+                    pipeline.module.start_from_ridge()
+            objective.before_first_step(pipeline, train_loader, accelerator)
+
     optimizer = setup_optimizer(pipeline, args)
-    scheduler = setup_scheduler(optimizer, args)
-    fused_optimizer = optimizer
     trained = pipeline.training_module
     average = copy.deepcopy(trained).requires_grad_(False) if args.ema_decay else None
     if average:
         pipeline.module = average  # what is judged and saved
-    module, optimizer = accelerator.prepare(trained, optimizer)
-    parts = {"trained": trained, "average": average, "optimizer": fused_optimizer, "scheduler": scheduler}
-    parts["scaler"] = accelerator.scaler
-    module = torch.compile(module) if args.compile else module
-
-    step, metrics, bad_steps = 0, {}, BadSteps(args.max_bad_steps, accelerator)
-    loss_sum = torch.zeros((), device=accelerator.device)
-    summed_steps = torch.zeros((), device=accelerator.device)
+    module, prepared_optimizer = accelerator.prepare(trained, optimizer)
+    state = TrainingState(
+        module=trained,
+        average=average,
+        optimizer=optimizer,
+        scheduler=setup_scheduler(optimizer, args, len(train_loader)),
+        scaler=accelerator.scaler,
+        bad_steps=BadSteps(args.max_bad_steps, accelerator),
+        objective=objective,
+        meter=LossMeter(accelerator.device),
+        data=data,
+    )
+    name = resumed["run"] if resumed else f"align_{next_stamp(args.log_dir, 'align')}"
+    checkpoints = RunCheckpoints(pipeline, config_dict(args), Path(args.save_dir), name, args.keep_last, args.best_metric)
     if resumed:
-        training = resumed["training"]
-        restore_training(training["state"], **parts)
-        step = train_loader.batch_sampler.first_step = resumed["step"]
-        same_images = resumed["config"].get("eval_data_dir") == args.eval_data_dir
-        metrics = pipeline.progress["metrics"] = resumed["metrics"] if same_images else {}
-        bad_steps.total, bad_steps.in_a_row = training["bad_steps"], training["bad_steps_in_a_row"]
-        loss_sum += training["loss_sum"].to(loss_sum.device)
-        summed_steps += training["summed_steps"]
+        state.load_state_dict(resumed)
+        checkpoints.load_state_dict(resumed["training"], start.path)
+        train_loader.batch_sampler.first_step = state.step
+        if resumed["config"].get("eval_data_dir") != args.eval_data_dir:
+            state.metrics = {}
+        pipeline.progress["metrics"] = state.metrics
+    return Run(
+        state=state,
+        module=torch.compile(module) if args.compile else module,
+        optimizer=prepared_optimizer,
+        steps_per_epoch=len(train_loader),
+        end=total_steps(args, len(train_loader)),
+        batch_size=train_loader.batch_sampler.batch_size * accelerator.num_processes,
+        checkpoints=checkpoints,
+        writer=open_writer(Path(args.log_dir) / name, state.step) if accelerator.is_main_process else None,
+    )
 
-    run_name = resumed["run"] if resumed else f"align_{next_stamp(args.log_dir, 'align')}"
-    kept = RunCheckpoints(
-        pipeline, args.save_dir, run_name, args.keep_last, args.best_metric,
-        resumed["training"] if resumed else None, args.resumed_from if resumed else None,
-    )  # fmt: skip
-    writer = open_writer(Path(args.log_dir) / run_name, step) if main_process else None
-    parameters = sum(parameter.numel() for parameter in pipeline.module.parameters())
-    batch_size = train_loader.batch_sampler.batch_size * accelerator.num_processes
-    if main_process:
-        log.info(
-            "%s inputs, %.2f M parameters, %d steps of %s in %s on %s in %s channels_last, %s",
-            " + ".join(pipeline.config.input_types), parameters / 1e6, end, count_of(batch_size, "image"),
-            count_of(-(-end // steps_per_epoch), "epoch"), accelerator.device, args.precision,
-            count_of(accelerator.num_processes, "process"),
-        )  # fmt: skip
 
-    def save():
-        """Write all that is known after `step` steps; events first, so that no logged point is missing after a resume."""
-        bad_steps.read()
-        training = {
-            "state": training_state(**parts),
-            "colours": objective.decoded.state_dict() if objective.decoded else {},
-            "order": order,
-            "files": files,
-            "loss_sum": loss_sum.cpu(),
-            "summed_steps": summed_steps.cpu(),
-            "bad_steps": bad_steps.total,
-            "bad_steps_in_a_row": bad_steps.in_a_row,
-        }
+def train_align_pipeline(
+    args: argparse.Namespace, vae1, vae2, train_loader, eval_loader, generator: torch.Generator, parts: Parts | None = None
+) -> Path | None:
+    """Train an align module between two frozen VAEs; returns the final checkpoint's path (None on a helper process).
+
+    Args:
+        args: as from `parse_args`, with device and precision resolved.
+        train_loader: batches with `pixel_values` and `path`, forever or epoch by epoch; its length is the steps in an epoch,
+            its `batch_sampler` knows its `batch_size`.
+        eval_loader: one pass over the evaluation images.
+        generator: draws posterior samples under --sample_posterior; seeded anew for each step.
+        parts: as from `build_parts`, which is called if None.
+
+    On SIGINT or SIGTERM it finishes the step, saves, and leaves by SystemExit with 128 + the signal's number.
+    """
+    parts = parts or build_parts(args, vae1, vae2)
+    run = prepare_run(args, parts, train_loader)
+    state, writer = run.state, run.writer
+    if writer:
+        log.info("%s", description_of(args, parts, run))
+    stopped = training_loop(args, parts, run, train_loader, eval_loader, generator)
+    if writer and state.step == run.end and state.metrics:
+        log_hparams(writer, run.checkpoints.config, state.metrics, state.step)
+    if writer:
+        writer.close()
+    if stopped and state.step < run.end:
+        if writer:
+            print(f"stopped at step {state.step} of {run.end}, saved in {run.checkpoints.last}")
+            print("to go on: the same command with --resume")
+        raise SystemExit(128 + stopped)
+    if not writer:
+        return None
+    print_results(run.checkpoints, state.metrics, state.step, args)
+    return run.checkpoints.last
+
+
+def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, generator) -> int | None:
+    """Step after step until the run's end; returns the signal that stopped it before, or None."""
+    accelerator, pipeline, state, writer = parts.accelerator, parts.pipeline, run.state, run.writer
+    main_process = accelerator.is_main_process
+    dtype = get_dtype(args.precision)
+    batches = endless(train_loader)
+    unreadable = set()
+    first_step = state.step
+    resumed = parts.start is not None and parts.start.resumed
+
+    def save(epoch):
+        """Write everything that is known; the events first, so that a resumed run's logs lack no point."""
         writer.flush()
-        path = kept.save(config_dict(args), step, step / steps_per_epoch, metrics, training)
+        path = run.checkpoints.save(state, epoch)
         save_config(args, args.config_save_path or path.with_suffix(".json"))
 
-    batches = endless(train_loader)
-    unreadable, arrived = set(), step  # where a resumed run arrives, everything that was due has been done
-
-    with StopRequest() as stop, memory_advice("training", **facts):
-        bar = tqdm(total=end, initial=step, desc="train", unit="step", disable=not main_process)
-        clock, clocked_step = time.perf_counter(), step
+    with StopRequest() as stop, memory_advice("training", **memory_flags(args)):
+        bar = tqdm(total=run.end, initial=state.step, desc="train", unit="step", disable=not main_process)
+        clock, clocked_step = time.perf_counter(), state.step
         while True:
             # ---- where we are: the clock is the step, epochs are counted from it
-            epoch, last, new = step / steps_per_epoch, step == end, step > arrived or not resumed
+            epoch = state.step / run.steps_per_epoch
+            last = state.step == run.end
             due = functools.partial(is_due, epoch, last)
+            # the checkpoint that a resumed run starts from was written after everything that was due at its step
+            news = main_process and not (resumed and state.step == first_step)
+            saved = not news
+            paused = time.perf_counter()
+            if writer:
+                writer.step = state.step
 
             # ---- evaluate, visualise, save
-            paused, saved = time.perf_counter(), not new
-            if main_process and new and due(args.eval_frequency):
-                metrics = evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype)
-                kept.save_if_best(config_dict(args), step, epoch, metrics)
+            if news and due(args.eval_frequency):
+                state.metrics = evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype)
+                run.checkpoints.save_if_best(state, epoch)
                 log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype)
-            if main_process and new and due(args.visualize_frequency):
+            if news and due(args.visualize_frequency):
                 visualize_results(pipeline, eval_loader, writer, epoch, args, dtype)
-            if main_process and new and save_is_due(step, epoch, last, args):
-                save()
+            if news and save_is_due(state.step, epoch, last, args):
+                save(epoch)
                 saved = True
-            if step % steps_per_epoch == 0 or last:
+            if state.step % run.steps_per_epoch == 0 or last:
                 accelerator.wait_for_everyone()
-            stopped = stop.agreed(accelerator, step)
+            stopped = stop.agreed(accelerator, state.step)
             if stopped and main_process and not saved:
-                save()
+                save(epoch)
             if stopped:
                 accelerator.wait_for_everyone()  # a launcher ends the others when the first one leaves
             if last or stopped:
                 break
             clock += time.perf_counter() - paused  # images/s is the training's own
 
-            # ================================================ one step ================================================
+            # ---- one step
             batch = next(batches)
-
-            # encode
             if args.sample_posterior:
-                generator.manual_seed(seed_of_step(args.seed, step, accelerator.process_index))
-            inputs, target = pipeline.encode_batch(batch, args.sample_posterior, generator)
+                generator.manual_seed(seed_of_step(args.seed, state.step, accelerator.process_index))
+            encoded = pipeline.encode_batch(batch, args.sample_posterior, generator, parts.objective.reads_images)
+            learning_rate = state.optimizer.param_groups[0]["lr"]
+            loss, grad_norm, ok = train_step(args, parts, run, *encoded)
 
-            # align
-            aligned = module(**inputs).float()
-
-            # loss
-            loss = objective(aligned, target, batch.get("pixel_values"), step)
-
-            # backward
-            optimizer.zero_grad(set_to_none=True)
-            accelerator.backward(loss)
-
-            # clip
-            grad_norm = accelerator.clip_grad_norm_(module.parameters(), args.grad_clip or math.inf)
-
-            # step
-            learning_rate = fused_optimizer.param_groups[0]["lr"]
-            ok = bad_steps.mask(fused_optimizer, loss, grad_norm)
-            optimizer.step()
-            scheduler.step()
-            step += 1
-            if average:
-                update_average(average, trained, args.ema_decay, step)
-            if objective.decoded:
-                objective.decoded.correct_colours(ok, accelerator)
-            # ==========================================================================================================
-
-            # ---- log: the only place that waits for the device
-            loss_sum += torch.where(ok, loss.detach(), 0)
-            summed_steps += ok
-            bad_steps.note(ok, step, batch["path"])
+            # ---- log
+            state.meter.add(loss, ok)
+            state.bad_steps.note(ok, state.step, batch["path"])
             for message in set(batch.get("unreadable", ())) - unreadable:
                 unreadable.add(message)
                 with logging_redirect_tqdm():
                     log.warning("left out: %s", message)
-            if step == 1 or step % args.log_frequency == 0 or step == end:
-                skipped = bad_steps.read()
-                mean_loss = accelerator.reduce(loss_sum / summed_steps, "mean").item()
+            if state.step == 1 or state.step % args.log_frequency == 0 or state.step == run.end:
+                skipped = state.bad_steps.read()
+                mean_loss = state.meter.read(accelerator)
                 now = time.perf_counter()
-                rate = (step - clocked_step) * batch_size / (now - clock)
+                run.images_per_second = (state.step - clocked_step) * run.batch_size / (now - clock)
+                clock, clocked_step = now, state.step
                 if main_process:
                     if skipped:
                         with logging_redirect_tqdm():
-                            log.warning("step %d: %s skipped, loss or gradient not finite", step, count_of(skipped, "step"))
+                            log.warning(
+                                "step %d: %s skipped, loss or gradient not finite", state.step, count_of(skipped, "step")
+                            )
                     if math.isfinite(mean_loss):
-                        writer.add_scalar("train/loss", mean_loss, step)
-                    writer.add_scalar("train/learning_rate", learning_rate, step)
+                        writer.add_scalar("train/loss", mean_loss, state.step)
+                    writer.add_scalar("train/learning_rate", learning_rate, state.step)
                     if ok:
-                        writer.add_scalar("train/grad_norm", float(grad_norm), step)
-                    writer.add_scalar("train/images_per_second", rate, step)
-                    writer.add_scalar("train/skipped_steps", bad_steps.total, step)
-                    bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{rate:.1f}")
-                loss_sum.zero_()
-                summed_steps.zero_()
-                clock, clocked_step = now, step
+                        writer.add_scalar("train/grad_norm", float(grad_norm), state.step)
+                    writer.add_scalar("train/images_per_second", run.images_per_second, state.step)
+                    writer.add_scalar("train/skipped_steps", state.bad_steps.total, state.step)
+                    bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{run.images_per_second:.1f}")
             bar.update()
-
     bar.close()
-    if main_process and last and metrics:
-        log_hparams(writer, config_dict(args), metrics, step)
-    if writer:
-        writer.close()
-    if not last:
-        if main_process:
-            print(f"stopped at step {step} of {end}, saved in {kept.last}\nto go on: the same command with --resume")
-        raise SystemExit(128 + stopped)
-    if not main_process:
-        return None
-    if unreadable:
-        log.warning("%s left out during training", count_of(len(unreadable), "unreadable image"))
-    if bad_steps.total:
-        log.warning("%s skipped: loss or gradient not finite", count_of(bad_steps.total, "step"))
-    print_results(kept, metrics, step, args)
-    return kept.last
+    if main_process and last:
+        if unreadable:
+            log.warning("%s left out during training", count_of(len(unreadable), "unreadable image"))
+        if state.bad_steps.total:
+            log.warning("%s skipped: loss or gradient not finite", count_of(state.bad_steps.total, "step"))
+    return stopped
+
+
+def train_step(args, parts: Parts, run: Run, inputs: dict, target: torch.Tensor, images: torch.Tensor | None):
+    """One optimizer step on an encoded batch: (loss and gradient norm, on the device; whether both were finite, as a tensor).
+
+    A step that was not finite changes no weight, moment or average. Nothing here waits for a device that has fused kernels.
+    """
+    accelerator, state = parts.accelerator, run.state
+
+    # align
+    aligned = run.module(**inputs).float()
+
+    # loss
+    loss, seen = parts.objective(aligned, target, images, state.step)
+
+    # backward
+    run.optimizer.zero_grad(set_to_none=True)
+    accelerator.backward(loss)
+
+    # clip
+    grad_norm = accelerator.clip_grad_norm_(run.module.parameters(), args.grad_clip or math.inf)
+
+    # step
+    ok = state.bad_steps.mask(state.optimizer, loss, grad_norm)
+    run.optimizer.step()
+    state.scheduler.step()
+    state.step += 1
+    if state.average:
+        update_average(state.average, state.module, args.ema_decay, state.step)
+    parts.objective.after_step(seen, ok, accelerator)
+    return loss.detach(), grad_norm, ok
+
+
+def memory_flags(args: argparse.Namespace) -> dict:
+    """The flags that decide how much memory training takes, for `memory_advice`."""
+    return {name: getattr(args, name) for name in ("train_batch_size", "image_size", "precision")}
+
+
+def image_source(train_loader):
+    """The list of files, or the data set, behind a training loader; None where it has none."""
+    dataset = getattr(train_loader.dataset, "dataset", train_loader.dataset)  # a latent cache's own, or the images themselves
+    return getattr(dataset, "source", None)
+
+
+def description_of(args, parts: Parts, run: Run) -> str:
+    """A line about a run that begins: what it trains, for how long, and where."""
+    accelerator = parts.accelerator
+    parameters = sum(parameter.numel() for parameter in run.state.judged.parameters())
+    return (
+        f"{' + '.join(parts.pipeline.config.input_types)} inputs, {parameters / 1e6:.2f} M parameters, {run.end} steps of "
+        f"{count_of(run.batch_size, 'image')} in {count_of(-(-run.end // run.steps_per_epoch), 'epoch')} on "
+        f"{accelerator.device} in {args.precision} channels_last, {count_of(accelerator.num_processes, 'process')}"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def dry_run(args: argparse.Namespace, vae1, vae2, accelerator, datasets) -> None:
-    """Build every part but the latent cache, try it once, and print what the run would take. Writes nothing."""
-    views, args.cache_latents = args.cache_views if args.cache_latents else 0, False
-    loaders = create_data_loaders(args, vae1, vae2, accelerator, datasets)
-    args.steps_per_epoch = len(loaders[0])
-    torch.manual_seed(args.seed)
-    pipeline = create_align_pipeline(vae1, vae2, args).to(accelerator.device)
-    objective = Objective(pipeline, args)
-    optimizer = setup_optimizer(pipeline, args)
-    print_plan(args, pipeline, loaders, objective, optimizer, total_steps(args), views, needs_pixels(args), accelerator)
+def dry_run(args: argparse.Namespace, parts: Parts, datasets, generator: torch.Generator) -> None:
+    """Run the real loop for two steps and one evaluation batch, and print what the whole run would take.
+
+    What the loop writes goes into a temporary folder. With a latent cache the steps get latents that were encoded before.
+    """
+    accelerator, pipeline = parts.accelerator, parts.pipeline
+    views = args.cache_views if args.cache_latents else 0
+    with tempfile.TemporaryDirectory() as folder:
+        changes = {"max_train_steps": 2, "log_frequency": 1, "config_save_path": "", "cache_latents": False}
+        changes |= {"eval_frequency": min(args.eval_frequency, 1), "log_dir": folder, "save_dir": folder}
+        rehearsed = argparse.Namespace(**(vars(args) | changes))
+        train_loader, eval_loader = create_data_loaders(rehearsed, accelerator=accelerator, datasets=datasets)
+        batches = first_batches(train_loader, 2)
+        view_bytes, seconds_to_encode = 0, 0.0
+        for number, batch in enumerate(batches):
+            start = time.perf_counter()
+            inputs, target, _ = pipeline.encode_batch(batch)
+            target.sum().item()  # waits for the device
+            seconds_to_encode = time.perf_counter() - start
+            if views:
+                latents = {"latents2": target} | ({"latents1": inputs["latents"]} if "latents" in inputs else {})
+                view_bytes = 2 * sum(tensor[0].numel() for tensor in latents.values())  # float16
+                view_bytes += batch["pixel_values"][0].numel() if needs_pixels(args) else 0  # 8 bits
+                batches[number] = batch | latents
+        few, judged = FewBatches(train_loader, batches), FewBatches(eval_loader, first_batches(eval_loader, 1))
+        run = prepare_run(rehearsed, parts, few)
+        stopped = training_loop(rehearsed, parts, run, few, judged, generator)
+        if run.writer:
+            run.writer.close()
+            checkpoint_bytes = run.checkpoints.last.stat().st_size
+    if stopped:
+        raise SystemExit(128 + stopped)
+    if run.writer:
+        steps = total_steps(args, len(train_loader))
+        evaluations = 1 + -(-steps // (args.eval_frequency * len(train_loader))) if args.eval_frequency else 0
+        plan = Plan(
+            steps=steps,
+            steps_per_epoch=len(train_loader),
+            batch_size=run.batch_size,
+            train_images=len(train_loader.dataset),
+            eval_images=len(eval_loader.dataset),
+            views=views,
+            view_bytes=view_bytes,
+            checkpoint_bytes=checkpoint_bytes,
+            evaluations=evaluations,
+            seconds_per_step=run.batch_size / run.images_per_second,
+            seconds_to_encode=seconds_to_encode,
+            seconds_to_evaluate=len(eval_loader) * judged.seconds[-1] if judged.seconds else 0.0,
+            peak_memory=peak_memory(accelerator.device),
+        )
+        print(plan.text())
 
 
-def adopt_resumed(args: argparse.Namespace) -> bool:
-    """With --resume, find the checkpoint and take its flags; returns whether that run is already finished."""
-    args.resumed = None
+def find_start(args: argparse.Namespace) -> Start | None:
+    """The checkpoint that --resume or --load_checkpoint means, read once; with --resume `args` takes its flags."""
     for name in ("resume", "load_checkpoint"):
         if getattr(args, name) == "":  # an unset variable in a job's script
             raise UserError(f"--{name} '': names nothing; leave the flag out to start anew")
-    found = find_checkpoint(args.resume, args.save_dir) if args.resume else None
-    if not found:
-        if args.resume:
-            log.warning("--resume: no checkpoint in %s, starting fresh", args.save_dir)
-        return False
-    args.resumed_from, args.resumed = found
-    flags = {action.dest: action for action in build_parser()._actions}
-    config = {name: value for name, value in args.resumed["config"].items() if name in flags}
-    adopt_flags(args, checked_config(config, flags, f"--resume {args.resumed_from}"))
-    args.steps_per_epoch = args.resumed["training"]["order"]["steps in an epoch"]
-    step, end = args.resumed["step"], total_steps(args)
+    if args.resume:
+        start = find_checkpoint(args.resume, args.save_dir)
+        if start:
+            flags = {action.dest: action for action in PARSER._actions}
+            config = {name: value for name, value in start.content["config"].items() if name in flags}
+            adopt_flags(args, checked_config(config, flags, f"--resume {start.path}"))
+            return start
+        log.warning("--resume: no checkpoint in %s, starting fresh", args.save_dir)
+    if args.load_checkpoint:
+        start = Start(Path(args.load_checkpoint), read_checkpoint(args.load_checkpoint))
+        adopt_architecture(args, start)
+        return start
+    return None
+
+
+def is_finished(args: argparse.Namespace, start: Start) -> bool:
+    """Whether the run that --resume means has come to its end; either way it says where the run stands."""
+    step, end = start.content["step"], total_steps(args, start.content["training"]["order"]["steps_per_epoch"])
     if step >= end:
-        print(f"already finished: {args.resumed_from} stands at step {step} of {end}; to train on, give more --epochs")
+        print(f"already finished: {start.path} stands at step {step} of {end}; to train on, give more --epochs")
         return True
-    log.info("going on from %s, step %d of %d", args.resumed_from, step, end)
+    log.info("going on from %s, step %d of %d", start.path, step, end)
     return False
 
 
@@ -637,41 +768,34 @@ def main(argv: list[str] | None = None) -> None:
     args.device = str(resolve_device(args.device, "device" in args.typed_flags))
     keep_freed_memory(torch.device(args.device))
     args.precision = resolve_precision(args.precision, torch.device(args.device), "precision" in args.typed_flags)
-    if adopt_resumed(args):
+    start = find_start(args)
+    resumed = start is not None and start.resumed
+    if resumed and is_finished(args, start):
         return
-    adopt_architecture(args)
     claim_outputs(args)
-
     if args.compile:
         require_compiler(torch.device(args.device))
 
     accelerator = create_accelerator(args)
     datasets = open_datasets(args)
-    if args.resumed:
-        files, processes = datasets[0].source, accelerator.num_processes
-        require_same_files(args.resumed["training"], files, processes, args.train_data_dir)
-    vaes = [
-        load_vae_model(path, subfolder, args.cache_dir, accelerator.device, get_dtype(args.precision), flag)
-        for path, subfolder, flag in (
-            (args.vae1_path, args.vae1_subfolder, "--vae1_path"),
-            (args.vae2_path, args.vae2_subfolder, "--vae2_path"),
-        )
-    ]
+    if resumed:
+        require_same_files(start.content["training"], datasets[0].source, accelerator.num_processes, args.train_data_dir)
+    vaes = load_vaes(args, accelerator.device)
     good_image_size(args.image_size, *(Codec(vae).stride for vae in vaes))
-    Objective(create_align_pipeline(*vaes, args), args)  # what does not fit together is said before anything is encoded
+    parts = build_parts(args, *vaes, accelerator, start)
     if accelerator.is_main_process:
-        say_what_is_odd(args, len(datasets[0]), accelerator.num_processes)
+        warn_of_odd_flags(args, len(datasets[0]), accelerator.num_processes)
+    generator = torch.Generator(accelerator.device).manual_seed(args.seed + accelerator.process_index)
     if args.dry_run:
-        return dry_run(args, *vaes, accelerator, datasets)
+        return dry_run(args, parts, datasets, generator)
     loaders = create_data_loaders(args, *vaes, accelerator, datasets)
     if args.cache_only:
         if accelerator.is_main_process:
             print(f"latent cache complete: {args.latent_cache_dir}")
         return
     log.info("%s to train on, %s to judge by", *(count_of(len(loader.dataset), "image") for loader in loaders))
-    generator = torch.Generator(accelerator.device).manual_seed(args.seed + accelerator.process_index)
     try:
-        train_align_pipeline(args, *vaes, *loaders, generator)
+        train_align_pipeline(args, *vaes, *loaders, generator, parts)
     except OSError as error:
         raise UserError(f"{one_line(error)}: mend that, then go on with the same command and --resume") from error
     finally:

@@ -96,22 +96,28 @@ class PipelineWithVAEs:
     def uses_latents(self) -> bool:
         return "latent" in self.config.input_types
 
-    def encode_batch(self, batch: dict, sample: bool = False, generator: torch.Generator | None = None):
-        """A training batch -> (keyword arguments of `AlignModule.forward`, VAE2's scaled latents as the target).
+    def encode_batch(
+        self, batch: dict, sample: bool = False, generator: torch.Generator | None = None, images_needed: bool = False
+    ):
+        """A training batch -> (keyword arguments of `AlignModule.forward`, VAE2's scaled latents as the target, the images).
 
         Latents that the batch already carries (from the latent cache) are taken as they are; the others are encoded from
-        `pixel_values`, the posterior mean or with `sample` a draw from the posterior.
+        `pixel_values`, the posterior mean or with `sample` a draw from the posterior. The images go to the device once, and
+        only if the module, an encoder or, with `images_needed`, the caller reads them; otherwise they are None.
         """
         on_device = {"device": self.device, "non_blocking": True}
-        images = batch["pixel_values"].to(**on_device) if "pixel_values" in batch else None
+        encoded = "latents2" in batch and (not self.uses_latents or "latents1" in batch)
+        images = None
+        if self.uses_image or images_needed or not encoded:
+            images = batch["pixel_values"].to(**on_device)
 
-        def latents(name, space):
-            return batch[name].to(**on_device) if name in batch else space().encode(images, sample, generator)
+        def latents(name, codec):
+            return batch[name].to(**on_device) if name in batch else codec().encode(images, sample, generator)
 
         inputs = {"image": images} if self.uses_image else {}
         if self.uses_latents:
             inputs["latents"] = latents("latents1", lambda: self.codec1)
-        return inputs, latents("latents2", lambda: self.codec2)
+        return inputs, latents("latents2", lambda: self.codec2), images
 
     @torch.no_grad()
     def translate(self, latents: torch.Tensor | None, image: torch.Tensor | None = None) -> torch.Tensor:
@@ -210,14 +216,16 @@ def _recorded_codec(recorded: dict, given, subfolder: str | None, flag: str, opt
     return space
 
 
-def encoded_batches(pipeline: PipelineWithVAEs, loader, accelerator, images: int, of_each: int | None = None):
-    """(inputs, target, batch) as from `PipelineWithVAEs.encode_batch`, of about so many training images over all processes;
-    of each batch the first `of_each` count. A batch that is not finite is left out, as its training step would be."""
+def encoded_batches(
+    pipeline: PipelineWithVAEs, loader, accelerator, images: int, of_each: int | None = None, images_needed: bool = False
+):
+    """What `PipelineWithVAEs.encode_batch` returns, for about `images` training images over all processes, of each batch the
+    first `of_each` being counted. A batch that is not finite is left out, as its training step would be."""
     wanted = min(images, len(loader.dataset))
     for batch in loader:
-        inputs, target = pipeline.encode_batch(batch)
+        inputs, target, pixels = pipeline.encode_batch(batch, images_needed=images_needed)
         if all(tensor.isfinite().all() for tensor in (target, *inputs.values())):
-            yield inputs, target, batch
+            yield inputs, target, pixels
         wanted -= min(len(target), of_each or len(target)) * accelerator.num_processes
         if wanted <= 0:
             break

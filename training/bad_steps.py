@@ -32,8 +32,9 @@ class BadSteps:
     def mask(self, optimizer: torch.optim.Optimizer, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
         """Have the next `optimizer.step()` do nothing if this loss or gradient norm is not finite; returns whether it is.
 
-        `found_inf` is how torch's fused optimizers are told by its own gradient scaler: moments and step count stay too. Those
-        that are not fused (on a device that has no such kernel) refuse it; theirs is a step without gradients.
+        torch's gradient scaler tells a fused optimizer by the attribute `found_inf` to leave weights, moments and step count as
+        they are; the same attribute is set here. An optimizer that is not fused, on a device without the kernel, does not read
+        it: its gradients are dropped instead, which waits for the device.
         """
         ok = loss.detach().isfinite() & grad_norm.isfinite().to(loss.device)
         if self.accelerator.num_processes > 1:  # gradients are shared, a loss is each process's own
@@ -70,3 +71,10 @@ class BadSteps:
                     "the weights and the last checkpoint are unharmed"
                 )
         return outcomes.count(False)
+
+    def state_dict(self) -> dict:
+        return {"bad_steps": self.total, "bad_steps_in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.total = state["bad_steps"]
+        self.in_a_row = state["bad_steps_in_a_row"]

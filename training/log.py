@@ -56,17 +56,12 @@ def drop_metrics_after(path: Path, step: int) -> None:
         file.writelines(kept)
 
 
-def step_of(epoch: float, args) -> int:
-    """The optimizer step at which `epoch` is."""
-    return round(epoch * getattr(args, "steps_per_epoch", 1))
-
-
 def evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype) -> dict:
     """Evaluate the whole set; scalars to TensorBoard and a line to metrics.jsonl; returns {row: metrics} of the ladder.
 
     The rungs that training cannot move are measured the first time and drawn again as level lines from then on.
     """
-    step = step_of(epoch, args)
+    step = writer.step
     fixed = {row: figures for row, figures in pipeline.progress["metrics"].items() if row != "aligned"}
     rows = ("aligned",) if fixed else applicable_rows(pipeline)
     ladder = pipeline.progress["metrics"] = fixed | evaluate(pipeline, eval_loader, dtype, rows)["ladder"]
@@ -90,7 +85,7 @@ def evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype) -> dict:
 
 def log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype) -> None:
     """Histograms of weights and of the last step's gradients per layer, and level and spread of the latents."""
-    step = step_of(epoch, args)
+    step = writer.step
     for name, parameter in pipeline.training_module.named_parameters():
         writer.add_histogram(f"weights/{name}", parameter.detach().float().cpu(), step)
         if parameter.grad is not None and parameter.grad.isfinite().all():
@@ -106,7 +101,7 @@ def log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype) -> None:
 
 def visualize_results(pipeline, eval_loader, writer, epoch, args, dtype) -> None:
     """The first --num_visualize_samples evaluation images as captioned sheets: reconstructions, differences, latents."""
-    step, names, shown = step_of(epoch, args), picture_names(), 0
+    step, names, shown = writer.step, picture_names(), 0
     ways = translators(pipeline, [row for row in names if row != "vae1"], dtype)
     for batch in eval_loader:
         images = batch["pixel_values"][: args.num_visualize_samples - shown].to(pipeline.device)

@@ -1,4 +1,4 @@
-"""What training minimises: the latent losses and the loss on the decoded image that the flags ask for, as one scalar."""
+"""What training minimises: the latent loss and the loss on the decoded image that the flags ask for, as one scalar."""
 
 from __future__ import annotations
 
@@ -10,46 +10,74 @@ from evaluation.metrics import lpips_network
 from latents.pipeline import PipelineWithVAEs
 from latents.spaces import Codec
 from latents.vaes import load_vae_model
-from losses import get_loss_function, loss_term
+from losses import get_loss_function
 from training.decoded_image import DecodedImageLoss
 from utils import UserError
 
 
 class Objective:
-    """The weighted sum of the latent losses and, where asked for, of what VAE2's decoder shows (`decoded`, else None).
+    """The weighted sum of the latent loss and, where asked for, of a loss on what VAE2's decoder makes of the latents.
 
     Raises UserError when the VAE of --decoder_loss_path has another latent space, or LPIPS' weights are not at hand.
     """
 
     def __init__(self, pipeline: PipelineWithVAEs, args: argparse.Namespace):
-        terms = [(args.loss_type, args.loss_weight), *map(loss_term, args.extra_losses)]
-        self.terms = [(weight, get_loss_function(name)) for name, weight in terms]
+        self.latent_loss = get_loss_function(args.loss_type)
+        self.latent_weight = args.loss_weight
         self.decoded = _decoded_loss(pipeline, args) if decodes_pictures(args) else None
+        self.reads_images = reads_images(args)
 
-    def __call__(self, aligned: torch.Tensor, target: torch.Tensor, images: torch.Tensor | None, step: int) -> torch.Tensor:
-        """Aligned and target latents (B, C, h, w), images (B, 3, H, W) or None where no loss needs them -> scalar."""
-        loss = sum(weight * term(aligned, target) for weight, term in self.terms)
-        return loss + self.decoded(aligned, target, images, step) if self.decoded else loss
+    def __call__(self, aligned: torch.Tensor, target: torch.Tensor, images: torch.Tensor | None, step: int):
+        """Aligned and target latents (B, C, h, w), images (B, 3, H, W) or None where `reads_images` is false -> (the loss, a
+        scalar; what `after_step` is to be given)."""
+        loss = self.latent_weight * self.latent_loss(aligned, target)
+        if not self.decoded:
+            return loss, None
+        decoded_loss, colour_bias = self.decoded(aligned, target, images, step)
+        return loss + decoded_loss, colour_bias
+
+    def before_first_step(self, pipeline: PipelineWithVAEs, loader, accelerator) -> None:
+        """Measure on some training images what the losses compare with."""
+        if self.decoded:
+            self.decoded.measure_colours(pipeline, loader, accelerator)
+
+    def after_step(self, colour_bias: torch.Tensor | None, ok: torch.Tensor, accelerator) -> None:
+        """After an optimizer step, which was `ok` if its loss and gradient were finite."""
+        if self.decoded:
+            self.decoded.colours.correct(colour_bias, ok, accelerator)
+
+    def state_dict(self) -> dict:
+        return {"colours": self.decoded.colours.state_dict() if self.decoded else {}}
+
+    def load_state_dict(self, state: dict) -> None:
+        if self.decoded:
+            self.decoded.colours.load_state_dict(state["colours"])
 
 
 def _decoded_loss(pipeline, args):
-    space = pipeline.codec2
+    codec = pipeline.codec2
     if args.decoder_loss_path:
         flag = "--decoder_loss_path"
         vae = load_vae_model(
-            args.decoder_loss_path, args.decoder_loss_subfolder, args.cache_dir, space.vae.device, space.vae.dtype, flag
+            args.decoder_loss_path, args.decoder_loss_subfolder, args.cache_dir, codec.vae.device, codec.vae.dtype, flag
         )
-        space = Codec(vae, args.decoder_loss_path, args.decoder_loss_subfolder)
-        if (space.channels, space.stride) != (pipeline.codec2.channels, pipeline.codec2.stride):
+        codec = Codec(vae, args.decoder_loss_path, args.decoder_loss_subfolder)
+        if (codec.channels, codec.stride) != (pipeline.codec2.channels, pipeline.codec2.stride):
             raise UserError(f"{flag} {args.decoder_loss_path}: its latent space is not VAE2's (other channels or stride)")
     perceptual = None
     if args.perceptual_loss_weight:
         perceptual = "decoder" if args.perceptual_loss == "decoder" else _lpips(pipeline.device)
     return DecodedImageLoss(
-        space, args.decoder_loss_batch, args.decoder_loss_window, args.decoder_loss_reference, args.seed,
-        kind=args.decoder_loss_type, weight=args.decoder_loss_weight,
-        perceptual=perceptual, perceptual_weight=args.perceptual_loss_weight,
-    )  # fmt: skip
+        codec,
+        batch_size=args.decoder_loss_batch,
+        window=args.decoder_loss_window,
+        reference=args.decoder_loss_reference,
+        seed=args.seed,
+        kind=args.decoder_loss_type,
+        weight=args.decoder_loss_weight,
+        perceptual=perceptual,
+        perceptual_weight=args.perceptual_loss_weight,
+    )
 
 
 def _lpips(device):
@@ -64,6 +92,11 @@ def decodes_pictures(args: argparse.Namespace) -> bool:
     return bool(args.decoder_loss_weight or args.perceptual_loss_weight)
 
 
+def reads_images(args: argparse.Namespace) -> bool:
+    """Whether a loss compares with the original images."""
+    return decodes_pictures(args) and args.decoder_loss_reference == "original"
+
+
 def needs_pixels(args: argparse.Namespace) -> bool:
     """Whether training batches must carry the image beside its latents."""
-    return "image" in args.input_types or (decodes_pictures(args) and args.decoder_loss_reference == "original")
+    return "image" in args.input_types or reads_images(args)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
+from training.schedule import total_steps
 from utils import UserError, claim_writable_file, claim_writable_folder
 
 log = logging.getLogger(__name__)
@@ -25,12 +26,11 @@ def claim_outputs(args: argparse.Namespace) -> None:
         claim_writable_file(args.config_save_path, "--config_save_path")
 
 
-def say_what_is_odd(args: argparse.Namespace, images: int, processes: int) -> None:
-    """A warning for what is possible but hardly meant; `images`: how many there are to train on."""
+def warn_of_odd_flags(args: argparse.Namespace, images: int, processes: int) -> None:
+    """Warn of flags that are allowed and probably a mistake; `images`: how many there are to train on."""
     batch_size = args.train_batch_size * processes
     if batch_size > images:
         log.warning("--train_batch_size: %d images a step of %d; some come twice in each", batch_size, images)
-    steps = args.epochs * -(-images // batch_size)
-    steps = min(steps, args.max_train_steps) if args.max_train_steps else steps
+    steps = total_steps(args, -(-images // batch_size))
     if args.warmup_steps > steps:
         log.warning("--warmup_steps %d: the run has %d, so it ends before --learning_rate is reached", args.warmup_steps, steps)

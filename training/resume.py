@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import os
 import re
-
-import torch
+from dataclasses import dataclass
+from pathlib import Path
 
 from latents.spaces import Codec
-from utils import UserError, one_line
+from training.checkpoints import OWN_NAME
+from utils import UserError
+from vae_align import checkpoints_in, read_checkpoint
+
+log = logging.getLogger(__name__)
 
 # What a resumed run may be given anew: how long it goes on, where things are and what it says meanwhile. The other flags
 # shape the weights, and come from the checkpoint.
@@ -26,8 +31,48 @@ MAY_CHANGE = frozenset({
     "eval_batch_size", "num_visualize_samples",
 })  # fmt: skip
 
-OWN_NAME = re.compile(r"align_pipeline_\d{8}_\d{6}\.pth")  # of a checkpoint as a run writes it
-ADAMW_STATE, MUON_STATE = {"step", "exp_avg", "exp_avg_sq"}, {"momentum"}  # what they keep for each parameter
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run starts from; its file is read once.
+
+    Attributes:
+        path: of the file. content: what `vae_align.read_checkpoint` returned.
+        resumed: whether the run that wrote it goes on (--resume); otherwise a new run takes its weights (--load_checkpoint).
+    """
+
+    path: Path
+    content: dict
+    resumed: bool = False
+
+
+def find_checkpoint(wanted: str, save_dir: str) -> Start | None:
+    """The checkpoint that --resume means; None when there is nothing to resume.
+
+    "latest" is the newest one in `save_dir` that is undamaged and holds the state of its training; damaged ones are named
+    on the way. UserError for a path that is not such a checkpoint.
+    """
+    if wanted != "latest" and not Path(wanted).is_dir():
+        content = read_checkpoint(wanted)
+        if "training" not in content:
+            raise UserError(
+                f"--resume {wanted}: this checkpoint holds weights but not the state of its training; "
+                "--load_checkpoint starts a new run from them"
+            )
+        require_training(content, wanted)
+        return Start(Path(wanted), content, resumed=True)
+    folder = save_dir if wanted == "latest" else wanted
+    for path in checkpoints_in(folder):
+        try:
+            content = read_checkpoint(path)
+            if "training" in content:
+                require_training(content, path)
+                return Start(path, content, resumed=True)
+        except UserError as error:
+            log.warning("%s; trying the one before it", error)
+    if wanted != "latest":
+        raise UserError(f"--resume {wanted}: no checkpoint to resume from in this folder")
+    return None
 
 
 def adopt_flags(args: argparse.Namespace, config: dict) -> None:
@@ -66,14 +111,15 @@ def require_same_vaes(content: dict, space1: Codec, space2: Codec) -> None:
 
 def data_order(train_loader, processes: int) -> dict:
     """What the order of the training images depends on besides the flags: {what: number}."""
-    return {"images": len(train_loader.dataset), "steps in an epoch": len(train_loader), "processes": processes}
+    return {"images": len(train_loader.dataset), "steps_per_epoch": len(train_loader), "processes": processes}
 
 
 def require_same_order(recorded: dict, order: dict) -> None:
     """UserError if the images would come in another order than in the run that is resumed."""
     for name, number in order.items():
         if recorded[name] != number:
-            raise UserError(f"--resume: the run had {recorded[name]} {name}, now {number}; resume it with as many")
+            what = name.replace("_", " ")
+            raise UserError(f"--resume: the run had {recorded[name]} {what}, now {number}; resume it with as many")
 
 
 def names_digest(paths) -> str:
@@ -107,11 +153,11 @@ def require_training(content: dict, path) -> None:
             re.fullmatch(r"align_\d{8}_\d{6}", content["run"])
             and all(OWN_NAME.fullmatch(name) for name in training["own"])
             and (best is None or (isinstance(best["value"], float) and number(best["step"])))
-            and all(number(order[name]) and order[name] for name in ("images", "steps in an epoch", "processes"))
+            and all(number(order[name]) and order[name] for name in ("images", "steps_per_epoch", "processes"))
             and number(training["bad_steps"]) and number(training["bad_steps_in_a_row"])
             and all(training[name].shape == () for name in ("loss_sum", "summed_steps"))
             and isinstance(training["files"], str)
-            and training["colours"].keys() in ({}.keys(), {"vae2_cast", "reference_shift"})
+            and training["colours"].keys() in ({}.keys(), {"vae2_bias", "shift"})
             and all(colours.shape == (3,) for colours in training["colours"].values())
             and training["state"].keys() == {"weights", "optimizer", "scheduler", "scaler"}
         )  # fmt: skip
@@ -119,54 +165,3 @@ def require_training(content: dict, path) -> None:
         good = False
     if not good:
         raise UserError(f"checkpoint {path}: the state of its training was not written by this tool")
-
-
-def training_state(trained, average, optimizer, scheduler, scaler) -> dict:
-    """What goes on from step to step besides the weights that are judged; tensors on the CPU."""
-    return {
-        "weights": _on_cpu(trained.state_dict()) if average else None,  # without averages they are the judged ones
-        "optimizer": _on_cpu(optimizer.state_dict()),
-        "scheduler": scheduler.state_dict(),
-        "scaler": scaler.state_dict() if scaler else None,
-    }
-
-
-def restore_training(state: dict, trained, average, optimizer, scheduler, scaler) -> None:
-    """Undo `training_state`. The judged weights are already in place. UserError for a state that does not fit."""
-    try:
-        _restore(state, trained, average, optimizer, scheduler, scaler)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"--resume: the state of its training does not fit its module ({one_line(error)})") from None
-
-
-def _restore(state, trained, average, optimizer, scheduler, scaler):
-    if average:
-        trained.load_state_dict(state["weights"])
-    kinds = [MUON_STATE if "momentum" in group else ADAMW_STATE for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
-    if optimizer.state:  # not before the first step that was not skipped
-        for names, group in zip(kinds, optimizer.param_groups):
-            for parameter in group["params"]:
-                _fit_moments(optimizer.state[parameter], parameter, names)
-    scheduler.load_state_dict(state["scheduler"])
-    if scaler and state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-
-
-def _fit_moments(moments: dict, parameter: torch.Tensor, names: set) -> None:
-    """Give each moment its parameter's own memory layout, which a fused kernel relies on; it would not notice another shape."""
-    if moments.keys() != names:
-        raise ValueError(f"moments {sorted(map(str, moments))} instead of {sorted(names)}")
-    for name, moment in moments.items():
-        if moment.shape != (() if name == "step" else parameter.shape):
-            raise ValueError(f"{name} of shape {tuple(moment.shape)}")
-        if name != "step":
-            moments[name] = torch.empty_like(parameter).copy_(moment)
-
-
-def _on_cpu(value):
-    if isinstance(value, dict):
-        return {name: _on_cpu(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_on_cpu(item) for item in value]
-    return value.detach().cpu().contiguous() if isinstance(value, torch.Tensor) else value

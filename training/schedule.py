@@ -8,26 +8,27 @@ import math
 import torch
 
 
-def total_steps(args: argparse.Namespace) -> int:
+def total_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
     """Optimizer steps in the whole run."""
-    steps = args.epochs * getattr(args, "steps_per_epoch", 1)
+    steps = args.epochs * steps_per_epoch
     return min(steps, args.max_train_steps) if args.max_train_steps else steps
 
 
-def setup_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> torch.optim.lr_scheduler.LambdaLR:
+def setup_scheduler(
+    optimizer: torch.optim.Optimizer, args: argparse.Namespace, steps_per_epoch: int = 1
+) -> torch.optim.lr_scheduler.LambdaLR:
     """Warm-up by steps times StepLR by epochs; to be stepped once per optimizer step, on one process or many.
 
         lr(step) = learning_rate · min(1, (step + 1) / warmup_steps) · gamma^(epoch // step_size)
 
-    with epoch = step // `args.steps_per_epoch`, which `train_align_pipeline` sets (1 where it is not set). Under
-    `--scheduler cosine` the last factor is (1 + cos(pi · step / total_steps)) / 2 instead.
+    with epoch = step // steps_per_epoch; at the default of 1 the scheduler is to be stepped once per epoch, as torch's own are.
+    Under `--scheduler cosine` the last factor is (1 + cos(pi · step / total_steps)) / 2 instead.
     """
-    steps_per_epoch = getattr(args, "steps_per_epoch", 1)
 
     def factor(step):
         warmup = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
         if args.scheduler == "cosine":
-            return warmup * (1 + math.cos(math.pi * min(1.0, step / total_steps(args)))) / 2
+            return warmup * (1 + math.cos(math.pi * min(1.0, step / total_steps(args, steps_per_epoch)))) / 2
         return warmup * args.scheduler_gamma ** (step // steps_per_epoch // args.scheduler_step_size)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
