@@ -3,7 +3,7 @@
     python benchmarks/bench_training.py --vae1 PATH --vae2 PATH --images FOLDER --input_types latent
 
 Prints one JSON line last. `online` and `cached` are the real training loop with the shipped recipe (latent loss alone),
-`module` its forward, loss, backward and optimizer step on tensors already in memory, `cache_build` the encoding pass,
+`module` its step alone on a batch that is already on the device, `cache_build` the encoding pass,
 `encoders_best` both VAEs' encoders in the layout and precision that the project chooses, `encoders_naive` the same as plain
 diffusers runs them: float32, NCHW, the whole batch at once, malloc as it comes. An encoded image counts once it went through
 both.
@@ -20,10 +20,9 @@ from common import open_vae, print_result, recipe_args, train
 from tqdm import tqdm
 
 import dataloader
-from latents.encode_once import cache_latents
+from latents.encode_once import cache_latents, cached_loader
 from latents.spaces import Codec
-from losses import get_loss_function
-from runtime.device import autocast, get_dtype
+from runtime.device import get_dtype
 
 
 def rate_of(work, images, rounds):
@@ -54,29 +53,22 @@ def loop_rate(args, vaes, loader, steps, log_dir):
         return statistics.median([event.value for event in events.Scalars("train/images_per_second")][1:])
 
 
-def module_rate(args, spaces, batch_size, steps):
-    """Images per second of the module alone: nothing but forward, loss, backward and optimizer step."""
-    pipeline = train.create_align_pipeline(spaces[0].vae, spaces[1].vae, args).to(args.device)
-    optimizer, loss_function = train.setup_optimizer(pipeline, args), get_loss_function(args.loss_type)
-    dtype, grid = get_dtype(args.precision), args.image_size // spaces[1].stride
-    module = pipeline.module
-    inputs = {"latents": torch.randn(batch_size, spaces[0].channels, *[args.image_size // spaces[0].stride] * 2)}
-    if pipeline.uses_image:
-        inputs["image"] = torch.rand(batch_size, 3, args.image_size, args.image_size) * 2 - 1
-    inputs = {name: tensor.to(args.device) for name, tensor in inputs.items()}
-    target = torch.randn(batch_size, spaces[1].channels, grid, grid, device=args.device)
+def module_rate(args, vaes, loader, steps, log_dir):
+    """Images per second of the training step alone, on one batch that is already on the device: nothing is read or encoded."""
+    with tempfile.TemporaryDirectory(dir=log_dir) as folder:
+        args.log_dir = args.save_dir = folder
+        parts = train.build_parts(args, *vaes)
+        run = train.prepare_run(args, parts, loader)
+        encoded = parts.pipeline.encode_batch(next(iter(loader)), images_needed=parts.objective.reads_images)
 
-    def work():
-        for _ in range(steps):
-            with autocast(pipeline.device, dtype):
-                aligned = module(**inputs)
-            loss = loss_function(aligned.float(), target)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-        loss.item()
+        def work():
+            for _ in range(steps):
+                loss, _, _ = train.train_step(args, parts, run, *encoded)
+            loss.item()
 
-    return rate_of(work, batch_size * steps, 1)
+        rate = rate_of(work, run.batch_size * steps, 1)
+        run.writer.close()
+        return rate
 
 
 def encoder_rate(spaces, images, rounds):
@@ -128,11 +120,11 @@ def main():
             start = time.perf_counter()
             cached = cache_latents(dataset, *spaces, with_images, f"{folder}/cache{number}", options.views, args.num_workers)
             build.append(len(dataset) * options.views / (time.perf_counter() - start))
-        loader = dataloader.train_loader(cached, args.train_batch_size, 0, args.seed, options.views)
+        loader = cached_loader(cached, args.train_batch_size, 0, args.seed, options.views)
         online_loader = dataloader.train_loader(dataset, args.train_batch_size, args.num_workers, args.seed, options.views)
         module, cached_rate = [], []
         for _ in range(options.rounds):
-            module.append(module_rate(args, spaces, args.train_batch_size, options.steps))
+            module.append(module_rate(args, vaes, loader, options.steps, folder))
             cached_rate.append(loop_rate(args, vaes, loader, options.steps, folder))
         online = loop_rate(args, vaes, online_loader, options.online_steps, folder)
 

@@ -9,10 +9,12 @@ import torch
 from runs import QUIET, same_weights, train
 from safetensors.torch import load_file, save_file
 
+from latents.pipeline import PipelineWithVAEs
 from latents.spaces import Codec
 from latents.vaes import load_vae_model
-from training.decoded_image import DecodedImageLoss
+from training.decoded_image import ColourReference, DecodedImageLoss
 from utils import UserError
+from vae_align import AlignConfig, AlignModule
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def test_gradient_is_that_of_the_formula(space, reference, kind, power):
     images = torch.rand(3, 3, 48, 32) * 2 - 1
     target = space.encode(images)
     aligned = (target + 0.3 * torch.randn_like(target)).requires_grad_()
-    loss = DecodedImageLoss(space, 2, 0, reference, seed=0, kind=kind)(aligned, target, images, step=5)
+    loss = DecodedImageLoss(space, 2, 0, reference, seed=0, kind=kind)(aligned, target, images, step=5)[0]
     wanted = images[:2] if reference == "original" else space.decode(target[:2])
     expected = (space.decode(aligned[:2]) - wanted).abs().pow(power).mean()
     assert torch.allclose(loss, expected)
@@ -49,7 +51,7 @@ def test_window_belongs_to_its_place_in_the_image(space):
         return *used.min(dim=0).values.tolist(), *(used.max(dim=0).values + 1).tolist()
 
     for step in range(8):
-        by_latents, by_images = torch.autograd.grad(loss(latents, latents.detach(), images, step), (latents, images))
+        by_latents, by_images = torch.autograd.grad(loss(latents, latents.detach(), images, step)[0], (latents, images))
         assert extent(by_images) == tuple(8 * edge for edge in extent(by_latents))
         corners.add(extent(by_latents)[:2])
     tops, lefts = (set(places) for places in zip(*corners))
@@ -60,17 +62,23 @@ def test_perfect_latents_look_like_vae2(space):
     """Catches a "vae2" reference that is cut or decoded otherwise than the aligned latents."""
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     target = space.encode(images)
-    assert all(DecodedImageLoss(space, 2, 4, "vae2", 0)(target, target, None, step) == 0 for step in range(4))
+    assert all(DecodedImageLoss(space, 2, 4, "vae2", 0)(target, target, None, step)[0] == 0 for step in range(4))
 
 
 def test_an_empty_comparison_is_impossible(space):
     """A window so small that the margins on both sides leave nothing of it: a loss of nan."""
     target = torch.randn(2, 16, 6, 6)
     for window in (1, 2, 3):
-        assert DecodedImageLoss(space, 2, window, "vae2", 0)(target + 0.1, target, None, 5) > 0
+        assert DecodedImageLoss(space, 2, window, "vae2", 0)(target + 0.1, target, None, 5)[0] > 0
 
 
-ONE_PROCESS = SimpleNamespace(reduce=lambda tensor, how: tensor)
+ONE_PROCESS = SimpleNamespace(reduce=lambda tensor, how: tensor, num_processes=1)
+
+
+class Loader(list):
+    dataset = range(4)
+
+
 OK = torch.tensor(True)
 
 
@@ -80,33 +88,42 @@ def test_the_reference_is_compared_in_shifted_colours(space, reference):
     images = torch.rand(2, 3, 48, 48) * 1.6 - 0.8
     target = space.encode(images)
     loss = DecodedImageLoss(space, 2, 0, reference, 0, kind="mse")
-    loss.reference_shift = torch.tensor([0.3, -0.1, 0.05])
+    loss.colours.shift = torch.tensor([0.3, -0.1, 0.05])
     wanted = images if reference == "original" else space.decode(target)
-    expected = (space.decode(target) - wanted - loss.reference_shift.view(3, 1, 1)).square().mean()
-    assert torch.allclose(loss(target, target, images, 3), expected)
+    expected = (space.decode(target) - wanted - loss.colours.shift.view(3, 1, 1)).square().mean()
+    assert torch.allclose(loss(target, target, images, 3)[0], expected)
 
 
-@pytest.mark.parametrize("reference", ["original", "vae2"])
-def test_colours_are_led_to_those_of_vae2(space, reference):
-    """Catches a correction of the wrong sign, one that forgets that VAE2 itself has a cast, and one by a step that was not
-    finite: an image that follows the reference but for a cast of its own ends with VAE2's."""
+def test_the_colour_bias_of_vae2_is_measured(space):
+    """Catches a bias measured against another window or with another sign; a "vae2" reference that is given a bias."""
     images = torch.rand(4, 3, 48, 48) * 1.6 - 0.8
     target = space.encode(images)
-    loss, own = DecodedImageLoss(space, 2, 0, reference, 0), torch.tensor([-0.03, 0.02, 0.0])
-    loss.measure_vae2(zip(target.split(2), images.split(2)), ONE_PROCESS)
-    wanted = images if reference == "original" else space.decode(target)
-    assert torch.allclose(loss.vae2_cast, (space.decode(target) - wanted).mean(dim=(0, 2, 3)), atol=1e-6)
+    batches = [{"latents2": latents, "pixel_values": pixels} for latents, pixels in zip(target.split(2), images.split(2))]
+    loader = Loader(batches)
+    pipeline = PipelineWithVAEs(AlignModule(AlignConfig(input_types=("image",), hidden_channels=8)), None, space)
+    for reference, expected in (("original", (space.decode(target) - images).mean(dim=(0, 2, 3))), ("vae2", torch.zeros(3))):
+        loss = DecodedImageLoss(space, 2, 0, reference, 0)
+        loss.measure_colours(pipeline, loader, ONE_PROCESS)
+        assert torch.allclose(loss.colours.vae2_bias, expected, atol=1e-6)
+        assert torch.equal(loss.colours.shift, loss.colours.vae2_bias)
+
+
+def test_colours_are_led_to_those_of_vae2():
+    """Catches a correction of the wrong sign, one that forgets that VAE2 itself has a bias, and one by a step that was not
+    finite: an image that follows the reference but for a bias of its own ends with VAE2's."""
+    colours = ColourReference("cpu")
+    colours.start_from([torch.tensor([0.04, -0.01, 0.0]), torch.tensor([0.02, 0.01, 0.0])], ONE_PROCESS)
+    assert colours.vae2_bias.tolist() == pytest.approx([0.03, 0.0, 0.0])
     for _ in range(1000):
-        loss.cast = loss.reference_shift + own
-        loss.correct_colours(OK, ONE_PROCESS)
-    assert loss.cast.tolist() == pytest.approx(loss.vae2_cast.tolist(), abs=1e-3)
-    before, loss.cast = loss.reference_shift, torch.full((3,), float("nan"))
-    loss.correct_colours(~OK, ONE_PROCESS)
-    assert torch.equal(loss.reference_shift, before)
-    loss.cast = torch.ones(3)
+        bias = colours.shift + torch.tensor([-0.03, 0.02, 0.0])
+        colours.correct(bias, OK, ONE_PROCESS)
+    assert bias.tolist() == pytest.approx(colours.vae2_bias.tolist(), abs=1e-3)
+    before = colours.shift
+    colours.correct(torch.full((3,), float("nan")), ~OK, ONE_PROCESS)
+    assert torch.equal(colours.shift, before)
     for _ in range(1000):  # an image that does not follow
-        loss.correct_colours(OK, ONE_PROCESS)
-    assert (loss.vae2_cast - loss.reference_shift).tolist() == pytest.approx([8 / 127.5] * 3)
+        colours.correct(torch.ones(3), OK, ONE_PROCESS)
+    assert (colours.vae2_bias - colours.shift).tolist() == pytest.approx([8 / 127.5] * 3)
 
 
 def test_training_measures_and_corrects_the_colours(flags, tmp_path):
@@ -121,8 +138,8 @@ def test_training_measures_and_corrects_the_colours(flags, tmp_path):
         changes = {"decoder_loss_weight": 1.0, "decoder_loss_batch": 3, "decoder_loss_window": 2, "max_train_steps": 2}
         run = train(flags, tmp_path / name, vae2_path=vae, **changes, **QUIET)
         states.append(run.last["training"]["colours"])
-    assert (states[1]["vae2_cast"] - states[0]["vae2_cast"]).tolist() == pytest.approx([0.25, 0, 0], abs=1e-4)
-    assert all((state["reference_shift"] != state["vae2_cast"]).all() for state in states)
+    assert (states[1]["vae2_bias"] - states[0]["vae2_bias"]).tolist() == pytest.approx([0.25, 0, 0], abs=1e-4)
+    assert all((state["shift"] != state["vae2_bias"]).all() for state in states)
 
 
 def test_a_decoder_of_its_own(flags, tmp_path):
@@ -165,7 +182,7 @@ def test_what_lacks_its_surroundings_is_not_compared(space):
         decoded, image = space.decode(windowed(target))[inner], windowed(images, 8)[inner]
         top = int(windowed(torch.arange(12.0).view(1, 1, 12, 1).expand(1, 1, 12, 12)).min())
         assert decoded.shape[2] == 32 - 8 * (top > 0) - 8 * (top < 8)
-        assert torch.allclose(loss(target, target, images, step), (decoded - image).abs().mean())
+        assert torch.allclose(loss(target, target, images, step)[0], (decoded - image).abs().mean())
 
 
 def test_same_step_same_window(space):
@@ -173,8 +190,8 @@ def test_same_step_same_window(space):
     images = torch.rand(1, 3, 64, 64) * 2 - 1
     target = space.encode(images)
     loss = DecodedImageLoss(space, 1, 4, "original", 0)
-    assert loss(target, target, images, 3) == loss(target, target, images, 3)
-    assert len({float(loss(target, target, images, step)) for step in range(6)}) > 1
+    assert loss(target, target, images, 3)[0] == loss(target, target, images, 3)[0]
+    assert len({float(loss(target, target, images, step)[0]) for step in range(6)}) > 1
 
 
 def test_a_vae_first_used_in_evaluation_still_takes_part_in_training(space):
@@ -193,13 +210,13 @@ def test_decoder_features_pull_towards_the_target(vae_folders, folder):
     target = torch.randn(2, space.channels, 6, 6)
     aligned = (target + 0.5 * torch.randn_like(target)).requires_grad_()
     loss = DecodedImageLoss(space, 2, 0, "vae2", 0, weight=0.0, perceptual="decoder", perceptual_weight=3.0)
-    assert loss(target, target, None, 0) == 0
-    far = loss(aligned, target, None, 0)
+    assert loss(target, target, None, 0)[0] == 0
+    far, _ = loss(aligned, target, None, 0)
     (gradient,) = torch.autograd.grad(far, aligned)
-    nearer = loss((aligned - 0.1 * gradient / gradient.norm()).detach(), target, None, 0)
+    nearer = loss((aligned - 0.1 * gradient / gradient.norm()).detach(), target, None, 0)[0]
     assert 0 < nearer < far
     doubled = DecodedImageLoss(space, 2, 0, "vae2", 0, weight=0.0, perceptual="decoder", perceptual_weight=6.0)
-    assert doubled(aligned, target, None, 0).item() == pytest.approx(2 * far.item(), rel=1e-5)
+    assert doubled(aligned, target, None, 0)[0].item() == pytest.approx(2 * far.item(), rel=1e-5)
     assert not any(module._forward_hooks for module in space.vae.modules())
 
 
@@ -215,7 +232,7 @@ def test_a_perceptual_network_sees_both_pictures_and_passes_its_gradient(space):
     target = space.encode(images)
     aligned = (target + torch.randn_like(target)).requires_grad_()
     loss = DecodedImageLoss(space, 2, 0, "original", 0, weight=0.0, perceptual=network, perceptual_weight=2.0)
-    value = loss(aligned, target, images, 0)
+    value, _ = loss(aligned, target, images, 0)
     ((shown, wanted),) = seen
     assert torch.equal(wanted, images) and shown.abs().max() <= 1
     assert torch.allclose(value, 2 * (shown - images).square().mean())

@@ -27,9 +27,8 @@ def test_learning_rate_of_a_real_run_follows_the_formula_across_decays(flags, tm
 def test_scheduler_alone_matches_the_formula_at_every_step():
     """Stepping twice per call, or rounding the epoch up, shows within the first two decays."""
     args = parse_args(["--learning_rate", "2e-4", "--warmup_steps", "7", "--scheduler_step_size", "3"])
-    args.steps_per_epoch = 5
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-    scheduler = setup_scheduler(optimizer, args)
+    scheduler = setup_scheduler(optimizer, args, steps_per_epoch=5)
     for step in range(50):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(specified(step, 5, 2e-4, 7, 3, 0.5), rel=1e-9), step
         optimizer.step()
