@@ -8,7 +8,8 @@ from runtime.device import cpu_has_bfloat16
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients and number of iterations are the published ones
 ITERATIONS = 5
-ADAMW_SHARE = 1 / 3  # of the learning rate, for the other parameters: at the whole, first and last layers make the loss jump
+# AdamW's part of the learning rate. With the full rate, the first and last layers make the loss jump.
+ADAMW_SHARE = 1 / 3
 
 
 class Muon(torch.optim.Optimizer):
@@ -63,7 +64,7 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[weight]["momentum"] for weight in weights]
         gradients, momentum, stacked = map(torch.stack, ([weight.grad for weight in weights], buffers, weights))
         taken = 1.0
-        if found_inf is not None:  # 0 leaves weights and momentum as they are, once what is not finite is gone
+        if found_inf is not None:  # a factor of 0 leaves weights and momentum as they are; 0 times NaN would not, so it is masked
             taken = 1 - found_inf
             gradients.masked_fill_(found_inf.bool(), 0)
         momentum.lerp_(gradients, (1 - group["momentum"]) * taken)
