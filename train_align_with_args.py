@@ -61,6 +61,7 @@ from runtime.device import (
 from runtime.interrupts import StopRequest
 from training.bad_steps import BadSteps
 from training.checkpoints import BEST_METRICS, RunCheckpoints
+from training.claims import RunClaim
 from training.decoded_image import KINDS
 from training.dry_run import FewBatches, Plan, first_batches
 from training.linear_start import fit_ridge
@@ -80,7 +81,7 @@ from training.resume import (
 )
 from training.schedule import is_due, save_is_due, setup_scheduler, total_steps
 from training.state import LossMeter, TrainingState
-from utils import UserError, count_of, next_stamp, one_line, use_proxy, write_json
+from utils import UserError, count_of, one_line, use_proxy, write_json
 from vae_align import AlignConfig, AlignModule, read_checkpoint
 
 __all__ = ["get_dtype", "get_loss_function", "load_config", "load_vae_model"]  # part of this script's interface
@@ -422,7 +423,7 @@ class Run:
     Attributes:
         state: what goes on from step to step. module, optimizer: those of `state` as Accelerate prepared them.
         steps_per_epoch, end: the clock. batch_size: images of a step over all processes.
-        checkpoints: where the run saves; writer: where it logs (None on a helper process).
+        checkpoints: where the run saves; writer: where it logs; claim: of its name (the last two None on a helper process).
         images_per_second: since the last log entry, over all processes; evaluations and saving do not count.
     """
 
@@ -434,7 +435,14 @@ class Run:
     batch_size: int
     checkpoints: RunCheckpoints
     writer: object
+    claim: RunClaim | None
     images_per_second: float = 0.0
+
+    def close(self) -> None:
+        """Write out what is logged, and let another process go on with this run."""
+        if self.writer:
+            self.writer.close()
+            self.claim.release()
 
 
 def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
@@ -469,7 +477,8 @@ def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
         meter=LossMeter(accelerator.device),
         data=data,
     )
-    name = resumed["run"] if resumed else f"align_{next_stamp(args.log_dir, 'align')}"
+    claim = RunClaim(args.log_dir, args.save_dir, resumed["run"] if resumed else None) if accelerator.is_main_process else None
+    name = claim.name if claim else ""
     checkpoints = RunCheckpoints(pipeline, config_dict(args), Path(args.save_dir), name, args.keep_last, args.best_metric)
     if resumed:
         state.load_state_dict(resumed)
@@ -486,7 +495,8 @@ def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
         end=total_steps(args, len(train_loader)),
         batch_size=train_loader.batch_sampler.batch_size * accelerator.num_processes,
         checkpoints=checkpoints,
-        writer=open_writer(Path(args.log_dir) / name, state.step) if accelerator.is_main_process else None,
+        writer=open_writer(Path(args.log_dir) / name, state.step) if claim else None,
+        claim=claim,
     )
 
 
@@ -510,11 +520,12 @@ def train_align_pipeline(
     state, writer = run.state, run.writer
     if writer:
         log.info("%s", description_of(args, parts, run))
-    stopped = training_loop(args, parts, run, train_loader, eval_loader, generator)
-    if writer and state.step == run.end and state.metrics:
-        log_hparams(writer, run.checkpoints.config, state.metrics, state.step)
-    if writer:
-        writer.close()
+    try:
+        stopped = training_loop(args, parts, run, train_loader, eval_loader, generator)
+        if writer and state.step == run.end and state.metrics:
+            log_hparams(writer, run.checkpoints.config, state.metrics, state.step)
+    finally:
+        run.close()
     if stopped and state.step < run.end:
         if writer:
             print(f"stopped at step {state.step} of {run.end}, saved in {run.checkpoints.last}")
@@ -706,8 +717,8 @@ def dry_run(args: argparse.Namespace, parts: Parts, datasets, generator: torch.G
         few, judged = FewBatches(train_loader, batches), FewBatches(eval_loader, first_batches(eval_loader, 1))
         run = prepare_run(rehearsed, parts, few)
         stopped = training_loop(rehearsed, parts, run, few, judged, generator)
+        run.close()
         if run.writer:
-            run.writer.close()
             checkpoint_bytes = run.checkpoints.last.stat().st_size
     if stopped:
         raise SystemExit(128 + stopped)

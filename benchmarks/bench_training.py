@@ -67,7 +67,7 @@ def module_rate(args, vaes, loader, steps, log_dir):
             loss.item()
 
         rate = rate_of(work, run.batch_size * steps, 1)
-        run.writer.close()
+        run.close()
         return rate
 
 

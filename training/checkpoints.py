@@ -53,7 +53,7 @@ class RunCheckpoints:
 
     @property
     def best_path(self) -> Path:
-        return self.folder / f"align_best_{self.run.removeprefix('align_')}.pth"
+        return best_path(self.folder, self.run)
 
     def save(self, state: TrainingState, epoch: float) -> Path:
         """Write a checkpoint from which the run can be resumed; then delete the run's oldest beyond `keep_last`."""
@@ -78,6 +78,11 @@ class RunCheckpoints:
 
     def _write(self, state, epoch, **more):
         return self.pipeline.save_checkpoint(self.folder, self.config, state.step, epoch, state.metrics, run=self.run, **more)
+
+
+def best_path(folder: Path, run: str) -> Path:
+    """Where the best module of a run is kept."""
+    return folder / f"align_best_{run.removeprefix('align_')}.pth"
 
 
 def drop_abandoned(folder: Path) -> None:

@@ -64,7 +64,9 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[weight]["momentum"] for weight in weights]
         gradients, momentum, stacked = map(torch.stack, ([weight.grad for weight in weights], buffers, weights))
         taken = 1.0
-        if found_inf is not None:  # a factor of 0 leaves weights and momentum as they are; 0 times NaN would not, so it is masked
+        if (
+            found_inf is not None
+        ):  # a factor of 0 leaves weights and momentum as they are; 0 times NaN would not, so it is masked
             taken = 1 - found_inf
             gradients.masked_fill_(found_inf.bool(), 0)
         momentum.lerp_(gradients, (1 - group["momentum"]) * taken)
