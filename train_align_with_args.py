@@ -41,7 +41,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import dataloader
-from latents.encode_once import cache_latents, cached_loader
+from latents.encode_once import CacheOptions, cache_latents, cached_loader
 from latents.pipeline import PipelineWithVAEs, build_module
 from latents.spaces import Codec, good_image_size
 from latents.vaes import load_vae_model
@@ -328,18 +328,8 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
     place = {"rank": accelerator.process_index, "world": accelerator.num_processes} if accelerator else {}
     train_loader = dataloader.train_loader
     if args.cache_latents and vae1 is not None and vae2 is not None:
-        train_set = cache_latents(
-            train_set,
-            Codec(vae1),
-            Codec(vae2),
-            with_images=needs_pixels(args),
-            root=args.latent_cache_dir,
-            views=args.cache_views,
-            num_workers=args.num_workers,
-            sample=args.sample_posterior,
-            barrier=accelerator.wait_for_everyone if accelerator else None,
-            **place,
-        )
+        options = CacheOptions(args.latent_cache_dir, args.cache_views, needs_pixels(args), args.sample_posterior)
+        train_set = cache_latents(train_set, Codec(vae1), Codec(vae2), options, args.num_workers, accelerator)
         train_loader = cached_loader
     return (
         train_loader(train_set, args.train_batch_size, args.num_workers, args.seed, views=args.cache_views, **place),

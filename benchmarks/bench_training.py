@@ -20,7 +20,7 @@ from common import open_vae, print_result, recipe_args, train
 from tqdm import tqdm
 
 import dataloader
-from latents.encode_once import cache_latents, cached_loader
+from latents.encode_once import CacheOptions, cache_latents, cached_loader
 from latents.spaces import Codec
 from runtime.device import get_dtype
 
@@ -118,7 +118,9 @@ def main():
         for number in range(rounds):
             best.append(encoder_rate(spaces, images, 2))
             start = time.perf_counter()
-            cached = cache_latents(dataset, *spaces, with_images, f"{folder}/cache{number}", options.views, args.num_workers)
+            cached = cache_latents(
+                dataset, *spaces, CacheOptions(f"{folder}/cache{number}", options.views, with_images), args.num_workers
+            )
             build.append(len(dataset) * options.views / (time.perf_counter() - start))
         loader = cached_loader(cached, args.train_batch_size, 0, args.seed, options.views)
         online_loader = dataloader.train_loader(dataset, args.train_batch_size, args.num_workers, args.seed, options.views)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dataloader import EpochSampler, ImageDataset, UnreadableImage, WorkerLoader, loader_options, to_pixel_values
-from latents.cache import CHUNK_IMAGES, LatentCache, cache_key
+from latents.cache import LatentCache, cache_key
+from latents.spaces import Codec
 from runtime.device import memory_advice
 from utils import UserError
 
@@ -72,57 +75,48 @@ class CachedDataset(Dataset):
         return batch
 
 
-def cache_latents(dataset, space1, space2, with_images, root, views, num_workers, sample=False, rank=0, world=1, barrier=None):
-    """The complete latent cache of a training set, built or finished now if need be; as a `CachedDataset`.
+@dataclass(frozen=True)
+class CacheOptions:
+    """What a latent cache holds of each training image, and where it is.
 
-    Args:
-        space1, space2: `vae_align.Codec`s; their VAEs are not loaded when the cache is already complete.
-        with_images: also store the pixels, for modules that take the image.
-        root: folder of caches; sample: store a draw from the posterior in place of its mean.
+    Attributes:
+        root: folder of caches. views: random crops and flips of each image.
+        with_images: store the pixels too, for whoever reads the image beside its latents.
+        sample: store a draw from the posterior in place of its mean.
     """
-    size = dataset.image_size
-    columns = {
-        f"latents{number}": ((space.channels, size // space.stride, size // space.stride), "float16")
-        for number, space in ((1, space1), (2, space2))
-    }
-    if with_images:
-        columns["pixel_values"] = ((3, size, size), "uint8")
-    key = cache_key(
-        vaes=[space1.fingerprint, space2.fingerprint],
-        precision=[str(space1.vae.dtype), str(space2.vae.dtype)],
-        sample=sample,
-        columns={name: list(shape) for name, (shape, _) in columns.items()},
-        views=views,
-        **dataset.content_key(),
-    )
-    cache = LatentCache(root, key, len(dataset), views, columns)
-    every_view = AllViews(dataset, views)
-    images_per_batch = 2 ** max(0, int(math.log2(max(1, ENCODE_BATCH / views))))
 
-    def loader_for(images):
-        options = loader_options(num_workers) | {"collate_fn": every_view.collate, "persistent_workers": False}
-        return WorkerLoader(every_view, batch_size=images_per_batch, sampler=images, **options)
+    root: str | os.PathLike
+    views: int
+    with_images: bool = False
+    sample: bool = False
 
-    def encode(indices, pixels):
-        precision = str(space1.vae.dtype).rpartition(".")[2]
-        with memory_advice("encoding images for the latent cache", image_size=size, cache_views=views, precision=precision):
-            return encode_views(indices, pixels)
 
-    def encode_views(indices, pixels):
-        images = to_pixel_values(pixels)
-        rows = {"pixel_values": pixels.numpy()} if with_images else {}
-        for number, space in ((1, space1), (2, space2)):
-            generator = None
-            if sample:  # a function of the images, so that a build that was cut short draws the same
-                seed = np.random.SeedSequence((dataset.seed, indices[0], number)).generate_state(1)[0]
-                generator = torch.Generator(space.vae.device).manual_seed(int(seed))
-            rows[f"latents{number}"] = space.encode(images, sample, generator).half().cpu().numpy()
-        return rows
+def cache_latents(
+    dataset: ImageDataset, codec1: Codec, codec2: Codec, options: CacheOptions, num_workers: int = 0, accelerator=None
+) -> CachedDataset:
+    """The complete latent cache of a training set, built or finished now if need be.
 
-    def progress(total):
-        return tqdm(total=total, desc="encode", unit="image", disable=rank != 0 or not total)
-
-    build(cache, loader_for, encode, dataset.name, progress, rank, world, barrier or (lambda: None))
+    The codecs' VAEs are not loaded when the cache is already complete. With an `accelerator` of several processes each of them
+    encodes its share. UserError if no image can be encoded, or the disk does not hold the cache.
+    """
+    encoder = LatentEncoder(dataset, codec1, codec2, options, num_workers)
+    cache = encoder.cache
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    wait_for_all = accelerator.wait_for_everyone if accelerator else lambda: None
+    with cache.lock() if rank == 0 else contextlib.nullcontext():
+        wait_for_all()
+        if not cache.complete:
+            if rank == 0:
+                cache.prepare()
+            wait_for_all()
+            done = cache.journal()
+            chunks = [chunk for chunk in range(cache.chunks) if chunk not in done][rank::world]
+            wait_for_all()  # all have read the journal before anyone writes to it
+            encoder.encode(chunks, show_progress=rank == 0)
+            wait_for_all()
+            if rank == 0:
+                cache.finish()
+        wait_for_all()
     cached = CachedDataset(cache, dataset)
     left_out = list(cache.left_out().values())
     for why in left_out if rank == 0 else ():
@@ -130,6 +124,91 @@ def cache_latents(dataset, space1, space2, with_images, root, views, num_workers
     if not len(cached):
         raise UserError(f"no training image could be encoded; the last failure: {left_out[-1]}")
     return cached
+
+
+class LatentEncoder:
+    """Encodes the views of a training set with both VAEs, chunk by chunk, into a `LatentCache`.
+
+    Attributes:
+        cache: the cache, in the folder that the content's key names.
+    """
+
+    def __init__(self, dataset: ImageDataset, codec1: Codec, codec2: Codec, options: CacheOptions, num_workers: int):
+        self.dataset = dataset
+        self.codecs = {1: codec1, 2: codec2}
+        self.options = options
+        self.num_workers = num_workers
+        size = dataset.image_size
+        columns = {
+            f"latents{number}": ((codec.channels, size // codec.stride, size // codec.stride), "float16")
+            for number, codec in self.codecs.items()
+        }
+        if options.with_images:
+            columns["pixel_values"] = ((3, size, size), "uint8")
+        key = cache_key(
+            vaes=[codec.fingerprint for codec in self.codecs.values()],
+            precision=[str(codec.vae.dtype) for codec in self.codecs.values()],
+            sample=options.sample,
+            columns={name: list(shape) for name, (shape, _) in columns.items()},
+            views=options.views,
+            **dataset.content_key(),
+        )
+        self.cache = LatentCache(options.root, key, len(dataset), options.views, columns)
+
+    def encode(self, chunks: list[int], show_progress: bool) -> None:
+        """Encode those chunks and write each when it is whole."""
+        images = [image for chunk in chunks for image in self.cache.chunk_images(chunk)]
+        bar = tqdm(total=len(images), desc="encode", unit="image", disable=not show_progress or not images)
+        batches = iter(self._loader(images))
+        for chunk in chunks:
+            missing = len(self.cache.chunk_images(chunk))
+            rows = {name: [] for name in self.cache.columns}
+            left_out = {}
+            while missing:
+                indices, pixels, unreadable = next(batches)
+                encoded = self._encode_batch(indices, pixels)
+                left_out |= unreadable | self._not_finite(indices, encoded, unreadable)
+                for name, values in encoded.items():
+                    rows[name].append(values)
+                missing -= len(indices)
+                bar.update(len(indices))
+            self.cache.write_chunk(chunk, {name: np.concatenate(values) for name, values in rows.items()}, left_out)
+        bar.close()
+
+    def _loader(self, images: list[int]) -> DataLoader:
+        """Batches of (indices, pixels, {index: why it is unreadable}) in the order of `images`, each within one chunk: a power
+        of two that divides a chunk's images."""
+        every_view = AllViews(self.dataset, self.options.views)
+        images_per_batch = 2 ** max(0, int(math.log2(max(1, ENCODE_BATCH / self.options.views))))
+        options = loader_options(self.num_workers) | {"collate_fn": every_view.collate, "persistent_workers": False}
+        return WorkerLoader(every_view, batch_size=images_per_batch, sampler=images, **options)
+
+    def _encode_batch(self, indices: list[int], pixels: torch.Tensor) -> dict[str, np.ndarray]:
+        """Pixels (B · views, 3, S, S) uint8 -> {column: rows}."""
+        advice = {
+            "image_size": self.dataset.image_size,
+            "cache_views": self.options.views,
+            "precision": str(self.codecs[1].vae.dtype).rpartition(".")[2],
+        }
+        images = to_pixel_values(pixels)
+        rows = {"pixel_values": pixels.numpy()} if self.options.with_images else {}
+        with memory_advice("encoding images for the latent cache", **advice):
+            for number, codec in self.codecs.items():
+                generator = None
+                if self.options.sample:  # a function of the images, so that a build that was cut short draws the same
+                    seed = np.random.SeedSequence((self.dataset.seed, indices[0], number)).generate_state(1)[0]
+                    generator = torch.Generator(codec.vae.device).manual_seed(int(seed))
+                rows[f"latents{number}"] = codec.encode(images, self.options.sample, generator).half().cpu().numpy()
+        return rows
+
+    def _not_finite(self, indices: list[int], encoded: dict[str, np.ndarray], unreadable: dict) -> dict[int, str]:
+        """{image whose views are not finite in float16: why it is left out}."""
+        finite = np.all([np.isfinite(rows).reshape(len(indices), -1).all(axis=1) for rows in encoded.values()], axis=0)
+        return {
+            image: f"{self.dataset.name(image)!r} (its latents are not finite in float16)"
+            for image, good in zip(indices, finite)
+            if not good and image not in unreadable
+        }
 
 
 def cached_loader(
@@ -144,56 +223,3 @@ def cached_loader(
 
 def _as_it_is(batch):
     return batch
-
-
-def build(cache: LatentCache, loader_for, encode, name, progress, rank: int = 0, world: int = 1, barrier=lambda: None) -> None:
-    """Fill in what `cache` lacks; process `rank` of `world` takes every `world`-th missing chunk.
-
-    Args:
-        loader_for: (images) -> iterable of (images, pixels or None, {image: why it is unreadable}) batches in that order,
-            each within one chunk; `pixels` (len(images) · views, 3, S, S) uint8 holds zeros for the unreadable.
-        encode: (images, pixels) -> {column: rows as a numpy array}.
-        name: (image) -> what to call it in a message.
-        progress: (total images) -> a tqdm-like bar.
-        barrier: waits for the other processes.
-    """
-    with cache.lock() if rank == 0 else contextlib.nullcontext():
-        barrier()
-        if not cache.complete:
-            if rank == 0:
-                cache.prepare()
-            barrier()
-            done = cache.journal()
-            chunks = [chunk for chunk in range(cache.chunks) if chunk not in done][rank::world]
-            barrier()  # all have read the journal before anyone writes to it
-            _build_chunks(cache, chunks, loader_for, encode, name, progress)
-            barrier()
-            if rank == 0:
-                cache.finish()
-        barrier()
-
-
-def _build_chunks(cache, chunks, loader_for, encode, name, progress):
-    images = [image for chunk in chunks for image in cache.chunk_images(chunk)]
-    bar = progress(len(images))
-    rows, left_out, seen = {column: [] for column in cache.columns}, {}, 0
-    remaining = iter(chunks)
-    for batch, pixels, unreadable in loader_for(images):
-        encoded = encode(batch, pixels)
-        left_out |= unreadable
-        for image, *finite in zip(batch, *(_finite(rows, len(batch)) for rows in encoded.values())):
-            if not all(finite):
-                left_out.setdefault(image, f"{name(image)!r} (its latents are not finite in float16)")
-        for column, values in encoded.items():
-            rows[column].append(values)
-        seen += len(batch)
-        bar.update(len(batch))
-        if seen == CHUNK_IMAGES or batch[-1] == cache.length - 1:
-            cache.write_chunk(next(remaining), {column: np.concatenate(values) for column, values in rows.items()}, left_out)
-            rows, left_out, seen = {column: [] for column in cache.columns}, {}, 0
-    bar.close()
-
-
-def _finite(rows: np.ndarray, images: int) -> np.ndarray:
-    """For each image whether all its views' rows are finite: (images,) bool."""
-    return np.isfinite(rows).reshape(images, -1).all(axis=1)

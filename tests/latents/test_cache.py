@@ -15,7 +15,7 @@ from conftest import ROOT, as_argv, make_photo, read_scalars, run_script
 import dataloader
 import train_align_with_args as train_script
 from latents import cache as latent_cache
-from latents.encode_once import cache_latents
+from latents.encode_once import CacheOptions, cache_latents
 from latents.spaces import Codec
 from latents.vaes import load_vae_model
 from utils import UserError
@@ -38,7 +38,7 @@ def photos(tmp_path):
 
 def cached(photos, spaces, root, views=2, seed=0, size=32, with_images=False):
     dataset = dataloader.ImageDataset(dataloader.list_images(photos), size, True, True, seed)
-    return cache_latents(dataset, *spaces, with_images, root, views, 0)
+    return cache_latents(dataset, *spaces, CacheOptions(root, views, with_images))
 
 
 def test_cached_and_online_training_agree(flags, tmp_path):

@@ -15,7 +15,7 @@ from test_checkpoint import Payload
 
 import eval_align
 from dataloader import ImageDataset
-from latents.encode_once import cache_latents
+from latents.encode_once import CacheOptions, cache_latents
 from latents.spaces import Codec
 from latents.vaes import load_vae_model
 from runtime.device import is_out_of_memory, memory_advice
@@ -336,7 +336,7 @@ def test_building_the_cache_goes_on_with_half_the_batch(vae_folders, photo_folde
         spaces = [Codec(load(vae_folders[vae])) for vae in ("kl4", "kl16")]
         sizes = [short_of_memory(space, most) for space in spaces]
         dataset = ImageDataset(files, 16, random_crop=True)
-        return cache_latents(dataset, *spaces, True, tmp_path / name, 2, 0), sizes
+        return cache_latents(dataset, *spaces, CacheOptions(tmp_path / name, 2, True)), sizes
 
     plenty, _ = cached("plenty", 100)
     short, sizes = cached("short", 3)
@@ -361,10 +361,10 @@ def test_a_damaged_cache_is_one_line(vae_folders, photo_folders, tmp_path, kind)
     spaces = [Codec(load(vae_folders[vae])) for vae in ("kl4", "kl16")]
     dataset = ImageDataset(sorted(map(str, photo_folders[0].rglob("*.png")))[:2], 16, random_crop=True)
     (tmp_path / "cache").mkdir()
-    data = cache_latents(dataset, *spaces, True, tmp_path / "cache", 1, 0)
+    data = cache_latents(dataset, *spaces, CacheOptions(tmp_path / "cache", 1, True))
     (data.cache.folder / "journal.jsonl").open("ab").write(b"\n\xff\xfe{}\n")
     DAMAGE[kind](data.cache.folder / "latents1.bin")
-    data = cache_latents(dataset, *spaces, True, tmp_path / "cache", 1, 0)
+    data = cache_latents(dataset, *spaces, CacheOptions(tmp_path / "cache", 1, True))
     refusal(lambda: data.__getitems__([(0, 0)]), "latent cache", "delete this folder")
 
 
@@ -374,7 +374,7 @@ def test_a_cache_that_not_even_one_image_fits_is_one_line(vae_folders, photo_fol
     short_of_memory(spaces[1], 0)
     dataset = ImageDataset(sorted(map(str, photo_folders[0].rglob("*.png"))), 16, random_crop=True)
     refusal(
-        lambda: cache_latents(dataset, *spaces, True, tmp_path / "cache", 2, 0),
+        lambda: cache_latents(dataset, *spaces, CacheOptions(tmp_path / "cache", 2, True)),
         "out of memory while encoding", "--image_size 16", "--precision float32", "use --precision bfloat16",
     )  # fmt: skip
 
