@@ -1,34 +1,42 @@
-"""The align module, the two latent spaces it joins, and the checkpoint that carries it.
+"""The align module and the file that carries it: VAE1's latents, the image, or both -> VAE2's latents.
 
-This is the only file that knows latent conventions. Everywhere else latents are *scaled* latents,
-`(z - shift_factor) * scaling_factor`: the space in which diffusion models work (diffusers' own convention, see
-`StableDiffusionPipeline` and `FluxPipeline`). Raw latents never leave `LatentSpace`.
+This file needs torch alone, so it can be copied into any program. It imports safetensors only inside the functions that
+read or write a .safetensors file.
 
-    pipeline = AlignPipeline.from_checkpoint("ckpt_align/align_pipeline_20251231_034701.pth")
-    flux_latents = pipeline.translate(sd15_latents)
+    pipeline = AlignPipeline.from_pretrained("taesd_to_taef1_latent.safetensors")
+    flux_latents = pipeline.translate(sd15_latents)            # scaled latents, as diffusers' denoisers take them
+    flux_latents = pipeline.translate(sd15_latents, raw=True)  # raw latents, as VAEs give them and ComfyUI keeps them
+
+Latents are *scaled* latents, the space in which diffusion models work, except where a name says `raw`.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
+import math
 import os
 import pickle
+import reprlib
+import stat
 import zipfile
-from dataclasses import dataclass, fields
+import zlib
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import UserError, count_of, one_line, require_regular, shown
-
 log = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = "vae-align"
+FORMAT_NUMBER = 1  # of both kinds of file; files without a number are older and read the same
 CHECKPOINT_PREFIX = "align_pipeline"
-RANGES = {  # of an `AlignConfig`'s whole numbers; a checkpoint beyond them is no one's
+PRETRAINED_NAME = "model.safetensors"  # of the weights in a folder that `AlignPipeline.save_pretrained` writes
+COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+RANGES = {  # of an `AlignConfig`'s whole numbers; this tool writes no file with a number beyond them
     "latent_channels": (1, 8192),
     "out_channels": (1, 8192),
     "hidden_channels": (1, 8192),
@@ -37,7 +45,103 @@ RANGES = {  # of an `AlignConfig`'s whole numbers; a checkpoint beyond them is n
     "latent_stride": (1, 4096),
     "out_stride": (1, 4096),
 }
-CPU_PIXELS = 256 * 256  # image pixels that a VAE handles at once on a CPU
+
+
+class AlignError(ValueError):
+    """Inputs or a file that cannot be used. The message is one printable line: the thing, its value, the remedy."""
+
+    def __init__(self, message: str):
+        line = " ".join(message.split())
+        super().__init__("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Latent spaces
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """A latent space: its name, its grid, and the map between raw and scaled latents.
+
+    Scaled latents are `(fold(raw) - mean) / std`. diffusers' `(raw - shift_factor) * scaling_factor` is the case
+    `mean = shift_factor`, `std = 1 / scaling_factor` in every channel.
+
+    Attributes:
+        name: such as "sd15"; None for a space that has no name.
+        channels: of the scaled latents; stride: image pixels per scaled latent.
+        mean, std: one number per channel of the scaled latents.
+        fold: `fold` x `fold` raw latents become one scaled latent of `fold**2` times as many channels, in the order
+            (channel, row, column) of `torch.nn.functional.pixel_unshuffle`; 1 where the family folds nothing.
+    """
+
+    name: str | None
+    channels: int
+    stride: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fold: int = 1
+
+    def __post_init__(self):
+        if self.name is not None and not (isinstance(self.name, str) and 0 < len(self.name) <= 64):
+            raise AlignError(f"latent space {_shown(self.name)}: its name must be text of at most 64 letters")
+        for name, (low, high) in {"channels": (1, 8192), "stride": (1, 4096), "fold": (1, 16)}.items():
+            _require_whole(f"{name} of latent space {self.name}", getattr(self, name), low, high)
+        if self.channels % self.fold**2:
+            raise AlignError(f"latent space {self.name}: {self.channels} channels cannot hold {self.fold}x{self.fold} latents")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if not isinstance(values, (list, tuple)) or len(values) != self.channels or not all(map(_is_finite, values)):
+                raise AlignError(f"latent space {self.name}: its {name} must be {self.channels} numbers, one for each channel")
+            object.__setattr__(self, name, tuple(map(float, values)))
+        if min(self.std) <= 0:
+            raise AlignError(f"latent space {self.name}: its std holds {min(self.std)}; all must be above 0")
+
+    @classmethod
+    def from_scale(
+        cls, name: str | None, channels: int, stride: int, scaling_factor: float = 1.0, shift_factor: float = 0.0
+    ) -> LatentSpace:
+        """The space of diffusers' `(raw - shift_factor) * scaling_factor`."""
+        return cls(name, channels, stride, (shift_factor,) * channels, (1 / scaling_factor,) * channels)
+
+    @property
+    def map_is_known(self) -> bool:
+        """Whether raw latents are known: an unnamed space whose map does nothing is a tiny autoencoder's, which works on
+        scaled latents and does not say what the raw latents of its space are."""
+        return self.name is not None or any(self.mean) or any(value != 1 for value in self.std)
+
+    def __str__(self) -> str:
+        return f"{self.name or 'unnamed'} ({self.channels} channels, stride {self.stride})"
+
+    def to_scaled(self, raw: torch.Tensor) -> torch.Tensor:
+        """Raw latents (B, channels / fold², h · fold, w · fold) -> scaled latents (B, channels, h, w), in the same dtype."""
+        if raw.ndim != 4 or raw.shape[1] * self.fold**2 != self.channels or any(side % self.fold for side in raw.shape[2:]):
+            raise AlignError(
+                f"raw latents of shape {tuple(raw.shape)}: the space {self} has {self.channels // self.fold**2} raw channels "
+                f"and sides that are multiples of {self.fold}"
+            )
+        folded = F.pixel_unshuffle(raw, self.fold) if self.fold > 1 else raw
+        mean, std = self._moments(folded)
+        return (folded - mean) / std
+
+    def to_raw(self, scaled: torch.Tensor) -> torch.Tensor:
+        """The inverse of `to_scaled`."""
+        if scaled.ndim != 4 or scaled.shape[1] != self.channels:
+            raise AlignError(f"scaled latents of shape {tuple(scaled.shape)}: the space {self} has {self.channels} channels")
+        mean, std = self._moments(scaled)
+        folded = scaled * std + mean
+        return F.pixel_shuffle(folded, self.fold) if self.fold > 1 else folded
+
+    def _moments(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, std = (torch.tensor(values, dtype=latents.dtype, device=latents.device) for values in (self.mean, self.std))
+        return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+
+    def to_dict(self) -> dict:
+        """Plain JSON values, from which `from_dict` makes the space again."""
+        return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> LatentSpace:
+        return _from_dict(cls, values, "latent space")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -64,18 +168,25 @@ class AlignConfig:
     def __post_init__(self):
         types = tuple(kind for kind in ("image", "latent") if kind in self.input_types)
         if not types or not all(kind in types for kind in self.input_types):
-            raise UserError(f"input_types {shown(list(self.input_types))}: choose from image, latent, or both")
+            raise AlignError(f"input_types {_shown(list(self.input_types))}: choose from image, latent, or both")
         object.__setattr__(self, "input_types", types)
         for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise UserError(f"{name} {shown(value)}: must be a whole number from {low} to {high}")
+            _require_whole(name, getattr(self, name), low, high)
         if max(self.latent_stride, self.out_stride) % min(self.latent_stride, self.out_stride):
-            raise UserError(f"strides {self.latent_stride} and {self.out_stride}: one must be a multiple of the other")
+            raise AlignError(f"strides {self.latent_stride} and {self.out_stride}: one must be a multiple of the other")
+
+    def to_dict(self) -> dict:
+        """Plain JSON values, from which `from_dict` makes the config again."""
+        return asdict(self) | {"input_types": list(self.input_types)}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> AlignConfig:
+        """AlignError names a key that this version does not know: what it means for the module is unknown too."""
+        return _from_dict(cls, values, "architecture")
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(act(conv(act(x)))). No normalisation: latents carry their meaning in their level."""
+    """x + conv(act(conv(act(x)))). No normalisation: the level of latents carries meaning."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -112,6 +223,9 @@ class AlignModule(nn.Module):
 
     Convolutions only and no batch statistics: any size and aspect ratio, the same in training and in use. The buffers
     `ridge_weight` and `ridge_bias` keep the closed-form linear map that `start_from_ridge` was given.
+
+    `forward` computes and checks nothing, so that exporters can trace it with sizes left open; `check_inputs` says in words
+    what does not fit.
     """
 
     def __init__(self, config: AlignConfig):
@@ -132,51 +246,58 @@ class AlignModule(nn.Module):
         self.out = nn.Conv2d(hidden, config.out_channels, 3, padding=1)
 
     def forward(self, latents: torch.Tensor | None = None, image: torch.Tensor | None = None) -> torch.Tensor:
-        grid = self._output_grid(latents, image)
         hidden, skip = 0, 0
         if "latent" in self.config.input_types:
             latents = self.on_output_grid(latents)
             skip = self.linear(latents)
             hidden = self.latent_in(latents)
         if "image" in self.config.input_types:
-            features = self.image_in(image)
-            if features.shape[2:] != grid:
-                mode = "bilinear" if features.shape[2] < grid[0] else "area"  # bilinear would skip pixels of a finer grid
-                features = F.interpolate(features, size=grid, mode=mode)
-            hidden = hidden + features
+            hidden = hidden + self._features_on_output_grid(image)
         return skip + self.out(F.silu(self.blocks(hidden)))
 
-    def _output_grid(self, latents, image) -> torch.Size:
-        """The height and width of VAE2's latents for these inputs; UserError for inputs that do not fit."""
+    def _features_on_output_grid(self, image: torch.Tensor) -> torch.Tensor:
+        """The image's features, at VAE2's stride. Which operation leads there depends on the config alone, and no size is
+        read but to hand it on: an exporter can leave sizes open."""
+        features = self.image_in(image)
+        halved, stride = 2**self.config.downsample_times, self.config.out_stride
+        if halved == stride:
+            return features
+        if halved < stride and stride % halved == 0:
+            return F.avg_pool2d(features, stride // halved)  # bilinear would skip pixels of a finer grid
+        grid = (image.shape[2] // stride, image.shape[3] // stride)
+        return F.interpolate(features, size=grid, mode="area" if halved < stride else "bilinear")
+
+    def check_inputs(self, latents: torch.Tensor | None = None, image: torch.Tensor | None = None) -> None:
+        """AlignError unless `forward` can take these: latents (B, latent_channels, h, w), image (B, 3, H, W) in [-1, 1]."""
         config, grids = self.config, []
         for kind, name, tensor in (("latent", "latents", latents), ("image", "image", image)):
             if kind in config.input_types and tensor is not None and tensor.ndim != 4:
-                raise UserError(f"{name} of shape {tuple(tensor.shape)}: pass a batch, four dimensions")
+                raise AlignError(f"{name} of shape {tuple(tensor.shape)}: pass a batch, four dimensions")
         if "latent" in config.input_types:
             if latents is None:
-                raise UserError("this module takes VAE1's latents as input; pass latents=")
+                raise AlignError("this module takes VAE1's latents as input; pass latents=")
             if latents.shape[1] != config.latent_channels:
-                raise UserError(f"latents have {latents.shape[1]} channels; this module takes {config.latent_channels}")
+                raise AlignError(f"latents have {latents.shape[1]} channels; this module takes {config.latent_channels}")
             grids.append([side * config.latent_stride / config.out_stride for side in latents.shape[2:]])
         if "image" in config.input_types:
             if image is None:
-                raise UserError("this module takes the image as input; pass image=, float NCHW in [-1, 1]")
+                raise AlignError("this module takes the image as input; pass image=, float NCHW in [-1, 1]")
             if image.shape[1] != 3:
-                raise UserError(f"the image has {image.shape[1]} channels; this module takes RGB")
+                raise AlignError(f"the image has {image.shape[1]} channels; this module takes RGB")
             if "latent" in config.input_types and len(latents) != len(image):
-                raise UserError(f"{count_of(len(latents), 'latent')} and {count_of(len(image), 'image')}: must be as many")
+                raise AlignError(f"batches of {len(latents)} latents and of {len(image)} images: must be as many")
             grids.append([side / config.out_stride for side in image.shape[2:]])
-        height, width = grids[0]
         if grids[-1] != grids[0]:
-            raise UserError(
+            raise AlignError(
                 f"an image of {image.shape[2]}x{image.shape[3]} px does not belong to latents of "
-                f"{latents.shape[2]}x{latents.shape[3]}"
+                f"{latents.shape[2]}x{latents.shape[3]}, which stand for {latents.shape[2] * config.latent_stride}x"
+                f"{latents.shape[3] * config.latent_stride} px"
             )
-        if not (height.is_integer() and width.is_integer()):
-            raise UserError(
-                f"the inputs cover {height:g}x{width:g} of VAE2's latents; image sides must be multiples of its stride"
+        if not all(side > 0 and side.is_integer() for side in grids[0]):
+            raise AlignError(
+                f"the inputs cover {grids[0][0]:g}x{grids[0][1]:g} of VAE2's latents; image sides must be multiples of "
+                f"{max(config.out_stride, config.latent_stride)} px"
             )
-        return torch.Size((int(height), int(width)))
 
     def on_output_grid(self, latents: torch.Tensor) -> torch.Tensor:
         """VAE1's latents on VAE2's grid: folded into channels where VAE1's is finer, repeated where it is coarser."""
@@ -214,82 +335,347 @@ class AlignModule(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The pipeline
+
+
+class AlignPipeline:
+    """A trained module and the two latent spaces that it joins. Works without either VAE.
+
+    Attributes:
+        module: the `AlignModule`. The dtype of its weights is the dtype in which `translate` computes.
+        space1, space2: the `LatentSpace`s of VAE1 and VAE2; unnamed ones where the constructor is given none.
+        figures: what an evaluation measured of the module, as plain JSON values; {} where nothing is known.
+    """
+
+    def __init__(
+        self,
+        module: AlignModule,
+        space1: LatentSpace | None = None,
+        space2: LatentSpace | None = None,
+        figures: dict | None = None,
+    ):
+        config = module.config
+        self.module = module.to(memory_format=torch.channels_last)  # the faster layout on CPUs and on tensor cores
+        self.space1 = space1 or LatentSpace.from_scale(None, config.latent_channels, config.latent_stride)
+        self.space2 = space2 or LatentSpace.from_scale(None, config.out_channels, config.out_stride)
+        self.figures = figures or {}
+        _require_own_spaces(config, self.space1, self.space2)
+
+    @property
+    def config(self) -> AlignConfig:
+        return self.module.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.out.weight.device
+
+    @property
+    def uses_image(self) -> bool:
+        return "image" in self.config.input_types
+
+    @property
+    def uses_latents(self) -> bool:
+        return "latent" in self.config.input_types
+
+    def to(self, *args, **kwargs) -> AlignPipeline:
+        """Move the module as `torch.nn.Module.to` does: to a device, a floating-point dtype, or both. AlignError for a dtype
+        in which the module cannot compute."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.dtype) and value not in COMPUTE_DTYPES:
+                raise AlignError(f"dtype {value}: the module computes in {', '.join(map(str, COMPUTE_DTYPES))}")
+        self.module.to(*args, **kwargs)
+        return self
+
+    @torch.no_grad()
+    def translate(
+        self, latents: torch.Tensor | None = None, image: torch.Tensor | None = None, raw: bool = False
+    ) -> torch.Tensor:
+        """VAE1's latents (B, C1, h, w) -> VAE2's latents (B, C2, h', w'), with the device and dtype of what came in.
+
+        Args:
+            latents: VAE1's scaled latents, or with `raw` its raw latents.
+            image: float NCHW in [-1, 1]; modules that were trained with the image need it, the others ignore it.
+            raw: raw latents in, raw latents out. AlignError where the file does not say what a space's raw latents are.
+
+        The computation runs on the module's device and in the dtype of its weights.
+        """
+        given = latents if self.uses_latents else image
+        if given is None:
+            self.module.check_inputs(latents, image)
+        latents, image = latents if self.uses_latents else None, image if self.uses_image else None
+        for name, tensor in (("latents", latents), ("image", image)):
+            if tensor is not None and not tensor.is_floating_point():
+                raise AlignError(f"{name} of type {tensor.dtype}: pass floating-point numbers")
+        if raw:
+            self._require_maps()
+        if latents is not None:
+            self._require_channels(latents, raw)
+            latents = self.space1.to_scaled(latents.float()) if raw else latents
+        weight = self.module.out.weight
+        latents, image = (each if each is None else each.to(weight.device, weight.dtype) for each in (latents, image))
+        self.module.check_inputs(latents, image)
+        translated = self.module(latents, image)
+        return (self.space2.to_raw(translated.float()) if raw else translated).to(given.device, given.dtype)
+
+    def _require_channels(self, latents: torch.Tensor, raw: bool) -> None:
+        """AlignError that names the space to which latents of another number of channels may belong."""
+        own, other = (space.channels // (space.fold**2 if raw else 1) for space in (self.space1, self.space2))
+        if latents.ndim == 4 and latents.shape[1] != own:
+            hint = ""
+            if latents.shape[1] == other:
+                hint = f"; these look like latents of {self.space2}, which this module gives and does not take"
+            raise AlignError(f"latents have {latents.shape[1]} channels; this module takes {own}: {self.space1}{hint}")
+
+    def _require_maps(self) -> None:
+        spaces = {"VAE1": self.space1, "VAE2": self.space2} if self.uses_latents else {"VAE2": self.space2}
+        for vae, space in spaces.items():
+            if not space.map_is_known:
+                raise AlignError(
+                    f"raw=True: the file does not name {vae}'s latent space, so its raw latents are unknown. Pass scaled "
+                    f"latents, or set pipeline.space{vae[-1]} to a LatentSpace"
+                )
+
+    def save_pretrained(self, path: str | os.PathLike, **more) -> Path:
+        """Write the module, both spaces and the figures as one .safetensors file, and return its path.
+
+        Args:
+            path: a file if it ends in .safetensors, else a folder, which gets `model.safetensors` and a `config.json`
+                with the same description for readers of text. A file that is there is replaced, atomically.
+            more: further plain JSON values for the description.
+
+        The weights keep their dtype. Needs safetensors and numpy. AlignError when the file cannot be written.
+        """
+        path = Path(path)
+        file = path if path.suffix == ".safetensors" else path / PRETRAINED_NAME
+        description = {
+            "format": CHECKPOINT_FORMAT,
+            "format_number": FORMAT_NUMBER,
+            "align_config": self.config.to_dict(),
+            "space1": self.space1.to_dict(),
+            "space2": self.space2.to_dict(),
+            "figures": self.figures,
+            **more,
+        }
+        try:
+            content = _safetensors_bytes(self.module.state_dict(), description)
+            if file != path:
+                text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False)
+                _write_atomically(path / "config.json", (text + "\n").encode())
+            _write_atomically(file, content)
+        except ImportError as error:
+            raise AlignError(f"{file}: cannot be written without {error.name}; install it") from None
+        except OSError as error:
+            raise AlignError(f"{file}: cannot be written ({_one_line(error)}); name another place") from None
+        return file
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> AlignPipeline:
+        """The pipeline of a .safetensors file, or of a folder that `save_pretrained` wrote.
+
+        Args:
+            device: of the module; dtype: of its weights, and so of the computation, whatever they are stored in.
+        """
+        path = Path(path)
+        return cls._from_content(read_checkpoint(path / PRETRAINED_NAME if os.path.isdir(path) else path), device, dtype)
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> AlignPipeline:
+        """The pipeline of a checkpoint of a training run (.pth), of a .safetensors file, or of the newest checkpoint in a
+        folder. `device` and `dtype`: see `from_pretrained`. Executes no code from the file."""
+        return cls._from_content(read_checkpoint(path), device, dtype)
+
+    @classmethod
+    def _from_content(cls, content: dict, device, dtype) -> AlignPipeline:
+        return cls(module_of(content), *spaces_of(content), content["metrics"]).to(device, dtype)
+
+
+def module_of(content: dict) -> AlignModule:
+    """The module of a checkpoint's content (see `read_checkpoint`), in eval mode, float32, on the CPU."""
+    module = AlignModule(AlignConfig.from_dict(content["align_config"]))
+    module.load_state_dict(content["state_dict"])
+    return module.eval()
+
+
+def spaces_of(content: dict) -> tuple[LatentSpace, LatentSpace]:
+    """The latent spaces of VAE1 and VAE2 that a checkpoint's content records; unnamed ones in files that are older than
+    names, with the scale and shift that those files hold."""
+
+    def space(recorded):
+        if "space" in recorded:
+            return LatentSpace.from_dict(recorded["space"])
+        scale, shift = recorded.get("scaling_factor", 1.0), recorded.get("shift_factor", 0.0)
+        if not (_is_finite(scale) and _is_finite(shift) and scale > 0):
+            raise AlignError(f"its scaling_factor {_shown(scale)} and shift_factor {_shown(shift)} are no scale and shift")
+        return LatentSpace.from_scale(None, recorded["channels"], recorded["stride"], scale, shift)
+
+    return space(content["vae1"]), space(content["vae2"])
+
+
+def _require_own_spaces(config: AlignConfig, space1: LatentSpace, space2: LatentSpace) -> None:
+    for space, side in ((space1, "latent"), (space2, "out")):
+        for name in ("channels", "stride"):
+            own, needed = getattr(space, name), getattr(config, f"{side}_{name}")
+            if own != needed:
+                raise AlignError(f"{name} {own} of the latent space {space} contradicts the module's {side}_{name} {needed}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The file
 
 
 def checkpoints_in(folder: str | os.PathLike) -> list[Path]:
-    """The checkpoints in a folder, newest first; a renamed copy has no time stamp and does not count."""
+    """The training checkpoints in a folder, newest first; a renamed copy has no time stamp and does not count."""
     return sorted(Path(folder).glob(f"{CHECKPOINT_PREFIX}_[0-9]*_[0-9]*.pth"), reverse=True)
 
 
 def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict]:
-    """(path, content) of the newest checkpoint in `folder` that is undamaged; UserError if there is none."""
-    failure = f"no {CHECKPOINT_PREFIX}_YYYYMMDD_HHMMSS.pth in this folder"
+    """(path, content) of the newest undamaged checkpoint in `folder`, or of its `model.safetensors` where it has no training
+    checkpoints; AlignError if there is neither."""
+    failure = f"no {CHECKPOINT_PREFIX}_YYYYMMDD_HHMMSS.pth and no {PRETRAINED_NAME} in this folder"
     for path in checkpoints_in(folder):
         try:
             return path, read_checkpoint(path)
-        except UserError as error:
+        except AlignError as error:
             failure = str(error)
             log.warning("%s; trying the one before it", error)
-    raise UserError(f"checkpoint {folder}: {failure}")
+    pretrained = Path(folder) / PRETRAINED_NAME
+    if os.path.lexists(pretrained):
+        return pretrained, read_checkpoint(pretrained)
+    raise AlignError(f"checkpoint {folder}: {failure}")
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
     """The content of a checkpoint as plain values and tensors on the CPU; of a folder, its newest undamaged one.
 
-    UserError if it is not ours or damaged: the checksum of every part is compared (CRC-32, which the file's zip format
-    stores and `torch.load` ignores), and that the parts belong together, before any memory is taken for them.
+    A .pth file holds what a training run wrote. A .safetensors file gives a dict of the same keys, without what it does not
+    carry: `config` is empty, `step` and `epoch` are 0, `metrics` are its figures. In both `align_config` and `state_dict`
+    make the module (`module_of`), and `vae1` and `vae2` say what is known of the VAEs (`spaces_of`).
+
+    AlignError if the file is not ours, newer than this code, or damaged: checksums are compared, and the parts must belong
+    together, before any memory is taken for what the file claims. Executes no code from the file.
     """
     path = Path(path)
     if os.path.isdir(path):  # `Path.is_dir` fails for too long a name
         return newest_checkpoint(path)[1]
     try:
-        require_regular(path)
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe waits for a writer, a device may never end
+            raise OSError("a pipe, socket or device, not a file")
         with open(path, "rb") as file:
-            zipped = file.read(2) == b"PK"
+            start = file.read(9)
     except FileNotFoundError:
-        raise UserError(f"checkpoint {path}: no such file") from None
+        raise AlignError(f"checkpoint {path}: no such file") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {path}: cannot be read ({one_line(error)})") from None
-    if zipped:
-        _compare_checksums(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        why = " (it asks to run code, which is refused)" if "GLOBAL" in str(error).upper() else ""
-        raise UserError(f"checkpoint {path}: not a checkpoint of this tool{why}") from None
-    except Exception as error:  # truncated or foreign files fail inside zipfile, pickle or torch, each with its own error
-        raise UserError(f"checkpoint {path}: damaged or not a checkpoint ({one_line(error)})") from None
+        raise AlignError(f"checkpoint {path}: cannot be read ({_one_line(error)})") from None
+    safetensors = path.suffix == ".safetensors" or start[8:] == b"{"
+    content = _read_safetensors(path) if safetensors else _read_torch(path, zipped=start.startswith(b"PK"))
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
-        raise UserError(f"checkpoint {path}: not a checkpoint of this tool; give a file that train_align_with_args.py wrote")
+        raise AlignError(f"checkpoint {path}: not a checkpoint of this tool; give a file that its training or export wrote")
     try:
-        known = {field.name for field in fields(AlignConfig)}
-        content["align_config"] = {name: value for name, value in content["align_config"].items() if name in known}
-        _check_content(content, AlignConfig(**content["align_config"]))
-    except UserError as error:
-        raise UserError(f"checkpoint {path}: {error}") from None
+        number = content.get("format_number", 0)
+        _require_whole("format_number", number, 0, 1 << 40)
+        if number > FORMAT_NUMBER:
+            raise AlignError(f"its format is number {number}, this code knows {FORMAT_NUMBER}; use a newer version of it")
+        if safetensors:
+            content = _as_training_content(content)
+        _check_content(content)
+    except AlignError as error:
+        raise AlignError(f"checkpoint {path}: {error}") from None
     except (AttributeError, KeyError, TypeError):
-        raise UserError(f"checkpoint {path}: incomplete; it was not written by this tool") from None
+        raise AlignError(f"checkpoint {path}: incomplete; it was not written by this tool") from None
     return content
 
 
+def _read_torch(path: Path, zipped: bool):
+    if zipped:
+        _compare_checksums(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        why = " (it asks to run code, which is refused)" if "GLOBAL" in str(error).upper() else ""
+        raise AlignError(f"checkpoint {path}: not a checkpoint of this tool{why}") from None
+    except Exception as error:  # truncated or foreign files fail inside zipfile, pickle or torch, each with its own error
+        raise AlignError(f"checkpoint {path}: damaged or not a checkpoint ({_one_line(error)})") from None
+
+
 def _compare_checksums(path: Path) -> None:
-    """UserError unless every part of a zipped checkpoint matches its checksum."""
+    """AlignError unless every part of a zipped checkpoint matches the CRC-32 that zip stores and `torch.load` ignores."""
     try:
         with zipfile.ZipFile(path) as parts:
-            if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
-                raise UserError(f"checkpoint {path}: not a checkpoint of this tool, which compresses nothing")
-            damaged = parts.testzip()
-    except UserError:
-        raise
+            compressed = any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist())
+            damaged = None if compressed else parts.testzip()
     except Exception as error:  # a damaged zip makes zipfile, struct and the codecs fail, each in its own way
-        raise UserError(f"checkpoint {path}: damaged ({one_line(error)})") from None
+        raise AlignError(f"checkpoint {path}: damaged ({_one_line(error)})") from None
+    if compressed:
+        raise AlignError(f"checkpoint {path}: not a checkpoint of this tool, which compresses nothing")
     if damaged:
-        raise UserError(f"checkpoint {path}: damaged ({damaged} does not match its checksum)")
+        raise AlignError(f"checkpoint {path}: damaged ({damaged} does not match its checksum)")
 
 
-def _check_content(content: dict, config: AlignConfig) -> None:
-    """AttributeError, KeyError, TypeError or a UserError unless a checkpoint's parts are of their kinds and agree."""
+def _read_safetensors(path: Path):
+    """The description in the file's metadata, with the tensors as its `state_dict`; None for a file without one."""
+    try:
+        from safetensors import safe_open
+    except ImportError:
+        raise AlignError(f"checkpoint {path}: reading a .safetensors file needs the package safetensors; install it") from None
+    try:
+        with safe_open(path, "pt") as file:
+            description = json.loads((file.metadata() or {}).get("vae_align", "null"))
+            if not isinstance(description, dict):
+                return None
+            description["state_dict"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        checksum = _crc_of_tensors(path.read_bytes())
+    except Exception as error:  # whatever is wrong with the file, safetensors and json have errors of their own for it
+        raise AlignError(f"checkpoint {path}: damaged or not a checkpoint ({_one_line(error)})") from None
+    if description.get("crc32") != checksum:
+        raise AlignError(f"checkpoint {path}: damaged (its tensors do not match their checksum)")
+    return description
+
+
+def _safetensors_bytes(tensors: dict, description: dict) -> bytes:
+    """A .safetensors file with `description` as JSON in its metadata, beside a checksum of the tensors."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    description = description | {"crc32": _crc_of_tensors(save(tensors))}
+    return save(tensors, {"format": "pt", "vae_align": json.dumps(description, allow_nan=False)})
+
+
+def _crc_of_tensors(file: bytes) -> int:
+    """CRC-32 of what follows a .safetensors file's header, whose length is in the file's first 8 bytes."""
+    return zlib.crc32(memoryview(file)[8 + int.from_bytes(file[:8], "little") :])
+
+
+def _as_training_content(description: dict) -> dict:
+    """A .safetensors file's description with the keys of a training checkpoint."""
+    vaes = {}
+    for number, recorded in enumerate(description.get("vaes") or [None, None], 1):
+        space = LatentSpace.from_dict(description[f"space{number}"])
+        vaes[f"vae{number}"] = {
+            "path": recorded,
+            "subfolder": None,
+            "channels": space.channels,
+            "stride": space.stride,
+            "space": space.to_dict(),
+        }
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "format_number": description["format_number"],
+        "align_config": description["align_config"],
+        "state_dict": description["state_dict"],
+        "config": {},
+        "step": 0,
+        "epoch": 0,
+        "metrics": description["figures"],
+    } | vaes
+
+
+def _check_content(content: dict) -> None:
+    """AttributeError, KeyError, TypeError or an AlignError unless a checkpoint's parts are of their kinds and agree."""
+    config = AlignConfig.from_dict(content["align_config"])
     if not all(isinstance(content[name], dict) for name in ("state_dict", "vae1", "vae2", "config", "metrics")):
         raise TypeError
     for name, side in (("vae1", "latent"), ("vae2", "out")):
@@ -297,27 +683,77 @@ def _check_content(content: dict, config: AlignConfig) -> None:
         if not all(isinstance(recorded[part], (str, type(None))) for part in ("path", "subfolder")):
             raise TypeError
         if any(recorded[part] != getattr(config, f"{side}_{part}") for part in ("channels", "stride")):
-            raise UserError(f"its description of {name} contradicts its module's")
-    numbers = {"step": content["step"], "seed": content["config"].get("seed", 0)}
-    for name, value in (numbers | {"image_size": content["config"].get("image_size", 0)}).items():
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 40:
-            raise UserError(f"its {name} is {shown(value)}")
+            raise AlignError(f"its description of {name} contradicts its module's")
+    _require_own_spaces(config, *spaces_of(content))
+    _require_whole("its step", content["step"], 0, 1 << 40)
+    for name in ("seed", "image_size"):
+        _require_whole(f"its {name}", content["config"].get(name, 0), 0, 1 << 40)
     if not isinstance(content["epoch"], (int, float)) or not isinstance(content["config"].get("precision", ""), str):
         raise TypeError
+    _check_weights(content["state_dict"], config)
 
-    weights = content["state_dict"]
-    misfit = UserError("its weights do not fit its own description")
+
+def _check_weights(weights: dict, config: AlignConfig) -> None:
+    """AlignError unless these are a module's weights and buffers, of its shapes and finite."""
+    misfit = "its weights do not fit its own description"
     if config.num_blocks > len(weights):  # also keeps what follows short
-        raise misfit
+        raise AlignError(misfit)
     with torch.device("meta"):  # shapes without memory
         expected = AlignModule(config).state_dict()
     if weights.keys() != expected.keys():
         strange = sorted(map(str, weights.keys() ^ expected.keys()))
-        raise UserError(f"{misfit} ({strange[0]} is missing or has no place)")
+        raise AlignError(f"{misfit} ({strange[0]} is missing or has no place)")
     for name, tensor in weights.items():
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or not tensor.is_floating_point():
-            raise UserError(f"{misfit} ({name} holds no weights)")
+            raise AlignError(f"{misfit} ({name} holds no weights)")
         if tensor.shape != expected[name].shape:
-            raise UserError(f"{misfit} ({name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)})")
+            raise AlignError(f"{misfit} ({name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)})")
         if tensor.is_meta or not tensor.isfinite().all():
-            raise UserError(f"{name} holds values that are not finite; give an earlier checkpoint")
+            raise AlignError(f"{name} holds values that are not finite; give an earlier checkpoint")
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    """A reader sees the old file or the whole new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Values and words
+
+
+def _from_dict(cls, values: dict, what: str):
+    """`cls(**values)`; AlignError names a key that `cls` does not know."""
+    unknown = sorted(map(str, values.keys() - {field.name for field in fields(cls)}))
+    if unknown:
+        raise AlignError(f"unknown key {_shown(unknown[0])} in its {what}: written by a newer version, or by another tool")
+    return cls(**values)
+
+
+def _require_whole(name: str, value, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise AlignError(f"{name} {_shown(value)}: must be a whole number from {low} to {high}")
+
+
+def _is_finite(value) -> bool:
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) < 1e30 and math.isfinite(value)
+
+
+def _shown(value) -> str:
+    """`value` as an error message shows it: its repr, of at most a few hundred characters."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxlong = short.maxother = 100
+    return short.repr(value)
+
+
+def _one_line(error: BaseException, limit: int = 300) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"

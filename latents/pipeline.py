@@ -2,99 +2,97 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import os
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from latents.spaces import Codec
-from latents.vaes import load_vae_model
+from latents.vaes import FrozenVAE, load_vae_model
 from runtime.device import physical_memory
 from utils import UserError, atomic_file, next_stamp, one_line
-from vae_align import CHECKPOINT_FORMAT, CHECKPOINT_PREFIX, AlignConfig, AlignModule, ResidualBlock, read_checkpoint
+from vae_align import (
+    CHECKPOINT_FORMAT,
+    CHECKPOINT_PREFIX,
+    FORMAT_NUMBER,
+    AlignConfig,
+    AlignModule,
+    AlignPipeline,
+    LatentSpace,
+    ResidualBlock,
+    module_of,
+    read_checkpoint,
+    spaces_of,
+)
 
-log = logging.getLogger(__name__)
 
-
-def build_module(config: AlignConfig) -> AlignModule:
-    """A new `AlignModule`, started at random; UserError when this machine's memory could not hold it."""
+def require_memory_for(config: AlignConfig) -> None:
+    """UserError when this machine's memory could not hold a module of that config, in float32."""
     with torch.device("meta"):
         parts = AlignModule(replace(config, num_blocks=0)), ResidualBlock(config.hidden_channels)
     rest, block = (sum(parameter.numel() for parameter in part.parameters()) for part in parts)
-    parameters, memory = rest + config.num_blocks * block, physical_memory()
-    if 4 * parameters > memory:  # float32
+    parameters = rest + config.num_blocks * block
+    memory = physical_memory()
+    if 4 * parameters > memory:
         raise UserError(
-            f"--hidden_channels {config.hidden_channels} --num_blocks {config.num_blocks}: {parameters / 1e6:.0f} M parameters "
+            f"hidden_channels {config.hidden_channels}, num_blocks {config.num_blocks}: {parameters / 1e6:.0f} M parameters "
             f"do not fit into this machine's {memory / 1e9:.0f} GB; lower one of them"
         )
-    return AlignModule(config)
 
 
-class PipelineWithVAEs:
-    """Two frozen VAEs and the module between them.
+class PipelineWithVAEs(AlignPipeline):
+    """An `AlignPipeline` together with the frozen VAEs of its two spaces.
 
     Attributes:
         module: the `AlignModule` that is judged, used and saved. float32.
         training_module: the one that the optimizer moves: the same, unless `module` is its running average.
-        codec1, codec2: `Codec`s of VAE1 and VAE2. The constructor also takes functions that return them, called
-            when something first asks: so a checkpoint's pipeline translates on a machine that has neither VAE.
+        codec1, codec2: the VAEs behind their conventions. A checkpoint's pipeline opens them when something first asks, so it
+            translates on a machine that has neither.
         progress: what a checkpoint says of its training: `step`, `epoch`, `metrics`, `config`.
     """
 
-    def __init__(self, module: AlignModule, codec1, codec2):
-        # channels_last is worth a third of the training time on a CPU, and what tensor cores want
-        self.module = self.training_module = module.to(memory_format=torch.channels_last)
-        self._codecs = [codec1, codec2]
-        self.progress = {"step": 0, "epoch": 0, "metrics": {}, "config": {}}
+    def __init__(self, module: AlignModule, codec1: Codec | None, codec2: Codec | None):
+        """A codec may be None where nothing is encoded or decoded with it."""
+        super().__init__(module, codec1 and codec1.space, codec2 and codec2.space)
+        self._begin(lambda: codec1, lambda: codec2)
 
-    def _codec(self, index: int) -> Codec:
-        if callable(self._codecs[index]):
-            self._codecs[index] = self._codecs[index]()
-            self._codecs[index].vae.to(self.device)
-        return self._codecs[index]
+    def _begin(self, open_codec1: Callable[[], Codec], open_codec2: Callable[[], Codec]) -> None:
+        self.training_module = self.module
+        self.progress = {"step": 0, "epoch": 0, "metrics": {}, "config": {}}
+        self._openers = {1: open_codec1, 2: open_codec2}
+        self._opened = {}
+
+    def _codec(self, number: int) -> Codec:
+        if number not in self._opened:
+            self._opened[number] = self._openers[number]()
+            self._opened[number].vae.to(self.device)
+        return self._opened[number]
 
     @property
     def codec1(self) -> Codec:
-        return self._codec(0)
-
-    @property
-    def codec2(self) -> Codec:
         return self._codec(1)
 
     @property
-    def config(self) -> AlignConfig:
-        return self.module.config
+    def codec2(self) -> Codec:
+        return self._codec(2)
 
     @property
-    def vae1(self):
+    def vae1(self) -> FrozenVAE:
         return self.codec1.vae
 
     @property
-    def vae2(self):
+    def vae2(self) -> FrozenVAE:
         return self.codec2.vae
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.module.parameters()).device
-
     def to(self, device: str | torch.device) -> PipelineWithVAEs:
+        """Move the module and the VAEs; the module stays in float32, in which it trains."""
         self.module.to(device)
         self.training_module.to(device)
-        for space in self._codecs:
-            if not callable(space):
-                space.vae.to(device)
+        for codec in self._opened.values():
+            codec.vae.to(device)
         return self
-
-    @property
-    def uses_image(self) -> bool:
-        return "image" in self.config.input_types
-
-    @property
-    def uses_latents(self) -> bool:
-        return "latent" in self.config.input_types
 
     def encode_batch(
         self, batch: dict, sample: bool = False, generator: torch.Generator | None = None, images_needed: bool = False
@@ -119,21 +117,6 @@ class PipelineWithVAEs:
             inputs["latents"] = latents("latents1", lambda: self.codec1)
         return inputs, latents("latents2", lambda: self.codec2), images
 
-    @torch.no_grad()
-    def translate(self, latents: torch.Tensor | None, image: torch.Tensor | None = None) -> torch.Tensor:
-        """VAE1's scaled latents (B, C1, h, w) -> VAE2's scaled latents (B, C2, h', w'), in the dtype that came in.
-
-        `image`, float NCHW in [-1, 1], is needed by modules that were trained with it and ignored by the others.
-        Works without either VAE.
-        """
-        given = latents if latents is not None else image
-        if given is None:
-            raise UserError("translate: pass latents, an image, or both, as the module was trained")
-        take = {"device": self.device, "dtype": torch.float32}
-        latents = latents.to(**take) if latents is not None else None
-        image = image.to(**take) if image is not None else None
-        return self.module(latents, image).to(given.device, given.dtype)
-
     def save_checkpoint(
         self, folder: str | os.PathLike, config: dict, step: int, epoch: float, metrics: dict, name=None, **more
     ) -> Path:
@@ -145,7 +128,8 @@ class PipelineWithVAEs:
         """
         content = {
             "format": CHECKPOINT_FORMAT,
-            "align_config": asdict(self.config) | {"input_types": list(self.config.input_types)},
+            "format_number": FORMAT_NUMBER,
+            "align_config": self.config.to_dict(),
             "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in self.module.state_dict().items()},
             "vae1": self.codec1.identity,
             "vae2": self.codec2.identity,
@@ -168,7 +152,7 @@ class PipelineWithVAEs:
     @classmethod
     def from_checkpoint(
         cls,
-        path: str | os.PathLike,
+        path: str | os.PathLike | dict,
         vae1=None,
         vae2=None,
         device="cpu",
@@ -177,43 +161,50 @@ class PipelineWithVAEs:
         vae1_subfolder=None,
         vae2_subfolder=None,
     ) -> PipelineWithVAEs:
-        """A pipeline from `save_checkpoint`'s file. Executes no code from the file.
+        """A pipeline from `save_checkpoint`'s file or a shared .safetensors file. Executes no code from the file.
 
         Args:
+            path: the file, or its content as `read_checkpoint` gave it.
             vae1, vae2: a VAE, or a folder or hub id in place of the recorded one; by default the VAE that the checkpoint
                 names, read only when something other than `translate` asks for it.
             device, dtype: of the VAEs; the module stays in float32.
             vae1_subfolder, vae2_subfolder: in place of the recorded ones.
         """
-        content = read_checkpoint(path)
-        module = build_module(AlignConfig(**content["align_config"]))
-        module.load_state_dict(content["state_dict"])
+        content = path if isinstance(path, dict) else read_checkpoint(path)
+        spaces = spaces_of(content)
         options = {"cache_dir": cache_dir, "device": device, "dtype": dtype}
-        spaces = [
-            functools.partial(_recorded_codec, content[name], given, subfolder, f"--{name}_path", options)
-            for name, given, subfolder in (("vae1", vae1, vae1_subfolder), ("vae2", vae2, vae2_subfolder))
-        ]
-        pipeline = cls(module.to(device).eval(), *spaces)
+
+        def opener(number, given, subfolder):
+            recorded = content[f"vae{number}"]
+            return lambda: _open_codec(f"VAE{number}", recorded, spaces[number - 1], given, subfolder, options)
+
+        pipeline = cls.__new__(cls)
+        AlignPipeline.__init__(pipeline, module_of(content).to(device), *spaces, content["metrics"])
+        pipeline._begin(opener(1, vae1, vae1_subfolder), opener(2, vae2, vae2_subfolder))
         pipeline.progress = {name: content[name] for name in ("step", "epoch", "metrics", "config")}
         return pipeline
 
 
-def _recorded_codec(recorded: dict, given, subfolder: str | None, flag: str, options: dict) -> Codec:
-    """The latent space that a checkpoint names, from `given` (a VAE, a folder, a hub id) or from where it was recorded."""
-    path, subfolder = recorded["path"], recorded["subfolder"] if subfolder is None else subfolder
+def _open_codec(label: str, recorded: dict, space: LatentSpace, given, subfolder: str | None, options: dict) -> Codec:
+    """The codec of a checkpoint's VAE, from `given` (a VAE, a folder, a hub id) or from where it was recorded. UserError if its
+    latent space is another one than the checkpoint's."""
+    path = recorded["path"]
+    subfolder = recorded["subfolder"] if subfolder is None else subfolder
     if given is None or isinstance(given, (str, os.PathLike)):
         path = str(given or path or "")
         if not path:
-            raise UserError(f"the checkpoint does not say where this VAE is; name it with {flag}")
-        given = load_vae_model(path, subfolder, **options, flag=flag)
-    space = Codec(given, path, subfolder)
+            raise UserError(f"{label}: the checkpoint does not say where it is; name a folder or a hub id")
+        given = load_vae_model(path, subfolder, **options, label=label)
+    codec = Codec(given, path, subfolder)
     for name in ("channels", "stride"):
-        if space.identity[name] != recorded[name]:
+        if getattr(codec, name) != getattr(space, name):
             raise UserError(
-                f"{flag} {path}: its latents have {name} {space.identity[name]}, those of the checkpoint's VAE "
-                f"{recorded[name]}; name a VAE of the same latent space"
+                f"{label} {path}: its latents have {name} {getattr(codec, name)}, those of the checkpoint's VAE "
+                f"{getattr(space, name)}; name a VAE of the same latent space"
             )
-    return space
+    if codec.space.name and space.name and codec.space.name != space.name:
+        raise UserError(f"{label} {path}: its latent space is {codec.space.name}, the checkpoint's is {space.name}")
+    return codec
 
 
 def encoded_batches(

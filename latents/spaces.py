@@ -1,70 +1,125 @@
-"""The conventions of latent spaces: which numbers make latents scaled latents, and a frozen VAE behind them."""
+"""The named latent spaces, their conventions, and the codec: one frozen VAE that speaks scaled latents.
+
+Raw latents are what a VAE's encoder gives. Scaled latents are what diffusion models work in: `(raw - shift) * scale`, with one
+shift and scale per channel. Outside this file latents are scaled latents.
+"""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import math
 from pathlib import Path
 
 import torch
 
-from latents.vaes import LazyVAE, freeze, image_stride
+from latents.vaes import FrozenVAE, raw_latents
 from runtime.device import is_out_of_memory, release_memory
-from utils import UserError, count_of, file_digest, shown
+from utils import UserError, count_of, shown
+from vae_align import LatentSpace
 
 log = logging.getLogger(__name__)
 
 CPU_PIXELS = 256 * 256  # image pixels that a VAE handles at once on a CPU
+PLAYGROUND_MEAN = (-1.6574, 1.886, -1.383, 2.5155)
+PLAYGROUND_STD = (8.4927, 5.9022, 6.5498, 5.2299)
+
+# The constants are those of the families' own VAE configs; ComfyUI's latent formats have the same numbers.
+SPACES = {
+    space.name: space
+    for space in (
+        LatentSpace.from_scale("sd15", 4, 8, 0.18215),
+        LatentSpace.from_scale("sdxl", 4, 8, 0.13025),
+        LatentSpace.from_scale("sd3", 16, 8, 1.5305, 0.0609),
+        LatentSpace.from_scale("flux1", 16, 8, 0.3611, 0.1159),
+        LatentSpace("playground25", 4, 8, PLAYGROUND_MEAN, tuple(value / 0.5 for value in PLAYGROUND_STD)),
+    )
+}
+# Tiny autoencoders give scaled latents, so their own scale is 1 and says nothing; these hub ids say which space it is.
+TINY_AUTOENCODERS = {
+    "madebyollin/taesd": "sd15",
+    "madebyollin/taesdxl": "sdxl",
+    "madebyollin/taesd3": "sd3",
+    "madebyollin/taef1": "flux1",
+}
+
+
+def named_space(name: str) -> LatentSpace:
+    """The latent space of that name; UserError lists the names."""
+    if name not in SPACES:
+        raise UserError(f"latent space {shown(name)}: unknown; choose from {', '.join(SPACES)}")
+    return SPACES[name]
+
+
+def recognised(space: LatentSpace) -> LatentSpace:
+    """The named space with these numbers, or `space` itself."""
+    return next((known for known in SPACES.values() if _same_numbers(known, space)), space)
+
+
+def _same_numbers(first: LatentSpace, second: LatentSpace) -> bool:
+    if (first.channels, first.stride, first.fold) != (second.channels, second.stride, second.fold):
+        return False
+    numbers = zip((*first.mean, *first.std), (*second.mean, *second.std))
+    return all(math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-6) for one, other in numbers)
 
 
 class Codec:
     """One frozen VAE behind the project's conventions: images in [-1, 1], scaled latents, float32 out.
 
-    `identity` is what a checkpoint stores of it: where it came from, its class, channels, stride, scale and shift.
+    Attributes:
+        vae: the `FrozenVAE`. space: the `LatentSpace` of its latents. channels, stride: of that space.
+        identity: what a checkpoint stores of it: where it came from, its class, channels, stride and space.
     """
 
-    def __init__(self, vae, path: str | None = None, subfolder: str | None = None):
-        self.vae = vae if isinstance(vae, LazyVAE) else freeze(vae)
-        config = vae.config
-        class_name = vae.model_class.__name__ if isinstance(vae, LazyVAE) else type(vae).__name__
-        self.channels = config["latent_channels"]
-        self.stride = image_stride(vae)
-        scale, shift = config.get("scaling_factor"), config.get("shift_factor")
-        scale, shift = 1.0 if scale is None else scale, 0.0 if shift is None else shift
-        for name, value, low in (("scaling_factor", scale, 0), ("shift_factor", shift, -1e6)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < 1e6:
-                where = f"{vae.flag} {vae.folder}" if isinstance(vae, LazyVAE) else class_name
-                raise UserError(f"{where}: {name} {shown(value)} of its config.json must be a number above {low:g}")
-        self.scaling_factor, self.shift_factor = float(scale), float(shift)
+    def __init__(self, vae, path: str | None = None, subfolder: str | None = None, space: LatentSpace | str | None = None):
+        """`vae`: a `FrozenVAE` or a diffusers model; `path`, `subfolder`: where it came from; `space`: the latent space, or its
+        name, of a VAE whose numbers do not tell. UserError if the VAE's shape or numbers contradict it."""
+        self.vae = vae if isinstance(vae, FrozenVAE) else FrozenVAE.of_model(vae)
+        self._mean, self._scale = _own_map(self.vae)
+        self.space = self._settle_space(path, space)
+        self.channels = self.space.channels
+        self.stride = self.space.stride
         self._images_at_once = None  # as many as come
-        self._settled = set()  # which of encode and decode were seen to work in this precision
         if path is not None:
             local = Path(path).expanduser()
             path = str(local.resolve() if local.is_dir() else path)  # a relative folder means another one elsewhere
         self.identity = {
             "path": path,
             "subfolder": subfolder,
-            "class": class_name,
+            "class": self.vae.class_name,
             "channels": self.channels,
             "stride": self.stride,
-            "scaling_factor": self.scaling_factor,
-            "shift_factor": self.shift_factor,
+            "space": self.space.to_dict(),
         }
+
+    def _settle_space(self, path, wanted) -> LatentSpace:
+        """The space of this VAE's latents: the one that was asked for, or the named one that its numbers tell.
+
+        A VAE whose own map does nothing gives scaled latents. For it the recorded map is the named space's, which hosts that
+        keep raw latents need; encoding and decoding do not use it.
+        """
+        channels, stride = self.vae.config["latent_channels"], self.vae.stride
+        std = [1 / value for value in _per_channel(self._scale, channels)]
+        own = LatentSpace(None, channels, stride, _per_channel(self._mean, channels), std)
+        if wanted is None:
+            tiny = TINY_AUTOENCODERS.get(str(path))
+            return SPACES[tiny] if tiny and not own.map_is_known else recognised(own)
+        wanted = named_space(wanted) if isinstance(wanted, str) else wanted
+        fitting = [name for name, space in SPACES.items() if (space.channels, space.stride) == (channels, stride)]
+        if (wanted.channels, wanted.stride) != (channels, stride):
+            raise UserError(
+                f"{self.vae.where}: its latents have {channels} channels and stride {stride}, those of {wanted.name} have "
+                f"{wanted.channels} and {wanted.stride}; spaces that fit: {', '.join(fitting) or 'none that is named'}"
+            )
+        if own.map_is_known and wanted.name and not _same_numbers(own, wanted):
+            real = recognised(own).name or "a space without a name"
+            raise UserError(f"{self.vae.where}: its scale and shift are those of {real}, not of {wanted.name}")
+        return wanted if wanted.name else recognised(own)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the VAE's config and weights: of the files where they are not loaded yet, else of the tensors."""
-        digest = hashlib.sha256()
-        if isinstance(self.vae, LazyVAE):
-            for file in self.vae.files:
-                digest.update(file.name.encode() + file_digest(file))
-        else:
-            digest.update(repr(sorted(self.vae.config.items())).encode())
-            for name, tensor in self.vae.state_dict().items():
-                digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """SHA-256 of the VAE's config and weights."""
+        return self.vae.digest()
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor, sample: bool = False, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -74,70 +129,84 @@ class Codec:
         """
         if any(side % self.stride for side in images.shape[2:]):
             raise UserError(f"image of {tuple(images.shape[2:])} px: both sides must be multiples of {self.stride}")
-        self._settle_precision("encode", images)
-        encoded = self._encode_parts(images)
-        if hasattr(encoded[0], "latents"):
-            raw = torch.cat([part.latents for part in encoded])
-        else:
-            posterior = type(encoded[0].latent_dist)(torch.cat([part.latent_dist.parameters for part in encoded]))
-            raw = posterior.sample(generator=generator) if sample else posterior.mode()
-        return (raw.float() - self.shift_factor) * self.scaling_factor
+        raw = raw_latents(self._encode_parts(images), sample, generator)
+        return (raw.float() - self._on_device(self._mean)) * self._on_device(self._scale)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Scaled latents (B, channels, h, w) -> images (B, 3, h·stride, w·stride), float32, about [-1, 1], not clamped.
 
         Gradients flow to the latents; the VAE's own weights take none.
         """
-        raw = latents.float() / self.scaling_factor + self.shift_factor
-        self._settle_precision("decode", raw)
+        raw = latents.float() / self._on_device(self._scale) + self._on_device(self._mean)
         parts = self._parts(raw, stride=self.stride)
-        return torch.cat([self.vae.decode(self._input(part)).sample.float() for part in parts])
+        return torch.cat([self.vae.model.decode(self._input(part)).sample.float() for part in parts])
 
     def _encode_parts(self, images: torch.Tensor) -> list:
         """What the VAE makes of `images`, piece by piece. Where memory runs out it goes on with half as many at once, and
-        keeps to that; what comes out does not depend on it but for rounding."""
+        keeps to that; the result does not depend on it but for rounding."""
         while True:
             pieces = images.split(self._images_at_once or max(1, len(images)))
             parts = [part for piece in pieces for part in self._parts(piece, stride=1)]
             try:
-                return [self.vae.encode(self._input(part)) for part in parts]
+                return [self.vae.model.encode(self._input(part)) for part in parts]
             except Exception as error:
                 largest = max(map(len, parts))
                 if not is_out_of_memory(error) or largest == 1:
                     raise
-            release_memory()  # out here, where the error no longer holds on to what it was about
+            release_memory()  # after the except block, so that the error no longer holds the tensors
             self._images_at_once = largest // 2
             log.warning("out of memory: encoding at most %s at once", count_of(self._images_at_once, "image"))
 
-    @torch.no_grad()
-    def _settle_precision(self, what: str, batch: torch.Tensor) -> None:
-        """Before the first batch in float16, see on one of its images, or raw latents, whether this VAE's activations stay
-        within float16's range (those of SDXL's do not); where they overflow, float32 it is from then on."""
-        if what in self._settled or self.vae.dtype != torch.float16 or not len(batch):
-            return
-        raw = batch[:1]
-        if what == "decode" and not raw.isfinite().all():
-            return  # says nothing of the decoder
-        self._settled |= {what, "decode"}
-        if what == "encode":
-            (encoded,) = self._encode_parts(raw)
-            raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        if not (raw.isfinite().all() and self.vae.decode(self._input(raw)).sample.isfinite().all()):
-            if isinstance(self.vae, LazyVAE):
-                self.vae.widen()
-            else:
-                log.warning("%s overflows in float16: running it in float32", self.identity["class"])
-                self.vae.float()
-
     def _parts(self, tensor: torch.Tensor, stride: int):
         """`tensor` in the pieces in which the VAE runs fastest: whole, but on a CPU of at most `CPU_PIXELS` image pixels,
-        since the features of a larger batch fall out of its cache (almost twice the time at 16 images of 256 px)."""
+        since the features of a larger batch do not fit its cache (almost twice the time at 16 images of 256 px)."""
         if self.vae.device.type != "cpu":
             return [tensor]
         return tensor.split(max(1, CPU_PIXELS // (tensor.shape[2] * tensor.shape[3] * stride**2)))
 
     def _input(self, tensor):
         return tensor.to(self.vae.device, self.vae.dtype, memory_format=torch.channels_last)
+
+    def _on_device(self, numbers):
+        """A number as it is; one number per channel as a tensor that broadcasts over latents."""
+        if isinstance(numbers, float):
+            return numbers
+        return torch.tensor(numbers, device=self.vae.device).view(1, -1, 1, 1)
+
+
+def _own_map(vae: FrozenVAE) -> tuple:
+    """(mean, scale) of a VAE's `(raw - mean) * scale`: numbers, or tuples of one per channel. UserError for a bad config.
+
+    `latents_mean` and `latents_std`, where the config has them, are taken as diffusers' SDXL pipeline takes them:
+    `(raw - latents_mean) * scaling_factor / latents_std`.
+    """
+    config = vae.config
+    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+    scale = 1.0 if scale is None else scale
+    shift = 0.0 if shift is None else shift
+    for name, value, low in (("scaling_factor", scale, 0), ("shift_factor", shift, -1e6)):
+        _require_number(vae, name, value, low)
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None and std is None:
+        return float(shift), float(scale)
+    for name, values, low in (("latents_mean", mean, -1e6), ("latents_std", std, 0)):
+        if not isinstance(values, (list, tuple)) or len(values) != config["latent_channels"]:
+            raise UserError(
+                f"{vae.where}: {name} {shown(values)} of its config.json must be {config['latent_channels']} numbers, one for "
+                "each channel"
+            )
+        for value in values:
+            _require_number(vae, name, value, low)
+    return tuple(map(float, mean)), tuple(scale / value for value in std)
+
+
+def _require_number(vae, name, value, low):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < 1e6:
+        raise UserError(f"{vae.where}: {name} {shown(value)} of its config.json must be a number above {low:g}")
+
+
+def _per_channel(numbers, channels: int) -> tuple:
+    return (numbers,) * channels if isinstance(numbers, float) else numbers
 
 
 def good_image_size(size: int, *strides: int) -> int:
@@ -146,4 +215,4 @@ def good_image_size(size: int, *strides: int) -> int:
     if size > 0 and size % step == 0:
         return size
     nearest = max(step, round(size / step) * step)
-    raise UserError(f"--image_size {size}: must be a multiple of {step} (both VAEs' strides); the nearest is {nearest}")
+    raise UserError(f"image size {size}: must be a multiple of {step} (both VAEs' strides); the nearest is {nearest}")

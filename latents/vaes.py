@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import logging
+import hashlib
 import os
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from utils import UserError, hub_token, one_line, read_json, shown
-
-log = logging.getLogger(__name__)
+from utils import UserError, file_digest, hub_token, one_line, read_json, shown
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
 
-def locate_vae(model_path: str, subfolder: str | None, cache_dir: str | None = None, flag: str = "--vae1_path") -> Path:
+def locate_vae(model_path: str, subfolder: str | None, cache_dir: str | None = None, label: str = "VAE") -> Path:
     """The local folder that holds a VAE's config.json and weights, downloaded from the hub if `model_path` is a repo id.
 
     `model_path/subfolder` is looked at first, then `model_path` itself, both on disk and on the hub.
@@ -29,13 +27,13 @@ def locate_vae(model_path: str, subfolder: str | None, cache_dir: str | None = N
             if (root / place / "config.json").is_file() and any((root / place / name).is_file() for name in WEIGHT_FILES):
                 return root / place
         looked = " or ".join(str(root / place) for place in places)
-        raise UserError(f"{flag} {model_path}: no VAE there (config.json and {WEIGHT_FILES[0]} in {looked})")
+        raise UserError(f"{label} {model_path}: no VAE there (config.json and {WEIGHT_FILES[0]} in {looked})")
     if os.path.exists(root) or model_path.count("/") != 1 or model_path.startswith((".", "~", "/")):
-        raise UserError(f"{flag} {model_path}: neither a folder on this machine nor a hub id of the form owner/name")
-    return _download_vae(model_path, places, cache_dir, flag)
+        raise UserError(f"{label} {model_path}: neither a folder on this machine nor a hub id of the form owner/name")
+    return _download_vae(model_path, places, cache_dir, label)
 
 
-def _download_vae(repo: str, places: list[str], cache_dir: str | None, flag: str) -> Path:
+def _download_vae(repo: str, places: list[str], cache_dir: str | None, label: str) -> Path:
     from huggingface_hub import errors, hf_hub_download
 
     def fetch(place, name, local):
@@ -67,49 +65,82 @@ def _download_vae(repo: str, places: list[str], cache_dir: str | None, flag: str
         if folder:
             return folder
     except errors.GatedRepoError:
-        raise UserError(f"{flag} {repo}: a gated model; accept its licence on its hub page and set HUGGINGFACE_TOKEN") from None
+        raise UserError(
+            f"{label} {repo}: a gated model; accept its licence on its hub page and set HUGGINGFACE_TOKEN"
+        ) from None
     except errors.RepositoryNotFoundError:
-        raise UserError(f"{flag} {repo}: no such model on the hub; if it is private or gated, set HUGGINGFACE_TOKEN") from None
+        raise UserError(f"{label} {repo}: no such model on the hub; if it is private or gated, set HUGGINGFACE_TOKEN") from None
     except Exception as error:  # offline, timeout, proxy down, disk full: the hub client has no common base for them
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
             raise UserError(
-                f"{flag} {repo}: the hub refused the token or its rights ({one_line(error)}); check HUGGINGFACE_TOKEN"
+                f"{label} {repo}: the hub refused the token or its rights ({one_line(error)}); check HUGGINGFACE_TOKEN"
             ) from None
         raise UserError(
-            f"{flag} {repo}: could not be downloaded ({one_line(error)}); check the network and --proxy, or name a local folder"
+            f"{label} {repo}: could not be downloaded ({one_line(error)}); check the network and the proxy, or name a local folder"
         ) from None
-    raise UserError(f"{flag} {repo}: this hub model has no VAE in {' or '.join(repr(place) for place in places)}")
+    raise UserError(f"{label} {repo}: this hub model has no VAE in {' or '.join(repr(place) for place in places)}")
 
 
-class LazyVAE:
-    """A frozen diffusers VAE that is read from disk when something first needs its weights.
+class FrozenVAE:
+    """One frozen diffusers autoencoder: evaluation mode, no gradients, `channels_last`. Its weights are read from disk
+    when something first asks for `model`.
 
-    `config`, `device` and `dtype` are there at once; every other attribute is the model's own.
+    Attributes:
+        config: of the model, with its class' defaults. class_name: such as "AutoencoderKL". stride: image pixels per latent.
+        device, dtype: where and in which precision the weights live; never float16, which the activations of some VAEs exceed.
+        label: what messages call it, such as the flag that named it. folder: where its files are, or None.
     """
 
-    def __init__(self, folder: Path, device: str | torch.device, dtype: torch.dtype, flag: str = "--vae1_path"):
+    def __init__(self, config, class_name: str, device, dtype: torch.dtype, label: str, folder: Path | None = None):
+        self.config = config
+        self.class_name = class_name
+        self.device = torch.device(device)
+        self.dtype = _without_float16(dtype, self.device)
+        self.label = label
+        self.folder = folder
+        self._model = None
+        self._parameters = 0
+
+    @classmethod
+    def of_model(cls, model: nn.Module, label: str = "VAE") -> FrozenVAE:
+        """Around a model that the caller has; it is frozen."""
+        parameter = next(model.parameters())
+        vae = cls(model.config, type(model).__name__, parameter.device, parameter.dtype, label)
+        vae._model = freeze(model.to(vae.dtype))
+        return vae
+
+    @classmethod
+    def in_folder(cls, folder: Path, device, dtype: torch.dtype, label: str = "VAE") -> FrozenVAE:
+        """Around the files of a folder. UserError if its config.json does not describe a VAE that this tool knows."""
         import diffusers
 
         try:
             stored = read_json(folder / "config.json")
             class_name = stored["_class_name"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{flag} {folder}: its config.json cannot be read as a VAE's ({one_line(error)})") from None
+            raise UserError(f"{label} {folder}: its config.json cannot be read as a VAE's ({one_line(error)})") from None
         if class_name not in VAE_CLASSES:
-            raise UserError(f"{flag} {folder}: a {shown(class_name)}; known VAE classes are {', '.join(VAE_CLASSES)}")
-        self.folder, self.flag = folder, flag
-        self.device, self.dtype = torch.device(device), dtype
-        self.model_class = getattr(diffusers, class_name)
+            raise UserError(f"{label} {folder}: a {shown(class_name)}; known VAE classes are {', '.join(VAE_CLASSES)}")
         try:
             _check_sizes(stored)
             with torch.device("meta"):  # shapes and defaults without memory
-                plan = self.model_class.from_config(stored)
-                self.config = plan.config
-                _check_shapes(plan, image_stride(plan))
+                plan = getattr(diffusers, class_name).from_config(stored)
+                _check_shapes(plan, image_stride(plan.config))
         except Exception as error:  # whatever a hand-edited config makes the constructor raise
-            raise UserError(f"{flag} {folder}: its config.json does not describe a {class_name} ({one_line(error)})") from None
-        self._model = None
-        self._weights = sum(parameter.numel() for parameter in plan.parameters())
+            reason = one_line(error)
+            raise UserError(f"{label} {folder}: its config.json does not describe a {class_name} ({reason})") from None
+        vae = cls(plan.config, class_name, device, dtype, label, folder)
+        vae._parameters = sum(parameter.numel() for parameter in plan.parameters())
+        return vae
+
+    @property
+    def stride(self) -> int:
+        return image_stride(self.config)
+
+    @property
+    def where(self) -> str:
+        """How messages name it: the label and the folder, or the class of a model that the caller made."""
+        return f"{self.label} {self.folder}" if self.folder else f"{self.label} ({self.class_name})"
 
     @property
     def files(self) -> list[Path]:
@@ -117,29 +148,41 @@ class LazyVAE:
         weights = next(self.folder / name for name in WEIGHT_FILES if (self.folder / name).is_file())
         return [self.folder / "config.json", weights]
 
+    def digest(self) -> str:
+        """SHA-256 of config and weights: of the files where there are any, else of the tensors."""
+        digest = hashlib.sha256()
+        if self.folder:
+            for file in self.files:
+                digest.update(file.name.encode() + file_digest(file))
+        else:
+            digest.update(repr(sorted(self.config.items())).encode())
+            for name, tensor in self.model.state_dict().items():
+                digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
     @property
     def loaded(self) -> bool:
         return self._model is not None
 
     @property
-    @torch.inference_mode(False)  # weights first read while evaluating must still serve a backward pass later
+    @torch.inference_mode(False)  # weights that are first read during an evaluation must serve a backward pass later
     def model(self) -> nn.Module:
         if self._model is None:
             model = self._read()
-            if self.dtype == torch.float16 and _not_finite(model):
-                self.widen()
-                model = self._read()
-            if _not_finite(model):
-                raise UserError(f"{self.flag} {self.folder}: its weights are not finite ({_not_finite(model)} first)")
+            bad = _not_finite(model)
+            if bad:
+                raise UserError(f"{self.where}: its weights are not finite ({bad} first)")
             self._model = freeze(model).to(self.device)
         return self._model
 
     def _read(self) -> nn.Module:
+        import diffusers
+
         try:
-            room = self.files[1].stat().st_size
-            if self._weights > room:  # before memory is taken for what a config merely claims
-                raise ValueError(f"{self._weights} of them are described, in a file of {room} bytes")
-            model, report = self.model_class.from_pretrained(
+            size = self.files[1].stat().st_size
+            if self._parameters > size:  # before memory is taken for what a config merely claims
+                raise ValueError(f"{self._parameters} of them are described, in a file of {size} bytes")
+            model, report = getattr(diffusers, self.class_name).from_pretrained(
                 self.folder,
                 torch_dtype=self.dtype,
                 low_cpu_mem_usage=False,
@@ -147,38 +190,43 @@ class LazyVAE:
                 local_files_only=True,
             )
         except Exception as error:  # truncated, wrong shapes, another kind of file: each library has its own error
-            raise UserError(f"{self.flag} {self.folder}: its weights cannot be loaded ({one_line(error)})") from None
-        if report["missing_keys"]:
-            missing = report["missing_keys"]
-            raise UserError(f"{self.flag} {self.folder}: {len(missing)} weights are missing, {sorted(missing)[0]} first")
+            raise UserError(f"{self.where}: its weights cannot be loaded ({one_line(error)})") from None
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise UserError(f"{self.where}: {len(missing)} weights are missing, {missing[0]} first")
         unused = sorted(name for name in report["unexpected_keys"] if name.startswith(("encoder.", "decoder.")))
         if unused:  # a part of the network that its config leaves out
-            raise UserError(f"{self.flag} {self.folder}: {len(unused)} weights have no place in its config, {unused[0]} first")
+            raise UserError(f"{self.where}: {len(unused)} weights have no place in its config, {unused[0]} first")
         return model
 
-    def widen(self) -> None:
-        """Go over to float32, with the weights read anew: float16 has rounded them."""
-        log.warning("%s %s overflows in %s: running it in float32", self.flag, self.folder, str(self.dtype).split(".")[-1])
-        self.dtype, self._model = torch.float32, None
-
-    def __getattr__(self, name):
-        if name.startswith("__") or name == "_model":  # copy and pickle probe for these before __init__ ran
-            raise AttributeError(name)
-        return getattr(self.model, name)
-
-    def __call__(self, *args, **kwargs):
-        return self.model(*args, **kwargs)
-
-    def to(self, device: str | torch.device):
+    def to(self, device: str | torch.device) -> FrozenVAE:
         self.device = torch.device(device)
         if self.loaded:
             self._model.to(self.device)
         return self
 
 
-def image_stride(vae) -> int:
-    """Image pixels per latent of a diffusers VAE (a model or a `LazyVAE`), from its config."""
-    widths = vae.config.get("encoder_block_out_channels") or vae.config["block_out_channels"]
+def _without_float16(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which a VAE runs when `dtype` is asked for: the activations of SDXL's and others exceed float16's range,
+    so bfloat16 stands in for it where the device computes in it, else float32."""
+    if dtype != torch.float16:
+        return dtype
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def raw_latents(encoded: list, sample: bool = False, generator: torch.Generator | None = None) -> torch.Tensor:
+    """The raw latents of what a VAE's `encode` returned for the pieces of a batch: the posterior mean, or with `sample` one
+    draw for the whole batch. A tiny autoencoder has no posterior and gives its latents as they are."""
+    if hasattr(encoded[0], "latents"):
+        return torch.cat([part.latents for part in encoded])
+    posterior = type(encoded[0].latent_dist)(torch.cat([part.latent_dist.parameters for part in encoded]))
+    return posterior.sample(generator=generator) if sample else posterior.mode()
+
+
+def image_stride(config) -> int:
+    """Image pixels per latent of a diffusers VAE, from its config."""
+    widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
     return 2 ** (len(widths) - 1)
 
 
@@ -199,8 +247,7 @@ def _check_shapes(plan: nn.Module, stride: int) -> None:
     """ValueError unless the VAE turns an RGB image into latents of its channels and stride, and those into an image. For a
     model on the meta device, which computes shapes only."""
     image = torch.empty(1, 3, 2 * stride, 2 * stride)
-    encoded = plan.encode(image)
-    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    latents = raw_latents([plan.encode(image)])
     if latents.shape != (1, plan.config["latent_channels"], 2, 2):
         raise ValueError(f"its latents of a {2 * stride} px image are {tuple(latents.shape)}")
     if plan.decode(latents).sample.shape != image.shape:
@@ -217,15 +264,15 @@ def freeze(vae: nn.Module) -> nn.Module:
     return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def load_vae_model(model_path, subfolder, cache_dir, device, dtype, flag: str = "--vae1_path") -> LazyVAE:
+def load_vae_model(model_path, subfolder, cache_dir, device, dtype, label: str = "VAE") -> FrozenVAE:
     """A frozen VAE from a folder or the hub, of the class that its own config.json names.
 
     Args:
         model_path: local folder or hub id; `subfolder` is looked for in it, then the folder itself.
         cache_dir: where the hub client keeps downloads; None is its own default.
-        device, dtype: where and in which precision the weights will live.
-        flag: the command-line flag that error messages name.
+        device, dtype: where and in which precision the weights will live; float16 becomes bfloat16 or float32.
+        label: what error messages call it, such as the flag that named it.
 
     The hub client takes its token from HUGGINGFACE_TOKEN or HF_TOKEN and its proxy from HTTPS_PROXY. Raises UserError.
     """
-    return LazyVAE(locate_vae(str(model_path), subfolder, cache_dir, flag), device, dtype, flag)
+    return FrozenVAE.in_folder(locate_vae(str(model_path), subfolder, cache_dir, label), device, dtype, label)
