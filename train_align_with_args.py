@@ -42,8 +42,8 @@ from latents.encode_once import cache_latents, cached_loader
 from latents.pipeline import PipelineWithVAEs, build_module
 from latents.spaces import Codec, good_image_size
 from latents.vaes import load_vae_model
-from losses import LOSSES, checked_loss_term, get_loss_function
-from runtime.cli import Parser, checked_config, integer, load_config, real, run
+from losses import LOSSES, get_loss_function
+from runtime.cli import Parser, integer, load_config, naming, real, run, use_proxy
 from runtime.device import (
     ACCELERATE_NAMES,
     PRECISIONS,
@@ -75,7 +75,7 @@ from training.resume import (
     training_state,
 )
 from training.schedule import is_due, save_is_due, setup_scheduler, total_steps
-from utils import UserError, count_of, next_stamp, one_line, use_proxy, write_json
+from utils import UserError, count_of, next_stamp, one_line, write_json
 from vae_align import AlignConfig, AlignModule, read_checkpoint
 
 __all__ = ["get_dtype", "get_loss_function", "load_config", "load_vae_model"]  # part of this script's interface
@@ -172,9 +172,6 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("loss")
     group.add_argument("--loss_type", choices=LOSSES, default="mse", help="between aligned and VAE2's scaled latents")
     group.add_argument("--loss_weight", type=real(0, 1e6, above=True), default=1.0, help="factor of the loss")
-    group.add_argument(
-        "--extra_losses", nargs="+", type=checked_loss_term, default=[], metavar="NAME=WEIGHT", help="more latent losses"
-    )
     group.add_argument("--decoder_loss_weight", type=real(0, 1e6), default=0.0,
                        help="factor of a loss on the image that VAE2 decodes; 0: none")  # fmt: skip
     group.add_argument("--decoder_loss_type", choices=KINDS, default="l1", help="between that image and the reference")
@@ -215,7 +212,7 @@ def save_config(args: argparse.Namespace, save_path) -> None:
 
 def config_dict(args: argparse.Namespace) -> dict:
     """The flags as plain values, without what is not a setting or must not be stored."""
-    names = {action.dest for action in build_parser()._actions} - {"help", "load_config", "resume", "dry_run"}
+    names = set(build_parser().settings()) - {"load_config", "resume", "dry_run"}
     config = {name: value for name, value in vars(args).items() if name in names}
     if config.get("proxy"):
         config["proxy"] = re.sub(r"^([\w+.-]+://)?.*@", r"\1", config["proxy"])
@@ -293,7 +290,7 @@ def open_datasets(args: argparse.Namespace) -> tuple[dataloader.ImageDataset, da
         dataloader.require_memory(args.train_batch_size, args.image_size, "--train_batch_size")
     datasets = []
     for flag, folder, train in (("train", args.train_data_dir, True), ("eval", args.eval_data_dir, False)):
-        source = dataloader.open_dataset(folder, args.dataset_type, train, f"--{flag}_data_dir", args.cache_dir)
+        source = dataloader.find_images(folder, args.dataset_type, train, f"--{flag}_data_dir", args.cache_dir)
         options = {"random_crop": True, "random_flip": args.random_flip, "seed": args.seed} if train else {}
         dataset = dataloader.ImageDataset(source, args.image_size, **options)
         dataset.require_readable(f"--{flag}_data_dir {folder}")
@@ -403,7 +400,8 @@ def train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, generator)
     pipeline.progress["config"] = config_dict(args)
     objective = Objective(pipeline, args)
     order = data_order(train_loader, accelerator.num_processes)
-    files = names_digest(getattr(getattr(train_loader.dataset, "dataset", train_loader.dataset), "source", None))
+    source = getattr(getattr(train_loader.dataset, "dataset", train_loader.dataset), "source", None)
+    files = names_digest(source.paths if source else None)
     facts = {"train_batch_size": args.train_batch_size, "image_size": args.image_size, "precision": args.precision}
     if resumed:
         require_same_order(resumed["training"]["order"], order)
@@ -619,9 +617,9 @@ def adopt_resumed(args: argparse.Namespace) -> bool:
             log.warning("--resume: no checkpoint in %s, starting fresh", args.save_dir)
         return False
     args.resumed_from, args.resumed = found
-    flags = {action.dest: action for action in build_parser()._actions}
-    config = {name: value for name, value in args.resumed["config"].items() if name in flags}
-    adopt_flags(args, checked_config(config, flags, f"--resume {args.resumed_from}"))
+    parser = build_parser()
+    config = {name: value for name, value in args.resumed["config"].items() if name in parser.settings()}
+    adopt_flags(args, parser.check_config(config, f"--resume {args.resumed_from}"))
     args.steps_per_epoch = args.resumed["training"]["order"]["steps in an epoch"]
     step, end = args.resumed["step"], total_steps(args)
     if step >= end:
@@ -634,7 +632,8 @@ def adopt_resumed(args: argparse.Namespace) -> bool:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     use_proxy(args.proxy)
-    args.device = str(resolve_device(args.device, "device" in args.typed_flags))
+    with naming("--device"):
+        args.device = str(resolve_device(args.device, "device" in args.typed_flags))
     keep_freed_memory(torch.device(args.device))
     args.precision = resolve_precision(args.precision, torch.device(args.device), "precision" in args.typed_flags)
     if adopt_resumed(args):
@@ -643,12 +642,13 @@ def main(argv: list[str] | None = None) -> None:
     claim_outputs(args)
 
     if args.compile:
-        require_compiler(torch.device(args.device))
+        with naming("--compile"):
+            require_compiler(torch.device(args.device))
 
     accelerator = create_accelerator(args)
     datasets = open_datasets(args)
     if args.resumed:
-        files, processes = datasets[0].source, accelerator.num_processes
+        files, processes = datasets[0].source.paths, accelerator.num_processes
         require_same_files(args.resumed["training"], files, processes, args.train_data_dir)
     vaes = [
         load_vae_model(path, subfolder, args.cache_dir, accelerator.device, get_dtype(args.precision), flag)

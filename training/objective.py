@@ -10,7 +10,7 @@ from evaluation.metrics import lpips_network
 from latents.pipeline import PipelineWithVAEs
 from latents.spaces import Codec
 from latents.vaes import load_vae_model
-from losses import get_loss_function, loss_term
+from losses import get_loss_function
 from training.decoded_image import DecodedImageLoss
 from utils import UserError
 
@@ -22,8 +22,7 @@ class Objective:
     """
 
     def __init__(self, pipeline: PipelineWithVAEs, args: argparse.Namespace):
-        terms = [(args.loss_type, args.loss_weight), *map(loss_term, args.extra_losses)]
-        self.terms = [(weight, get_loss_function(name)) for name, weight in terms]
+        self.terms = [(args.loss_weight, get_loss_function(args.loss_type))]
         self.decoded = _decoded_loss(pipeline, args) if decodes_pictures(args) else None
 
     def __call__(self, aligned: torch.Tensor, target: torch.Tensor, images: torch.Tensor | None, step: int) -> torch.Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 
-from utils import UserError, claim_writable_file, claim_writable_folder
+from runtime.cli import claim_writable_file, claim_writable_folder
+from utils import UserError
 
 log = logging.getLogger(__name__)
 
