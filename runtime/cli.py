@@ -24,6 +24,7 @@ from pathlib import Path
 from runtime.interrupts import Terminated, unwinding_on_signals
 from utils import UserError, one_line, printable, read_json, shown, without_secrets
 
+MISTAKES = (UserError,)  # exceptions that are a mistake of the user's: one line, no traceback
 UNSET = object()  # in place of a default, so that a typed value that equals the default counts as typed
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SAID_OF_A_FLAG = re.compile(r"argument --\w+: ")  # argparse's opening of an error about a flag's value
@@ -195,7 +196,7 @@ def naming(*flags: str):
     """
     try:
         yield
-    except UserError as error:
+    except MISTAKES as error:
         message = str(error)
         for flag in flags:
             if re.match(rf"{re.escape(flag.lstrip('-'))}[ :]", message):
@@ -269,7 +270,7 @@ def run(main) -> None:
     try:
         with unwinding_on_signals():
             main()
-    except UserError as error:
+    except MISTAKES as error:
         sys.exit(f"error: {one_line(error, limit=600)}")
     except BrokenPipeError:  # the reader of our output has closed it, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
