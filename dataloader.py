@@ -1,8 +1,9 @@
 """Images in, batches out: folders, ImageNet layouts and hub data sets.
 
-A batch is a dict: `pixel_values` (B, 3, S, S) float32 in [-1, 1], `index` (B,) int64 and `path`, a list of names. What a
-training image looks like depends on (seed, index, view) alone, and the order on (seed, epoch) alone: never on workers,
-processes or what was read before.
+A batch is a dict: `pixel_values` (B, 3, S, S) float32 in [-1, 1], `index` (B,) int64, `path`, a list of B names, and
+`unreadable`, a list of messages, one for each file that could not be decoded. The crop and flip of a training image are a
+function of (seed, index, view), and the order of the images is a function of (seed, epoch). Neither depends on the number of
+workers or processes, or on what was read before.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ import hashlib
 import logging
 import os
 import re
-import signal
-import threading
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +23,16 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from runtime.device import physical_memory
+from runtime.interrupts import leave_signals_to_parent, signals_held_back
 from utils import UserError, hub_token, one_line, require_regular
 
 log = logging.getLogger(__name__)
 
 WIDE_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # grey with more than 8 bits; Pillow would clip them at 255
-PROGRAMS = ("EPS",)  # Pillow hands these to Ghostscript, which executes them; whatever the file's name says it is
-SYNSET = re.compile(r"n\d{8}$")
-ZOOM = 1.25  # training draws the short side between image_size and this multiple of it (never above the image's own)
-PREPROCESSING = 1  # counts changes to what `ImageDataset.crop` makes of a file, so that no older cache is read
+EXECUTED_FORMATS = ("EPS",)  # Pillow passes such a file, under any name, to Ghostscript, which executes it
+SYNSET = re.compile(r"n\d{8}$")  # the name of an ImageNet class folder
+ZOOM = 1.25  # training draws the short side between image_size and this multiple of it (at most the image's own)
+PREPROCESSING = 1  # raised with every change to the pixels that `ImageDataset.crop` returns, so that no older cache is read
 
 
 class UnreadableImage(Exception):
@@ -43,23 +44,26 @@ class UnreadableImage(Exception):
 
 
 def list_images(folder: str | os.PathLike) -> list[str]:
-    """Every file below `folder` whose ending Pillow knows how to read, sorted; links are followed, loops are not.
+    """The sorted paths of all files below `folder` whose name ending is that of a format that Pillow reads.
 
-    A folder that cannot be read is named and left out.
+    Hidden files and folders are left out. Links are followed, and each folder is visited once. A folder that cannot be read
+    is left out with a warning.
     """
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found, visited, waiting = [], set(), [os.fspath(folder)]
-    while waiting:  # not os.walk, which before Python 3.12 takes a stack frame per level
-        place = waiting.pop()
+    found = []
+    visited = set()
+    waiting = [os.fspath(folder)]
+    while waiting:  # os.walk takes a stack frame per level before Python 3.12
+        current = waiting.pop()
         try:
-            status = os.stat(place)
+            status = os.stat(current)
             if (status.st_dev, status.st_ino) in visited:
                 continue
             visited.add((status.st_dev, status.st_ino))
-            with os.scandir(place) as entries:
+            with os.scandir(current) as entries:
                 entries = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
         except OSError as error:
-            log.warning("left out: the folder %r (%s)", place, one_line(error))
+            log.warning("left out: the folder %r (%s)", current, one_line(error))
             continue
         folders = [entry.path for entry in entries if os.path.isdir(entry.path)]
         waiting += reversed(folders)
@@ -69,7 +73,10 @@ def list_images(folder: str | os.PathLike) -> list[str]:
 
 
 def list_imagenet(folder: str | os.PathLike, split: str) -> list[str]:
-    """The images of an ImageNet layout: `folder/{split}/nXXXXXXXX/*.JPEG`, or `folder` itself holding the class folders."""
+    """The images of an ImageNet layout: `folder/{split}/nXXXXXXXX/*.JPEG`, or `folder` itself holding the class folders.
+
+    UserError without class folders, except for a `val` folder that holds the images themselves.
+    """
     root = Path(folder)
     root = root / split if (root / split).is_dir() else root
     classes = sorted(entry for entry in root.iterdir() if entry.is_dir() and SYNSET.fullmatch(entry.name))
@@ -78,9 +85,9 @@ def list_imagenet(folder: str | os.PathLike, split: str) -> list[str]:
     if not classes:
         raise UserError(
             f"{folder}: no ImageNet class folders (n01440764, …) there nor in its {split}/; for any other folder of images "
-            "use --dataset_type default"
+            "choose the dataset_type default"
         )
-    return [path for place in classes for path in list_images(place)]
+    return [path for class_folder in classes for path in list_images(class_folder)]
 
 
 def file_list_digest(paths: list[str]) -> str:
@@ -98,8 +105,8 @@ def file_list_digest(paths: list[str]) -> str:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image as the RGB picture a viewer would show: upright, first frame, over white, 16 bits scaled to 8."""
-    image.load()  # what fails here is the picture
-    with contextlib.suppress(Exception):  # metadata that cannot be parsed leave the picture as it is stored
+    image.load()  # raises if the pixels cannot be decoded
+    with contextlib.suppress(Exception):  # metadata that cannot be parsed: the picture stays as it is stored
         image = ImageOps.exif_transpose(image)
     if image.mode in WIDE_MODES:
         levels = np.asarray(image, dtype=np.float32)
@@ -121,15 +128,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def resized_crop(image: Image.Image, short_side: int, size: int, at: tuple[float, float] = (0.5, 0.5)) -> torch.Tensor:
     """Resize the short side to `short_side` px, then crop `size` x `size`: (3, size, size) uint8.
 
-    `at` is the crop's place along height and width, from 0 (top, left) to 1; the default is the centre. Only the pixels
-    of the crop are resampled, so a 30,000 x 1 image costs no more than any other.
+    `at` is the position of the crop along height and width, from 0 (top, left) to 1; the default is the centre. Only the
+    pixels of the crop are resampled, so that an image of 30,000 x 1 px takes no more memory than any other.
     """
     scale = short_side / min(image.size)
     width, height = (max(short_side, round(side * scale)) for side in image.size)
     top, left = round(at[0] * (height - size)), round(at[1] * (width - size))
     across, down = image.width / width, image.height / height
     box = (left * across, top * down, (left + size) * across, (top + size) * down)
-    box = (*box[:2], min(box[2], image.width), min(box[3], image.height))  # a rounding error beyond the edge is refused
+    box = (*box[:2], min(box[2], image.width), min(box[3], image.height))  # Pillow refuses one that a rounding error enlarged
     image = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
@@ -140,60 +147,165 @@ def to_pixel_values(levels: torch.Tensor) -> torch.Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Sources
+
+
+class ImageFiles:
+    """A source of images: files, by path."""
+
+    def __init__(self, paths: list[str]):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def open(self, index: int) -> Image.Image:
+        """The image of that index, not yet decoded."""
+        require_regular(self.paths[index])
+        return Image.open(self.paths[index], formats=[kind for kind in Image.OPEN if kind not in EXECUTED_FORMATS])
+
+    def name(self, index: int) -> str:
+        """What messages and results call that image."""
+        return self.paths[index]
+
+    def key(self) -> str:
+        """A digest that changes when the content of the source may have changed."""
+        return file_list_digest(self.paths)
+
+
+class HubImages:
+    """A source of images: a split of a 🤗 `datasets` data set with an image column named `image`. Methods as `ImageFiles`."""
+
+    paths = None  # it has no files of its own
+
+    def __init__(self, split):
+        self.split = split
+
+    def __len__(self):
+        return len(self.split)
+
+    def open(self, index: int) -> Image.Image:
+        return self.split[index]["image"]
+
+    def name(self, index: int) -> str:
+        return f"{self.split.info.dataset_name}[{index}]"
+
+    def key(self) -> str:
+        return self.split._fingerprint
+
+
+def find_images(
+    folder: str, dataset_type: str, train: bool, label: str, cache_dir: str | None = None
+) -> ImageFiles | HubImages:
+    """The images in `folder`, or of the hub data set with that id.
+
+    Args:
+        folder: searched recursively, or with `dataset_type` "imagenet" in the ImageNet layout. A hub id, owner/name, is
+            tried only with "imagenet", and only where there is no such folder.
+        train: whether the images are for training or for evaluation, of those that come in splits.
+        label: begins the message of a UserError, which is raised when there is nothing to read.
+        cache_dir: where the hub client keeps downloads; None is its own default.
+    """
+    if os.path.isdir(folder):
+        try:
+            paths = list_imagenet(folder, "train" if train else "val") if dataset_type == "imagenet" else list_images(folder)
+        except UserError as error:
+            raise UserError(f"{label} {error}") from None
+        except OSError as error:
+            raise UserError(f"{label} {folder}: cannot be read ({one_line(error)}); check its permissions") from None
+        if not paths:
+            raise UserError(f"{label} {folder}: no image there (searched recursively for every format that Pillow reads)")
+        return ImageFiles(paths)
+    if os.path.exists(folder):
+        raise UserError(f"{label} {folder}: a file; name the folder that holds the images")
+    if dataset_type == "imagenet" and folder.count("/") == 1 and not folder.startswith((".", "/", "~")):
+        return load_hub_split(folder, train, label, cache_dir)
+    raise UserError(f"{label} {folder}: no such folder")
+
+
+def load_hub_split(name: str, train: bool, label: str, cache_dir: str | None = None) -> HubImages:
+    """The training or evaluation split of hub data set `name`. UserError, which begins with `label`, if it has no images or
+    cannot be loaded."""
+    import datasets
+
+    try:
+        splits = datasets.get_dataset_split_names(name, cache_dir=cache_dir, token=hub_token() or False)
+        wanted = ("train",) if train else ("validation", "val", "test")
+        split = next((name for name in wanted if name in splits), splits[0])
+        if split not in wanted:
+            log.warning("%s %s: no %s split; using %s", label, name, wanted[0], split)
+        data = datasets.load_dataset(name, split=split, cache_dir=cache_dir, token=hub_token() or False)
+    except Exception as error:  # the hub client's errors have no common base class
+        raise UserError(
+            f"{label} {name}: no such folder, and as a hub data set it could not be loaded ({one_line(error)}); "
+            "a gated one needs HUGGINGFACE_TOKEN"
+        ) from None
+    columns = [column for column, feature in data.features.items() if isinstance(feature, datasets.Image)]
+    if not columns:
+        raise UserError(f"{label} {name}: this data set has no image column")
+    data = data.select_columns(columns[:1])
+    return HubImages(data if columns[0] == "image" else data.rename_column(columns[0], "image"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Data sets
 
 
 class ImageDataset(Dataset):
-    """Images of one size from a list of files, or from a 🤗 `datasets` split.
+    """Square images of `image_size` px from a source.
 
-    For training (`random_crop`) an item is asked for as (index, view) and cropped and flipped at random, each view its own
-    way; an unreadable image is replaced by the next readable one. For evaluation it is asked for as index, gets the centre
-    crop, and an unreadable image gives `pixel_values` None, which the loader drops. Either way the item says so.
+    For training (`random_crop`) an item is asked for as (index, view). Each view of an image has its own random crop and,
+    with `random_flip`, its own chance of being mirrored. The next readable image replaces an unreadable one.
+
+    For evaluation an item is asked for as index and gets the centre crop. An unreadable image has `pixel_values` None, and
+    `collate` drops it. In both cases `unreadable` of the item says why.
+
+    Args:
+        source: `ImageFiles`, `HubImages`, or a list of paths, which stands for `ImageFiles`.
     """
 
     def __init__(self, source, image_size: int, random_crop: bool = False, random_flip: bool = False, seed: int = 0):
-        self.source = source
+        self.source = ImageFiles(source) if isinstance(source, list) else source
         self.image_size = image_size
-        self.random_crop, self.random_flip, self.seed = random_crop, random_flip, seed
+        self.random_crop = random_crop
+        self.random_flip = random_flip
+        self.seed = seed
 
     def __len__(self):
         return len(self.source)
 
     def name(self, index: int) -> str:
-        return self.source[index] if isinstance(self.source, list) else f"{self.source.info.dataset_name}[{index}]"
+        """What messages and results call that image."""
+        return self.source.name(index)
 
     def open(self, index: int) -> Image.Image:
-        """The whole image as RGB; for training, a large JPEG is decoded at a reduced scale that is still large enough."""
+        """The whole image as RGB. For training, a large JPEG is decoded at a reduced scale that is still large enough.
+        UnreadableImage if it cannot be decoded."""
         try:
             with warnings.catch_warnings():
-                # Pillow only warns up to twice its limit; an image of that size is no photo
+                # between its limit and twice that Pillow only warns; a photo is smaller
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                if isinstance(self.source, list):
-                    require_regular(self.source[index])
-                    image = Image.open(self.source[index], formats=[kind for kind in Image.OPEN if kind not in PROGRAMS])
-                else:
-                    image = self.source[index]["image"]
-                with image:
+                with self.source.open(index) as image:
                     if 0 in image.size:
                         raise ValueError(f"{image.width}x{image.height} pixels")
                     if self.random_crop:
                         image.draft(None, (int(self.image_size * ZOOM),) * 2)
                     return to_rgb(image)
-        except Exception as error:  # every Pillow plugin has its own way to fail; whichever, this one file is left out
+        except Exception as error:  # every Pillow plugin raises its own classes
             raise UnreadableImage(f"{self.name(index)!r} ({one_line(error)})") from None
 
     def content_key(self) -> dict:
-        """What the pixels of every view depend on, for the latent cache's key."""
+        """Everything that the pixels of a view depend on, as plain JSON values: a part of the latent cache's key."""
         return {
-            "files": file_list_digest(self.source) if isinstance(self.source, list) else self.source._fingerprint,
+            "files": self.source.key(),
             "image_size": self.image_size,
             "random_flip": self.random_flip,
             "seed": self.seed,
             "preprocessing": PREPROCESSING,
         }
 
-    def require_readable(self, where: str) -> None:
-        """UserError unless one of the images can be decoded; `where` opens the message."""
+    def require_readable(self, label: str) -> None:
+        """UserError, which begins with `label`, unless at least one of the images can be decoded."""
         failure = None
         for index in range(len(self)):
             try:
@@ -201,7 +313,7 @@ class ImageDataset(Dataset):
                 return
             except UnreadableImage as error:
                 failure = error
-        raise UserError(f"{where}: none of {len(self)} files can be read as an image; the last: {failure}")
+        raise UserError(f"{label}: none of {len(self)} files can be read as an image; the last: {failure}")
 
     def crop(self, image: Image.Image, index: int, view: int) -> torch.Tensor:
         """View `view` of training image `index`: (3, S, S) uint8, a function of (seed, index, view)."""
@@ -232,7 +344,7 @@ class ImageDataset(Dataset):
 
 
 def collate(items: list[dict]) -> dict:
-    """Items -> batch; items without pixels are dropped, `unreadable` names every file that failed on the way."""
+    """Items -> batch. Items without pixels are dropped; `unreadable` holds the messages of all items."""
     good = [item for item in items if item["pixel_values"] is not None]
     return {
         "pixel_values": torch.stack([item["pixel_values"] for item in good]) if good else torch.empty(0),
@@ -242,63 +354,32 @@ def collate(items: list[dict]) -> dict:
     }
 
 
-def open_dataset(folder: str, dataset_type: str, train: bool, flag: str, cache_dir: str | None = None):
-    """The list of files behind a data flag, or a 🤗 `datasets` split for a hub id. UserError when there is nothing to read."""
-    if os.path.isdir(folder):
-        try:
-            paths = list_imagenet(folder, "train" if train else "val") if dataset_type == "imagenet" else list_images(folder)
-        except UserError as error:
-            raise UserError(f"{flag} {error}") from None
-        except OSError as error:
-            raise UserError(f"{flag} {folder}: cannot be read ({one_line(error)}); check its permissions") from None
-        if not paths:
-            raise UserError(f"{flag} {folder}: no image there (searched recursively for every format that Pillow reads)")
-        return paths
-    if os.path.exists(folder):
-        raise UserError(f"{flag} {folder}: a file; name the folder that holds the images")
-    if dataset_type == "imagenet" and folder.count("/") == 1 and not folder.startswith((".", "/", "~")):
-        return open_hub_dataset(folder, train, flag, cache_dir)
-    raise UserError(f"{flag} {folder}: no such folder")
-
-
-def open_hub_dataset(name: str, train: bool, flag: str, cache_dir: str | None = None):
-    """A split of a hub data set with its image column named `image`, not yet decoded."""
-    import datasets
-
-    try:
-        splits = datasets.get_dataset_split_names(name, cache_dir=cache_dir, token=hub_token() or False)
-        wanted = ("train",) if train else ("validation", "val", "test")
-        split = next((name for name in wanted if name in splits), splits[0])
-        if split not in wanted:
-            log.warning("%s %s: no %s split; using %s", flag, name, wanted[0], split)
-        data = datasets.load_dataset(name, split=split, cache_dir=cache_dir, token=hub_token() or False)
-    except Exception as error:  # the hub client has no common base for its errors
-        raise UserError(
-            f"{flag} {name}: no such folder, and as a hub data set it could not be loaded ({one_line(error)}); "
-            "a gated one needs HUGGINGFACE_TOKEN"
-        ) from None
-    columns = [column for column, feature in data.features.items() if isinstance(feature, datasets.Image)]
-    if not columns:
-        raise UserError(f"{flag} {name}: this data set has no image column")
-    return data.select_columns(columns[:1]).rename_column(columns[0], "image") if columns[0] != "image" else data
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Order
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler):
-    """Batches of (index, view) for one process: epoch after epoch without end, from any step on.
+    """Batches of (index, view) for one process, epoch after epoch without end.
 
-    Every process draws the same permutation of (seed, epoch) and takes its own slice of each global batch, so P processes
-    with batch B see what one process with batch P·B sees. The last batch of an epoch is filled up from the epoch's start:
-    all batches have one size and every image is seen in every epoch. `views` 0 gives each epoch views of its own.
+    Every process draws the same permutation of (seed, epoch) and takes its own slice of each global batch. P processes with
+    batch B therefore see what one process with batch P·B sees. The last batch of an epoch is filled up from the start of the
+    epoch, so that all batches have one size and every image is seen in every epoch.
+
+    Attributes:
+        length: number of images; batch_size: images per batch of this process.
+        views: number of views per image, of which each epoch draws one; 0: view e in epoch e.
+        rank, world: this process and the number of processes.
+        first_step: the step at which an iteration starts; a resumed run sets it.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, views: int = 0, rank: int = 0, world: int = 1):
-        self.length, self.batch_size, self.seed, self.views = length, batch_size, seed, views
-        self.rank, self.world = rank, world
-        self.first_step = 0
+    length: int
+    batch_size: int
+    seed: int
+    views: int = 0
+    rank: int = 0
+    world: int = 1
+    first_step: int = 0
 
     @property
     def steps_per_epoch(self) -> int:
@@ -308,12 +389,12 @@ class EpochSampler(Sampler):
         return self.steps_per_epoch
 
     def epoch_items(self, epoch: int) -> np.ndarray:
-        """The epoch's (index, view)s over all processes, a whole number of global batches: (items, 2)."""
+        """The (index, view) pairs of an epoch over all processes, a whole number of global batches: (pairs, 2) int64."""
         draw = np.random.default_rng((self.seed, epoch))
         order = draw.permutation(self.length)
         views = draw.integers(self.views, size=self.length) if self.views else np.full(self.length, epoch)
-        places = np.arange(self.steps_per_epoch * self.batch_size * self.world) % self.length
-        return np.stack([order[places], views[order[places]]], axis=1)
+        indices = order[np.arange(self.steps_per_epoch * self.batch_size * self.world) % self.length]
+        return np.stack([indices, views[indices]], axis=1)
 
     def __iter__(self):
         step = self.first_step
@@ -326,8 +407,13 @@ class EpochSampler(Sampler):
             step += self.steps_per_epoch - offset
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Loaders
+
+
 def train_loader(dataset, batch_size: int, num_workers: int, seed: int, views=0, rank=0, world=1) -> DataLoader:
-    """An endless loader of training batches; `len(loader)` is the number of steps in an epoch."""
+    """A loader of training batches without end, in the order of `EpochSampler`; its `len` is the number of steps in an
+    epoch."""
     sampler = EpochSampler(len(dataset), batch_size, seed, views, rank, world)
     return WorkerLoader(dataset, batch_sampler=sampler, **loader_options(num_workers))
 
@@ -338,48 +424,39 @@ def eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int) -> Dat
 
 
 class WorkerLoader(DataLoader):
-    """A DataLoader whose workers are born deaf to SIGINT and SIGTERM: before `leave_signals_to_parent` has run, one that is
-    sent to all processes of a job would end them, and with them the run that it asks to stop."""
+    """A DataLoader whose workers survive a signal to all processes, and whose errors are those that its workers raised."""
 
     def __iter__(self):
-        if not hasattr(signal, "sigwaitinfo") or threading.current_thread() is not threading.main_thread():
-            return super().__iter__()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        try:
-            return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with signals_held_back():
+            batches = super().__iter__()
+        return _with_plain_errors(batches)
 
 
-def leave_signals_to_parent(worker: int) -> None:
-    """For a worker: an interrupt goes to every process of a terminal or a job, and it is the parent that ends the run.
+def _with_plain_errors(batches):
+    """`batches`, with a worker's UserError as the worker raised it: torch puts the worker's traceback into its message."""
+    try:
+        yield from batches
+    except UserError as error:
+        raise UserError(str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]) from None
 
-    A SIGTERM of the parent's own still ends the worker, or a parent that leaves in haste would wait for it for ever.
+
+def require_memory(batch_size: int, image_size: int, label: str) -> None:
+    """UserError, which begins with `label`, unless this machine's memory holds a batch of images in float32.
+
+    Without this check the operating system would kill the run without a message. `image_size` is the side of an image, px.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # elsewhere a SIGTERM to all ends the workers at once
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_await_sigterm_of, args=(os.getppid(),), daemon=True).start()
-
-
-def _await_sigterm_of(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
-
-
-def require_memory(batch_size: int, image_size: int, flag: str) -> None:
-    """UserError unless a batch of images, float32, fits into this machine's memory, which would end the run unsaid."""
-    needed, there = batch_size * 3 * image_size**2 * 4, physical_memory()
-    if needed > there:
+    needed = batch_size * 3 * image_size**2 * 4
+    available = physical_memory()
+    if needed > available:
         raise UserError(
-            f"{flag} {batch_size}: such a batch of {image_size} px images takes {needed / 1e9:.0f} GB and this machine has "
-            f"{there / 1e9:.0f} GB; lower it or --image_size"
+            f"{label} {batch_size}: such a batch of {image_size} px images takes {needed / 1e9:.0f} GB and this machine has "
+            f"{available / 1e9:.0f} GB; lower it or the image size"
         )
 
 
 def loader_options(num_workers: int) -> dict:
-    num_workers = min(num_workers, os.cpu_count() or 1)  # more would only take turns
+    """The options of a `WorkerLoader` with at most `num_workers` processes, and at most one per CPU core."""
+    num_workers = min(num_workers, os.cpu_count() or 1)
     return {
         "num_workers": num_workers,
         "collate_fn": collate,

@@ -29,7 +29,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from dataloader import ImageDataset, eval_loader, open_dataset, require_memory
+from dataloader import ImageDataset, eval_loader, find_images, require_memory
 from evaluation import page, pictures, tables
 from evaluation.ladder import applicable_rows, comparison_sheets, evaluate, label_of, picture_names, reconstruct, translators
 from evaluation.metrics import (
@@ -44,9 +44,9 @@ from evaluation.run_logs import read_curves
 from evaluation.verdict import verdict
 from latents.pipeline import PipelineWithVAEs
 from latents.spaces import good_image_size
-from runtime.cli import Parser, integer, run
+from runtime.cli import Parser, claim_writable_folder, integer, naming, run, use_proxy
 from runtime.device import PRECISIONS, get_dtype, keep_freed_memory, memory_advice, resolve_device, resolve_precision
-from utils import UserError, atomic_file, claim_writable_folder, count_of, one_line, plain_stem, use_proxy
+from utils import UserError, atomic_file, count_of, one_line, plain_stem
 from vae_align import newest_checkpoint, read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -226,7 +226,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = build_parser().parse(argv)
     use_proxy(args.proxy)
     output_dir = claim_writable_folder(args.output_dir, "--output_dir")
-    device = resolve_device(args.device, "device" in args.typed_flags)
+    with naming("--device"):
+        device = resolve_device(args.device, "device" in args.typed_flags)
     keep_freed_memory(device)
     first = read_checkpoint(args.checkpoint[0])["config"]
     precision = resolve_precision(args.precision or first.get("precision", "bfloat16"), device, args.precision is not None)
@@ -235,7 +236,7 @@ def main(argv: list[str] | None = None) -> dict:
     strides = [space.stride for pair in pairs for space in (pair.pipeline.codec1, pair.pipeline.codec2)]
     size = good_image_size(args.image_size or first.get("image_size", 256), *strides)
     require_memory(args.eval_batch_size, size, "--eval_batch_size")
-    source = open_dataset(args.eval_data_dir, args.dataset_type, False, "--eval_data_dir", args.cache_dir)
+    source = find_images(args.eval_data_dir, args.dataset_type, False, "--eval_data_dir", args.cache_dir)
     dataset = ImageDataset(source, size)
     loader = eval_loader(dataset, args.eval_batch_size, args.num_workers)
     log.info("%s at %d px from %s", count_of(len(dataset), "image"), size, args.eval_data_dir)

@@ -1,8 +1,11 @@
-"""Training losses: each takes (prediction, target) of one shape and returns a scalar that is differentiable in prediction."""
+"""Losses on latents: each takes (prediction, target) of one shape and returns a scalar, differentiable in prediction.
+
+A new loss is a function of that form and one line in `LOSSES`; `--loss_type` then offers it.
+"""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +14,12 @@ from utils import UserError
 
 
 def weighted_l1(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L1 on latents (B, C, h, w) in which detail counts more than flat ground.
+    """L1 on latents (B, C, h, w) that counts errors on detail more than errors on flat areas.
 
-    Each element is weighted by 1 + its target's distance from the 3x3 neighbourhood mean, relative to the average such
-    distance of its channel; the weights are then scaled to mean 1, so values compare with `l1`. Most of a photo is smooth
-    and soon learnt; what a decoder turns into artefacts is edges and texture that a plain mean over positions hides.
+    The weight of an element is 1 plus its contrast, which is the target's distance from the mean of its 3x3 neighbourhood,
+    divided by the mean contrast of its channel. The weights are then scaled to mean 1, so that values compare with `l1`. Most
+    of a photo is smooth and soon learnt. Decoders turn errors on edges and texture into artefacts, and a plain mean over
+    positions hides those errors.
     """
     with torch.no_grad():
         smooth = F.avg_pool2d(target, 3, stride=1, padding=1, count_include_pad=False)
@@ -25,40 +29,15 @@ def weighted_l1(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (weight * (prediction - target).abs()).mean()
 
 
-def charbonnier(prediction: torch.Tensor, target: torch.Tensor, epsilon: float = 1e-2) -> torch.Tensor:
-    """Mean of sqrt(error² + epsilon²) - epsilon: L1 for large errors, smooth at zero (Charbonnier et al. 1994)."""
-    return ((prediction - target).square() + epsilon**2).sqrt().sub(epsilon).mean()
-
-
-LOSSES = {
+LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "mse": F.mse_loss,
     "l1": F.l1_loss,
     "weighted_l1": weighted_l1,
-    "huber": F.smooth_l1_loss,
-    "charbonnier": charbonnier,
 }
 
 
-def loss_term(text: str) -> tuple[str, float]:
-    """'name=weight' -> (name, weight), as --extra_losses takes them; ValueError when it is not of that form."""
-    name, _, weight = text.partition("=")
-    if name not in LOSSES or not 0 < float(weight) <= 1e6:
-        raise ValueError(f"{text}: not of the form NAME=WEIGHT with NAME one of {', '.join(LOSSES)} and WEIGHT above 0")
-    return name, float(weight)
-
-
-def checked_loss_term(text: str) -> str:
-    """An argparse type: `text` unchanged if `loss_term` understands it."""
-    try:
-        loss_term(text)
-    except ValueError:
-        names = ", ".join(LOSSES)
-        raise argparse.ArgumentTypeError(f"{text}: must be NAME=WEIGHT, NAME one of {names}, WEIGHT above 0") from None
-    return text
-
-
-def get_loss_function(loss_type: str):
+def get_loss_function(loss_type: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The loss of that name: a function (prediction, target) -> scalar tensor. UserError for an unknown name."""
     if loss_type not in LOSSES:
-        raise UserError(f"--loss_type {loss_type}: choose from {', '.join(LOSSES)}")
+        raise UserError(f"loss_type {loss_type}: choose from {', '.join(LOSSES)}")
     return LOSSES[loss_type]

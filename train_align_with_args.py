@@ -42,11 +42,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import dataloader
 from latents.encode_once import CacheOptions, cache_latents, cached_loader
-from latents.pipeline import PipelineWithVAEs, build_module
+from latents.pipeline import PipelineWithVAEs, require_memory_for
 from latents.spaces import Codec, good_image_size
 from latents.vaes import load_vae_model
 from losses import LOSSES, get_loss_function
-from runtime.cli import Parser, checked_config, integer, load_config, real, run
+from runtime.cli import Parser, integer, load_config, naming, real, run, use_proxy
 from runtime.device import (
     ACCELERATE_NAMES,
     PRECISIONS,
@@ -81,8 +81,8 @@ from training.resume import (
 )
 from training.schedule import is_due, save_is_due, setup_scheduler, total_steps
 from training.state import LossMeter, TrainingState
-from utils import UserError, count_of, one_line, use_proxy, write_json
-from vae_align import AlignConfig, AlignModule, read_checkpoint
+from utils import UserError, count_of, one_line, write_json
+from vae_align import AlignConfig, AlignModule, read_checkpoint, spaces_of
 
 __all__ = ["get_dtype", "get_loss_function", "load_config", "load_vae_model"]  # part of this script's interface
 
@@ -113,6 +113,11 @@ def build_parser() -> Parser:
     group.add_argument("--vae2_path", default="sd-legacy/stable-diffusion-v1-5", help="VAE to go to: folder or hub id")
     group.add_argument("--vae1_subfolder", default="vae", help="where VAE1 is in its folder; if not there, the folder itself")
     group.add_argument("--vae2_subfolder", default="vae", help="where VAE2 is in its folder; if not there, the folder itself")
+    for number in (1, 2):
+        group.add_argument(
+            f"--vae{number}_space", help=f"name of VAE{number}'s latent space, such as sd15, sdxl, sd3 or flux1, where its own "
+            "numbers do not tell: a tiny autoencoder's"
+        )  # fmt: skip
     parser.add_switch(group, "sample_posterior", False, "draw latents from the posterior instead of taking its mean")
     group.add_argument("--cache_dir", help="where the hub client keeps downloads")
     group.add_argument("--proxy", help="URL of a proxy for hub access, such as http://127.0.0.1:7890")
@@ -207,8 +212,7 @@ def build_parser() -> Parser:
 
 
 PARSER = build_parser()
-NOT_SETTINGS = ("help", "load_config", "resume", "dry_run")  # flags that a config does not hold
-SETTINGS = tuple(dict.fromkeys(action.dest for action in PARSER._actions if action.dest not in NOT_SETTINGS))
+SETTINGS = PARSER.settings().keys() - {"load_config", "resume", "dry_run"}  # what a config holds
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -235,7 +239,7 @@ def config_dict(args: argparse.Namespace) -> dict:
 
 def adopt_architecture(args: argparse.Namespace, start: Start) -> None:
     """Set the module's flags to those of the checkpoint whose weights a new run takes; UserError if a typed one contradicts."""
-    config = AlignConfig(**start.content["align_config"])
+    config = AlignConfig.from_dict(start.content["align_config"])
     for name in ("input_types", "hidden_channels", "num_blocks", "downsample_times"):
         value, given = getattr(config, name), getattr(args, name)
         if isinstance(value, tuple):
@@ -255,8 +259,11 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace, start: Start | N
     """
     if start is None and args.load_checkpoint:
         start = Start(Path(args.load_checkpoint), read_checkpoint(args.load_checkpoint))
-    codec1 = Codec(vae1, args.vae1_path, args.vae1_subfolder)
-    codec2 = Codec(vae2, args.vae2_path, args.vae2_subfolder)
+    spaces = (args.vae1_space, args.vae2_space)
+    if start and not start.resumed:  # what the checkpoint names need not be typed again
+        spaces = [given or recorded.name for given, recorded in zip(spaces, spaces_of(start.content))]
+    codec1 = Codec(vae1, args.vae1_path, args.vae1_subfolder, spaces[0])
+    codec2 = Codec(vae2, args.vae2_path, args.vae2_subfolder, spaces[1])
     if args.out_channels != codec2.channels:
         if "out_channels" in args.typed_flags:
             raise UserError(
@@ -279,9 +286,11 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace, start: Start | N
         out_channels=codec2.channels,
         out_stride=codec2.stride,
     )
-    module = build_module(config)
+    with naming("--hidden_channels"):
+        require_memory_for(config)
+    module = AlignModule(config)
     if start:
-        trained_for = AlignConfig(**start.content["align_config"])
+        trained_for = AlignConfig.from_dict(start.content["align_config"])
         for name in ("latent_channels", "latent_stride", "out_channels", "out_stride"):
             if getattr(config, name) != getattr(trained_for, name):
                 raise UserError(
@@ -299,7 +308,7 @@ def load_vaes(args: argparse.Namespace, device: torch.device) -> list:
         (args.vae2_path, args.vae2_subfolder, "--vae2_path"),
     )
     dtype = get_dtype(args.precision)
-    return [load_vae_model(path, subfolder, args.cache_dir, device, dtype, flag) for path, subfolder, flag in sides]
+    return [load_vae_model(path, subfolder, args.cache_dir, device, dtype, label) for path, subfolder, label in sides]
 
 
 def open_datasets(args: argparse.Namespace) -> tuple[dataloader.ImageDataset, dataloader.ImageDataset]:
@@ -309,7 +318,7 @@ def open_datasets(args: argparse.Namespace) -> tuple[dataloader.ImageDataset, da
         dataloader.require_memory(args.train_batch_size, args.image_size, "--train_batch_size")
     datasets = []
     for flag, folder, train in (("train", args.train_data_dir, True), ("eval", args.eval_data_dir, False)):
-        source = dataloader.open_dataset(folder, args.dataset_type, train, f"--{flag}_data_dir", args.cache_dir)
+        source = dataloader.find_images(folder, args.dataset_type, train, f"--{flag}_data_dir", args.cache_dir)
         options = {"random_crop": True, "random_flip": args.random_flip, "seed": args.seed} if train else {}
         dataset = dataloader.ImageDataset(source, args.image_size, **options)
         dataset.require_readable(f"--{flag}_data_dir {folder}")
@@ -439,7 +448,7 @@ def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
     """What the loop needs: what is measured before the first step, optimizer, schedule, and the state to go on from."""
     accelerator, pipeline, objective, start = parts.accelerator, parts.pipeline, parts.objective, parts.start
     resumed = start.content if start and start.resumed else None
-    data = {"order": data_order(train_loader, accelerator.num_processes), "files": names_digest(image_source(train_loader))}
+    data = {"order": data_order(train_loader, accelerator.num_processes), "files": names_digest(image_files(train_loader))}
     if resumed:
         require_same_order(resumed["training"]["order"], data["order"])
     else:
@@ -660,10 +669,11 @@ def memory_flags(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in ("train_batch_size", "image_size", "precision")}
 
 
-def image_source(train_loader):
-    """The list of files, or the data set, behind a training loader; None where it has none."""
+def image_files(train_loader) -> list[str] | None:
+    """The files behind a training loader; None for a data set that has none of its own."""
     dataset = getattr(train_loader.dataset, "dataset", train_loader.dataset)  # a latent cache's own, or the images themselves
-    return getattr(dataset, "source", None)
+    source = getattr(dataset, "source", None)
+    return source.paths if source else None
 
 
 def description_of(args, parts: Parts, run: Run) -> str:
@@ -741,9 +751,8 @@ def find_start(args: argparse.Namespace) -> Start | None:
     if args.resume:
         start = find_checkpoint(args.resume, args.save_dir)
         if start:
-            flags = {action.dest: action for action in PARSER._actions}
-            config = {name: value for name, value in start.content["config"].items() if name in flags}
-            adopt_flags(args, checked_config(config, flags, f"--resume {start.path}"))
+            config = {name: value for name, value in start.content["config"].items() if name in SETTINGS}
+            adopt_flags(args, PARSER.check_config(config, f"--resume {start.path}"))
             return start
         log.warning("--resume: no checkpoint in %s, starting fresh", args.save_dir)
     if args.load_checkpoint:
@@ -766,7 +775,8 @@ def is_finished(args: argparse.Namespace, start: Start) -> bool:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     use_proxy(args.proxy)
-    args.device = str(resolve_device(args.device, "device" in args.typed_flags))
+    with naming("--device"):
+        args.device = str(resolve_device(args.device, "device" in args.typed_flags))
     keep_freed_memory(torch.device(args.device))
     args.precision = resolve_precision(args.precision, torch.device(args.device), "precision" in args.typed_flags)
     start = find_start(args)
@@ -775,14 +785,16 @@ def main(argv: list[str] | None = None) -> None:
         return
     claim_outputs(args)
     if args.compile:
-        require_compiler(torch.device(args.device))
+        with naming("--compile"):
+            require_compiler(torch.device(args.device))
 
     accelerator = create_accelerator(args)
     datasets = open_datasets(args)
     if resumed:
-        require_same_files(start.content["training"], datasets[0].source, accelerator.num_processes, args.train_data_dir)
+        require_same_files(start.content["training"], datasets[0].source.paths, accelerator.num_processes, args.train_data_dir)
     vaes = load_vaes(args, accelerator.device)
-    good_image_size(args.image_size, *(Codec(vae).stride for vae in vaes))
+    with naming("--image_size"):
+        good_image_size(args.image_size, *(vae.stride for vae in vaes))
     parts = build_parts(args, *vaes, accelerator, start)
     if accelerator.is_main_process:
         warn_of_odd_flags(args, len(datasets[0]), accelerator.num_processes)

@@ -1,4 +1,4 @@
-"""Small helpers shared by every room. Nothing here knows a model."""
+"""Errors, files and words, for every other module. Standard library only."""
 
 from __future__ import annotations
 
@@ -15,69 +15,69 @@ from pathlib import Path
 from urllib.parse import unquote
 
 STAMP_FORMAT = "%Y%m%d_%H%M%S"
-JSON_BYTES = 1 << 24  # no config is this long; what is, is another kind of file
+JSON_BYTES = 1 << 24  # a longer file is no config, but of another kind
 URL_USER = re.compile(r"(?<=://)[^\s'\"]*@")
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line without secrets: the thing, its value, the remedy."""
+    """A mistake that the user can correct. The message is one line without secrets: the thing, its value, the remedy."""
 
     def __init__(self, message: str):
-        if message.startswith("Caught UserError in DataLoader worker"):  # torch passes a worker's whole traceback on
-            message = message.rpartition(f"{__name__}.UserError: ")[2]
         super().__init__(printable(" ".join(message.split())))
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of `error` on a single line of at most `limit` characters, secrets blotted out."""
+    """The message of `error`, or its class where it has none, on one line of at most `limit` characters without secrets."""
     text = printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def printable(text: str) -> str:
-    """`text` without secrets, and with everything that is no printable character (a file name may hold newlines, terminal
-    commands, bytes that are not UTF-8) written as in Python: `\\n`, `\\x1b`, `\\udcff`."""
+    """`text` without secrets, its unprintable characters written as in Python: `\\n`, `\\x1b`, `\\udcff`.
+
+    A file name may hold such characters: newlines, terminal commands, bytes that are not UTF-8.
+    """
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in without_secrets(text))
 
 
 def without_secrets(text: str) -> str:
-    """`text` with tokens, passwords and the user part of URLs blotted out."""
+    """`text` with `***` in place of tokens, passwords and the user part of URLs."""
     for secret in (*hub_tokens(), *proxy_passwords()):
         text = text.replace(secret, "***")
     return URL_USER.sub("***@", text)
 
 
 def hub_token() -> str | None:
-    """The Hugging Face token of the environment, or None. It is handed to the calls that need it and stored nowhere."""
+    """The Hugging Face token of the environment, or None. Callers pass it to the hub client and store it nowhere."""
     return next(iter(hub_tokens()), None)
 
 
 def hub_tokens() -> list[str]:
-    """Every token that is set; stripped, for HTTP clients quote a header with a stray newline in their error."""
+    """Every token that is set, without white space: an HTTP client quotes a header that contains a newline in its error."""
     tokens = ("".join(os.environ.get(name, "").split()) for name in ("HUGGINGFACE_TOKEN", "HF_TOKEN"))
     return [token for token in tokens if token]
 
 
 def proxy_passwords() -> list[str]:
-    """The passwords of the proxies that are set, as typed and as percent-decoded. One of a letter or two would blot out
-    half of any message; in its URL it is blotted out anyway."""
+    """The passwords of the proxies that are set, as typed and percent-decoded, longest first.
+
+    A password of one or two letters is left out, since `without_secrets` would replace those letters in every message; the
+    user part of the proxy's URL is replaced in any case.
+    """
     urls = (os.environ.get(name, "") for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"))
     typed = {url.rpartition("@")[0].rpartition("://")[2].partition(":")[2] for url in urls}
     return sorted((word for word in typed | {unquote(word) for word in typed} if len(word) > 2), key=len, reverse=True)
 
 
-def use_proxy(url: str | None) -> None:
-    """Send the hub client (and everything else that honours the standard variables) through `url`."""
-    if url:
-        for name in ("HTTP_PROXY", "HTTPS_PROXY"):
-            os.environ[name] = os.environ[name.lower()] = url
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike, mode: str = "wb", exclusive: bool = False, **open_options):
     """Open a temporary neighbour of `path` for writing; flush it to disk and rename it on success, remove it on failure.
 
-    A reader sees the old file or the whole new one, never a part. With `exclusive`, an existing `path` is left alone and
+    A reader sees the old file or the whole new one, never a part. With `exclusive`, an existing `path` stays and
     FileExistsError is raised.
     """
     path = Path(path)
@@ -97,7 +97,7 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb", exclusive: bool = Fal
                 return
             except FileExistsError:
                 raise
-            except OSError:  # a file system without hard links cannot do it in one step
+            except OSError:  # this file system has no hard links: check and rename in two steps
                 if path.exists():
                     raise FileExistsError(path) from None
         os.replace(temporary, path)
@@ -107,7 +107,7 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb", exclusive: bool = Fal
 
 
 def write_json(path: str | os.PathLike, value) -> None:
-    """Write `value` as indented JSON, atomically; bytes of a file name that are not UTF-8 as JSON escapes."""
+    """Write `value` as indented JSON, atomically. Bytes of a file name that are not UTF-8 become JSON escapes."""
     with atomic_file(path, "w", encoding="utf-8", errors="backslashreplace") as file:
         json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
@@ -116,8 +116,8 @@ def write_json(path: str | os.PathLike, value) -> None:
 def read_json(path: str | os.PathLike):
     """The JSON value in a file, in UTF-8 with or without a byte order mark.
 
-    OSError or ValueError when it cannot be read, is no regular file (a named pipe would be waited for), is longer than any
-    config, nests too deep, or holds a key twice (of which JSON readers take the last without a word).
+    OSError when it cannot be read or is no regular file. ValueError when it is no JSON, is longer than `JSON_BYTES`, nests too
+    deep, or holds a key twice (JSON readers silently take the last one).
     """
 
     def pairs(items):
@@ -140,7 +140,7 @@ def read_json(path: str | os.PathLike):
 
 
 def require_regular(path: str | os.PathLike) -> None:
-    """OSError unless `path` is a file with content of its own: opening a pipe waits for a writer, a device may never end."""
+    """OSError unless `path` is a regular file: opening a pipe waits for a writer, and reading a device may never end."""
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError("a folder, not a file")
@@ -149,47 +149,17 @@ def require_regular(path: str | os.PathLike) -> None:
 
 
 def shown(value) -> str:
-    """`value` as an error message shows it: its repr, but of at most a few hundred characters, however long or deep it is."""
+    """The repr of `value`, cut to at most a few hundred characters, for error messages."""
     short = reprlib.Repr()
     short.maxstring = short.maxlong = short.maxother = 100
     return short.repr(value)
 
 
-def claim_writable_folder(path: str | os.PathLike, flag: str, create: bool = True) -> Path:
-    """Create folder `path` if need be and prove that it can be written; UserError naming `flag` otherwise.
-
-    Without `create` nothing is touched: the folder, or the nearest that exists above it, must look writable.
-    """
-    path = Path(path)
-    if not create:
-        existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise UserError(f"{flag} {path}: cannot write there ({existing} is no writable folder); name another folder")
-        return path
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path) as file:
-            file.write(b"0")  # a disk that is full takes names to the last
-            file.flush()
-            return path
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {path}: cannot write there ({one_line(error)}); name another folder") from None
-
-
-def claim_writable_file(path: str | os.PathLike, flag: str) -> None:
-    """Prove that file `path` could be written, without touching what is there; UserError naming `flag` otherwise."""
-    if os.path.isdir(path):
-        raise UserError(f"{flag} {path}: a folder; name a file")
-    try:
-        claim_writable_folder(Path(path).parent, flag)
-    except UserError:
-        raise UserError(f"{flag} {path}: cannot write there; name a file in another folder") from None
-
-
 def next_stamp(folder: str | os.PathLike, prefix: str) -> str:
-    """A time stamp for a new `{prefix}_{stamp}` in `folder` that sorts after every one already there.
+    """A time stamp, YYYYMMDD_HHMMSS, for a new `{prefix}_{stamp}` in `folder` that sorts after every existing one.
 
-    Now, or one second past the newest entry when two come within a second or the clock went back.
+    It is the present time, or one second past the newest entry where that is not earlier (two files within a second, or a
+    clock that was set back).
     """
     pattern = re.compile(re.escape(prefix) + r"_(\d{8}_\d{6})")
     taken = (pattern.match(entry.name) for entry in Path(folder).glob(f"{prefix}_*"))
@@ -209,6 +179,10 @@ def file_digest(path: str | os.PathLike) -> bytes:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.digest()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Words
 
 
 def plain_stem(path: str | os.PathLike, limit: int = 80) -> str:

@@ -108,7 +108,7 @@ def main():
     )  # fmt: skip
     vaes = [open_vae(name, args.device, get_dtype(args.precision)) for name in names]
     spaces = [Codec(vae) for vae in vaes]
-    source = dataloader.open_dataset(options.images, "default", True, "--images")[: options.max_images]
+    source = dataloader.find_images(options.images, "default", True, "--images").paths[: options.max_images]
     dataset = dataloader.ImageDataset(source, options.image_size, random_crop=True, random_flip=True, seed=args.seed)
 
     with tempfile.TemporaryDirectory() as folder:

@@ -215,4 +215,4 @@ def good_image_size(size: int, *strides: int) -> int:
     if size > 0 and size % step == 0:
         return size
     nearest = max(step, round(size / step) * step)
-    raise UserError(f"image size {size}: must be a multiple of {step} (both VAEs' strides); the nearest is {nearest}")
+    raise UserError(f"image_size {size}: must be a multiple of {step} (both VAEs' strides); the nearest is {nearest}")

@@ -75,8 +75,9 @@ def _download_vae(repo: str, places: list[str], cache_dir: str | None, label: st
             raise UserError(
                 f"{label} {repo}: the hub refused the token or its rights ({one_line(error)}); check HUGGINGFACE_TOKEN"
             ) from None
+        reason = one_line(error)
         raise UserError(
-            f"{label} {repo}: could not be downloaded ({one_line(error)}); check the network and the proxy, or name a local folder"
+            f"{label} {repo}: could not be downloaded ({reason}); check the network and the proxy, or name a local folder"
         ) from None
     raise UserError(f"{label} {repo}: this hub model has no VAE in {' or '.join(repr(place) for place in places)}")
 

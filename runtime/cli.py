@@ -1,6 +1,7 @@
-"""Flags and configs: checked values, one-line errors, and the precedence default < JSON < typed.
+"""The command line of a program: checked flags, configs with the precedence default < JSON < typed, and one-line errors.
 
-Both command lines are built on `Parser`. Knows no flag by name but --load_config.
+Both programs are built on `Parser` and end through `run`. The library below them knows no flags: its errors name settings,
+and `naming` adds the flag. The only flag that this module knows itself is --load_config.
 """
 
 from __future__ import annotations
@@ -15,13 +16,23 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import traceback
+from pathlib import Path
 
+from runtime.interrupts import Terminated, unwinding_on_signals
 from utils import UserError, one_line, printable, read_json, shown, without_secrets
+from vae_align import AlignError
 
-UNSET = object()
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MISTAKES = (UserError, AlignError)  # exceptions that are a mistake of the user's: one line, no traceback
+UNSET = object()  # in place of a default, so that a typed value that equals the default counts as typed
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SAID_OF_A_FLAG = re.compile(r"argument --\w+: ")  # argparse's opening of an error about a flag's value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flags and configs
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,38 +42,89 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("formatter_class", _HelpFormatter)
         super().__init__(allow_abbrev=False, **options)
 
-    def error(self, message):
-        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
-        if unknown:
-            message = f"unknown flag {unknown[1]}{nearest(unknown[1], self._option_string_actions)}"
-        self.exit(2, f"{self.prog}: error: {one_line(message, limit=600)}\n")
-
-    def add_switch(self, group, name: str, default: bool, text: str):
-        """`--name` and `--no_name`, one of which is the default."""
+    def add_switch(self, group, name: str, default: bool, text: str) -> None:
+        """Add `--name` and `--no_name`, of which `default` says which one holds when neither is typed."""
         group.add_argument(f"--{name}", dest=name, action="store_true", default=default, help=f"{text} (default: {default})")
         group.add_argument(f"--no_{name}", dest=name, action="store_false", default=default, help=f"switch --{name} off")
 
+    def settings(self) -> dict[str, object]:
+        """{name: default} of every flag but --help, in the order of the help text."""
+        return {name: action.default for name, action in self._by_name().items()}
+
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """Parse with the precedence default < --load_config JSON < typed flags.
+        """Parse with the precedence default < --load_config JSON < typed flags. A mistake ends the program with status 2.
 
         The result's `typed_flags` names the flags that were typed on the command line, `given_flags` those in the JSON too.
         """
-        actions = {action.dest: action for action in self._actions if action.dest != "help"}
-        typed = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(actions, UNSET)))
-        given = {name: value for name, value in vars(typed).items() if value is not UNSET}
-        values = {name: action.default for name, action in actions.items()}
+        config = {}
+        try:
+            typed = self._given(argv)
+            if "load_config" in typed:
+                config = self.check_config(load_config(typed["load_config"]), typed["load_config"])
+        except UserError as error:
+            self.exit(2, f"{self.prog}: error: {one_line(error, limit=600)}\n")
+        names = {"typed_flags": tuple(sorted(typed)), "given_flags": tuple(sorted(config | typed))}
+        return argparse.Namespace(**(self.settings() | config | typed), **names)
+
+    def check_config(self, config: dict, source: str) -> dict:
+        """The values of a JSON config as its flags would parse them.
+
+        UserError names `source`, the key and the mistake: an unknown key with the nearest known one, or whatever argparse
+        says of the value.
+        """
+        known = self._by_name()
+        known.pop("load_config", None)
+        checked = {}
+        for name, value in config.items():
+            if name not in known:
+                raise UserError(f"{source}: unknown key {shown(name)}{nearest(name, known)}")
+            try:
+                checked[name] = self._from_json(known[name], value)
+            except UserError as error:
+                raise UserError(f"{source}: {name}: {SAID_OF_A_FLAG.sub('', str(error))}") from None
+        return checked
+
+    def error(self, message: str):
+        """Called by argparse with whatever is wrong: UserError, which `parse` and `check_config` show in their own way."""
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        if unknown:
+            message = f"unknown flag {unknown[1]}{nearest(unknown[1], self._option_string_actions)}"
+        raise UserError(message)
+
+    def _by_name(self) -> dict[str, argparse.Action]:
+        """{name: its action}; of a switch, the action of --name rather than of --no_name."""
+        actions = {}
+        for action in self._actions:
+            if action.dest != "help":
+                actions.setdefault(action.dest, action)
+        return actions
+
+    def _given(self, argv: list[str] | None) -> dict:
+        """{name: value} of the flags in `argv`. UserError for the first mistake."""
+        given = vars(self.parse_args(argv, argparse.Namespace(**dict.fromkeys(self.settings(), UNSET))))
+        given = {name: value for name, value in given.items() if value is not UNSET}
         for name, value in given.items():
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, str) and not _is_name(item):
-                    self.error(f"argument --{name}: {shown(item)} cannot be a name: a NUL or broken Unicode is in it")
-        config = {}
-        if "load_config" in given:
-            try:
-                config = checked_config(load_config(given["load_config"]), actions, given["load_config"])
-            except UserError as error:
-                self.error(str(error))
-        names = {"typed_flags": tuple(sorted(given)), "given_flags": tuple(sorted(config | given))}
-        return argparse.Namespace(**(values | config | given), **names)
+                    raise UserError(f"argument --{name}: {shown(item)} cannot be a name: a NUL or broken Unicode is in it")
+        return given
+
+    def _from_json(self, action: argparse.Action, value):
+        """A JSON value as its flag would parse it, written as words of a command line. UserError says what is wrong."""
+        flag = f"--{action.dest}"
+        if value is None and action.default is None:
+            return None
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise UserError(f"{shown(value)} must be true or false")
+            return value
+        if action.nargs == "+":
+            if not isinstance(value, list) or any(not isinstance(item, str) or item.startswith("-") for item in value):
+                raise UserError(f"{shown(value)} must be a list of words")
+            return self._given([flag, *value])[action.dest]
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise UserError(f"{shown(value)} must be a single number or string")
+        return self._given([f"{flag}={value}"])[action.dest]
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -75,7 +137,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 def nearest(name: str, known) -> str:
-    """'; did you mean X?' for the known name nearest to `name`, or nothing."""
+    """The words "; did you mean X?" for the known name nearest to `name`, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -89,7 +151,7 @@ def integer(low: int, high: int = 10**9):
             raise argparse.ArgumentTypeError(f"{shown(text)}: must be a whole number from {low} to {high}")
         return value
 
-    convert.__name__, convert.kind = "whole number", int
+    convert.__name__ = "whole number"  # argparse says "invalid whole number value"
     return convert
 
 
@@ -103,7 +165,7 @@ def real(low: float, high: float = 1e9, above: bool = False):
             raise argparse.ArgumentTypeError(f"{shown(text)}: must be a number {side} {low:g} to {high:g}")
         return value
 
-    convert.__name__, convert.kind = "number", float
+    convert.__name__ = "number"
     return convert
 
 
@@ -126,54 +188,78 @@ def load_config(config_path) -> dict:
     return config
 
 
-def checked_config(config: dict, actions: dict, source: str) -> dict:
-    """`config` with every value checked as its flag would be; UserError names the key and the nearest valid one."""
-    checked = {}
-    for name, value in config.items():
-        action = actions.get(name)
-        if action is None or name == "load_config":
-            settings = [known for known in actions if known != "load_config"]
-            raise UserError(f"{source}: unknown key {shown(name)}{nearest(name, settings)}")
-        checked[name] = _checked_value(action, value, f"{source}: {name}")
-    return checked
+@contextlib.contextmanager
+def naming(*flags: str):
+    """Within this context, an error of the library about one of `flags` names the flag.
 
-
-def _checked_value(action, value, where: str):
-    if value is None and action.default is None:
-        return None
-    if action.nargs == 0:
-        if not isinstance(value, bool):
-            raise UserError(f"{where}: {shown(value)} must be true or false")
-        return value
-    if action.nargs == "+":
-        if not isinstance(value, list) or (not value and action.default != []):
-            raise UserError(f"{where}: {shown(value)} must be a list{'' if action.default == [] else ' that is not empty'}")
-        return [_checked_item(action, item, where) for item in value]
-    return _checked_item(action, value, where)
-
-
-def _checked_item(action, value, where):
-    kind = getattr(action.type, "kind", str)
-    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-        expected = {int: "a whole number", float: "a number", str: "a string"}[kind]
-        raise UserError(f"{where}: {shown(value)} must be {expected}")
-    if isinstance(value, str) and not _is_name(value):
-        raise UserError(f"{where}: {shown(value)} cannot be a name: a NUL or broken Unicode is in it")
+    Library errors open with the setting: "device cuda:9: not available …" becomes "--device cuda:9: not available …" within
+    `naming("--device")`. Errors that open otherwise pass unchanged.
+    """
     try:
-        value = action.type(value) if action.type else value
-    except (argparse.ArgumentTypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{where}: {error}") from None
-    if action.choices and value not in action.choices:
-        raise UserError(f"{where}: {shown(value)} must be one of {', '.join(map(str, action.choices))}")
-    return value
+        yield
+    except MISTAKES as error:
+        message = str(error)
+        for flag in flags:
+            if re.match(rf"{re.escape(flag.lstrip('-'))}[ :]", message):
+                raise UserError(f"--{message}") from None
+        raise
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Outputs that flags name
+
+
+def claim_writable_folder(path: str | os.PathLike, label: str, create: bool = True) -> Path:
+    """Create folder `path` where it is missing and prove that files in it can be written. UserError begins with `label`.
+
+    Without `create` nothing is written: the folder, or the nearest existing one above it, must have write permission.
+    """
+    path = Path(path)
+    if not create:
+        existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise UserError(f"{label} {path}: cannot write there ({existing} is no writable folder); name another folder")
+        return path
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"0")  # a full disk still accepts new names, but no content
+            file.flush()
+            return path
+    except (OSError, ValueError) as error:
+        raise UserError(f"{label} {path}: cannot write there ({one_line(error)}); name another folder") from None
+
+
+def claim_writable_file(path: str | os.PathLike, label: str) -> None:
+    """Prove that file `path` could be written, without changing an existing file. UserError begins with `label`."""
+    if os.path.isdir(path):
+        raise UserError(f"{label} {path}: a folder; name a file")
+    try:
+        claim_writable_folder(Path(path).parent, label)
+    except UserError:
+        raise UserError(f"{label} {path}: cannot write there; name a file in another folder") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The program
+
+
+def use_proxy(url: str | None) -> None:
+    """Send the hub client, and every library that reads the standard variables, through the proxy at `url`."""
+    if url:
+        for name in ("HTTP_PROXY", "HTTPS_PROXY"):
+            os.environ[name] = os.environ[name.lower()] = url
 
 
 def run(main) -> None:
-    """Call `main()` as a program: a UserError, or what the system refuses, becomes one line on stderr and exit status 1;
-    SIGINT and SIGTERM one line and 128 + their number. Nothing that is printed or logged breaks its line, or on a terminal
-    that lacks its letters."""
+    """Call `main()` as a program.
+
+    A mistake of the user's, or an error of the operating system, becomes one line on stderr and exit status 1. SIGINT and
+    SIGTERM become one line and exit status 128 + their number. Any other exception is a bug: its traceback, without secrets.
+    Every log message stays on one line, and characters that the terminal's encoding lacks are printed as escapes.
+    """
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it warns of every config key that a VAE class does not use
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what it warns of while it retries ends in a UserError's one line
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it warns at each retry; the last failure is a UserError's one line
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_PrintableFormatter("%(message)s"))
@@ -183,49 +269,28 @@ def run(main) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     threading.excepthook = _thread_failed
     try:
-        with _unwinding_on_signals():
+        with unwinding_on_signals():
             main()
-    except UserError as error:
+    except MISTAKES as error:
         sys.exit(f"error: {one_line(error, limit=600)}")
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed it, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        remedy = "free some space or name another folder" if error.errno in FULL else "check its permissions, or name another"
+        full = error.errno in DISK_FULL
+        remedy = "free some space or name another folder" if full else "check its permissions, or name another"
         sys.exit(f"error: {one_line(error, limit=600)}; {remedy}")
     except KeyboardInterrupt as interrupt:
-        number = signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT
+        number = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
         print(f"\nstopped by {number.name}; what was finished is kept; start the same command again", file=sys.stderr)
         sys.exit(128 + number)
-    except Exception:  # a bug, and all that is known of it; libraries quote URLs and headers
+    except Exception:  # tracebacks of libraries quote URLs and headers
         sys.exit(without_secrets(traceback.format_exc().rstrip()))
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as KeyboardInterrupt is SIGINT."""
-
-
-@contextlib.contextmanager
-def _unwinding_on_signals():
-    """Within this context the first SIGINT or SIGTERM raises, so that temporary files go and workers end."""
-
-    def unwind(number, _):
-        signal.signal(number, signal.SIG_DFL)  # the second one ends at once
-        raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
-
-    before = {}
-    with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, unwind)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-
 def _thread_failed(failure):
-    """One line for what the system refuses a library's thread, such as TensorBoard's writer: the main thread is told too."""
+    """One line for an error of the operating system in a library's thread, such as TensorBoard's writer; the main thread gets
+    the same error. Any other exception is a bug, with its traceback."""
     if isinstance(failure.exc_value, OSError):
         logging.warning("%s", one_line(failure.exc_value))
     else:

@@ -1,71 +1,153 @@
-"""How a run lets itself be interrupted: a signal asks it to stop, and all its processes stop at the same step."""
+"""How SIGINT and SIGTERM end a program: before training by unwinding, in training by a request to stop, and never in a worker.
+
+A terminal or a job scheduler sends a signal to all processes of a run. `unwinding_on_signals` covers a whole program,
+`StopRequest` the training loop within it, `signals_held_back` and `leave_signals_to_parent` the workers that decode images.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import threading
 import time
 
 import torch
 
-RELAY = 2.0  # seconds within which a launcher has passed a signal on
-ASK = 2.0  # seconds between two askings whether some process shall stop
+RELAY = 2.0  # seconds within which a launcher repeats a signal to its processes
+ASK = 2.0  # seconds between two times at which the processes of a run ask each other whether to stop
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A whole program
+
+
+class Terminated(KeyboardInterrupt):
+    """What SIGTERM raises, as SIGINT raises KeyboardInterrupt."""
+
+
+@contextlib.contextmanager
+def unwinding_on_signals():
+    """Within this context the first SIGINT raises KeyboardInterrupt and the first SIGTERM `Terminated`; the second one ends
+    the process at once. Unwinding removes temporary files and ends workers."""
+
+    def unwind(number, _):
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    before = {}
+    with contextlib.suppress(ValueError):  # outside the main thread the caller handles signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, unwind)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The training loop
 
 
 class StopRequest:
-    """Within this context SIGINT and SIGTERM ask the run to stop instead of stopping it: `signal` says which came.
+    """Within this context SIGINT and SIGTERM ask the run to stop, and `signal` is the number of the one that came.
 
-    The second one of a kind acts as if this context were not there, so that it ends the process at once. With a launcher
-    that only goes for one that comes later than `RELAY` seconds: what a terminal sends to all, the launcher sends once more.
+    The second SIGINT, or the second SIGTERM, ends the process at once. Under a launcher (LOCAL_RANK is set) a second one that
+    comes within `RELAY` seconds is ignored: the launcher repeats to its processes what the terminal has sent to all.
     """
 
     def __init__(self):
         self.signal: int | None = None
-        self._before, self._came = {}, {}
-        self._ask_at, self._interval, self._asked = 0, 1, time.monotonic()
+        self._handlers_before = {}
+        self._came_at = {}  # {signal number: when it came first, seconds}
+        self._ask_at_step = 0
+        self._steps_between = 1
+        self._asked_at = time.monotonic()
 
     def __enter__(self):
-        with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
+        with contextlib.suppress(ValueError):  # outside the main thread the caller handles signals
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+                self._handlers_before[number] = signal.signal(number, self._note)
         return self
 
-    def _note(self, number, frame):
-        self.signal, now = number, time.monotonic()
-        if number in self._came:
-            if now - self._came[number] > RELAY:
+    def _note(self, number, _):
+        now = time.monotonic()
+        self.signal = number
+        if number in self._came_at:
+            if now - self._came_at[number] > RELAY:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
-        self._came[number] = now
-        if "LOCAL_RANK" not in os.environ:  # which launchers set
+        self._came_at[number] = now
+        if "LOCAL_RANK" not in os.environ:
             signal.signal(number, signal.SIG_DFL)
-        # os.write: a handler may come upon a half-done print, which buffered streams do not bear
         said = f"\n{signal.Signals(number).name}: finishing the step and saving; once more to leave at once\n"
         try:
+            # not print: a handler may interrupt a print, and a buffered stream refuses a second one inside the first
             os.write(2, said.encode())
-        except OSError:  # the same Ctrl-C has ended whoever read it, and the progress bar would fail on it next
+        except OSError:  # the same Ctrl-C has ended the reader of stderr; the progress bar must not fail on it
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
     def __exit__(self, *exception):
-        for number, handler in self._before.items():
-            leaving = self.signal or handler is None  # then once more is at once
-            signal.signal(number, signal.SIG_DFL if leaving else handler)
+        for number, handler in self._handlers_before.items():
+            # after a request to stop, one more signal ends the process at once
+            signal.signal(number, signal.SIG_DFL if self.signal or handler is None else handler)
 
     def agreed(self, accelerator, step: int) -> int | None:
-        """The signal that came, to every process the same and at the same step.
+        """The signal on which all processes stop after `step` steps, or None. Every process gets the same answer.
 
-        Several processes must wait for each other to agree, so they ask only about every `ASK` seconds: at steps that all of
-        them work out from the slowest one's time.
+        One process answers at every step. Several must wait for each other to agree, and waiting at every step would leave
+        their devices idle. They ask about every `ASK` seconds instead, at steps that all of them compute from the time of the
+        slowest one. A fixed number of steps would not do: a launcher kills its processes half a minute after a signal.
         """
         if accelerator.num_processes == 1:
             return self.signal
-        if step < self._ask_at:
+        if step < self._ask_at_step:
             return None
-        mine = [float(self.signal or 0), time.monotonic() - self._asked]
+        mine = [float(self.signal or 0), time.monotonic() - self._asked_at]
         number, seconds = accelerator.gather(torch.tensor([mine], device=accelerator.device)).amax(dim=0).tolist()
-        self._asked = time.monotonic()
-        self._interval = max(1, min(2 * self._interval, int(self._interval * ASK / max(seconds, 1e-3))))
-        self._ask_at = step + self._interval
+        self._asked_at = time.monotonic()
+        in_time = int(self._steps_between * ASK / max(seconds, 1e-3))
+        self._steps_between = max(1, min(2 * self._steps_between, in_time))
+        self._ask_at_step = step + self._steps_between
         return int(number) or None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Workers
+
+
+@contextlib.contextmanager
+def signals_held_back():
+    """Within this context SIGINT and SIGTERM wait, and processes that are started in it start with both blocked.
+
+    Without it, a signal to all processes of a job could end a worker before `leave_signals_to_parent` has run in it, and the
+    lost worker would end the run, which is to save first. No effect outside the main thread, or on Windows.
+    """
+    if not hasattr(signal, "sigwaitinfo") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """A `worker_init_fn`: the worker ignores the SIGINT and SIGTERM of a terminal or a job, and its parent ends the run.
+
+    A SIGTERM that the parent itself sends still ends the worker. Otherwise a parent that exits early would wait for it
+    without end.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # without it, on Windows, a SIGTERM to all ends the workers at once
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_on_sigterm_from, args=(os.getppid(),), daemon=True).start()
+
+
+def _exit_on_sigterm_from(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

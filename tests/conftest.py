@@ -20,6 +20,18 @@ hypothesis.settings.load_profile("suite")
 torch.set_num_threads(1)  # networks this small gain nothing from threads, and on busy cores they wait for each other
 
 
+def pytest_configure(config):
+    """With `-m gpu` the programs that the tests start see the GPUs too; VAE_ALIGN_GPU=1 does the same for the whole suite."""
+    if config.option.markexpr == "gpu":
+        os.environ["VAE_ALIGN_GPU"] = "1"
+
+
+def child_environment(**more):
+    """The environment of a program that a test starts: one thread, no GPU unless GPU tests are asked for, and `more`."""
+    hidden = {} if os.environ.get("VAE_ALIGN_GPU") else {"CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, "OMP_NUM_THREADS": "1", **hidden, **more}
+
+
 def make_kl_vae(latent_channels, levels=4, **options):
     """An AutoencoderKL of stride 2 ** (levels - 1) with random weights, 0.1 M parameters."""
     from diffusers import AutoencoderKL
@@ -132,7 +144,7 @@ def run_script(script, *argv, launcher=(), check=True, env=None, cwd=None, timeo
         [*(launcher or [sys.executable]), str(ROOT / script), *argv],
         capture_output=True,
         text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **(env or {})},
+        env=child_environment(**(env or {})),
         cwd=cwd,
         timeout=timeout,
     )

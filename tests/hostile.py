@@ -1,11 +1,11 @@
-"""What the tests of hostile input share: a limit on time, and what a good refusal looks like."""
+"""What the tests of bad input share: a limit on time, and what a good refusal looks like."""
 
 import contextlib
 import signal
 
 import pytest
 
-from utils import UserError
+from runtime.cli import MISTAKES
 
 
 @contextlib.contextmanager
@@ -29,8 +29,8 @@ def is_one_line(text):
 
 
 def refusal(call, *parts):
-    """`call()` must end soon in a UserError of one line with all `parts` in it; the line."""
-    with no_hang(), pytest.raises(UserError) as error:
+    """`call()` must end soon in an error of the user's kind, on one line with all `parts` in it; the line."""
+    with no_hang(), pytest.raises(MISTAKES) as error:
         call()
     text = str(error.value)
     assert is_one_line(text), text

@@ -1,18 +1,18 @@
 """Smallest real training runs inside this interpreter, and what they leave behind."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from conftest import as_argv, read_scalars
+from conftest import ROOT, as_argv, child_environment, read_scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_align_with_args as train_script
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-
-
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 QUIET = {"eval_frequency": 0, "save_frequency": 0, "visualize_frequency": 0}
 
 
@@ -53,3 +53,38 @@ def same_weights(first, second):
     """Whether two checkpoints' contents hold bit-identical weights."""
     first, second = first["state_dict"], second["state_dict"]
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def tensors_of(value, where=""):
+    """{place: tensor} of a checkpoint's content, at any depth."""
+    if isinstance(value, torch.Tensor):
+        return {where: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return {place: tensor for name, item in items for place, tensor in tensors_of(item, f"{where}/{name}").items()}
+
+
+def assert_same_tensors(first, second):
+    """Every tensor of two checkpoints is bit-identical."""
+    first, second = tensors_of(first), tensors_of(second)
+    assert first.keys() == second.keys()
+    differing = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not differing
+
+
+def start(flags, folder, launcher=()):
+    """The training program as the first process of a group of its own, in `folder`, its output in folder/log."""
+    folder.mkdir(exist_ok=True)
+    command = [*(launcher or [sys.executable]), str(ROOT / "train_align_with_args.py"), *as_argv(flags)]
+    with open(folder / "log", "a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=child_environment(), start_new_session=True)
+
+
+def tiny_of(flags, folder):
+    """`flags` with their outputs in `folder`."""
+    return {**flags, "log_dir": folder / "runs", "save_dir": folder / "ckpt"}
+
+
+def specified(step, steps_per_epoch, learning_rate, warmup_steps, step_size, gamma):
+    """The learning rate of a step by the specification's formula, written down once more."""
+    warmup = min(1, (step + 1) / warmup_steps) if warmup_steps else 1
+    return learning_rate * warmup * gamma ** ((step // steps_per_epoch) // step_size)

@@ -1,9 +1,8 @@
-"""Files to pixels, order to batches: what dataloader.py makes of every kind of file, folder and mistake."""
+"""Folders and hub data sets to batches: which images dataloader.py finds, in which order they come, and through workers."""
 
-import io
 import json
 import os
-import resource
+import shutil
 import subprocess
 import sys
 
@@ -11,363 +10,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from hostile import no_hang, refusal
+from images import BLUE, PNG, RED, bands, encoded, levels, oriented, smooth_picture
 from PIL import Image
 
 from dataloader import (
     EpochSampler,
+    HubImages,
     ImageDataset,
-    collate,
     eval_loader,
+    find_images,
     list_images,
-    open_dataset,
-    open_hub_dataset,
+    load_hub_split,
     train_loader,
 )
 from train_align_with_args import create_data_loaders, parse_args
 from utils import UserError
-
-
-def levels(pixel_values):
-    """(3, H, W) in [-1, 1] -> (H, W, 3) 8-bit levels."""
-    assert pixel_values.dtype == torch.float32 and pixel_values.min() >= -1 and pixel_values.max() <= 1
-    return ((pixel_values + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-
-
-def bands(left, middle, right, dtype=np.uint8):
-    """Three vertical bands of 8 px: (24, 24) for numbers, (24, 24, C) for tuples."""
-    return np.repeat(np.array([[left, middle, right]], dtype=dtype).repeat(24, axis=0), 8, axis=1)
-
-
-def smooth_picture(width, height, seed=0):
-    """A colourful picture without detail finer than 10 px: sharp enough to tell places apart."""
-    small = np.random.default_rng(seed).integers(0, 256, (max(2, height // 10), max(2, width // 10), 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Kinds of file
-
-
-def with_palette(colours, indices=(0, 1, 2)):
-    image = Image.fromarray(bands(*indices)).convert("L")
-    image = Image.frombytes("P", image.size, image.tobytes())
-    image.putpalette([level for colour in colours for level in colour])
-    return image
-
-
-def save(folder, name, image, **options):
-    image.save(folder / name, **options)
-    return str(folder / name)
-
-
-RED, GREEN, BLUE, BLACK, WHITE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255,) * 3, (128,) * 3
-RGB = (RED, GREEN, BLUE)
-GREYS = (BLACK, GREY, WHITE)
-INKS = bands((0, 255, 255, 0), (255, 0, 255, 0), (0, 0, 0, 255))  # red, green, black in CMYK
-
-KINDS = {  # name: (function (folder) -> path, the three colours a viewer shows, tolerance)
-    "rgb": (lambda f: save(f, "a.png", Image.fromarray(bands(*RGB))), RGB, 0),
-    "grey": (lambda f: save(f, "a.png", Image.fromarray(bands(0, 128, 255))), GREYS, 0),
-    "black and white": (lambda f: save(f, "a.png", Image.fromarray(bands(0, 0, 255)).convert("1")), (BLACK, BLACK, WHITE), 0),
-    "alpha": (
-        lambda f: save(f, "a.png", Image.fromarray(bands((255, 0, 0, 255), (0, 0, 0, 0), (0, 0, 0, 127)))),
-        (RED, WHITE, GREY),
-        1,
-    ),
-    "grey with alpha": (
-        lambda f: save(f, "a.png", Image.fromarray(bands((0, 255), (0, 127), (0, 255)))),
-        (BLACK, GREY, BLACK),
-        1,
-    ),
-    "webp with alpha": (
-        lambda f: save(f, "a.webp", Image.fromarray(bands((255, 0, 0, 255), (9, 9, 9, 0), (0, 0, 255, 255))), lossless=True),
-        (RED, WHITE, BLUE),
-        0,
-    ),
-    "palette": (lambda f: save(f, "a.png", with_palette(RGB)), RGB, 0),
-    "palette with a transparent colour": (
-        lambda f: save(f, "a.png", with_palette(RGB), transparency=1),
-        (RED, WHITE, BLUE),
-        0,
-    ),
-    "palette with alpha per colour": (
-        lambda f: save(f, "a.png", with_palette((RED, BLACK, BLACK)), transparency=bytes([255, 127, 0])),
-        (RED, GREY, WHITE),
-        1,
-    ),
-    "grey with a transparent level": (
-        lambda f: save(f, "a.png", Image.fromarray(bands(0, 128, 200)), transparency=200),
-        GREYS,
-        0,
-    ),
-    "rgb with a transparent colour": (
-        lambda f: save(f, "a.png", Image.fromarray(bands(*RGB)), transparency=(0, 255, 0)),
-        (RED, WHITE, BLUE),
-        0,
-    ),
-    "16-bit grey png": (lambda f: save(f, "a.png", Image.fromarray(bands(0, 32896, 65535, np.uint16))), GREYS, 0),
-    "16-bit grey png of a dark scene": (
-        lambda f: save(f, "a.png", Image.fromarray(bands(0, 100, 200, np.uint16))),
-        (BLACK, BLACK, (1, 1, 1)),
-        0,
-    ),
-    "16-bit big-endian tiff": (
-        lambda f: save(f, "a.tif", Image.frombytes("I;16B", (24, 24), bands(0, 32896, 65535, ">u2").tobytes())),
-        GREYS,
-        0,
-    ),
-    "16-bit pgm": (lambda f: save(f, "a.pgm", Image.fromarray(bands(0, 32896, 65535, np.int32))), GREYS, 0),
-    "32-bit tiff of 16-bit levels": (
-        lambda f: save(f, "a.tiff", Image.fromarray(bands(0, 32896, 65535, np.int32))),
-        GREYS,
-        0,
-    ),
-    "32-bit tiff of 8-bit levels": (lambda f: save(f, "a.tiff", Image.fromarray(bands(0, 128, 255, np.int32))), GREYS, 0),
-    "float tiff in 0..1": (
-        lambda f: save(f, "a.tiff", Image.fromarray(bands(0, 128 / 255, 1, np.float32))),
-        GREYS,
-        0,
-    ),
-    "float tiff in 0..255": (lambda f: save(f, "a.tiff", Image.fromarray(bands(0, 128, 255, np.float32))), GREYS, 0),
-    "float tiff below zero": (
-        lambda f: save(f, "a.tiff", Image.fromarray(bands(-3, 128 / 255, 1, np.float32))),
-        GREYS,
-        0,
-    ),
-    "float tiff with a missing value": (
-        lambda f: save(f, "a.tiff", Image.fromarray(bands(np.nan, 128 / 255, 1, np.float32))),
-        GREYS,
-        0,
-    ),
-    "cmyk tiff": (
-        lambda f: save(f, "a.tif", Image.frombytes("CMYK", (24, 24), INKS.tobytes())),
-        (RED, GREEN, BLACK),
-        1,
-    ),
-    "cmyk jpeg": (
-        lambda f: save(f, "a.jpg", Image.frombytes("CMYK", (24, 24), INKS.tobytes()), quality=100),
-        (RED, GREEN, BLACK),
-        4,
-    ),
-    "jpeg": (lambda f: save(f, "a.JPEG", Image.fromarray(bands(*RGB)), quality=100, subsampling=0), RGB, 4),
-    "animated gif": (
-        lambda f: save(
-            f, "a.gif", Image.fromarray(bands(*RGB)), save_all=True, append_images=[Image.new("RGB", (24, 24), BLACK)] * 2
-        ),
-        RGB,
-        0,
-    ),
-    "animated gif with transparency": (
-        lambda f: save(
-            f, "a.gif", with_palette(RGB), save_all=True, append_images=[with_palette(GREYS)], transparency=0, disposal=2
-        ),
-        (WHITE, GREEN, BLUE),
-        0,
-    ),
-    "animated png": (
-        lambda f: save(
-            f, "a.png", Image.fromarray(bands(*RGB)), save_all=True, append_images=[Image.new("RGB", (24, 24), BLACK)]
-        ),
-        RGB,
-        0,
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_every_kind_of_file_comes_out_as_a_viewer_shows_it(tmp_path, kind, training):
-    """Alpha over black, 16 bits clipped to white, inverted CMYK, a GIF's last frame, transparent pixels' hidden colour."""
-    make, colours, tolerance = KINDS[kind]
-    dataset = ImageDataset([make(tmp_path)], 24, random_crop=training)
-    item = dataset[(0, 0) if training else 0]
-    assert item["unreadable"] == []
-    picture = levels(item["pixel_values"]).astype(int)
-    for band, colour in enumerate(colours):
-        inner = picture[2:22, 8 * band + 2 : 8 * band + 6]
-        worst = abs(inner - colour).max()
-        assert worst <= tolerance, f"band {band} is {inner[0, 0].tolist()}, not {colour}"
-
-
-UPRIGHT = {  # EXIF orientation: the upright picture -> what is stored
-    1: lambda a: a,
-    2: np.fliplr,
-    3: lambda a: np.rot90(a, 2),
-    4: np.flipud,
-    5: lambda a: a.swapaxes(0, 1),
-    6: np.rot90,
-    7: lambda a: np.rot90(a.swapaxes(0, 1), 2),
-    8: lambda a: np.rot90(a, -1),
-}
-
-
-def oriented(path, picture, orientation, **options):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(np.ascontiguousarray(UPRIGHT[orientation](picture))).save(path, exif=exif, **options)
-
-
-@pytest.mark.parametrize("orientation", UPRIGHT)
-def test_every_exif_orientation_comes_out_upright(tmp_path, orientation):
-    """Photos of a phone held upright that come out lying; the crop taken before the turn."""
-    picture = np.asarray(smooth_picture(40, 24))
-    oriented(tmp_path / "a.png", picture, orientation)
-    found = ImageDataset([str(tmp_path / "a.png")], 24)[0]["pixel_values"]
-    assert (levels(found) == picture[:, 8:32]).all()
-
-
-def test_large_jpeg_is_decoded_small_enough_for_speed_and_large_enough_for_the_crop(tmp_path):
-    """A draft scale that leaves fewer pixels than are asked for, or that is lost on turned photos; none in evaluation."""
-    path = str(tmp_path / "a.jpg")
-    picture = np.asarray(smooth_picture(640, 1280))
-    oriented(path, picture, 6, quality=95)
-    trained, judged = (ImageDataset([path], 64, random_crop=training).open(0) for training in (True, False))
-    assert judged.size == (640, 1280)
-    assert trained.size == (80, 160)  # 1/8: the short side is still 64 · 1.25
-    whole = np.asarray(judged.resize(trained.size, Image.Resampling.BOX)).astype(int)
-    assert abs(whole - np.asarray(trained)).mean() < 2
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Crops
-
-
-@pytest.mark.parametrize(
-    "size", [(100, 60), (60, 100), (97, 33), (33, 97), (41, 40), (301, 45), (20, 12), (13, 21), (32, 32), (64, 64)], ids=str
-)
-def test_evaluation_is_resize_of_the_short_side_then_centre_crop(tmp_path, size):
-    """Width and height swapped, a squeezed picture, a crop off the centre, small images padded or not enlarged."""
-    side = 32
-    image = smooth_picture(*size)
-    image.save(tmp_path / "a.png")
-    scale = side / min(size)
-    width, height = max(side, round(size[0] * scale)), max(side, round(size[1] * scale))
-    resized = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = round((width - side) / 2), round((height - side) / 2)
-    expected = np.asarray(resized.crop((left, top, left + side, top + side))).astype(int)
-    difference = abs(levels(ImageDataset([str(tmp_path / "a.png")], side)[0]["pixel_values"]) - expected)
-    assert difference.mean() < 0.5 and difference.max() <= 3
-
-
-@pytest.mark.parametrize("size", [(30_000, 1), (1, 30_000)], ids=str)
-def test_a_long_thin_image_costs_no_memory(tmp_path, size):
-    """A 3,840,000 x 128 px intermediate, which ends the run on most machines."""
-    Image.new("RGB", size, RED).save(tmp_path / "a.png")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for dataset, item in (
-        (ImageDataset([str(tmp_path / "a.png")], 128), 0),
-        (ImageDataset([str(tmp_path / "a.png")], 128, random_crop=True), (0, 3)),
-    ):
-        assert (levels(dataset[item]["pixel_values"]) == RED).all()
-    unit = 1024 if os.uname().sysname == "Darwin" else 1  # ru_maxrss is in bytes there, in KiB elsewhere
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit < 200_000
-
-
-def training_set(folder, picture, count=1, **options):
-    paths = []
-    for number in range(count):
-        picture.save(folder / f"{number}.png")
-        paths.append(str(folder / f"{number}.png"))
-    return ImageDataset(paths, **{"image_size": 32, "random_crop": True, "random_flip": True, "seed": 5} | options)
-
-
-def test_training_crop_is_a_function_of_seed_index_and_view(tmp_path):
-    """Crops from a global or a worker's generator: runs that cannot be repeated or resumed, caches that do not match."""
-    picture = smooth_picture(90, 70)
-    first = training_set(tmp_path, picture, count=3)
-    wanted = {(index, view): first[index, view]["pixel_values"] for index in range(3) for view in range(4)}
-    torch.manual_seed(1)
-    np.random.seed(1)
-    again = training_set(tmp_path, picture, count=3)
-    for item in reversed(wanted):
-        assert torch.equal(again[item]["pixel_values"], wanted[item])
-    drawn = [*wanted.values(), training_set(tmp_path, picture, seed=6)[0, 0]["pixel_values"]]
-    assert len({pixels.numpy().tobytes() for pixels in drawn}) == 13  # all of the same picture, none alike
-
-
-@pytest.mark.parametrize("random_flip", [True, False])
-def test_about_half_of_the_views_are_mirrored_and_none_without_random_flip(tmp_path, random_flip):
-    """A flip that is always or never on, or that turns pictures upside down."""
-    ramp = np.zeros((32, 32, 3), dtype=np.uint8)
-    ramp[..., 0], ramp[..., 1] = np.arange(32) * 8, np.arange(32)[:, None] * 8
-    dataset = training_set(tmp_path, Image.fromarray(ramp), random_flip=random_flip)
-    views = [levels(dataset[0, view]["pixel_values"]).astype(int) for view in range(60)]
-    mirrored = [view[0, 0, 0] > view[0, -1, 0] for view in views]
-    assert 18 <= sum(mirrored) <= 42 if random_flip else not any(mirrored)
-    assert all(view[0, 0, 1] < view[-1, 0, 1] for view in views)
-
-
-@pytest.mark.parametrize("size", [(256, 64), (64, 256)], ids=str)
-def test_training_crops_reach_the_whole_picture_and_vary_in_scale(tmp_path, size):
-    """Crops from the centre or a corner only; edges that are never seen; width taken for height."""
-    along = np.linspace(0, 255, max(size)).round().astype(np.uint8)
-    ramp = np.broadcast_to(along if size[0] > size[1] else along[:, None], (size[1], size[0]))
-    dataset = training_set(tmp_path, Image.fromarray(ramp), random_flip=False)
-    views = [levels(dataset[0, view]["pixel_values"])[..., 0] for view in range(60)]
-    lows, highs = [int(view.min()) for view in views], [int(view.max()) for view in views]
-    assert min(lows) < 15 and max(highs) > 240
-    spans = [high - low for low, high in zip(lows, highs)]
-    assert min(spans) < 52 and max(spans) > 60  # 32 px of a short side of 40 to 32
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files that cannot be read
-
-
-@pytest.fixture
-def some_broken(tmp_path):
-    """A folder of a.png, b.png (text), c.jpg (cut off), d.png, e.gif (empty)."""
-    smooth_picture(40, 40, 1).save(tmp_path / "a.png")
-    (tmp_path / "b.png").write_text("no picture")
-    smooth_picture(200, 200, 2).save(tmp_path / "c.jpg")
-    (tmp_path / "c.jpg").write_bytes((tmp_path / "c.jpg").read_bytes()[:3000])
-    smooth_picture(40, 40, 3).save(tmp_path / "d.png")
-    (tmp_path / "e.gif").write_bytes(b"")
-    return tmp_path
-
-
-def test_unreadable_image_in_training_is_replaced_by_the_next_and_named(some_broken):
-    """One broken download that ends a night's run, or that is trained on as black."""
-    dataset = ImageDataset(list_images(some_broken), 32, random_crop=True)
-    for index, replacement, broken in ((0, 0, ""), (1, 3, "bc"), (2, 3, "c"), (4, 0, "e")):
-        item = dataset[index, 7]
-        assert item["index"] == replacement and item["path"] == dataset.source[replacement]
-        assert torch.equal(item["pixel_values"], dataset[replacement, 7]["pixel_values"])
-        assert len(item["unreadable"]) == len(broken)
-        for message, letter in zip(item["unreadable"], broken):
-            assert os.path.join(str(some_broken), f"{letter}.") in message and "\n" not in message
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_unreadable_image_in_evaluation_is_dropped_and_named(some_broken, num_workers):
-    """An average over a picture that is not there, or over a replacement counted twice; names lost between processes."""
-    dataset = ImageDataset(list_images(some_broken), 32)
-    batches = list(eval_loader(dataset, 2, num_workers))
-    assert [batch["index"].tolist() for batch in batches] == [[0], [3], []]
-    assert [[os.path.basename(path) for path in batch["path"]] for batch in batches] == [["a.png"], ["d.png"], []]
-    assert [len(batch["pixel_values"]) for batch in batches] == [1, 1, 0]
-    assert ["".join(os.path.basename(text.split("'")[1])[0] for text in batch["unreadable"]) for batch in batches] == [
-        "b",
-        "c",
-        "e",
-    ]
-
-
-def test_batch_without_a_readable_image_keeps_its_types(some_broken):
-    """An index that turns into float32 for one batch of the set."""
-    items = [ImageDataset(list_images(some_broken), 32)[index] for index in (1, 2)]
-    assert collate(items)["index"].dtype == torch.int64
-    assert len(collate(items)["pixel_values"]) == 0
-
-
-def test_training_ends_with_one_line_when_nothing_is_left(some_broken):
-    """An endless loop when a disk is taken away during the run."""
-    dataset = ImageDataset(list_images(some_broken), 32, random_crop=True)
-    for name in ("a.png", "d.png"):
-        (some_broken / name).unlink()
-    with pytest.raises(UserError, match=r"no image can be read any more; the last failure: .*c\.jpg"):
-        dataset[3, 0]
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Order
@@ -494,7 +152,7 @@ def test_imagenet_layout_gives_each_split_its_own_images(tmp_path):
     touch_image(tmp_path / "train" / "n1" / "y.JPEG")
 
     def names(folder, train):
-        return [os.path.basename(path) for path in open_dataset(str(folder), "imagenet", train, "--flag")]
+        return [os.path.basename(path) for path in find_images(str(folder), "imagenet", train, "--flag").paths]
 
     assert names(tmp_path, True) == names(tmp_path / "train", True) == ["n01440764_1.JPEG", "n01443537_2.JPEG"]
     assert names(tmp_path, False) == names(tmp_path / "val", False) == ["v_3.JPEG"]
@@ -542,7 +200,7 @@ def test_a_folder_without_images_is_one_line_that_names_the_flag(tmp_path, mista
 def test_imagenet_without_class_folders_is_one_line_that_says_what_to_do(tmp_path):
     """--dataset_type imagenet on a plain folder: an empty set, or class folders invented."""
     touch_image(tmp_path / "photos" / "a.png")
-    with pytest.raises(UserError, match=r"^--train_data_dir .*n01440764.*--dataset_type default$"):
+    with pytest.raises(UserError, match=r"^--train_data_dir .*n01440764.*the dataset_type default$"):
         create_data_loaders(data_flags(tmp_path, tmp_path, dataset_type="imagenet"))
 
 
@@ -550,7 +208,7 @@ def test_imagenet_without_class_folders_is_one_line_that_says_what_to_do(tmp_pat
 def test_a_mistyped_imagenet_folder_is_not_looked_up_on_the_hub(folder):
     """A path sent to a server, and its error in place of "no such folder"."""
     with pytest.raises(UserError, match=r"^--train_data_dir .*no such folder$"):
-        open_dataset(folder, "imagenet", True, "--train_data_dir")
+        find_images(folder, "imagenet", True, "--train_data_dir")
 
 
 def test_loaders_of_a_run_read_both_folders(tmp_path):
@@ -572,12 +230,6 @@ def test_loaders_of_a_run_read_both_folders(tmp_path):
 # Data sets of the hub's kind
 
 
-def encoded(image, **options):
-    file = io.BytesIO()
-    image.save(file, **options)
-    return file.getvalue()
-
-
 def test_hub_data_set_gives_the_pixels_that_files_give(tmp_path):
     """A photo that `datasets` turned upright and we turn again; a reduced decode of what is decoded already."""
     import datasets
@@ -589,13 +241,13 @@ def test_hub_data_set_gives_the_pixels_that_files_give(tmp_path):
     paths = list_images(tmp_path)
     rows = [{"bytes": (tmp_path / os.path.basename(path)).read_bytes(), "path": None} for path in paths]
     data = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features({"image": datasets.Image()}))
-    from_hub, from_files = list(eval_loader(ImageDataset(data, 24), 4, 0)), list(eval_loader(ImageDataset(paths, 24), 4, 0))
+    from_hub, from_files = (list(eval_loader(ImageDataset(source, 24), 4, 0)) for source in (HubImages(data), paths))
     assert from_hub[0]["index"].tolist() == [0, 1, 3]
     assert torch.equal(from_hub[0]["pixel_values"], from_files[0]["pixel_values"])
     assert len(from_hub[0]["unreadable"]) == 1 and "[2]" in from_hub[0]["unreadable"][0]
-    trained = [ImageDataset(source, 24, random_crop=True)[0, 1]["pixel_values"] for source in (data, paths)]
+    trained = [ImageDataset(source, 24, random_crop=True)[0, 1]["pixel_values"] for source in (HubImages(data), paths)]
     assert (trained[0] - trained[1]).abs().mean() < 0.05
-    item = ImageDataset(data, 24, random_crop=True)[2, 0]
+    item = ImageDataset(HubImages(data), 24, random_crop=True)[2, 0]
     assert item["index"] == 3 and len(item["unreadable"]) == 1
 
 
@@ -608,7 +260,7 @@ def hub_folder(tmp_path):
     folder.mkdir()
     features = datasets.Features({"label": datasets.Value("int64"), "picture": datasets.Image()})
     for split, colour, count in (("train", RED, 3), ("validation", BLUE, 2)):
-        rows = [{"bytes": encoded(Image.new("RGB", (8, 8), colour), format="PNG"), "path": None}] * count
+        rows = [{"bytes": encoded("PNG", Image.new("RGB", (8, 8), colour)), "path": None}] * count
         data = datasets.Dataset.from_dict({"label": list(range(count)), "picture": rows}, features=features)
         data.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
     return folder
@@ -617,8 +269,8 @@ def hub_folder(tmp_path):
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_hub_data_set_gives_the_split_and_column_asked_for(hub_folder, tmp_path, train):
     """Judging on training images since the splits are not known before the first download; a column of another name."""
-    data = open_hub_dataset(str(hub_folder), train, "--flag", str(tmp_path / "cache"))
-    assert data.column_names == ["image"] and len(data) == (3 if train else 2)
+    data = load_hub_split(str(hub_folder), train, "--flag", str(tmp_path / "cache"))
+    assert data.split.column_names == ["image"] and len(data) == (3 if train else 2)
     assert (levels(ImageDataset(data, 8)[0]["pixel_values"]) == (RED if train else BLUE)).all()
 
 
@@ -626,7 +278,7 @@ def test_hub_data_set_opened_twice_has_the_same_content_key(hub_folder, tmp_path
     """A latent cache that is built anew in every run."""
     keys = []
     for _ in range(2):
-        data = open_hub_dataset(str(hub_folder), True, "--flag", str(tmp_path / "cache"))
+        data = load_hub_split(str(hub_folder), True, "--flag", str(tmp_path / "cache"))
         keys.append(json.dumps(ImageDataset(data, 8, random_crop=True).content_key()))
     assert keys[0] == keys[1]
 
@@ -638,4 +290,105 @@ def test_data_set_without_images_is_one_line(tmp_path):
     (tmp_path / "words").mkdir()
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(str(tmp_path / "words" / "train.parquet"))
     with pytest.raises(UserError, match=r"^--flag .*no image column$"):
-        open_hub_dataset(str(tmp_path / "words"), True, "--flag", str(tmp_path / "cache"))
+        load_hub_split(str(tmp_path / "words"), True, "--flag", str(tmp_path / "cache"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hostile folders
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with one good image."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "good.png").write_bytes(PNG)
+    return folder
+
+
+def test_a_folder_called_jpg_is_a_folder(folder):
+    """A folder opened as an image, or the images in it forgotten."""
+    (folder / "album.jpg").mkdir()
+    (folder / "album.jpg" / "b.png").write_bytes(PNG)
+    assert [os.path.relpath(path, folder) for path in list_images(folder)] == ["album.jpg/b.png", "good.png"]
+
+
+def test_hidden_files_are_left_alone(folder):
+    """macOS' `._photo.jpg` companions, which are no images, taken for broken ones."""
+    (folder / "..png").write_bytes(PNG)
+    (folder / "._good.png").write_bytes(b"\0\5\x16\7")
+    assert len(list_images(folder)) == 1
+
+
+def test_loops_of_links_end_and_no_image_counts_twice(folder):
+    """A folder that holds itself, by one link or by two that lead to each other."""
+    (folder / "self").symlink_to(folder)
+    for here, there in (("a", "b"), ("b", "a")):
+        (folder / here).mkdir()
+        (folder / here / "back").symlink_to(folder / there)
+    (folder / "ring1").symlink_to("ring2")
+    (folder / "ring2").symlink_to("ring1")
+    with no_hang():
+        assert len(list_images(folder)) == 1
+
+
+def test_folders_within_folders_to_any_depth(folder):
+    """A stack frame for every level, and so a RecursionError at a thousand of them."""
+    before, limit = os.getcwd(), sys.getrecursionlimit()
+    os.chdir(folder)
+    try:
+        for _ in range(400):
+            os.mkdir("d")
+            os.chdir("d")
+        shutil.copy(folder / "good.png", "deep.png")
+    finally:
+        os.chdir(before)
+    sys.setrecursionlimit(300)
+    try:
+        assert sorted(map(os.path.basename, list_images(folder))) == ["deep.png", "good.png"]
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+def test_a_folder_that_may_not_be_read_is_named(folder, monkeypatch, caplog):
+    """Half of the images missing from training without a word."""
+    (folder / "private\n").mkdir()
+    scandir = os.scandir
+
+    def guarded(place):
+        if "private" in str(place):
+            raise PermissionError(13, "Permission denied", place)
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert len(list_images(folder)) == 1
+    assert "private\\n" in caplog.text and "Permission denied" in caplog.text
+    refusal(lambda: find_images(str(folder / "private\n"), "default", True, "--train_data_dir"), "--train_data_dir")
+
+
+def test_an_imagenet_folder_that_may_not_be_read_is_one_line(folder, monkeypatch):
+    """A PermissionError's traceback."""
+
+    def denied(_):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(os, "listdir", denied)
+    monkeypatch.setattr(os, "scandir", denied)
+    refusal(lambda: find_images(str(folder), "imagenet", True, "--eval_data_dir"), "--eval_data_dir", folder)
+
+
+def test_a_folder_of_nothing_but_hostile_files_is_one_line(folder):
+    """The last file's own failure in several lines, or a hang at the first pipe."""
+    os.remove(folder / "good.png")
+    os.mkfifo(folder / "a.png")
+    (folder / "two\nlines.png").write_bytes(b"")
+    dataset = ImageDataset(find_images(str(folder), "default", True, "--train_data_dir"), 16)
+    refusal(lambda: dataset.require_readable(f"--train_data_dir {folder}"), "none of 2 files", "two\\nlines.png")
+
+
+def test_a_worker_that_runs_out_of_images_says_so_in_one_line(folder):
+    """torch's copy of the worker's traceback in place of the message."""
+    loader = train_loader(ImageDataset(list_images(folder), 16, random_crop=True), 1, 1, 0)
+    os.remove(folder / "good.png")
+    text = refusal(lambda: next(iter(loader)), "no image can be read any more", "good.png")
+    assert "Original" not in text

@@ -104,10 +104,10 @@ class DecodedImageLoss:
         scalar; the colour bias of what was decoded, (3,)). The window depends on (seed, step) alone."""
         cut, inner = self._window(aligned.shape[2:], step)
         by_features = self.perceptual == "decoder"
-        with decoder_features(self.codec.vae, by_features) as features:
+        with decoder_features(self.codec.vae.model, by_features) as features:
             decoded = self.codec.decode(cut(aligned))
         if self.reference == "vae2" or by_features:
-            with torch.no_grad(), decoder_features(self.codec.vae, by_features) as wanted_features:
+            with torch.no_grad(), decoder_features(self.codec.vae.model, by_features) as wanted_features:
                 wanted = self.codec.decode(cut(target))
         if self.reference == "original":
             wanted = cut(images, self.codec.stride)

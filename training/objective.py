@@ -57,13 +57,13 @@ class Objective:
 def _decoded_loss(pipeline, args):
     codec = pipeline.codec2
     if args.decoder_loss_path:
-        flag = "--decoder_loss_path"
+        label = "--decoder_loss_path"
         vae = load_vae_model(
-            args.decoder_loss_path, args.decoder_loss_subfolder, args.cache_dir, codec.vae.device, codec.vae.dtype, flag
+            args.decoder_loss_path, args.decoder_loss_subfolder, args.cache_dir, codec.vae.device, codec.vae.dtype, label
         )
         codec = Codec(vae, args.decoder_loss_path, args.decoder_loss_subfolder)
         if (codec.channels, codec.stride) != (pipeline.codec2.channels, pipeline.codec2.stride):
-            raise UserError(f"{flag} {args.decoder_loss_path}: its latent space is not VAE2's (other channels or stride)")
+            raise UserError(f"{label} {args.decoder_loss_path}: its latent space is not VAE2's (other channels or stride)")
     perceptual = None
     if args.perceptual_loss_weight:
         perceptual = "decoder" if args.perceptual_loss == "decoder" else _lpips(pipeline.device)

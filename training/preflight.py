@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 
+from runtime.cli import claim_writable_file, claim_writable_folder
 from training.schedule import total_steps
-from utils import UserError, claim_writable_file, claim_writable_folder
+from utils import UserError
 
 log = logging.getLogger(__name__)
 

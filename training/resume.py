@@ -17,7 +17,7 @@ from pathlib import Path
 from latents.spaces import Codec
 from training.checkpoints import OWN_NAME
 from utils import UserError
-from vae_align import checkpoints_in, read_checkpoint
+from vae_align import AlignError, checkpoints_in, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def find_checkpoint(wanted: str, save_dir: str) -> Start | None:
             if "training" in content:
                 require_training(content, path)
                 return Start(path, content, resumed=True)
-        except UserError as error:
+        except (UserError, AlignError) as error:
             log.warning("%s; trying the one before it", error)
     if wanted != "latest":
         raise UserError(f"--resume {wanted}: no checkpoint to resume from in this folder")
@@ -101,7 +101,7 @@ def require_same_vaes(content: dict, space1: Codec, space2: Codec) -> None:
     """UserError unless both VAEs are, by kind, the ones that the checkpoint's run was trained with."""
     for number, space in ((1, space1), (2, space2)):
         recorded = content[f"vae{number}"]
-        for name in ("class", "channels", "stride", "scaling_factor", "shift_factor"):
+        for name in ("class", "channels", "stride", "space"):
             if recorded.get(name) != space.identity[name]:
                 raise UserError(
                     f"--vae{number}_path {space.identity['path']}: its {name} is {space.identity[name]}, the run to resume "

@@ -1,0 +1,544 @@
+"""Files to pixels: what dataloader.py makes of every kind of image, of files that are none, and of hostile ones."""
+
+import io
+import os
+import resource
+import socket
+import stat
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hostile import is_one_line, no_hang
+from images import BLACK, BLUE, GREEN, GREY, PHOTO, PNG, RED, UPRIGHT, WHITE, bands, encoded, levels, oriented, smooth_picture
+from PIL import EpsImagePlugin, Image, ImageOps
+
+from dataloader import ImageDataset, collate, eval_loader, find_images, list_images
+from utils import UserError
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kinds of file
+
+
+def with_palette(colours, indices=(0, 1, 2)):
+    image = Image.fromarray(bands(*indices)).convert("L")
+    image = Image.frombytes("P", image.size, image.tobytes())
+    image.putpalette([level for colour in colours for level in colour])
+    return image
+
+
+def save(folder, name, image, **options):
+    image.save(folder / name, **options)
+    return str(folder / name)
+
+
+RGB = (RED, GREEN, BLUE)
+GREYS = (BLACK, GREY, WHITE)
+INKS = bands((0, 255, 255, 0), (255, 0, 255, 0), (0, 0, 0, 255))  # red, green, black in CMYK
+
+KINDS = {  # name: (function (folder) -> path, the three colours a viewer shows, tolerance)
+    "rgb": (lambda f: save(f, "a.png", Image.fromarray(bands(*RGB))), RGB, 0),
+    "grey": (lambda f: save(f, "a.png", Image.fromarray(bands(0, 128, 255))), GREYS, 0),
+    "black and white": (lambda f: save(f, "a.png", Image.fromarray(bands(0, 0, 255)).convert("1")), (BLACK, BLACK, WHITE), 0),
+    "alpha": (
+        lambda f: save(f, "a.png", Image.fromarray(bands((255, 0, 0, 255), (0, 0, 0, 0), (0, 0, 0, 127)))),
+        (RED, WHITE, GREY),
+        1,
+    ),
+    "grey with alpha": (
+        lambda f: save(f, "a.png", Image.fromarray(bands((0, 255), (0, 127), (0, 255)))),
+        (BLACK, GREY, BLACK),
+        1,
+    ),
+    "webp with alpha": (
+        lambda f: save(f, "a.webp", Image.fromarray(bands((255, 0, 0, 255), (9, 9, 9, 0), (0, 0, 255, 255))), lossless=True),
+        (RED, WHITE, BLUE),
+        0,
+    ),
+    "palette": (lambda f: save(f, "a.png", with_palette(RGB)), RGB, 0),
+    "palette with a transparent colour": (
+        lambda f: save(f, "a.png", with_palette(RGB), transparency=1),
+        (RED, WHITE, BLUE),
+        0,
+    ),
+    "palette with alpha per colour": (
+        lambda f: save(f, "a.png", with_palette((RED, BLACK, BLACK)), transparency=bytes([255, 127, 0])),
+        (RED, GREY, WHITE),
+        1,
+    ),
+    "grey with a transparent level": (
+        lambda f: save(f, "a.png", Image.fromarray(bands(0, 128, 200)), transparency=200),
+        GREYS,
+        0,
+    ),
+    "rgb with a transparent colour": (
+        lambda f: save(f, "a.png", Image.fromarray(bands(*RGB)), transparency=(0, 255, 0)),
+        (RED, WHITE, BLUE),
+        0,
+    ),
+    "16-bit grey png": (lambda f: save(f, "a.png", Image.fromarray(bands(0, 32896, 65535, np.uint16))), GREYS, 0),
+    "16-bit grey png of a dark scene": (
+        lambda f: save(f, "a.png", Image.fromarray(bands(0, 100, 200, np.uint16))),
+        (BLACK, BLACK, (1, 1, 1)),
+        0,
+    ),
+    "16-bit big-endian tiff": (
+        lambda f: save(f, "a.tif", Image.frombytes("I;16B", (24, 24), bands(0, 32896, 65535, ">u2").tobytes())),
+        GREYS,
+        0,
+    ),
+    "16-bit pgm": (lambda f: save(f, "a.pgm", Image.fromarray(bands(0, 32896, 65535, np.int32))), GREYS, 0),
+    "32-bit tiff of 16-bit levels": (
+        lambda f: save(f, "a.tiff", Image.fromarray(bands(0, 32896, 65535, np.int32))),
+        GREYS,
+        0,
+    ),
+    "32-bit tiff of 8-bit levels": (lambda f: save(f, "a.tiff", Image.fromarray(bands(0, 128, 255, np.int32))), GREYS, 0),
+    "float tiff in 0..1": (
+        lambda f: save(f, "a.tiff", Image.fromarray(bands(0, 128 / 255, 1, np.float32))),
+        GREYS,
+        0,
+    ),
+    "float tiff in 0..255": (lambda f: save(f, "a.tiff", Image.fromarray(bands(0, 128, 255, np.float32))), GREYS, 0),
+    "float tiff below zero": (
+        lambda f: save(f, "a.tiff", Image.fromarray(bands(-3, 128 / 255, 1, np.float32))),
+        GREYS,
+        0,
+    ),
+    "float tiff with a missing value": (
+        lambda f: save(f, "a.tiff", Image.fromarray(bands(np.nan, 128 / 255, 1, np.float32))),
+        GREYS,
+        0,
+    ),
+    "cmyk tiff": (
+        lambda f: save(f, "a.tif", Image.frombytes("CMYK", (24, 24), INKS.tobytes())),
+        (RED, GREEN, BLACK),
+        1,
+    ),
+    "cmyk jpeg": (
+        lambda f: save(f, "a.jpg", Image.frombytes("CMYK", (24, 24), INKS.tobytes()), quality=100),
+        (RED, GREEN, BLACK),
+        4,
+    ),
+    "jpeg": (lambda f: save(f, "a.JPEG", Image.fromarray(bands(*RGB)), quality=100, subsampling=0), RGB, 4),
+    "animated gif": (
+        lambda f: save(
+            f, "a.gif", Image.fromarray(bands(*RGB)), save_all=True, append_images=[Image.new("RGB", (24, 24), BLACK)] * 2
+        ),
+        RGB,
+        0,
+    ),
+    "animated gif with transparency": (
+        lambda f: save(
+            f, "a.gif", with_palette(RGB), save_all=True, append_images=[with_palette(GREYS)], transparency=0, disposal=2
+        ),
+        (WHITE, GREEN, BLUE),
+        0,
+    ),
+    "animated png": (
+        lambda f: save(
+            f, "a.png", Image.fromarray(bands(*RGB)), save_all=True, append_images=[Image.new("RGB", (24, 24), BLACK)]
+        ),
+        RGB,
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_every_kind_of_file_comes_out_as_a_viewer_shows_it(tmp_path, kind, training):
+    """Alpha over black, 16 bits clipped to white, inverted CMYK, a GIF's last frame, transparent pixels' hidden colour."""
+    make, colours, tolerance = KINDS[kind]
+    dataset = ImageDataset([make(tmp_path)], 24, random_crop=training)
+    item = dataset[(0, 0) if training else 0]
+    assert item["unreadable"] == []
+    picture = levels(item["pixel_values"]).astype(int)
+    for band, colour in enumerate(colours):
+        inner = picture[2:22, 8 * band + 2 : 8 * band + 6]
+        worst = abs(inner - colour).max()
+        assert worst <= tolerance, f"band {band} is {inner[0, 0].tolist()}, not {colour}"
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_every_exif_orientation_comes_out_upright(tmp_path, orientation):
+    """Photos of a phone held upright that come out lying; the crop taken before the turn."""
+    picture = np.asarray(smooth_picture(40, 24))
+    oriented(tmp_path / "a.png", picture, orientation)
+    found = ImageDataset([str(tmp_path / "a.png")], 24)[0]["pixel_values"]
+    assert (levels(found) == picture[:, 8:32]).all()
+
+
+def test_large_jpeg_is_decoded_small_enough_for_speed_and_large_enough_for_the_crop(tmp_path):
+    """A draft scale that leaves fewer pixels than are asked for, or that is lost on turned photos; none in evaluation."""
+    path = str(tmp_path / "a.jpg")
+    picture = np.asarray(smooth_picture(640, 1280))
+    oriented(path, picture, 6, quality=95)
+    trained, judged = (ImageDataset([path], 64, random_crop=training).open(0) for training in (True, False))
+    assert judged.size == (640, 1280)
+    assert trained.size == (80, 160)  # 1/8: the short side is still 64 · 1.25
+    whole = np.asarray(judged.resize(trained.size, Image.Resampling.BOX)).astype(int)
+    assert abs(whole - np.asarray(trained)).mean() < 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Crops
+
+
+@pytest.mark.parametrize(
+    "size", [(100, 60), (60, 100), (97, 33), (33, 97), (41, 40), (301, 45), (20, 12), (13, 21), (32, 32), (64, 64)], ids=str
+)
+def test_evaluation_is_resize_of_the_short_side_then_centre_crop(tmp_path, size):
+    """Width and height swapped, a squeezed picture, a crop off the centre, small images padded or not enlarged."""
+    side = 32
+    image = smooth_picture(*size)
+    image.save(tmp_path / "a.png")
+    scale = side / min(size)
+    width, height = max(side, round(size[0] * scale)), max(side, round(size[1] * scale))
+    resized = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    expected = np.asarray(resized.crop((left, top, left + side, top + side))).astype(int)
+    difference = abs(levels(ImageDataset([str(tmp_path / "a.png")], side)[0]["pixel_values"]) - expected)
+    assert difference.mean() < 0.5 and difference.max() <= 3
+
+
+@pytest.mark.parametrize("size", [(30_000, 1), (1, 30_000)], ids=str)
+def test_a_long_thin_image_costs_no_memory(tmp_path, size):
+    """A 3,840,000 x 128 px intermediate, which ends the run on most machines."""
+    Image.new("RGB", size, RED).save(tmp_path / "a.png")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for dataset, item in (
+        (ImageDataset([str(tmp_path / "a.png")], 128), 0),
+        (ImageDataset([str(tmp_path / "a.png")], 128, random_crop=True), (0, 3)),
+    ):
+        assert (levels(dataset[item]["pixel_values"]) == RED).all()
+    unit = 1024 if os.uname().sysname == "Darwin" else 1  # ru_maxrss is in bytes there, in KiB elsewhere
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit < 200_000
+
+
+def training_set(folder, picture, count=1, **options):
+    paths = []
+    for number in range(count):
+        picture.save(folder / f"{number}.png")
+        paths.append(str(folder / f"{number}.png"))
+    return ImageDataset(paths, **{"image_size": 32, "random_crop": True, "random_flip": True, "seed": 5} | options)
+
+
+def test_training_crop_is_a_function_of_seed_index_and_view(tmp_path):
+    """Crops from a global or a worker's generator: runs that cannot be repeated or resumed, caches that do not match."""
+    picture = smooth_picture(90, 70)
+    first = training_set(tmp_path, picture, count=3)
+    wanted = {(index, view): first[index, view]["pixel_values"] for index in range(3) for view in range(4)}
+    torch.manual_seed(1)
+    np.random.seed(1)
+    again = training_set(tmp_path, picture, count=3)
+    for item in reversed(wanted):
+        assert torch.equal(again[item]["pixel_values"], wanted[item])
+    drawn = [*wanted.values(), training_set(tmp_path, picture, seed=6)[0, 0]["pixel_values"]]
+    assert len({pixels.numpy().tobytes() for pixels in drawn}) == 13  # all of the same picture, none alike
+
+
+@pytest.mark.parametrize("random_flip", [True, False])
+def test_about_half_of_the_views_are_mirrored_and_none_without_random_flip(tmp_path, random_flip):
+    """A flip that is always or never on, or that turns pictures upside down."""
+    ramp = np.zeros((32, 32, 3), dtype=np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(32) * 8, np.arange(32)[:, None] * 8
+    dataset = training_set(tmp_path, Image.fromarray(ramp), random_flip=random_flip)
+    views = [levels(dataset[0, view]["pixel_values"]).astype(int) for view in range(60)]
+    mirrored = [view[0, 0, 0] > view[0, -1, 0] for view in views]
+    assert 18 <= sum(mirrored) <= 42 if random_flip else not any(mirrored)
+    assert all(view[0, 0, 1] < view[-1, 0, 1] for view in views)
+
+
+@pytest.mark.parametrize("size", [(256, 64), (64, 256)], ids=str)
+def test_training_crops_reach_the_whole_picture_and_vary_in_scale(tmp_path, size):
+    """Crops from the centre or a corner only; edges that are never seen; width taken for height."""
+    along = np.linspace(0, 255, max(size)).round().astype(np.uint8)
+    ramp = np.broadcast_to(along if size[0] > size[1] else along[:, None], (size[1], size[0]))
+    dataset = training_set(tmp_path, Image.fromarray(ramp), random_flip=False)
+    views = [levels(dataset[0, view]["pixel_values"])[..., 0] for view in range(60)]
+    lows, highs = [int(view.min()) for view in views], [int(view.max()) for view in views]
+    assert min(lows) < 15 and max(highs) > 240
+    spans = [high - low for low, high in zip(lows, highs)]
+    assert min(spans) < 52 and max(spans) > 60  # 32 px of a short side of 40 to 32
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files that cannot be read
+
+
+@pytest.fixture
+def some_broken(tmp_path):
+    """A folder of a.png, b.png (text), c.jpg (cut off), d.png, e.gif (empty)."""
+    smooth_picture(40, 40, 1).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no picture")
+    smooth_picture(200, 200, 2).save(tmp_path / "c.jpg")
+    (tmp_path / "c.jpg").write_bytes((tmp_path / "c.jpg").read_bytes()[:3000])
+    smooth_picture(40, 40, 3).save(tmp_path / "d.png")
+    (tmp_path / "e.gif").write_bytes(b"")
+    return tmp_path
+
+
+def test_unreadable_image_in_training_is_replaced_by_the_next_and_named(some_broken):
+    """One broken download that ends a night's run, or that is trained on as black."""
+    dataset = ImageDataset(list_images(some_broken), 32, random_crop=True)
+    for index, replacement, broken in ((0, 0, ""), (1, 3, "bc"), (2, 3, "c"), (4, 0, "e")):
+        item = dataset[index, 7]
+        assert item["index"] == replacement and item["path"] == dataset.name(replacement)
+        assert torch.equal(item["pixel_values"], dataset[replacement, 7]["pixel_values"])
+        assert len(item["unreadable"]) == len(broken)
+        for message, letter in zip(item["unreadable"], broken):
+            assert os.path.join(str(some_broken), f"{letter}.") in message and "\n" not in message
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_unreadable_image_in_evaluation_is_dropped_and_named(some_broken, num_workers):
+    """An average over a picture that is not there, or over a replacement counted twice; names lost between processes."""
+    dataset = ImageDataset(list_images(some_broken), 32)
+    batches = list(eval_loader(dataset, 2, num_workers))
+    assert [batch["index"].tolist() for batch in batches] == [[0], [3], []]
+    assert [[os.path.basename(path) for path in batch["path"]] for batch in batches] == [["a.png"], ["d.png"], []]
+    assert [len(batch["pixel_values"]) for batch in batches] == [1, 1, 0]
+    assert ["".join(os.path.basename(text.split("'")[1])[0] for text in batch["unreadable"]) for batch in batches] == [
+        "b",
+        "c",
+        "e",
+    ]
+
+
+def test_batch_without_a_readable_image_keeps_its_types(some_broken):
+    """An index that turns into float32 for one batch of the set."""
+    items = [ImageDataset(list_images(some_broken), 32)[index] for index in (1, 2)]
+    assert collate(items)["index"].dtype == torch.int64
+    assert len(collate(items)["pixel_values"]) == 0
+
+
+def test_training_ends_with_one_line_when_nothing_is_left(some_broken):
+    """An endless loop when a disk is taken away during the run."""
+    dataset = ImageDataset(list_images(some_broken), 32, random_crop=True)
+    for name in ("a.png", "d.png"):
+        (some_broken / name).unlink()
+    with pytest.raises(UserError, match=r"no image can be read any more; the last failure: .*c\.jpg"):
+        dataset[3, 0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hostile files: each is used as a viewer would show it, or left out by name
+
+USED = None  # in place of what the message says of a file that is left out
+
+
+def png_chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width, height, *chunks):
+    """A PNG whose header promises `width` x `height` px of grey, with whatever chunks follow."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + png_chunk(b"IEND", b"")
+
+
+def with_exif(content):
+    return encoded("JPEG", exif=b"Exif\0\0" + content)
+
+
+def with_orientation(kind, count, value):
+    """A JPEG whose EXIF block is one entry, the orientation: of TIFF type `kind`, with four bytes of `value`."""
+    return with_exif(b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHI", 0x112, kind, count) + value + bytes(4))
+
+
+# lies on its side, in an EXIF block that Pillow reads but cannot write back, as it does on rotating
+UNTURNABLE = with_exif(
+    bytes.fromhex("4d4d002a00000008 0002 011200030000000100060000 036900100000000100000026 d3000000")
+    + bytes.fromhex("0001 b3030002000000050000003800 0000 00 3230323000 00")
+)
+
+
+def flipped(content, at, bits=0xFF):
+    changed = bytearray(content)
+    changed[at] ^= bits
+    return bytes(changed)
+
+
+JPEG, GIF, TIFF = (encoded(form) for form in ("JPEG", "GIF", "TIFF"))
+TIFF_DIRECTORY = struct.unpack("<I", TIFF[4:8])[0]
+TEXT_BOMB = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100 << 20)))
+
+FILES = {  # kind: (file name, content, USED or what the message says)
+    "truncated jpeg": ("a.jpg", JPEG[: len(JPEG) // 2], "runcated"),
+    "truncated png": ("a.png", PNG[: len(PNG) // 2], "a.png"),
+    "jpeg of its first two bytes": ("a.jpg", JPEG[:2], "cannot identify"),
+    "zero bytes": ("a.jpg", b"", "cannot identify"),
+    "text called jpg": ("a.jpg", b"not a picture\n" * 9, "cannot identify"),
+    "html called png": ("a.png", b"<!DOCTYPE html><title>404</title>", "cannot identify"),
+    "svg called png": ("a.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "cannot identify"),
+    "png called jpg": ("a.jpg", PNG, USED),
+    "jpeg called png": ("a.png", JPEG, USED),
+    "png with a broken checksum": ("a.png", flipped(PNG, PNG.index(b"IDAT") + 8), "a.png"),
+    "png without pixels": ("a.png", png(9, 9), "a.png"),
+    "png of zero width": ("a.png", png(0, 9), "a.png"),
+    "ppm of zero height": ("a.ppm", b"P6 9 0 255\n", "a.ppm"),
+    "gif without a frame": ("a.gif", b"GIF89a\x10\0\x10\0\0\0\0;", "a.gif"),
+    "truncated gif": ("a.gif", GIF[:60], "a.gif"),
+    "tiff whose directories form a ring": ("a.tif", TIFF[:-4] + struct.pack("<I", TIFF_DIRECTORY), USED),
+    "tiff whose directory lies beyond its end": ("a.tif", TIFF[:4] + struct.pack("<I", 1 << 30) + TIFF[8:], "a.tif"),
+    "truncated webp": ("a.webp", encoded("WEBP")[:50], "a.webp"),
+    "bomb in a png": ("a.png", png(50_000, 50_000, png_chunk(b"IDAT", zlib.compress(b"0"))), "decompression bomb"),
+    "bomb that Pillow only warns of": ("a.png", png(9500, 9500), "decompression bomb"),
+    "bomb in a bmp": ("a.bmp", b"BM" + bytes(8) + struct.pack("<IIiiHH", 54, 40, 50_000, 50_000, 1, 24) + bytes(24), "bomb"),
+    "bomb in a png's text": ("a.png", png(9, 9, TEXT_BOMB, png_chunk(b"IDAT", zlib.compress(bytes(90)))), "a.png"),
+    "cmyk": ("a.jpg", encoded("JPEG", PHOTO.convert("CMYK")), USED),
+    "16 bits": ("a.png", encoded("PNG", Image.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40) * 40)), USED),
+    "palette with transparency": ("a.png", encoded("PNG", PHOTO.convert("P"), transparency=3), USED),
+    "animated gif": ("a.gif", encoded("GIF", save_all=True, append_images=[PHOTO.rotate(90)] * 3), USED),
+    "one pixel": ("a.png", encoded("PNG", Image.new("RGB", (1, 1), "red")), USED),
+    "30,000 x 1": ("a.png", encoded("PNG", Image.new("RGB", (30_000, 1), "red")), USED),
+    "1 x 30,000": ("a.png", encoded("PNG", Image.new("RGB", (1, 30_000), "red")), USED),
+    "exif orientation 9": ("a.jpg", with_orientation(3, 1, b"\x09\0\0\0"), USED),
+    "exif orientation 0": ("a.jpg", with_orientation(3, 1, b"\0\0\0\0"), USED),
+    "exif orientation as text": ("a.jpg", with_orientation(2, 3, b"up\0\0"), USED),
+    "exif of noise": ("a.jpg", with_exif(bytes(range(256))), USED),
+    "exif cut short": ("a.jpg", with_exif(b"II*\0\x08\0\0\0\xff\xff"), USED),
+    "exif that cannot be written back": ("a.jpg", UNTURNABLE, USED),
+    "icc profile of noise": ("a.jpg", encoded("JPEG", icc_profile=bytes(range(256)) * 3), USED),
+    "postscript": ("a.eps", encoded("EPS"), "cannot identify"),
+    "postscript called png": ("a.png", encoded("EPS"), "cannot identify"),
+    "name with a newline": ("two\nlines.png", b"no picture", "two\\nlines"),
+    "name with a terminal command": ("\x1b[2Jx.png", b"no picture", "\\x1b[2Jx.png"),
+    "name that is not utf-8": (os.fsdecode(b"\xff\xfe.png"), b"no picture", "\\udcff\\udcfe.png"),
+    "name as long as can be": ("x" * 251 + ".png", b"no picture", "x" * 100),
+}
+
+
+def pipe(path):
+    os.mkfifo(path)
+
+
+def unix_socket(path):
+    with socket.socket(socket.AF_UNIX) as end:
+        before = os.getcwd()
+        os.chdir(path.parent)  # a socket's address is at most some 100 bytes long
+        try:
+            end.bind(path.name)
+        finally:
+            os.chdir(before)
+
+
+def device(path):
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5))  # /dev/zero
+    except OSError:
+        path.symlink_to("/dev/zero")
+
+
+PLACES = {  # kind: (what makes it, what the message says)
+    "named pipe": (pipe, "a pipe, socket or device"),
+    "link to a named pipe": (lambda path: (pipe(path.parent / "pipe"), path.symlink_to("pipe")), "a pipe, socket or device"),
+    "socket": (unix_socket, "a pipe, socket or device"),
+    "device": (device, "a pipe, socket or device"),
+    "link to a terminal": (lambda path: path.symlink_to("/dev/tty"), ""),
+    "dangling link": (lambda path: path.symlink_to("nowhere.png"), "No such file"),
+    "link to itself": (lambda path: path.symlink_to(path.name), "symbolic links"),
+}
+
+
+def is_used_or_named(folder, name, said):
+    """Judge and train on `folder`, which holds a good image and `name`: that is used, or left out with a message of one line
+    that has `said` in it; the good one is used anyway."""
+    source = find_images(str(folder), "default", True, "--train_data_dir")
+    assert len(source) == 2
+    with no_hang(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's of corrupt metadata
+        (batch,) = eval_loader(ImageDataset(source, 16), 2, 0)
+        training = ImageDataset(source, 16, random_crop=True)
+        drawn = [training[(index, view)] for index in range(2) for view in range(2)]
+    assert all(torch.isfinite(item["pixel_values"]).all() and item["pixel_values"].shape == (3, 16, 16) for item in drawn)
+    names = {os.path.basename(path) for path in batch["path"]}
+    messages = batch["unreadable"]
+    if said is USED:
+        assert names == {name, "good.png"} and not messages, messages
+        assert {os.path.basename(item["path"]) for item in drawn} == names
+    else:
+        assert names == {"good.png"} and len(messages) == 1
+        assert said in messages[0] and is_one_line(messages[0]), messages
+        assert messages[0] in {message for item in drawn for message in item["unreadable"]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with one good image."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "good.png").write_bytes(PNG)
+    return folder
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_hostile_image_is_used_or_left_out_by_name(folder, kind):
+    """A traceback in a worker process, a good picture dropped for its metadata, a message that breaks its line."""
+    name, content, said = FILES[kind]
+    (folder / name).write_bytes(content)
+    is_used_or_named(folder, name, said)
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_what_is_no_file_is_left_out_by_name(folder, kind):
+    """Waiting forever for someone to write into a pipe; reading from a terminal or without end from a device."""
+    make, said = PLACES[kind]
+    make(folder / "a.png")
+    is_used_or_named(folder, "a.png", said)
+
+
+def test_the_metadata_that_break_a_rotation_do():
+    """That one kind above is hostile at all; a Pillow that copes with it makes it one of the others."""
+    with Image.open(io.BytesIO(UNTURNABLE)) as image:
+        assert image.getexif()[0x112] == 6
+        with pytest.raises(struct.error):
+            ImageOps.exif_transpose(image)
+
+
+@pytest.mark.parametrize("name", ["a.eps", "a.png"])
+def test_an_image_never_runs_a_program(folder, tmp_path, monkeypatch, name):
+    """Pillow's PostScript reader, which hands the file to Ghostscript to execute, whatever the file is called."""
+    marker, program = tmp_path / "executed", tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {marker}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", str(program))
+    (folder / name).write_bytes(encoded("EPS"))
+    with pytest.raises(Exception), Image.open(folder / name) as image:  # noqa: B017
+        image.load()
+    assert marker.exists()  # the trap works
+    marker.unlink()
+    is_used_or_named(folder, name, "cannot identify")
+    assert not marker.exists()
+
+
+def test_an_image_that_may_not_be_read_is_left_out_by_name(folder, monkeypatch):
+    """A file of another user among one's own."""
+    (folder / "a.png").write_bytes(PNG)
+    open_image = Image.open
+
+    def guarded(path, *rest, **options):
+        if str(path).endswith("a.png"):
+            raise PermissionError(13, "Permission denied", path)
+        return open_image(path, *rest, **options)
+
+    monkeypatch.setattr(Image, "open", guarded)
+    is_used_or_named(folder, "a.png", "Permission denied")
+
+
+def test_an_image_that_needs_more_memory_than_there_is_is_left_out_by_name(folder, monkeypatch):
+    """One huge image that ends the run of a machine that is short of memory."""
+    (folder / "a.png").write_bytes(PNG)
+    open_image = Image.open
+
+    def guarded(path, *rest, **options):
+        if str(path).endswith("a.png"):
+            raise MemoryError
+        return open_image(path, *rest, **options)
+
+    monkeypatch.setattr(Image, "open", guarded)
+    is_used_or_named(folder, "a.png", "MemoryError")
