@@ -1,4 +1,4 @@
-"""A whole judgement of checkpoints between the same two VAEs: the ladder with its charts' figures, and the report's pictures."""
+"""A whole judgement of checkpoints between the same two VAEs: the ladder, its charts' figures, the report's pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""report.html: one file that opens from disk and asks the network for nothing. Takes what `judge.judge` and `verdict.verdict` returned.
+"""report.html: one file that opens from disk and asks the network for nothing, from what `eval_align.main` returns.
 
 The verdict comes first, then the ladder, pictures, charts, and how it was measured. Everything that is not a number or our
 own words goes through `charts.text`, file names above all.
