@@ -18,7 +18,7 @@ def few(photos, folder, number):
 
 
 def test_taesd_to_taef1_trains_and_evaluates_with_the_shipped_config(shared, tmp_path):
-    """Tiny autoencoders with local folders in place of hub ids; wrong scale or range shows as a VAE2 reconstruction below 20 dB."""
+    """Tiny autoencoders with local folders in place of hub ids; a wrong scale or range: VAE2's reconstruction below 20 dB."""
     flags = {
         "load_config": ROOT / "config" / "taesd_to_taef1.json",
         "vae1_path": shared / "vaes" / "taesd",
