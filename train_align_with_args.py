@@ -65,7 +65,7 @@ from training.claims import RunClaim
 from training.decoded_image import KINDS
 from training.dry_run import FewBatches, Plan, first_batches
 from training.linear_start import fit_ridge
-from training.log import evaluate_and_log, log_hparams, log_model_stats, open_writer, print_results, visualize_results
+from training.log import RunLog, evaluate_and_log, log_hparams, log_model_stats, print_results, visualize_results
 from training.muon import Muon
 from training.objective import Objective, needs_pixels
 from training.preflight import claim_outputs, warn_of_odd_flags
@@ -433,7 +433,7 @@ class Run:
     end: int
     batch_size: int
     checkpoints: RunCheckpoints
-    writer: object
+    writer: RunLog | None
     claim: RunClaim | None
     images_per_second: float = 0.0
 
@@ -485,7 +485,6 @@ def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
         train_loader.batch_sampler.first_step = state.step
         if resumed["config"].get("eval_data_dir") != args.eval_data_dir:
             state.metrics = {}
-        pipeline.progress["metrics"] = state.metrics
     return Run(
         state=state,
         module=torch.compile(module) if args.compile else module,
@@ -494,7 +493,7 @@ def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
         end=total_steps(args, len(train_loader)),
         batch_size=train_loader.batch_sampler.batch_size * accelerator.num_processes,
         checkpoints=checkpoints,
-        writer=open_writer(Path(args.log_dir) / name, state.step) if claim else None,
+        writer=RunLog(Path(args.log_dir) / name, state.step, state.fixed) if claim else None,
         claim=claim,
     )
 
@@ -522,7 +521,7 @@ def train_align_pipeline(
     try:
         stopped = training_loop(args, parts, run, train_loader, eval_loader, generator)
         if writer and state.step == run.end and state.metrics:
-            log_hparams(writer, run.checkpoints.config, state.metrics, state.step)
+            log_hparams(writer, run.checkpoints.config, state.metrics)
     finally:
         run.close()
     if stopped and state.step < run.end:
@@ -615,13 +614,14 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
                             log.warning(
                                 "step %d: %s skipped, loss or gradient not finite", state.step, count_of(skipped, "step")
                             )
-                    if math.isfinite(mean_loss):
-                        writer.add_scalar("train/loss", mean_loss, state.step)
-                    writer.add_scalar("train/learning_rate", learning_rate, state.step)
-                    if ok:
-                        writer.add_scalar("train/grad_norm", float(grad_norm), state.step)
-                    writer.add_scalar("train/images_per_second", run.images_per_second, state.step)
-                    writer.add_scalar("train/skipped_steps", state.bad_steps.total, state.step)
+                    writer.step = state.step
+                    writer.log_training(
+                        loss=mean_loss,
+                        learning_rate=learning_rate,
+                        grad_norm=float(grad_norm) if ok else math.nan,
+                        images_per_second=run.images_per_second,
+                        skipped_steps=state.bad_steps.total,
+                    )
                     bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{run.images_per_second:.1f}")
             bar.update()
     bar.close()

@@ -16,7 +16,7 @@ import torch
 from common import print_result, recipe_args, train
 
 from evaluation import tables
-from evaluation.ladder import evaluate
+from evaluation.ladder import Ladder, evaluate
 from latents.pipeline import PipelineWithVAEs
 from latents.vaes import load_vae_model
 from runtime.device import get_dtype
@@ -74,11 +74,11 @@ def main():
         checkpoint, seconds = run(args, vaes, loaders)
 
         pipeline = PipelineWithVAEs.from_checkpoint(checkpoint, *vaes)
-        results = evaluate(pipeline, loaders[1], dtype, costs=True)
+        results = evaluate(Ladder(pipeline, dtype), loaders[1], costs=True)
         if options.save_dir:
             write_json(checkpoint.with_suffix(".metrics.json"), results)
     print(tables.ladder_table(results))
-    ladder = {row: {name: figures.get(name) for name in KEPT} for row, figures in results["ladder"].items() if row != "vae1"}
+    ladder = {rung: {name: figures.get(name) for name in KEPT} for rung, figures in results["ladder"].items() if rung != "vae1"}
     print_result({"minutes": seconds / 60, "steps": args.max_train_steps, "images": results["images"], "ladder": ladder})
 
 

@@ -14,7 +14,7 @@ import time
 import torch
 from common import ROOT, open_vae, print_result, recipe_args, train
 
-from evaluation.ladder import measure_costs, translators
+from evaluation.ladder import Ladder
 from runtime.device import autocast, get_dtype
 
 
@@ -37,18 +37,18 @@ def measure(vae1, vae2, size, batch_size, rounds):
         pipeline = train.create_align_pipeline(open_vae(vae1, args.device, dtype), open_vae(vae2, args.device, dtype), args).to(
             args.device
         )
-        ways = translators(pipeline, ("ceiling", "reencode", "aligned"), dtype)
-        names = {"aligned": f"align_{'_'.join(input_types)}", "ceiling": "vae2_encoder", "reencode": "reencode"}
-        costs = measure_costs(pipeline, size, ways, repeats=1)
+        names = {"aligned": f"align_{'_'.join(input_types)}", "vae2": "vae2_encoder", "reencode": "reencode"}
+        ladder = Ladder(pipeline, dtype, only=names)
+        costs = ladder.costs(size, repeats=1)
         images = torch.rand(batch_size, 3, size, size, device=pipeline.device) * 2 - 1
         latents = pipeline.codec1.encode(images)
-        for row, name in names.items():
+        for rung, name in names.items():
             if name in figures["macs"]:
                 continue
-            figures["macs"][name], figures["parameters"][name] = costs[row]["macs"], costs[row]["parameters"]
+            figures["macs"][name], figures["parameters"][name] = costs[rung]["macs"], costs[rung]["parameters"]
             with autocast(pipeline.device, dtype):
-                repeats = rounds * 10 if row == "aligned" else rounds
-                figures["seconds_per_image"][name] = seconds_per_image(ways[row], latents, images, repeats)
+                repeats = rounds * 10 if rung == "aligned" else rounds
+                figures["seconds_per_image"][name] = seconds_per_image(ladder.rungs[rung], latents, images, repeats)
     return figures
 
 

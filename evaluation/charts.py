@@ -14,7 +14,7 @@ WIDTH, HEIGHT = 440, 250  # units of the view box; about px on a phone, so that 
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 40
 DASHES = {
     "c-aligned": "",
-    "c-ceiling": "7 3",
+    "c-vae2": "7 3",
     "c-reencode": "2 3",
     "c-linear": "9 3 2 3",
     "c-untrained": "1 4",

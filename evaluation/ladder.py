@@ -1,39 +1,200 @@
-"""The ladder of baselines: what people could do instead of the module, and how near each rung comes to the original."""
+"""The ladder of baselines: what people could do instead of the module, and how near each rung comes to the original.
+
+    ladder = Ladder(pipeline, torch.float32)
+    results = evaluate(ladder, loader)
+    results["ladder"]["aligned"]["psnr"]
+
+A library: it knows no command line and writes no file.
+"""
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from evaluation.metrics import OptionalMetrics, finite, image_metrics, latent_metrics, mean_of, summarise
-from evaluation.pictures import comparison_picture, comparison_rows
+from evaluation.metrics import METRICS, Measures, Sample
+from evaluation.summary import finite, mean_of, summarise
 from latents.pipeline import PipelineWithVAEs
+from latents.spaces import Codec
 from runtime.device import autocast
 from utils import UserError
 from vae_align import AlignModule
 
-LADDER = {
-    "vae1": "VAE1 reconstruction",
-    "ceiling": "VAE2 reconstruction (ceiling)",
-    "reencode": "decode with VAE1, re-encode with VAE2",
-    "linear": "closed-form linear map",
-    "untrained": "untrained module",
-    "aligned": "aligned",
-}
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to latents, called as `rung(latents, images)`: VAE1's scaled latents (B, C1, h, w) and images (B, 3, H, W) in
+    [-1, 1] -> scaled latents of `codec`'s space, float32.
+
+    Attributes:
+        name: its key in every result; label: what tables call it.
+        kind: "vae1", "vae2", "reencode", "linear", "untrained", or "aligned" for the main module and each further one.
+        codec: the VAE that decodes its latents: VAE2, but for VAE1's own reconstruction.
+        translate: what a call does; weights: the tensors that it computes with.
+        caption: what stands below its picture; "": no picture is shown.
+    """
+
+    name: str
+    label: str
+    kind: str
+    codec: Codec
+    translate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    weights: Callable[[], Iterable[torch.Tensor]]
+    caption: str = ""
+
+    def __call__(self, latents: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        return self.translate(latents, images)
+
+    @property
+    def parameters(self) -> int:
+        """How many weights it uses."""
+        return sum(weight.numel() for weight in self.weights())
 
 
-def label_of(row: str) -> str:
-    """What a row of the ladder is called: "aligned_2" is another module between the same VAEs."""
-    return LADDER.get(row) or f"aligned, checkpoint {row.rpartition('_')[2]}"
+class Reconstruction(NamedTuple):
+    """What a rung made of images: scaled latents (B, C, h, w), and the pictures (B, 3, H, W) that they decode to."""
+
+    latents: torch.Tensor
+    picture: torch.Tensor
 
 
-def applicable_rows(pipeline: PipelineWithVAEs, others=()) -> tuple[str, ...]:
-    """The rungs of the ladder that mean something for this pipeline: without latents there is no linear map."""
-    has_ridge = any(each.module.has_ridge for each in (pipeline, *others))
-    rungs = tuple(row for row in LADDER if row != "linear" or has_ridge)
-    return rungs + tuple(f"aligned_{number}" for number, _ in enumerate(others, 2))
+class Ladder:
+    """The rungs that mean something for a pipeline: without latents as input there is no linear map.
+
+    Args:
+        pipeline: its module is the rung "aligned".
+        dtype: of the modules' autocast. In float32 a rung computes what `translate` computes; in a lower precision it differs
+            by that precision's rounding, as training does.
+        others: {label: pipeline} of the same two VAEs, whose modules are judged too: the rungs "aligned_2", "aligned_3", …
+        only: names of rungs; the others are left out. None: all.
+
+    Attributes:
+        rungs: {name: `Rung`}, in the order in which tables show them.
+        vae2: the rung that all others are held against, whether it is among `rungs` or not.
+    """
+
+    def __init__(self, pipeline: PipelineWithVAEs, dtype: torch.dtype, others: dict | None = None, only=None):
+        self.pipeline = pipeline
+        self.dtype = dtype
+        rungs = self._baselines() + self._modules(others or {})
+        self.vae2 = next(rung for rung in rungs if rung.kind == "vae2")
+        self.rungs = {rung.name: rung for rung in rungs if only is None or rung.name in only}
+
+    def _baselines(self) -> list[Rung]:
+        codec1, codec2 = self.pipeline.codec1, self.pipeline.codec2
+
+        def reencode(latents, images):
+            return codec2.encode(codec1.decode(latents).clamp(-1, 1))
+
+        return [
+            Rung("vae1", "VAE1 reconstruction", "vae1", codec1,
+                 lambda latents, images: latents, lambda: encoder_weights(codec1), "VAE1"),
+            Rung("vae2", "VAE2 reconstruction", "vae2", codec2,
+                 lambda latents, images: codec2.encode(images), lambda: encoder_weights(codec2), "VAE2"),
+            Rung("reencode", "decode with VAE1, re-encode with VAE2", "reencode", codec2,
+                 reencode, lambda: decoder_weights(codec1) + encoder_weights(codec2), "re-encode"),
+        ]  # fmt: skip
+
+    def _modules(self, others: dict[str, PipelineWithVAEs]) -> list[Rung]:
+        modules = [self.pipeline.module, *(other.module for other in others.values())]
+        with_map = next((module for module in modules if module.has_ridge), None)
+        codec2 = self.pipeline.codec2
+
+        def by_module(module: Callable[[], AlignModule], name, label, kind, caption=""):
+            return Rung(name, label, kind, codec2, self._translation(module), lambda: module().parameters(), caption)
+
+        def known(module: AlignModule) -> Callable[[], AlignModule]:
+            return lambda: module
+
+        rungs = []
+        if with_map is not None:
+            rungs.append(
+                Rung("linear", "closed-form linear map", "linear", codec2,
+                     lambda latents, images: with_map.linear_map(latents),
+                     lambda: (with_map.ridge_weight, with_map.ridge_bias))
+            )  # fmt: skip
+        untrained = functools.cache(lambda: untrained_module(self.pipeline))  # built by the first call, if there is one
+        rungs.append(by_module(untrained, "untrained", "untrained module", "untrained"))
+        rungs.append(by_module(known(modules[0]), "aligned", "aligned", "aligned", "aligned"))
+        for number, (label, module) in enumerate(zip(others, modules[1:]), 2):
+            rungs.append(by_module(known(module), f"aligned_{number}", label, "aligned", f"aligned {number}"))
+        return rungs
+
+    def _translation(self, module: Callable[[], AlignModule]):
+        def translate(latents, images):
+            takes = module().config.input_types
+            given = (latents if "latent" in takes else None, images if "image" in takes else None)
+            with autocast(self.pipeline.device, self.dtype):
+                return module()(*given).float()
+
+        return translate
+
+    @property
+    def captions(self) -> dict[str, str]:
+        """{rung: what stands below its picture}, of the rungs that are shown."""
+        return {name: rung.caption for name, rung in self.rungs.items() if rung.caption}
+
+    @torch.inference_mode()
+    def reconstruct(self, images: torch.Tensor, only=None) -> dict[str, Reconstruction]:
+        """{rung: what it makes of `images` (B, 3, H, W) in [-1, 1]}, of every rung and VAE2, or of those named in `only`."""
+        latents1 = self.pipeline.codec1.encode(images)
+        made = {}
+        for name, rung in {"vae2": self.vae2, **self.rungs}.items():
+            if only is None or name in only:
+                latents = rung(latents1, images)
+                made[name] = Reconstruction(latents, rung.codec.decode(latents))
+        return made
+
+    @torch.inference_mode()
+    def costs(self, image_size: int, repeats: int = 3) -> dict[str, dict]:
+        """What it takes to come by VAE2's latents of one image: {rung: {milliseconds, parameters, macs}}.
+
+        For "vae2" from the image, for the others from VAE1's latents (and the image, where the module takes it). Decoding with
+        VAE2, which all have in common, is left out. `macs` are multiply-adds of convolutions and matrix products; the time is
+        the fastest of `repeats` runs at batch size 1.
+        """
+        from torch.utils.flop_counter import FlopCounterMode
+
+        images = torch.zeros(1, 3, image_size, image_size, device=self.pipeline.device)
+        latents1 = self.pipeline.codec1.encode(images)
+        costs = {}
+        for name, rung in self.rungs.items():
+            if rung.kind == "vae1":
+                continue
+            with FlopCounterMode(display=False) as counter:
+                rung(latents1, images)
+            times = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                rung(latents1, images)[0, 0, 0, 0].item()  # reading a value waits for the device
+                times.append(time.perf_counter() - start)
+            costs[name] = {
+                "milliseconds": 1e3 * min(times),
+                "parameters": rung.parameters,
+                "macs": counter.get_total_flops() // 2,
+            }
+        return costs
+
+
+def encoder_weights(codec: Codec) -> list[torch.Tensor]:
+    """The weights that a VAE encodes with."""
+    return _weights_of(codec.vae.model, "encoder", "quant_conv")
+
+
+def decoder_weights(codec: Codec) -> list[torch.Tensor]:
+    """The weights that a VAE decodes with."""
+    return _weights_of(codec.vae.model, "decoder", "post_quant_conv")
+
+
+def _weights_of(model: torch.nn.Module, coder: str, quant: str) -> list[torch.Tensor]:
+    modules = getattr(model, coder), getattr(model, quant, None)
+    return [weight for module in modules if module is not None for weight in module.parameters()]
 
 
 def untrained_module(pipeline: PipelineWithVAEs) -> AlignModule:
@@ -43,189 +204,83 @@ def untrained_module(pipeline: PipelineWithVAEs) -> AlignModule:
         return AlignModule(pipeline.config).to(pipeline.device).eval()
 
 
-def translators(pipeline: PipelineWithVAEs, rows, dtype: torch.dtype, others=()) -> dict:
-    """{row: function (VAE1's latents, images) -> VAE2's scaled latents, float32} for rows that lead to VAE2's latents.
-
-    `others`: see `evaluate`. Each function that is not made of VAEs has as its attribute `parameters` how many it uses.
-    """
-    space1, space2 = pipeline.codec1, pipeline.codec2
-    linear = next((each.module for each in (pipeline, *others) if each.module.has_ridge), None)
-
-    def by_module(module):
-        def translate(latents, images):
-            given = {"latent": latents, "image": images}
-            given = [given[kind] if kind in module.config.input_types else None for kind in ("latent", "image")]
-            with autocast(pipeline.device, dtype):
-                return module(*given).float()
-
-        translate.parameters = sum(parameter.numel() for parameter in module.parameters())
-        return translate
-
-    def by_linear_map(latents, images):
-        return linear.linear_map(latents)
-
-    if linear:
-        by_linear_map.parameters = linear.ridge_weight.numel() + linear.ridge_bias.numel()
-
-    ways = {
-        "ceiling": lambda latents, images: space2.encode(images),
-        "reencode": lambda latents, images: space2.encode(space1.decode(latents).clamp(-1, 1)),
-        "linear": by_linear_map,
-        "aligned": by_module(pipeline.module),
-    }
-    ways |= {f"aligned_{number}": by_module(other.module) for number, other in enumerate(others, 2)}
-    if "untrained" in rows:
-        ways["untrained"] = by_module(untrained_module(pipeline))
-    return {row: ways[row] for row in rows if row in ways}
-
-
-@torch.inference_mode()
-def reconstruct(pipeline: PipelineWithVAEs, images: torch.Tensor, ways: dict) -> dict:
-    """What each rung of the ladder makes of `images` (B, 3, H, W) in [-1, 1].
-
-    `ways` is from `translators`. Returns {row: (scaled latents in VAE2's space, decoded images)}, with "vae1" as VAE1's
-    own latents and reconstruction.
-    """
-    latents1 = pipeline.codec1.encode(images)
-    made = {"vae1": (latents1, pipeline.codec1.decode(latents1))}
-    for row, translate in ways.items():
-        latents = translate(latents1, images)
-        made[row] = (latents, pipeline.codec2.decode(latents))
-    return made
-
-
-@torch.inference_mode()
-def measure_costs(pipeline: PipelineWithVAEs, image_size: int, ways: dict, repeats: int = 3) -> dict:
-    """What it costs to come by VAE2's latents of one image: {row: {milliseconds, parameters, macs}}.
-
-    For "ceiling" from the image, for the others from VAE1's latents (and the image, where the module takes it); decoding
-    with VAE2, which all have in common, is not in it. `macs` are multiply-adds of convolutions and matrix products, the
-    time is the fastest of a few runs at batch size 1.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    def size(*modules):
-        return sum(parameter.numel() for module in modules if module is not None for parameter in module.parameters())
-
-    def half(vae, coder, quant):
-        return size(getattr(vae, coder), getattr(vae, quant, None))
-
-    images = torch.zeros(1, 3, image_size, image_size, device=pipeline.device)
-    latents1 = pipeline.codec1.encode(images)
-    encoder2 = half(pipeline.vae2, "encoder", "quant_conv")
-    parameters = {
-        "ceiling": encoder2,
-        "reencode": half(pipeline.vae1, "decoder", "post_quant_conv") + encoder2,
-    }
-    costs = {}
-    for row, translate in ways.items():
-        with FlopCounterMode(display=False) as counter:
-            translate(latents1, images)
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            translate(latents1, images)[0, 0, 0, 0].item()  # reading a value waits for the device
-            times.append(time.perf_counter() - start)
-        costs[row] = {
-            "milliseconds": 1e3 * min(times),
-            "parameters": getattr(translate, "parameters", None) or parameters[row],
-            "macs": counter.get_total_flops() // 2,
-        }
-    return costs
-
-
 def evaluate(
-    pipeline: PipelineWithVAEs,
+    ladder: Ladder,
     loader,
-    dtype: torch.dtype,
-    rows=None,
-    visit=None,
-    costs=False,
-    show_progress=True,
-    optional: OptionalMetrics | None = None,
-    others=(),
+    measures: Measures | None = None,
+    visit: Callable[[dict, dict[str, Reconstruction]], None] | None = None,
+    costs: bool = False,
+    show_progress: bool = True,
 ) -> dict:
-    """Judge rungs of the ladder on every image of `loader`.
+    """Judge every rung of `ladder` on every image of `loader`. UserError when not one image could be read.
 
     Args:
-        dtype: precision of the module's autocast.
-        rows: keys of `LADDER`; by default all that apply.
-        visit: called with (batch, what `reconstruct` returned) for each batch, for pictures and for what is summed up.
-        costs: also measure what each rung costs (see `measure_costs`).
-        optional: which metrics beyond the plain ones; by default SSIM alone.
-        others: pipelines of the same two VAEs whose modules are judged too, as "aligned_2", "aligned_3", …
+        loader: batches {pixel_values (B, 3, H, W) in [-1, 1], path, unreadable}, see `dataloader.eval_loader`.
+        measures: which metrics beyond the plain ones; by default SSIM alone. Good for one evaluation.
+        visit: called with (batch, what `Ladder.reconstruct` returned) for each batch, for pictures and for what is summed up.
+        costs: also measure what each rung costs (see `Ladder.costs`), at the size of the last batch.
 
     Returns a dict of plain values:
         images: how many were judged; unreadable: the messages of those that could not be.
-        ladder: {row: {label, latent_mse, latent_l1, latent_cosine, latent_mse_by_channel, psnr, ssim, psnr_vs_vae2,
-            ssim_vs_vae2, colour_bias, further optional metrics, and with `costs` milliseconds, parameters, macs}}: means
-            over images. What begins with `latent` is against VAE2's posterior mean; `psnr` (dB), `ssim` and the further
-            ones are against the original, `psnr_vs_vae2`, `ssim_vs_vae2` and `colour_bias` (signed 8-bit levels of
-            R, G, B) against VAE2's own reconstruction. None where undefined or not measured.
-        summary: {row: {metric: {mean, std, worst, worst_image}}}, see `metrics.summarise`.
-        per_image: {row: {metric: [value per image]}}, paths: the images' names in the same order.
+        ladder: {rung: {label, kind (see `Rung`), every metric of `metrics.METRICS`}}: means over images. What begins with
+            `latent` is against VAE2's posterior mean; `psnr_vs_vae2`, `ssim_vs_vae2` and `colour_bias` (signed 8-bit levels of
+            R, G, B) are against VAE2's own reconstruction; the others are against the original. None where undefined or
+            not measured. milliseconds, parameters and macs come with `costs` only.
+        summary: {rung: {metric: {mean, std, worst, worst_image}}}, see `summary.summarise`.
+        per_image: {rung: {metric: [value per image]}}; paths: the images' names in the same order.
     """
-    optional = optional or OptionalMetrics()
-    ssim = "ssim" in optional.names
-    rows = applicable_rows(pipeline, others) if rows is None else rows
-    values = {row: {} for row in rows}
-    paths, unreadable = [], []
-    was_training = pipeline.module.training
-    pipeline.module.eval()
-    ways = translators(pipeline, dict.fromkeys((*rows, "ceiling")), dtype, others)
+    measures = measures or Measures()
+    values = {name: {} for name in ladder.rungs}
+    paths = []
+    unreadable = []
+    module = ladder.pipeline.module
+    was_training = module.training
+    module.eval()
     for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not show_progress):
         unreadable += batch["unreadable"]
         if not batch["path"]:
             continue
-        images = batch["pixel_values"].to(pipeline.device)
-        made = reconstruct(pipeline, images, ways)
-        target, shown = made["ceiling"]
-        optional.begin_batch(images)
-        for row in rows:
-            latents, decoded = made[row]
-            figures = image_metrics(decoded, images, ssim)
-            against_vae2 = image_metrics(decoded, shown, ssim)
-            figures |= {f"{name}_vs_vae2": against_vae2[name] for name in ("psnr", "ssim") if name in against_vae2}
-            figures["colour_bias"] = against_vae2["colour_bias"]
-            figures |= optional.measure(row, decoded, images)
-            if row != "vae1":
-                figures |= latent_metrics(latents, target)
-            for name, per_image in figures.items():
-                values[row].setdefault(name, []).extend(per_image)
+        images = batch["pixel_values"].to(ladder.pipeline.device)
+        made = ladder.reconstruct(images)
+        samples = _samples(ladder, images, made)
+        for name, sample in samples.items():
+            for metric, per_image in measures.of_each_image(sample).items():
+                values[name].setdefault(metric, []).extend(per_image)
+        measures.add(samples)
         paths += batch["path"]
         if visit:
             visit(batch, made)
     if not paths:
         raise UserError(f"no image could be evaluated; the last failure: {(unreadable or ['the folder is empty'])[-1]}")
-    ladder = {
-        row: {"label": label_of(row)}
-        | dict.fromkeys(("latent_mse", "latent_l1", "latent_cosine", "latent_mse_by_channel", "ssim", "ssim_vs_vae2"))
-        | {name: mean_of(numbers) for name, numbers in values[row].items()}
-        | finite(optional.of_the_set(row))
-        for row in rows
-    }
-    if costs:
-        for row, cost in measure_costs(pipeline, images.shape[-1], {row: ways[row] for row in rows if row in ways}).items():
-            ladder[row] |= cost
-    pipeline.module.train(was_training)
+    figures = _means(ladder, values, measures)
+    for name, cost in ladder.costs(images.shape[-1]).items() if costs else ():
+        figures[name] |= cost
+    module.train(was_training)
     return {
         "images": len(paths),
         "unreadable": unreadable,
-        "ladder": ladder,
+        "ladder": figures,
         "summary": summarise(values),
         "per_image": finite(values),
         "paths": paths,
     }
 
 
-def picture_names(others=()) -> dict:
-    """{row: what it is called below a picture}, of the rows that are shown; `others`: see `evaluate`."""
-    names = {"vae1": "VAE1", "ceiling": "VAE2", "reencode": "re-encode", "aligned": "aligned"}
-    return names | {f"aligned_{number}": f"aligned {number}" for number, _ in enumerate(others, 2)}
+def _samples(ladder: Ladder, images: torch.Tensor, made: dict[str, Reconstruction]) -> dict[str, Sample]:
+    target = made["vae2"]
+    samples = {}
+    for name, rung in ladder.rungs.items():
+        latents = None if rung.kind == "vae1" else made[name].latents
+        samples[name] = Sample(images, made[name].picture, latents, target.picture, target.latents)
+    return samples
 
 
-def comparison_sheets(images: torch.Tensor, made: dict, names: dict, size: int):
-    """For each of `images` (B, 3, S, S) what `reconstruct` made of it as one captioned sheet of `size` px panels."""
-    for index, original in enumerate(images):
-        of_image = {row: (made[row][0][index], made[row][1][index]) for row in names}
-        yield comparison_picture(comparison_rows(original, of_image, names), size)
+def _means(ladder: Ladder, values: dict, measures: Measures) -> dict:
+    of_the_set = measures.of_the_set()
+    not_measured = dict.fromkeys(name for name, metric in METRICS.items() if metric.scope != "cost")
+    figures = {}
+    for name, rung in ladder.rungs.items():
+        figures[name] = {"label": rung.label, "kind": rung.kind} | not_measured
+        figures[name] |= {metric: mean_of(numbers) for metric, numbers in values[name].items()}
+        figures[name] |= finite({metric: values_of_set.get(name) for metric, values_of_set in of_the_set.items()})
+    return figures

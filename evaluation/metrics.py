@@ -1,316 +1,276 @@
-"""What is measured on latents and on decoded images: per image, over a set, and summed up. Knows no model.
+"""The metrics: one table, `METRICS`, that the ladder, the tables, metrics.csv and the page read.
 
-Images are (B, 3, H, W) in [-1, 1] and are compared as the clamped 8-bit values a viewer would get to see; latents are
-scaled latents (B, C, h, w).
+A new metric is one entry. A metric of each image names a function of a `Sample` that gives a list with one value per image;
+the rung's figure is their mean. A metric of the set names a class with `add` and `result` (see `SetMeasure`), such as a
+distance between two distributions. What a metric needs beyond its formula, such as a network, is loaded by `load`, which
+raises UserError with the reason when this machine does not have it; the metric is then left out by name.
+
+    Metric("crispness", "Crispness", "image", each_image(lambda sample: crispness(sample.levels)), "{:.2f}".format, better=+1)
 """
 
 from __future__ import annotations
 
-import importlib.util
-import math
-from pathlib import Path
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from evaluation import per_image
+from evaluation.frechet import FeatureStatistics, frechet_distance
+from evaluation.networks import inception_network, lpips_network
+from evaluation.per_image import to_8bit
 from utils import UserError, one_line
 
-OPTIONAL = ("ssim", "ms_ssim", "lpips", "rfid")
-DEFAULT_OPTIONAL = ("ssim", "ms_ssim", "lpips")
-HIGHER_IS_BETTER = frozenset(("psnr", "ssim", "ms_ssim", "psnr_vs_vae2", "ssim_vs_vae2", "latent_cosine"))
-MS_SSIM_SIDE = 176  # px: a sixteenth of it must exceed 10, or torchmetrics raises
 LPIPS_SIDE = 32  # px: below that nothing is left after AlexNet's pooling
-INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity names its download
-SPECTRUM_BANDS = 24
-HISTOGRAM_BINS = 48
 
 
-def to_8bit(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] -> levels 0..255, clamped and rounded, still float: what a viewer would get to see."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
+@dataclass(frozen=True)
+class Sample:
+    """What one rung of the ladder made of a batch, and what that is held against.
+
+    Attributes:
+        original: the images (B, 3, H, W) in [-1, 1].
+        picture: what the rung's latents decode to, (B, 3, H, W), about [-1, 1].
+        latents: the rung's scaled latents (B, C, h, w) in VAE2's space; None for VAE1's own, which are in another space.
+        vae2_picture, vae2_latents: VAE2's own reconstruction, and its posterior mean.
+    """
+
+    original: torch.Tensor
+    picture: torch.Tensor
+    latents: torch.Tensor | None
+    vae2_picture: torch.Tensor
+    vae2_latents: torch.Tensor
+
+    @functools.cached_property
+    def levels(self) -> torch.Tensor:
+        """`picture` as 8-bit levels (B, 3, H, W), float."""
+        return to_8bit(self.picture)
+
+    @functools.cached_property
+    def original_levels(self) -> torch.Tensor:
+        return to_8bit(self.original)
+
+    @functools.cached_property
+    def vae2_levels(self) -> torch.Tensor:
+        return to_8bit(self.vae2_picture)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a metric may ask before it is loaded: the side of the images in px, and the device."""
+
+    image_size: int
+    device: torch.device | str
+
+
+class SetMeasure(Protocol):
+    """A metric of a set of images, over all rungs at once, so that what the rungs share is computed once."""
+
+    def add(self, samples: dict[str, Sample]) -> None:
+        """Take note of a batch: {rung: what it made of the batch}."""
+
+    def result(self) -> dict[str, float | None]:
+        """{rung: value over all batches}; None where undefined."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a rung of the ladder.
+
+    Attributes:
+        name: its key in metrics.json and its column in metrics.csv.
+        label: its heading on the page.
+        scope: "image": a value for each image, of which the figure is the mean; "set": one value for all images; "cost": what
+            the rung takes (see `ladder.Ladder.costs`).
+        load: Setting -> what measures it: for "image" a function Sample -> list of B values, for "set" a `SetMeasure`; None
+            for "cost". UserError with the reason when it cannot be had.
+        text: value -> how the tables show it; None: only in metrics.json and metrics.csv.
+        better: +1: higher is better, -1: lower is better, 0: neither.
+        unit: beside the heading, such as "dB".
+        heading: of its column on the terminal; "": not shown there.
+        choice: the word of --metrics that asks for it; "": always measured. Two metrics may share a choice.
+        by_default: whether that word is among the defaults of --metrics.
+        of_latents: needs latents in VAE2's space, which VAE1's own are not.
+        components: names of its numbers where a value has several; None: as many as there are latent channels, which
+            metrics.csv leaves out.
+    """
+
+    name: str
+    label: str
+    scope: str
+    load: Callable[[Setting], Callable[[Sample], list] | SetMeasure] | None
+    text: Callable | None
+    better: int = 0
+    unit: str = ""
+    heading: str = ""
+    choice: str = ""
+    by_default: bool = False
+    of_latents: bool = False
+    components: tuple[str, ...] | None = ()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Per image
+# What measures them
 
 
-def image_metrics(image: torch.Tensor, original: torch.Tensor, ssim: bool = True) -> dict:
-    """Per image PSNR in dB, SSIM and the mean shift of R, G, B in 8-bit levels: lists of B values, B x 3 for the shift.
-
-    SSIM as Wang et al. 2004 (11x11 Gaussian, sigma 1.5; mirrored borders).
-    """
-    image, original = to_8bit(image), to_8bit(original)
-    error = (image - original).square().cpu().mean(dim=(1, 2, 3), dtype=torch.float64)
-    figures = {
-        "psnr": (10 * torch.log10(255**2 / error)).tolist(),
-        "colour_bias": (image - original).cpu().mean(dim=(2, 3), dtype=torch.float64).tolist(),
-    }
-    if ssim:
-        from torchmetrics.functional.image import structural_similarity_index_measure
-
-        scores = structural_similarity_index_measure(image, original, data_range=255.0, reduction="none")
-        figures["ssim"] = scores.reshape(-1).tolist()
-    return figures
+def each_image(measure: Callable[[Sample], list]) -> Callable[[Setting], Callable[[Sample], list]]:
+    """The `load` of a metric that needs nothing but a formula."""
+    return lambda setting: measure
 
 
-def latent_metrics(latents: torch.Tensor, target: torch.Tensor) -> dict:
-    """Per image MSE, L1 and cosine similarity of latents, and the MSE of each channel: lists of B values, B x C for it."""
-    error = (latents - target).float()
-    by_channel = error.square().mean(dim=(2, 3))
-    return {
-        "latent_mse": by_channel.mean(dim=1).tolist(),
-        "latent_l1": error.abs().mean(dim=(1, 2, 3)).tolist(),
-        "latent_cosine": torch.cosine_similarity(latents.float().flatten(1), target.float().flatten(1)).tolist(),
-        "latent_mse_by_channel": by_channel.tolist(),
-    }
+def require_side(setting: Setting, side: int) -> None:
+    """UserError unless the images are at least `side` px wide."""
+    if setting.image_size < side:
+        raise UserError(f"needs images of at least {side} px, these have {setting.image_size}")
 
 
-def lpips_network(device: torch.device) -> torch.nn.Module:
-    """LPIPS with AlexNet (Zhang et al. 2018): two image batches (B, 3, H, W) in [-1, 1] -> distances; frozen, in eval mode,
-    gradients flow to the images. UserError that says what to fetch when the machine lacks something."""
-    if not importlib.util.find_spec("torchvision"):
-        raise UserError("needs torchvision, which is not installed (pip install torchvision)")
-    from torchvision.models import AlexNet_Weights
-
-    url = AlexNet_Weights.DEFAULT.url
-    if not _weights_file(url.rsplit("/", 1)[-1]).is_file():
-        raise UserError(f"its AlexNet weights are not on this machine: {_fetch_hint(url)}")
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-    return LearnedPerceptualImagePatchSimilarity(net_type="alex").net.to(device).eval().requires_grad_(False)
+def load_ms_ssim(setting: Setting) -> Callable[[Sample], list]:
+    require_side(setting, per_image.MS_SSIM_SIDE)
+    return lambda sample: per_image.ms_ssim(sample.levels, sample.original_levels)
 
 
-class OptionalMetrics:
-    """The metrics that cost time or need weights of their own: those of `names` that can be had here.
+def load_lpips(setting: Setting) -> Callable[[Sample], list]:
+    require_side(setting, LPIPS_SIDE)
+    network = lpips_network(setting.device)
 
-    `left_out` says in a phrase why the others cannot: {name: why}. Nothing is ever downloaded. MS-SSIM is from five scales
-    (Wang et al. 2003), LPIPS with AlexNet, rFID the Fréchet distance of Inception features to those of the originals; all
-    against the original image.
+    def measure(sample):
+        return network(sample.levels / 127.5 - 1, sample.original_levels / 127.5 - 1).reshape(-1).tolist()
+
+    return measure
+
+
+class FrechetToOriginals:
+    """A `SetMeasure`: the Fréchet distance between the features of a rung's pictures and those of the originals.
+
+    Args:
+        features: 8-bit levels (B, 3, H, W), float -> feature vectors (N, F).
     """
 
-    def __init__(self, names=("ssim",), image_size: int = 256, device: str | torch.device = "cpu"):
+    def __init__(self, features: Callable[[torch.Tensor], torch.Tensor]):
+        self.features = features
+        self.originals = FeatureStatistics()
+        self.rungs = {}
+
+    def add(self, samples: dict[str, Sample]) -> None:
+        first = next(iter(samples.values()))
+        self.originals.add(self.features(first.original_levels))
+        for name, sample in samples.items():
+            self.rungs.setdefault(name, FeatureStatistics()).add(self.features(sample.levels))
+
+    def result(self) -> dict[str, float | None]:
+        return {name: frechet_distance(statistics, self.originals) for name, statistics in self.rungs.items()}
+
+
+def load_rfid(setting: Setting) -> FrechetToOriginals:
+    network = inception_network(setting.device)
+    return FrechetToOriginals(lambda levels: network(levels.to(torch.uint8)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def _levels_of_rgb(bias: list) -> str:
+    return " ".join("–" if level is None else f"{level:+.1f}" for level in bias)
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f}"
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.2f}"
+
+
+DECIBELS, FOUR_DIGITS = "{:.2f}".format, "{:.4f}".format
+
+# in the order in which tables show them
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("latent_mse", "Latent MSE", "image",
+               each_image(lambda sample: per_image.latent_mse(sample.latents, sample.vae2_latents)),
+               FOUR_DIGITS, better=-1, heading="latent MSE", of_latents=True),
+        Metric("psnr", "PSNR", "image", each_image(lambda sample: per_image.psnr(sample.levels, sample.original_levels)),
+               DECIBELS, better=+1, unit="dB", heading="PSNR dB"),
+        Metric("ssim", "SSIM", "image", each_image(lambda sample: per_image.ssim(sample.levels, sample.original_levels)),
+               FOUR_DIGITS, better=+1, heading="SSIM", choice="ssim", by_default=True),
+        Metric("ms_ssim", "MS-SSIM", "image", load_ms_ssim, FOUR_DIGITS, better=+1, choice="ms_ssim", by_default=True),
+        Metric("lpips", "LPIPS", "image", load_lpips, FOUR_DIGITS, better=-1, choice="lpips", by_default=True),
+        Metric("rfid", "rFID", "set", load_rfid, DECIBELS, better=-1, choice="rfid"),
+        Metric("colour_bias", "Colour bias", "image",
+               each_image(lambda sample: per_image.colour_bias(sample.levels, sample.vae2_levels)),
+               _levels_of_rgb, unit="R G B, levels", heading="colour bias", components=("r", "g", "b")),
+        Metric("milliseconds", "Time", "cost", None, "{:.2f}".format, better=-1, unit="ms", heading="ms"),
+        Metric("parameters", "Weights", "cost", None, _millions, better=-1, unit="millions", heading="M params"),
+        Metric("macs", "Multiply-adds", "cost", None, _billions, better=-1, unit="billions", heading="G MACs"),
+        Metric("psnr_vs_vae2", "PSNR to VAE2", "image",
+               each_image(lambda sample: per_image.psnr(sample.levels, sample.vae2_levels)), DECIBELS, better=+1, unit="dB"),
+        Metric("ssim_vs_vae2", "SSIM to VAE2", "image",
+               each_image(lambda sample: per_image.ssim(sample.levels, sample.vae2_levels)),
+               None, better=+1, choice="ssim", by_default=True),
+        Metric("latent_l1", "Latent L1", "image",
+               each_image(lambda sample: per_image.latent_l1(sample.latents, sample.vae2_latents)),
+               FOUR_DIGITS, better=-1, of_latents=True),
+        Metric("latent_cosine", "Latent cosine", "image",
+               each_image(lambda sample: per_image.latent_cosine(sample.latents, sample.vae2_latents)),
+               FOUR_DIGITS, better=+1, of_latents=True),
+        Metric("latent_mse_by_channel", "Latent MSE by channel", "image",
+               each_image(lambda sample: per_image.latent_mse_by_channel(sample.latents, sample.vae2_latents)),
+               None, better=-1, of_latents=True, components=None),
+    )
+}  # fmt: skip
+
+CHOICES = tuple(dict.fromkeys(metric.choice for metric in METRICS.values() if metric.choice))
+DEFAULT_CHOICES = tuple(dict.fromkeys(metric.choice for metric in METRICS.values() if metric.by_default))
+
+
+class Measures:
+    """The metrics that are wanted and can be had on this machine, loaded, for one evaluation.
+
+    Args:
+        choices: words of `CHOICES`; the metrics that need no choice are always measured.
+        image_size: side of the images, px. device: where networks are put.
+
+    Attributes:
+        names: of the metrics that are measured, in the order of `METRICS`.
+        left_out: {metric: in a phrase, why it cannot be had}. Nothing is ever downloaded.
+    """
+
+    def __init__(self, choices=("ssim",), image_size: int = 256, device: torch.device | str = "cpu"):
         self.left_out = {}
-        self.device = device
-        self._lpips = self._inception = self._originals = None
-        self._distances = {}
-        for name, check in (("ms_ssim", self._check_ms_ssim), ("lpips", self._load_lpips), ("rfid", self._load_inception)):
-            if name in names:
-                try:
-                    why = check(image_size)
-                except Exception as error:  # a damaged file of weights, a library of another version: said, not raised
-                    why = one_line(error)
-                if why:
-                    self.left_out[name] = why
-        self.names = tuple(name for name in OPTIONAL if name in names and name not in self.left_out)
+        self._of_each_image = {}
+        self._of_the_set = {}
+        setting = Setting(image_size, device)
+        for metric in METRICS.values():
+            if metric.scope == "cost" or (metric.choice and metric.choice not in choices):
+                continue
+            try:
+                measure = metric.load(setting)
+            except UserError as error:
+                self.left_out[metric.name] = str(error)
+            except Exception as error:  # a damaged file of weights, a library of another version: said, not raised
+                self.left_out[metric.name] = one_line(error)
+            else:
+                into = self._of_each_image if metric.scope == "image" else self._of_the_set
+                into[metric.name] = measure
+        self.names = tuple(name for name in METRICS if name in self._of_each_image or name in self._of_the_set)
 
-    @staticmethod
-    def _check_ms_ssim(image_size):
-        return None if image_size >= MS_SSIM_SIDE else f"needs images of at least {MS_SSIM_SIDE} px, these have {image_size}"
+    def of_each_image(self, sample: Sample) -> dict[str, list]:
+        """{metric: [value per image]} of what one rung made of a batch."""
+        return {
+            name: measure(sample)
+            for name, measure in self._of_each_image.items()
+            if sample.latents is not None or not METRICS[name].of_latents
+        }
 
-    def _load_lpips(self, image_size):
-        if image_size < LPIPS_SIDE:
-            return f"needs images of at least {LPIPS_SIDE} px, these have {image_size}"
-        try:
-            self._lpips = lpips_network(self.device)
-        except UserError as error:
-            return str(error)
-        return None
+    def add(self, samples: dict[str, Sample]) -> None:
+        """Take note of a batch, {rung: what it made of the batch}, for the metrics of the set."""
+        for measure in self._of_the_set.values():
+            measure.add(samples)
 
-    def _load_inception(self, _):
-        if not importlib.util.find_spec("torch_fidelity"):
-            return "needs torch-fidelity, which is not installed (pip install torch-fidelity)"
-        weights = _weights_file(INCEPTION_WEIGHTS)
-        if not weights.is_file():
-            url = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_WEIGHTS}"
-            return f"its Inception weights are not on this machine: {_fetch_hint(url)}"
-        from torchmetrics.image.fid import NoTrainInceptionV3
-
-        self._inception = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights)).to(self.device)
-        return None
-
-    def begin_batch(self, originals: torch.Tensor) -> None:
-        """Take note of a batch of original images, once before the rungs are measured on it."""
-        if "rfid" in self.names:
-            self._originals = self._originals or FeatureStatistics()
-            self._originals.add(self._features(originals))
-
-    def measure(self, row: str, image: torch.Tensor, original: torch.Tensor) -> dict:
-        """{metric: [value per image]} of what `row` made of a batch; rFID is only collected."""
-        figures = {}
-        if "ms_ssim" in self.names:
-            from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
-
-            scores = multiscale_structural_similarity_index_measure(
-                to_8bit(image), to_8bit(original), data_range=255.0, reduction="none"
-            )
-            figures["ms_ssim"] = scores.reshape(-1).tolist()
-        if "lpips" in self.names:
-            pair = (to_8bit(side) / 127.5 - 1 for side in (image, original))
-            figures["lpips"] = self._lpips(*pair).reshape(-1).tolist()
-        if "rfid" in self.names:
-            self._distances.setdefault(row, FeatureStatistics()).add(self._features(image))
-        return figures
-
-    def of_the_set(self, row: str) -> dict:
-        """{metric: value} of `row` over all images."""
-        if "rfid" not in self.names:
-            return {}
-        return {"rfid": frechet_distance(self._distances[row], self._originals)}
-
-    def _features(self, images):
-        return self._inception(to_8bit(images).to(torch.uint8))
-
-
-def _weights_file(name: str) -> Path:
-    """Where torch keeps a file of weights that a library has downloaded."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / name
-
-
-def _fetch_hint(url: str) -> str:
-    return f"python -c \"import torch; torch.hub.load_state_dict_from_url('{url}')\" fetches them"
-
-
-class FeatureStatistics:
-    """Running mean and covariance of feature vectors: memory that does not grow with their number."""
-
-    def __init__(self):
-        self.count, self.sum, self.products = 0, 0, 0
-
-    def add(self, features: torch.Tensor) -> None:
-        """Features (B, F)."""
-        features = features.cpu().double()
-        self.count += len(features)
-        self.sum = self.sum + features.sum(dim=0)
-        self.products = self.products + features.T @ features
-
-    def mean_and_covariance(self) -> tuple[torch.Tensor, torch.Tensor]:
-        mean = self.sum / self.count
-        return mean, (self.products - self.count * torch.outer(mean, mean)) / (self.count - 1)
-
-
-def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float | None:
-    """|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½) of two sets of features (Heusel et al. 2017); None for fewer than two images."""
-    if min(first.count, second.count) < 2:
-        return None
-    (mean1, covariance1), (mean2, covariance2) = first.mean_and_covariance(), second.mean_and_covariance()
-    # tr (C1 C2)^½ is the sum of the roots of the eigenvalues of C1^½ C2 C1^½, which is symmetric: ten times as fast
-    values, vectors = torch.linalg.eigh(covariance1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    roots = torch.linalg.eigvalsh(root @ covariance2 @ root).clamp(min=0).sqrt().sum()
-    return float((mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * roots)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Over a set
-
-
-def summarise(values: dict) -> dict:
-    """{row: {metric: [value per image]}} -> {row: {metric: {mean, std, worst, worst_image}}}.
-
-    `std` is over images (n - 1); `worst` is the least where higher is better, else the greatest; what is not a number is
-    worse than any. `worst_image` is its place in the list. Metrics with several values per image are left out.
-    """
-    summary = {}
-    for row, metrics in values.items():
-        summary[row] = {}
-        for name, numbers in metrics.items():
-            if numbers and not isinstance(numbers[0], list):
-                summary[row][name] = _summary_of(numbers, -1 if name in HIGHER_IS_BETTER else 1)
-    return summary
-
-
-def _summary_of(numbers, sign):
-    mean = math.fsum(numbers) / len(numbers)
-    std = None
-    if math.isfinite(mean) and len(numbers) > 1:
-        std = math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / (len(numbers) - 1))
-    worst = max(range(len(numbers)), key=lambda place: math.inf if math.isnan(numbers[place]) else sign * numbers[place])
-    return {"mean": finite(mean), "std": std, "worst": finite(numbers[worst]), "worst_image": worst}
-
-
-def finite(value):
-    """`value` with every number that JSON cannot hold replaced by None."""
-    if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else None
-
-
-def mean_of(numbers: list):
-    """Mean over images, per component for lists; None if it is not finite (the PSNR of identical images is infinite)."""
-    if isinstance(numbers[0], list):
-        return [mean_of(component) for component in zip(*numbers)]
-    mean = math.fsum(numbers) / len(numbers)
-    return mean if math.isfinite(mean) else None
-
-
-class ErrorSpectrum:
-    """Where in spatial frequency the error of each rung lies: its power relative to the original's, by frequency band. And how
-    much fine detail its pictures have, true or not, which PSNR does not tell: a soft picture errs less than a crisp one.
-
-    Of the mean of R, G, B in 8-bit levels under a Hann window, summed over images; bands of equal width from 0 to 0.5 cycles
-    per pixel, the mean level left out.
-    """
-
-    def __init__(self, size: int, rows):
-        bands = max(2, min(SPECTRUM_BANDS, size // 4))
-        across = torch.fft.fftfreq(size)
-        radius = torch.sqrt(across[:, None] ** 2 + across[None, :] ** 2)
-        self.band = (radius * 2 * bands).long().clamp(max=bands).flatten()  # the corners beyond 0.5 share the last, unused one
-        self.band[0] = bands
-        window = torch.hann_window(size)
-        self.window = window[:, None] * window[None, :]
-        self.frequencies = [(band + 0.5) / (2 * bands) for band in range(bands)]
-        self.original = torch.zeros(bands + 1, dtype=torch.float64)
-        self.errors = {row: torch.zeros(bands + 1, dtype=torch.float64) for row in rows}
-        self.pictures = {row: torch.zeros(bands + 1, dtype=torch.float64) for row in rows}
-
-    def add(self, originals: torch.Tensor, pictures: dict) -> None:
-        """Originals (B, 3, S, S) and {row: pictures of the same shape}, in [-1, 1]."""
-        originals = to_8bit(originals).mean(dim=1)
-        self.original += self._power(_without_mean(originals))
-        for row in self.errors:
-            picture = to_8bit(pictures[row]).mean(dim=1)
-            self.errors[row] += self._power(picture - originals)
-            self.pictures[row] += self._power(_without_mean(picture))
-
-    def _power(self, planes):
-        spectrum = torch.fft.fft2(planes * self.window.to(planes)).abs().square().sum(dim=0).flatten().cpu().double()
-        return torch.zeros_like(self.original).index_add_(0, self.band, spectrum)
-
-    def result(self) -> dict:
-        """{frequency: cycles per pixel at each band's middle, rows: {row: error power / original's power, per band},
-        detail: {row: the picture's power / original's, of the upper half of the bands: at most 4 pixels a cycle}}."""
-        rows = {row: finite((power / self.original)[:-1].tolist()) for row, power in self.errors.items()}
-        fine = slice(len(self.frequencies) // 2, -1)
-        detail = {row: (power[fine].sum() / self.original[fine].sum()).item() for row, power in self.pictures.items()}
-        return {"frequency": self.frequencies, "rows": rows, "detail": dict(zip(detail, finite(list(detail.values()))))}
-
-
-def _without_mean(planes: torch.Tensor) -> torch.Tensor:
-    return planes - planes.mean(dim=(1, 2), keepdim=True)
-
-
-class LatentHistograms:
-    """How the values of each latent channel are distributed, for the target and each rung, over one range for all."""
-
-    def __init__(self, rows):
-        self.rows = tuple(rows)
-        self.limit, self.counts = None, {}
-
-    def add(self, latents: dict) -> None:
-        """{row: scaled latents (B, C, h, w)}; the first batch's target ("ceiling") settles the range for all."""
-        if self.limit is None:
-            spread = latents["ceiling"].float().square().mean().sqrt().item()
-            self.limit = math.ceil(4 * spread * 2) / 2 if 0 < spread < math.inf else 1.0
-        for row in self.rows:
-            values = latents[row].float().nan_to_num().clamp(-self.limit, self.limit)
-            place = ((values + self.limit) / (2 * self.limit) * HISTOGRAM_BINS).long().clamp(max=HISTOGRAM_BINS - 1)
-            channels = place.shape[1]
-            place = place + torch.arange(channels, device=place.device).view(1, -1, 1, 1) * HISTOGRAM_BINS
-            counts = torch.bincount(place.flatten(), minlength=channels * HISTOGRAM_BINS).cpu().view(channels, -1)
-            self.counts[row] = self.counts.get(row, 0) + counts
-
-    def result(self) -> dict:
-        """{limit: the range is ±limit, what lies beyond counts at its ends; rows: {row: counts by channel and bin}}."""
-        return {"limit": self.limit, "rows": {row: counts.tolist() for row, counts in self.counts.items()}}
+    def of_the_set(self) -> dict[str, dict[str, float | None]]:
+        """{metric: {rung: value over all images}}."""
+        return {name: measure.result() for name, measure in self._of_the_set.items()}

@@ -1,4 +1,4 @@
-"""report.html: one file that opens from disk and asks the network for nothing. Takes what `eval_align.main` has gathered.
+"""report.html: one file that opens from disk and asks the network for nothing, from what `eval_align.main` returns.
 
 The verdict comes first, then the ladder, pictures, charts, and how it was measured. Everything that is not a number or our
 own words goes through `charts.text`, file names above all.
@@ -7,37 +7,23 @@ own words goes through `charts.text`, file names above all.
 from __future__ import annotations
 
 import json
-import re
 
 from evaluation import charts, pictures, tables
 from evaluation.charts import number, text
+from evaluation.metrics import METRICS, Metric
 
 OTHER_COLOURS = 3  # for further checkpoints' lines
 GROUPS = {"worst": "Worst", "median": "Median", "best": "Best"}
-COLUMNS = {  # key in the ladder: (heading, unit or direction, format)
-    "psnr": ("PSNR", "dB ↑", "{:.2f}".format),
-    "ssim": ("SSIM", "↑", "{:.4f}".format),
-    "ms_ssim": ("MS-SSIM", "↑", "{:.4f}".format),
-    "lpips": ("LPIPS", "↓", "{:.4f}".format),
-    "rfid": ("rFID", "↓", "{:.2f}".format),
-    "latent_mse": ("Latent MSE", "↓", "{:.4f}".format),
-    "colour_bias": ("Colour bias", "R G B, levels", lambda bias: " ".join(tables.signed(level) for level in bias)),
-    "macs": ("Multiply-adds", "billions ↓", lambda count: f"{count / 1e9:.2f}"),
-    "milliseconds": ("Time", "ms ↓", "{:.2f}".format),
-    "parameters": ("Weights", "millions ↓", lambda count: f"{count / 1e6:.2f}"),
-    "psnr_vs_vae2": ("PSNR to VAE2", "dB ↑", "{:.2f}".format),
-    "latent_l1": ("Latent L1", "↓", "{:.4f}".format),
-    "latent_cosine": ("Latent cosine", "↑", "{:.4f}".format),
-}
-NAMES = {metric: name for metric, (name, _, _) in COLUMNS.items()}
+ARROWS = {+1: "↑", -1: "↓", 0: ""}
+COLUMNS = [metric for metric in METRICS.values() if metric.text]  # of the ladder
 ANSWERS = {"yes": "Yes", "equal": "On a par", "no": "No", "unknown": "No verdict"}
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --dim: #59636e; --rule: #d5dae0; --soft: #f3f5f8;
-  --aligned: #0b63ce; --aligned2: #7b3fc4; --reencode: #b35300; --ceiling: #15803d; --linear: #8a6d00; --plain: #7a828c;
+  --aligned: #0b63ce; --aligned2: #7b3fc4; --reencode: #b35300; --vae2: #15803d; --linear: #8a6d00; --plain: #7a828c;
   --good: #15803d; --bad: #b42318; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e6e9ed; --dim: #a0a9b4; --rule: #363d46;
-  --soft: #1e2329; --aligned: #6cb0ff; --aligned2: #c79bff; --reencode: #ffa257; --ceiling: #5fd08a; --linear: #e0c04c;
+  --soft: #1e2329; --aligned: #6cb0ff; --aligned2: #c79bff; --reencode: #ffa257; --vae2: #5fd08a; --linear: #e0c04c;
   --plain: #8d96a1; --good: #5fd08a; --bad: #ff8a7d; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--paper); color: var(--ink);
@@ -76,7 +62,7 @@ svg .strong { font-weight: 650; } .grid { stroke: var(--rule); stroke-width: 1; 
 .bar, .dot { fill: currentColor; } .area { fill: currentColor; opacity: .12; }
 .c-aligned { color: var(--aligned); } .c-other0 { color: var(--aligned2); } .c-other1 { color: var(--linear); }
 .c-other2 { color: var(--bad); } .c-reencode { color: var(--reencode); }
-.c-ceiling { color: var(--ceiling); } .c-linear { color: var(--linear); } .c-vae1, .c-untrained { color: var(--plain); }
+.c-vae2 { color: var(--vae2); } .c-linear { color: var(--linear); } .c-vae1, .c-untrained { color: var(--plain); }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1rem; padding: 0; margin: .25rem 0;
   font-size: .8125rem; }
 .legend .key { width: 28px; height: 10px; display: inline-block; margin-right: .4rem; vertical-align: middle; }
@@ -130,21 +116,16 @@ zoom.addEventListener("click", event => {
 """
 
 
-def rung_of(row: str) -> str:
-    """The rung that a row of the ladder belongs to: "aligned_2" and "aligned@2" are aligned."""
-    return re.split("[_@]", row)[0]
-
-
 def colours_of(ladder: dict) -> dict:
-    """{row: class of its bars and lines}; further checkpoints have their own."""
-    further = [row for row in ladder if rung_of(row) == "aligned" and row != "aligned"]
-    own = {row: f"c-other{place % OTHER_COLOURS}" for place, row in enumerate(further)}
-    return {row: own.get(row, f"c-{rung_of(row)}") for row in ladder}
+    """{rung: class of its bars and lines}; further checkpoints have their own."""
+    further = [name for name, rung in ladder.items() if rung["kind"] == "aligned" and name != "aligned"]
+    own = {name: f"c-other{number % OTHER_COLOURS}" for number, name in enumerate(further)}
+    return {name: own.get(name, f"c-{rung['kind']}") for name, rung in ladder.items()}
 
 
-def figure_text(metric: str, value) -> str:
-    """A figure of the ladder as the tables show it; a dash where there is none."""
-    return "–" if value is None else COLUMNS[metric][2](value).replace("-", "−")
+def figure_text(metric: Metric, value) -> str:
+    """A figure as the page's tables show it, with a minus sign in place of the hyphen."""
+    return tables.figure_text(metric, value).replace("-", "−")
 
 
 def render(results: dict, strips: list[dict], curves: dict | None) -> str:
@@ -152,8 +133,8 @@ def render(results: dict, strips: list[dict], curves: dict | None) -> str:
 
     Args:
         results: what metrics.json holds.
-        strips: the images to show, {group: "worst" | "median" | "best", name, figures: text, grids: for each pair of VAEs
-            what `pictures.page_panels` gives}.
+        strips: the images to show, {group: "worst" | "median" | "best", name, figures: text, panels: what
+            `pictures.page_panels` gives}.
         curves: see `run_logs.read_curves`.
     """
     sections = [
@@ -197,7 +178,7 @@ def _verdict(results):
     says = "".join(f"<p>{text(sentence)}</p>" for sentence in verdict["sentences"])
     against = "".join(f"<li>{text(sentence)}</li>" for sentence in verdict["weaknesses"])
     against = f"<h3>What to mind</h3><ul>{against}</ul>" if against else ""
-    gain, fraction, below = verdict["gain_db"], verdict["macs_fraction"], verdict["below_ceiling_db"]
+    gain, fraction, below = verdict["gain_db"], verdict["macs_fraction"], verdict["below_vae2_db"]
     tiles = (
         ("PSNR, aligned", "–" if aligned["psnr"] is None else f"{aligned['psnr']:.2f} dB"),
         ("over decode + re-encode", "–" if gain is None else f"{gain:+.2f} dB".replace("-", "−")),
@@ -222,42 +203,46 @@ def _table(label: str, header: list[str], rows: list[str]) -> str:
 
 def _ladder(results):
     ladder, colours = results["ladder"], colours_of(results["ladder"])
-    columns = [metric for metric in COLUMNS if any(figures.get(metric) is not None for figures in ladder.values())]
+    columns = [metric for metric in COLUMNS if any(rung.get(metric.name) is not None for rung in ladder.values())]
     header = ['<th scope="col">Rung</th>']
     for metric in columns:
-        name, unit, _ = COLUMNS[metric]
-        header.append(f'<th scope="col">{text(name)}<small>{text(unit)}</small></th>')
+        unit = f"{metric.unit} {ARROWS[metric.better]}".strip()
+        header.append(f'<th scope="col">{text(metric.label)}<small>{text(unit)}</small></th>')
     rows = []
-    for row, figures in ladder.items():
+    for name, rung in ladder.items():
         cells = "".join(
-            f'<td data-row="{text(row)}" data-metric="{metric}">{text(figure_text(metric, figures.get(metric)))}</td>'
+            f'<td data-row="{text(name)}" data-metric="{metric.name}">{text(figure_text(metric, rung.get(metric.name)))}</td>'
             for metric in columns
         )
-        main = ' class="main"' if row == "aligned" else ""
-        rows.append(f'<tr{main}><th scope="row">{text(figures["label"])}</th>{cells}</tr>')
+        main = ' class="main"' if name == "aligned" else ""
+        rows.append(f'<tr{main}><th scope="row">{text(rung["label"])}</th>{cells}</tr>')
     left_out = "".join(
-        f"<li>{text(NAMES[name])} is not measured: {text(why)}</li>" for name, why in results["left_out_metrics"].items()
+        f"<li>{text(METRICS[name].label)} is not measured: {text(why)}</li>"
+        for name, why in results["left_out_metrics"].items()
     )
     left_out = f'<ul class="dim">{left_out}</ul>' if left_out else ""
     charts_of = ""
-    for metric, title in (("psnr", "PSNR against the original"), ("latent_mse", "Error of the latents (MSE)")):
+    for metric, title in (
+        (METRICS["psnr"], "PSNR against the original"),
+        (METRICS["latent_mse"], "Error of the latents (MSE)"),
+    ):
         entries = [
-            (figures["label"], figures.get(metric), figure_text(metric, figures.get(metric)), colours[row])
-            for row, figures in ladder.items()
-            if metric == "psnr" or rung_of(row) in ("reencode", "linear", "aligned")
+            (rung["label"], rung.get(metric.name), figure_text(metric, rung.get(metric.name)), colours[name])
+            for name, rung in ladder.items()
+            if metric.name == "psnr" or rung["kind"] in ("reencode", "linear", "aligned")
         ]
-        unit = " dB" if metric == "psnr" else ""
+        unit = " dB" if metric.name == "psnr" else ""
         charts_of += f"<figure><h3>{title}</h3>{charts.bars(title, entries, unit)}</figure>"
     return (
-        "<section><h2>The ladder</h2><p>Means over all images. What is compared: VAE2 decodes its own latents of the image "
-        "(the ceiling), those that people get today by decoding with VAE1 and encoding again, and those of the module. An "
+        "<section><h2>The ladder</h2><p>Means over all images. What is compared: VAE2 decodes its own latents of the image, "
+        "the latents that people get today by decoding with VAE1 and encoding again, and the latents of the module. An "
         "arrow says whether more (↑) or less (↓) is better.</p>"
         f'{_table("The ladder of baselines", header, rows)}{left_out}<div class="charts">{charts_of}</div></section>'
     )
 
 
 def _grid(name, rows):
-    """The panels of one image between two VAEs: where there is room a column for each way to VAE2's latents."""
+    """The panels of one image: on a wide screen a column for each rung."""
     panels = ""
     for panel in (panel for row in rows for panel in row):
         caption = text(panel["caption"])
@@ -280,9 +265,9 @@ def _strips(strips):
         if strip["group"] != group:
             group = strip["group"]
             body += f"<h3>{GROUPS[group]}</h3>"
-        grids = "".join(_grid(strip["name"], rows) for rows in strip["grids"])
         body += (
-            f'<section class="strip"><h4>{text(strip["name"])}</h4><p class="dim">{text(strip["figures"])}</p>{grids}</section>'
+            f'<section class="strip"><h4>{text(strip["name"])}</h4><p class="dim">{text(strip["figures"])}</p>'
+            f"{_grid(strip['name'], strip['panels'])}</section>"
         )
     return (
         "<section><h2>Pictures</h2><p>The images on which the module loses most, middling and least against VAE2's own "
@@ -298,26 +283,22 @@ def _errors(results):
     channels = [
         (names[row], figures["latent_mse_by_channel"], colours[row])
         for row, figures in ladder.items()
-        if rung_of(row) in ("aligned", "reencode") and "@" not in row and figures.get("latent_mse_by_channel")
+        if figures["kind"] in ("aligned", "reencode") and figures.get("latent_mse_by_channel")
     ]
     spectrum = results["spectrum"]
-    bands = [
-        (names[row], list(zip(spectrum["frequency"], powers)), colours[row])
-        for row, powers in spectrum["rows"].items()
-        if "@" not in row or rung_of(row) == "aligned"
-    ]
+    bands = [(names[row], list(zip(spectrum["frequency"], powers)), colours[row]) for row, powers in spectrum["rows"].items()]
     histograms = results["histograms"]
-    target, aligned = histograms["rows"]["ceiling"], histograms["rows"]["aligned"]
+    target, aligned = histograms["rows"]["vae2"], histograms["rows"]["aligned"]
     total = [[sum(bins) for bins in zip(*counts)] for counts in (aligned, target)]
     limit, bins = histograms["limit"], len(total[0])
     places = [((place + 0.5) / bins * 2 - 1) * limit for place in range(bins)]
     overall = [
         (label, [(x, count / (sum(counts) or 1)) for x, count in zip(places, counts)], shade)
-        for label, counts, shade in (("aligned", total[0], "c-aligned"), ("VAE2's own", total[1], "c-ceiling"))
+        for label, counts, shade in (("aligned", total[0], "c-aligned"), ("VAE2's own", total[1], "c-vae2"))
     ]
     small = "".join(
         "<div>"
-        + charts.histogram(f"channel {channel}", [("aligned", ours, "c-aligned"), ("VAE2's own", own, "c-ceiling")], limit)
+        + charts.histogram(f"channel {channel}", [("aligned", ours, "c-aligned"), ("VAE2's own", own, "c-vae2")], limit)
         + "</div>"
         for channel, (ours, own) in enumerate(zip(aligned, target))
     )
@@ -354,8 +335,8 @@ def _curves(results, curves):
     for metric, title, label in (("psnr", "PSNR while training", "dB"), ("latent_mse", "Latent MSE while training", "MSE")):
         series = [
             (results["ladder"].get(row, {}).get("label", row), evaluations[row][metric], f"c-{row}")
-            for row in ("aligned", "reencode", "ceiling")
-            if metric in evaluations.get(row, {}) and not (metric == "latent_mse" and row == "ceiling")
+            for row in ("aligned", "reencode", "vae2")
+            if metric in evaluations.get(row, {}) and not (metric == "latent_mse" and row == "vae2")
         ]
         last = max((x for _, points, _ in series for x, _ in points), default=step)
         mark = (step, "this checkpoint") if step < last else None
@@ -377,15 +358,15 @@ def _spread(results):
     header += '<th scope="col" class="name">Worst image</th>'
     body = ""
     for row, metrics in results["summary"].items():
-        if rung_of(row) != "aligned":
+        if results["ladder"][row]["kind"] != "aligned":
             continue
         rows = []
         for metric in COLUMNS:
-            if metric in metrics:
-                figures = metrics[metric]
+            if metric.name in metrics:
+                figures = metrics[metric.name]
                 cells = "".join(f"<td>{text(figure_text(metric, figures[name]))}</td>" for name in ("mean", "std", "worst"))
                 name = text(tables.shown_name(results["paths"][figures["worst_image"]], results["settings"]["eval_data_dir"]))
-                rows.append(f'<tr><th scope="row">{text(COLUMNS[metric][0])}</th>{cells}<td class="name">{name}</td></tr>')
+                rows.append(f'<tr><th scope="row">{text(metric.label)}</th>{cells}<td class="name">{name}</td></tr>')
         label = results["ladder"][row]["label"]
         body += f"<h3>{text(label)}</h3>" + _table(f"Spread over images, {label}", [header], rows)
     return f"<section><h2>Spread over images</h2>{body}</section>"
@@ -417,8 +398,10 @@ def _method(results):
         "<li>Time, weights and multiply-adds are what it takes to come by VAE2's latents, from VAE1's (and the image, where "
         f"the module takes it), at batch size 1 on {text(settings['device'])} in {text(settings['precision'])}; the time is "
         "the fastest of three.</li>"
+        f"<li>The VAEs run in {text(settings['precision'])} and the modules under autocast to it, as in training; "
+        "<code>translate</code> computes in float32.</li>"
         "<li>The ± of the verdict is a 95% interval of the mean over images; below it two ways count as equally good.</li>"
-        f"{rfid if 'rfid' in results['ladder']['aligned'] else ''}"
+        f"{rfid if results['ladder']['aligned'].get('rfid') is not None else ''}"
         "<li>A dash stands for what is undefined or infinite, as is the PSNR of identical pictures.</li></ul>"
         f"{_table('Checkpoints', [header], [checkpoints])}{unreadable}"
         f"<h3>Command</h3><pre>{text_block(settings['command'])}</pre>"

@@ -10,7 +10,7 @@ import textwrap
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from evaluation.metrics import to_8bit
+from evaluation.per_image import to_8bit
 
 DIFFERENCE_GAIN = 5  # differences are shown this many times amplified around mid-grey
 PADDING = 6  # px
@@ -42,28 +42,35 @@ def to_pil(image: torch.Tensor) -> Image.Image:
     return Image.fromarray(to_8bit(image).byte().permute(1, 2, 0).cpu().numpy())
 
 
-def comparison_rows(original: torch.Tensor, made: dict, names: dict) -> list[list[tuple[str, torch.Tensor | None]]]:
+def comparison_rows(original: torch.Tensor, made: dict, captions: dict) -> list[list[tuple[str, torch.Tensor | None]]]:
     """One image as three rows of (caption, panel): pictures, below each its amplified difference, below that its latents.
 
     Pictures and differences are (3, S, S), latents (3, h, w), all in [-1, 1]. None is a place without a panel; its caption
     says what is in the row. VAE1 and VAE2 are held against the original, everything else against VAE2.
 
     Args:
-        original: (3, S, S) in [-1, 1]; made: {row: (latents (C, h, w), picture (3, S, S))}.
-        names: {row: what it is called}, of the rows to show, in order; "ceiling" is among them.
+        original: (3, S, S) in [-1, 1]; made: {rung: (latents (C, h, w), picture (3, S, S))}.
+        captions: {rung: what it is called}, of the rungs to show, in order; "vae2" is among them.
     """
-    pictures = {row: made[row][1].clamp(-1, 1) for row in names}
+    pictures = {rung: made[rung][1].clamp(-1, 1) for rung in captions}
     rows = [
         [("original", original)],
         [(f"differences, amplified ×{DIFFERENCE_GAIN} around grey", None)],
         [("latents, by one fixed projection to RGB", None)],
     ]
-    for row, name in names.items():
-        than, reference = ("original", original) if row in ("vae1", "ceiling") else ("VAE2", pictures["ceiling"])
-        rows[0].append((name, pictures[row]))
-        rows[1].append((f"{name} − {than}, ×{DIFFERENCE_GAIN}", difference_map(pictures[row], reference)))
-        rows[2].append((f"{name} latents", latents_as_rgb(made[row][0])))
+    for rung, caption in captions.items():
+        against, reference = ("original", original) if rung in ("vae1", "vae2") else ("VAE2", pictures["vae2"])
+        rows[0].append((caption, pictures[rung]))
+        rows[1].append((f"{caption} − {against}, ×{DIFFERENCE_GAIN}", difference_map(pictures[rung], reference)))
+        rows[2].append((f"{caption} latents", latents_as_rgb(made[rung][0])))
     return rows
+
+
+def comparison_sheets(images: torch.Tensor, made: dict, captions: dict, size: int):
+    """For each of `images` (B, 3, S, S) what `Ladder.reconstruct` made of it as one captioned sheet of `size` px panels."""
+    for index, original in enumerate(images):
+        of_image = {rung: (made[rung][0][index], made[rung][1][index]) for rung in captions}
+        yield comparison_picture(comparison_rows(original, of_image, captions), size)
 
 
 def comparison_picture(rows: list[list[tuple[str, torch.Tensor | None]]], size: int) -> Image.Image:
@@ -93,23 +100,24 @@ def comparison_picture(rows: list[list[tuple[str, torch.Tensor | None]]], size: 
 
 
 def chosen_images(results: dict, wanted: int) -> dict:
-    """{"worst" | "median" | "best": [place in `paths`, …]}: about `wanted` images by what the main module loses to VAE2's own
-    reconstruction, in dB of PSNR against the original. Without that figure an image is perfect, or if the latents are not
-    finite, the worst."""
+    """{"worst" | "median" | "best": [index in `paths`, …]}: about `wanted` images, by how many dB of PSNR against the original
+    the main module loses to VAE2's own reconstruction. An image without that figure is perfect; or the worst, if the latents
+    are not finite."""
     per_image = results["per_image"]
     losses = []
-    for place, (ours, ceiling) in enumerate(zip(per_image["aligned"]["psnr"], per_image["ceiling"]["psnr"])):
-        if ours is not None and ceiling is not None:
-            losses.append(ceiling - ours)
+    for index, (ours, vae2) in enumerate(zip(per_image["aligned"]["psnr"], per_image["vae2"]["psnr"])):
+        if ours is not None and vae2 is not None:
+            losses.append(vae2 - ours)
         else:
-            losses.append(math.inf if per_image["aligned"]["latent_mse"][place] is None else -math.inf)
-    order = sorted(range(len(losses)), key=lambda place: (-losses[place], place))
+            losses.append(math.inf if per_image["aligned"]["latent_mse"][index] is None else -math.inf)
+    order = sorted(range(len(losses)), key=lambda index: (-losses[index], index))
     wanted = min(wanted, len(order))
-    worst, best = -(-wanted // 3), wanted // 3
+    worst = -(-wanted // 3)
+    best = wanted // 3
     middle = wanted - worst - best
     start = min(max(worst, (len(order) - middle) // 2), len(order) - best - middle)
     groups = {"worst": order[:worst], "median": order[start : start + middle], "best": order[len(order) - best :][::-1]}
-    return {name: places for name, places in groups.items() if places}
+    return {name: indices for name, indices in groups.items() if indices}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -117,7 +125,7 @@ def chosen_images(results: dict, wanted: int) -> dict:
 
 
 def picture_uri(image: torch.Tensor, side: int, limit: int) -> str:
-    """(3, h, w) in [-1, 1] as a data URI of a JPEG of at most `side` px and, as far as that can be had, `limit` bytes."""
+    """(3, h, w) in [-1, 1] as a data URI of a JPEG of at most `side` px and, where a lower quality suffices, `limit` bytes."""
     picture = to_pil(image)
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     for quality in (90, 80, 65, 45):

@@ -8,24 +8,16 @@ import json
 import os
 from pathlib import Path
 
+from evaluation.metrics import METRICS, Metric
 from utils import atomic_file
 
 
 def ladder_table(results: dict) -> str:
-    """The baseline ladder as aligned text: one line a row, a dash where a figure has no meaning."""
-    columns = {
-        "latent MSE": ("latent_mse", "{:.4f}".format),
-        "PSNR dB": ("psnr", "{:.2f}".format),
-        "SSIM": ("ssim", "{:.4f}".format),
-        "colour bias": ("colour_bias", lambda bias: " ".join("–" if level is None else f"{level:+.1f}" for level in bias)),
-        "ms": ("milliseconds", "{:.2f}".format),
-        "M params": ("parameters", lambda count: f"{count / 1e6:.2f}"),
-        "G MACs": ("macs", lambda count: f"{count / 1e9:.2f}"),
-    }
-    lines = [("", *columns)]
-    for row in results["ladder"].values():
-        cells = [form(row[key]) if row.get(key) is not None else "–" for key, form in columns.values()]
-        lines.append((row["label"], *cells))
+    """The baseline ladder as aligned text: one line a rung, a dash where a figure has no meaning."""
+    columns = [metric for metric in METRICS.values() if metric.heading]
+    lines = [("", *(metric.heading for metric in columns))]
+    for rung in results["ladder"].values():
+        lines.append((rung["label"], *(figure_text(metric, rung.get(metric.name)) for metric in columns)))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
@@ -33,28 +25,40 @@ def ladder_table(results: dict) -> str:
     )
 
 
+def figure_text(metric: Metric, value) -> str:
+    """A figure of the ladder as tables show it; a dash where there is none."""
+    return "–" if value is None else metric.text(value)
+
+
 def csv_rows(results: dict):
-    """metrics.csv, row by row: a header, then one row per image and rung; nothing where a figure has no meaning."""
-    plain, triples = {}, {}
-    for metrics in results["per_image"].values():
-        for name, numbers in metrics.items():
-            if not isinstance(numbers[0], list):
-                plain[name] = None
-            elif name == "colour_bias":
-                triples[name] = ("r", "g", "b")
-    yield ["image", "rung", *plain, *(f"{name}_{part}" for name, parts in triples.items() for part in parts)]
-    for place, path in enumerate(results["paths"]):
-        for row, metrics in results["per_image"].items():
-            figures = [metrics[name][place] if name in metrics else None for name in plain]
-            figures += [part for name in triples for part in metrics[name][place]]
-            yield [path, row, *("" if figure is None else figure for figure in figures)]
+    """metrics.csv, row by row: a header, then one row per image and rung; nothing where a figure has no meaning.
+
+    A metric with several numbers, such as the colour bias, has a column for each; one by latent channel has none.
+    """
+    per_image = results["per_image"]
+    measured = {name for figures in per_image.values() for name in figures}
+    columns = [metric for metric in METRICS.values() if metric.name in measured and metric.components is not None]
+    header = ["image", "rung"]
+    for metric in columns:
+        header += [f"{metric.name}_{component}" for component in metric.components] or [metric.name]
+    yield header
+    for index, path in enumerate(results["paths"]):
+        for rung, figures in per_image.items():
+            cells = []
+            for metric in columns:
+                value = figures[metric.name][index] if metric.name in figures else None
+                if metric.components:
+                    cells += value or [None] * len(metric.components)
+                else:
+                    cells.append(value)
+            yield [path, rung, *("" if cell is None else cell for cell in cells)]
 
 
 def write_files(folder: Path, results: dict, page: str) -> None:
-    """metrics.json, metrics.csv and report.html in `folder`; bytes of a file name that are no UTF-8 come out as escapes.
+    """Write metrics.json, metrics.csv and report.html into `folder`; bytes of a file name that are not UTF-8 become escapes.
 
-    Whatever is there of the three tells of one evaluation, at every moment and after a kill: all new files are whole before
-    the old ones go, and these have gone before the first new one gets its name. The page comes last.
+    At every moment, and after a kill, the files that are there belong to one evaluation: the new files are complete before the
+    old ones are deleted, and the old ones are deleted before the first new one gets its name. The page comes last.
     """
     paths = [folder / name for name in ("report.html", "metrics.csv", "metrics.json")]
     with contextlib.ExitStack() as stack:  # which renames them in the reverse order
@@ -79,10 +83,10 @@ def signed(value: float | None) -> str:
 
 
 def percent(fraction: float) -> str:
-    """A share in per cent, to two digits; never 0% for what is not nothing."""
+    """A fraction in per cent, to two digits, so that a small one is not shown as 0%."""
     return f"{100 * fraction:.0f}%" if fraction >= 0.1 else f"{100 * fraction:.2g}%"
 
 
 def shown_name(path: str, folder: str) -> str:
-    """An image's name as people know it: its path below the folder that was judged."""
+    """An image's name for people: its path below the folder that was judged."""
     return os.path.relpath(path, folder) if os.path.isabs(path) == os.path.isabs(folder) and os.path.dirname(path) else path

@@ -173,3 +173,11 @@ def shared():
     if not folder or not Path(folder).is_dir():
         pytest.skip("VAE_ALIGN_SHARED names no folder with real VAEs and photos")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def judged(vae_folders, tmp_path_factory):
+    """What `reports.judge_hostile_images` leaves: an evaluation of two checkpoints on images with hostile names."""
+    from reports import judge_hostile_images
+
+    return judge_hostile_images(tmp_path_factory.mktemp("report"), vae_folders)

@@ -1,48 +1,110 @@
 """What a run writes while it trains: TensorBoard's event files and metrics.jsonl, both in the run's own folder.
 
-Points carry the number of optimizer steps done. So after a resume at step N every point up to N is kept and none comes twice.
+Points carry the number of optimizer steps done, so that a run resumed at step N keeps every point up to N and repeats none.
+The training loop sets `writer.step` before it calls anything here:
+
+    writer = RunLog(folder, step, fixed)            # fixed: a `FixedRungs` of the run's state, which a checkpoint keeps
+    writer.step = state.step
+    metrics = evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype)
+    writer.log_training(loss=loss, learning_rate=learning_rate, images_per_second=rate)
+
+metrics.jsonl has one JSON object a line: {"step", "epoch", "ladder": {rung: {metric: value}}} for each evaluation, and
+{"step", "loss", "learning_rate"} for each log entry; `evaluation.run_logs` reads it back.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from pathlib import Path
 
 import numpy as np
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from evaluation.ladder import applicable_rows, comparison_sheets, evaluate, picture_names, reconstruct, translators
+from evaluation.fixed_rungs import FixedRungs
+from evaluation.ladder import Ladder
+from evaluation.pictures import comparison_sheets
+from evaluation.run_logs import METRICS_FILE
 from evaluation.tables import decibels
 from utils import UserError, atomic_file, printable
 
 log = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
 CHARTS = {"PSNR, dB": "psnr", "PSNR against VAE2, dB": "psnr_vs_vae2", "SSIM": "ssim", "latent MSE": "latent_mse"}
-CHARTED = ("ceiling", "reencode", "linear", "aligned")  # with an untrained module's figures the others would lie in one line
+CHARTED = ("vae2", "reencode", "linear", "aligned")  # an untrained module's figures would flatten the other curves
 
 
-def open_writer(folder: Path, step: int):
-    """A SummaryWriter for a run in `folder` that has done `step` steps; what its logs hold beyond them is dropped.
+class RunLog:
+    """The writer of one run.
 
-    The custom scalars page draws the ladder's fixed rungs and the running curve in one chart.
+    Args:
+        folder: of the run's logs; step: optimizer steps done. What the logs hold beyond that step is dropped.
+        fixed: the memory of the rungs that training cannot move; by default an empty one.
+
+    Attributes:
+        step: under which everything is written; the training loop moves it.
+        fixed: see above. It belongs to the state of the run: a checkpoint keeps its `state_dict`.
     """
-    from torch.utils.tensorboard import SummaryWriter
 
-    drop_metrics_after(folder / METRICS_FILE, step)
-    stamps = [int(file.name.split(".")[3]) for file in folder.glob("events.out.tfevents.*")]
-    while stamps and int(time.time()) == max(stamps):
-        time.sleep(0.05)  # readers sort a folder's event files by the second in their names
-    writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
-    charts = {title: ["Multiline", [rf"eval_{metric}/({'|'.join(CHARTED)})"]] for title, metric in CHARTS.items()}
-    writer.add_custom_scalars({"ladder": charts})
-    return writer
+    def __init__(self, folder: Path, step: int = 0, fixed: FixedRungs | None = None):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = Path(folder)
+        self.step = step
+        self.fixed = FixedRungs() if fixed is None else fixed
+        drop_metrics_after(self.folder / METRICS_FILE, step)
+        wait_for_a_new_second(self.folder)
+        self._events = SummaryWriter(self.folder, purge_step=step + 1 if step else None)
+        charts = {title: ["Multiline", [rf"eval_{metric}/({'|'.join(CHARTED)})"]] for title, metric in CHARTS.items()}
+        self._events.add_custom_scalars({"ladder": charts})  # each draws the running curve among the level lines
+
+    def add_scalar(self, tag: str, value: float) -> None:
+        self._events.add_scalar(tag, value, self.step)
+
+    def add_histogram(self, tag: str, values) -> None:
+        """The distribution of a tensor's values."""
+        self._events.add_histogram(tag, values, self.step)
+
+    def add_image(self, tag: str, pixels: np.ndarray) -> None:
+        """Pixels (H, W, 3), uint8."""
+        self._events.add_image(tag, pixels, self.step, dataformats="HWC")
+
+    def add_summary(self, summary) -> None:
+        """A protocol buffer that is no point on a curve."""
+        self._events.file_writer.add_summary(summary)
+
+    def add_line(self, **values) -> None:
+        """Append a line to metrics.jsonl: the step, and `values`."""
+        with open(self.folder / METRICS_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": self.step} | values, allow_nan=False) + "\n")
+
+    def log_training(self, loss: float, learning_rate: float, **more: float) -> None:
+        """A log entry of the training: scalars `train/…` and a line in metrics.jsonl. What is not finite is left out."""
+        scalars = {"loss": loss, "learning_rate": learning_rate} | more
+        for name, value in scalars.items():
+            if math.isfinite(value):
+                self.add_scalar(f"train/{name}", value)
+        self.add_line(loss=loss if math.isfinite(loss) else None, learning_rate=learning_rate)
+
+    def flush(self) -> None:
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+
+def wait_for_a_new_second(folder: Path) -> None:
+    """Return when the second in which one of the folder's event files was last written is over: TensorBoard sorts a folder's
+    event files by the second at which each was begun, and a resumed run's must come last."""
+    newest = max((int(file.stat().st_mtime) for file in folder.glob("events.out.tfevents.*")), default=0)
+    while int(time.time()) == newest:
+        time.sleep(0.05)
 
 
 def drop_metrics_after(path: Path, step: int) -> None:
-    """Keep the lines of a metrics.jsonl whose evaluation came after at most `step` steps; a torn last line goes too."""
+    """Keep the lines of a metrics.jsonl that were written after at most `step` steps; a torn last line goes too."""
     if not path.exists():
         return
     kept = []
@@ -56,84 +118,83 @@ def drop_metrics_after(path: Path, step: int) -> None:
         file.writelines(kept)
 
 
-def evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype) -> dict:
-    """Evaluate the whole set; scalars to TensorBoard and a line to metrics.jsonl; returns {row: metrics} of the ladder.
+def evaluate_and_log(pipeline, eval_loader, writer: RunLog, epoch, args, dtype) -> dict:
+    """Evaluate the whole set; scalars to TensorBoard and a line to metrics.jsonl; returns {rung: metrics} of the ladder.
 
-    The rungs that training cannot move are measured the first time and drawn again as level lines from then on.
+    The rungs that training cannot move are measured once, remembered in `writer.fixed`, and drawn again as level lines. They
+    are measured anew when the evaluation images have changed. UserError when the module's output is not finite.
     """
-    step = writer.step
-    fixed = {row: figures for row, figures in pipeline.progress["metrics"].items() if row != "aligned"}
-    rows = ("aligned",) if fixed else applicable_rows(pipeline)
-    ladder = pipeline.progress["metrics"] = fixed | evaluate(pipeline, eval_loader, dtype, rows)["ladder"]
-    for row, figures in ladder.items():
+    ladder = writer.fixed.evaluate(pipeline, eval_loader, dtype)
+    for rung, figures in ladder.items():
         for name in CHARTS.values():
             if figures[name] is not None:
-                writer.add_scalar(f"eval_{name}/{row}", figures[name], step)
+                writer.add_scalar(f"eval_{name}/{rung}", figures[name])
     aligned = ladder["aligned"]
     if aligned["latent_mse"] is None:
-        raise UserError(f"the module's output is not finite at step {step}: lower --learning_rate or set --grad_clip 1")
-    with open(Path(writer.log_dir) / METRICS_FILE, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "epoch": epoch, "ladder": ladder}) + "\n")
+        raise UserError(f"the module's output is not finite at step {writer.step}: lower --learning_rate or set --grad_clip 1")
+    writer.add_line(epoch=epoch, ladder=ladder)
     with logging_redirect_tqdm():
         log.info(
             "epoch %g: aligned PSNR %s dB (VAE2 itself %s, re-encoding %s), SSIM %.4f, latent MSE %.4f",
-            round(epoch, 2), *(decibels(ladder[row]["psnr"]) for row in ("aligned", "ceiling", "reencode")),
+            round(epoch, 2), *(decibels(ladder[rung]["psnr"]) for rung in ("aligned", "vae2", "reencode")),
             aligned["ssim"], aligned["latent_mse"],
         )  # fmt: skip
     return ladder
 
 
-def log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype) -> None:
-    """Histograms of weights and of the last step's gradients per layer, and level and spread of the latents."""
-    step = writer.step
+def log_model_stats(pipeline, eval_loader, writer: RunLog, epoch, args, dtype) -> None:
+    """Histograms of weights and of the last step's gradients per layer; mean and spread of the latents of one batch."""
     for name, parameter in pipeline.training_module.named_parameters():
-        writer.add_histogram(f"weights/{name}", parameter.detach().float().cpu(), step)
+        writer.add_histogram(f"weights/{name}", parameter.detach().float().cpu())
         if parameter.grad is not None and parameter.grad.isfinite().all():
-            writer.add_histogram(f"gradients/{name}", parameter.grad.float().cpu(), step)
+            writer.add_histogram(f"gradients/{name}", parameter.grad.float().cpu())
     images = next(iter(eval_loader))["pixel_values"].to(pipeline.device)
     if len(images):
-        made = reconstruct(pipeline, images, translators(pipeline, ("ceiling", "aligned"), dtype))
-        for name, latents in (("aligned", made["aligned"][0]), ("target", made["ceiling"][0])):
-            writer.add_scalar(f"latents_mean/{name}", latents.mean().item(), step)
-            writer.add_scalar(f"latents_std/{name}", latents.std().item(), step)
-            writer.add_histogram(f"latents/{name}", latents.cpu(), step)
+        made = Ladder(pipeline, dtype, only=("aligned",)).reconstruct(images)
+        for name, rung in (("aligned", "aligned"), ("target", "vae2")):
+            latents = made[rung].latents
+            writer.add_scalar(f"latents_mean/{name}", latents.mean().item())
+            writer.add_scalar(f"latents_std/{name}", latents.std().item())
+            writer.add_histogram(f"latents/{name}", latents.cpu())
 
 
-def visualize_results(pipeline, eval_loader, writer, epoch, args, dtype) -> None:
-    """The first --num_visualize_samples evaluation images as captioned sheets: reconstructions, differences, latents."""
-    step, names, shown = writer.step, picture_names(), 0
-    ways = translators(pipeline, [row for row in names if row != "vae1"], dtype)
+def visualize_results(pipeline, eval_loader, writer: RunLog, epoch, args, dtype) -> None:
+    """The first `args.num_visualize_samples` evaluation images as captioned sheets: reconstructions, differences, latents."""
+    ladder = Ladder(pipeline, dtype)
+    captions = ladder.captions
+    shown = 0
     for batch in eval_loader:
         images = batch["pixel_values"][: args.num_visualize_samples - shown].to(pipeline.device)
         if not len(images):
             continue
-        sheets = comparison_sheets(images, reconstruct(pipeline, images, ways), names, args.image_size)
+        sheets = comparison_sheets(images, ladder.reconstruct(images, only=captions), captions, args.image_size)
         for number, sheet in enumerate(sheets, shown):
-            writer.add_image(f"samples/{number}", np.asarray(sheet), step, dataformats="HWC")
+            writer.add_image(f"samples/{number}", np.asarray(sheet))
         shown += len(images)
         if shown >= args.num_visualize_samples:
             break
 
 
-def log_hparams(writer, config: dict, ladder: dict, step: int) -> None:
+def log_hparams(writer: RunLog, config: dict, ladder: dict) -> None:
     """The run's flags beside its final metrics, for TensorBoard's HPARAMS page."""
     from torch.utils.tensorboard.summary import hparams
 
     flags = {name: value if isinstance(value, (bool, int, float)) else printable(str(value)) for name, value in config.items()}
     final = {f"final/{name}": ladder["aligned"][name] for name in CHARTS.values() if ladder["aligned"][name] is not None}
     for summary in hparams(flags, final):
-        writer.file_writer.add_summary(summary)
+        writer.add_summary(summary)
     for name, value in final.items():
-        writer.add_scalar(name, value, step)
+        writer.add_scalar(name, value)
 
 
 def print_results(kept, metrics: dict, step: int, args) -> None:
     """What a run that ended after `step` steps has reached, and where it is; `kept` is its `RunCheckpoints`."""
     if metrics:
-        psnr = {row: decibels(figures["psnr"]) for row, figures in metrics.items()}
+        rungs = ("untrained", "aligned", "reencode", "vae2")
+        untrained, aligned, reencode, vae2 = (decibels(metrics.get(rung, {}).get("psnr")) for rung in rungs)
         print(
-            f"PSNR of the decoded image: untrained module {psnr['untrained']} dB -> aligned {psnr['aligned']} dB "
-            f"(decode + re-encode {psnr['reencode']} dB, VAE2's own reconstruction {psnr['ceiling']} dB)"
+            f"PSNR of the decoded image: untrained module {untrained} dB -> aligned {aligned} dB "
+            f"(decode + re-encode {reencode} dB, VAE2's own reconstruction {vae2} dB)"
         )
     print(f"checkpoint: {kept.last}")
     if kept.best and kept.best["step"] != step:

@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from evaluation.metrics import lpips_network
+from evaluation.networks import lpips_network
 from latents.pipeline import PipelineWithVAEs
 from latents.spaces import Codec
 from latents.vaes import load_vae_model

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from evaluation.fixed_rungs import FixedRungs
 from training.bad_steps import BadSteps
 from training.objective import Objective
 from utils import UserError, one_line
@@ -50,7 +51,8 @@ class TrainingState:
         module: the `AlignModule` that the optimizer moves; average: its running average, or None.
         optimizer, scheduler: as torch has them; scaler: the gradient scaler of float16, or None.
         data: what the order of the training images depends on, see `resume.data_order` and `resume.names_digest`.
-        step: optimizer steps done; metrics: the ladder of the newest evaluation, {row: {metric: value}}.
+        step: optimizer steps done; metrics: the ladder of the newest evaluation, {rung: {metric: value}}.
+        fixed: the rungs that training cannot move, as they were measured.
     """
 
     module: AlignModule
@@ -64,6 +66,7 @@ class TrainingState:
     data: dict
     step: int = 0
     metrics: dict = field(default_factory=dict)
+    fixed: FixedRungs = field(default_factory=FixedRungs)
 
     @property
     def judged(self) -> AlignModule:
@@ -83,6 +86,7 @@ class TrainingState:
             **self.objective.state_dict(),
             **self.data,
             **self.meter.state_dict(),
+            "fixed": self.fixed.state_dict(),
             **self.bad_steps.state_dict(),
         }
 
@@ -93,6 +97,7 @@ class TrainingState:
             self._restore(training["state"])
             self.objective.load_state_dict(training)
             self.meter.load_state_dict(training)
+            self.fixed.load_state_dict(training["fixed"])
             self.bad_steps.load_state_dict(training)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"the state of this training does not fit its module ({one_line(error)})") from None

@@ -386,7 +386,7 @@ def test_an_evaluation_out_of_memory_is_one_line(vae_folders, photo_folders, tmp
     path = save(
         make_pipeline(vae_folders["kl4"], vae_folders["kl16"]), tmp_path, config={"image_size": 16, "precision": "float32"}
     )
-    monkeypatch.setattr(eval_align, "reconstruct", lambda *_: real_lack_of_memory())
+    monkeypatch.setattr("evaluation.ladder.Ladder.reconstruct", lambda *_: real_lack_of_memory())
     argv = ["--checkpoint", path, "--eval_data_dir", photo_folders[1], "--output_dir", tmp_path / "out", "--eval_batch_size", 3]
     argv += ["--device", "cpu", "--num_workers", 0]
     refusal(lambda: eval_align.main([str(item) for item in argv]), "out of memory while evaluating", "lower --eval_batch_size")

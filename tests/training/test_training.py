@@ -88,9 +88,9 @@ def test_event_file_holds_every_promised_tag(user_run):
     tags = event_tags(results.event_files[0])
     of_a_step = ("loss", "learning_rate", "grad_norm", "images_per_second", "skipped_steps")
     assert {f"train/{name}" for name in of_a_step} <= set(tags["scalars"])
-    for row in ("vae1", "ceiling", "reencode", "aligned"):
+    for row in ("vae1", "vae2", "reencode", "aligned"):
         assert {f"eval_psnr/{row}", f"eval_ssim/{row}"} <= set(tags["scalars"])
-    for row in ("ceiling", "reencode", "aligned"):
+    for row in ("vae2", "reencode", "aligned"):
         assert f"eval_latent_mse/{row}" in tags["scalars"]
     assert {f"latents_{what}/{which}" for what in ("mean", "std") for which in ("aligned", "target")} <= set(tags["scalars"])
     layers = {f"gradients/{name}" for name in trainable(results.last)}
@@ -107,7 +107,7 @@ def test_tensorboard_draws_the_ladder_in_one_chart_and_lists_the_flags_with_the_
     events.Reload()
     layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     drawn = [pattern for chart in layout.category[0].chart for pattern in chart.multiline.tag]
-    for row in ("ceiling", "reencode", "linear", "aligned"):
+    for row in ("vae2", "reencode", "linear", "aligned"):
         assert f"eval_psnr/{row}" in results.scalars
         assert any(re.fullmatch(pattern, f"eval_psnr/{row}") for pattern in drawn), row
     assert not any(re.match(pattern, "eval_psnr/untrained") for pattern in drawn)  # 10 dB below, it would flatten the rest

@@ -1,0 +1,65 @@
+"""The rungs that training cannot move, measured once for a set of evaluation images and remembered."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+
+from evaluation.ladder import Ladder, evaluate
+from evaluation.per_image import to_8bit
+from latents.pipeline import PipelineWithVAEs
+
+MOVED = ("aligned",)  # the rungs that training moves
+
+
+@dataclass
+class FixedRungs:
+    """The memory of an evaluator that judges the same images again and again while a module is trained.
+
+    Attributes:
+        images: a digest of the pixels that the rungs were measured on; "" before the first evaluation.
+        figures: {rung: {metric: value}} of every rung but the trained module's.
+    """
+
+    images: str = ""
+    figures: dict = field(default_factory=dict)
+
+    def evaluate(self, pipeline: PipelineWithVAEs, loader, dtype: torch.dtype) -> dict:
+        """{rung: {metric: value}} of the whole ladder (see `ladder.evaluate`) on the images of `loader`.
+
+        The first call measures every rung; the next ones only the module, as long as the pixels are the same.
+        """
+        seen = _PixelDigest()
+        if self.figures:
+            moved = evaluate(Ladder(pipeline, dtype, only=MOVED), loader, visit=seen)["ladder"]
+            if seen.hexdigest() == self.images:
+                return self.figures | moved
+            seen = _PixelDigest()
+        ladder = evaluate(Ladder(pipeline, dtype), loader, visit=seen)["ladder"]
+        self.images = seen.hexdigest()
+        self.figures = {rung: figures for rung, figures in ladder.items() if rung not in MOVED}
+        return ladder
+
+    def state_dict(self) -> dict:
+        return {"images": self.images, "figures": self.figures}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from `state_dict`. Whether the images are still the same is found at the next evaluation."""
+        self.images = str(state["images"])
+        self.figures = dict(state["figures"])
+
+
+class _PixelDigest:
+    """A digest of the images of every batch that it is called with; it does not depend on the batch size."""
+
+    def __init__(self):
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def __call__(self, batch: dict, made: dict) -> None:
+        for image in to_8bit(batch["pixel_values"]).to(torch.uint8):
+            self._digest.update(repr(tuple(image.shape)).encode() + image.contiguous().cpu().numpy().tobytes())
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()

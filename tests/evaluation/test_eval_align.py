@@ -1,0 +1,110 @@
+"""The program eval_align.py: its files, its flags, and what it refuses."""
+
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import as_argv
+from PIL import Image
+from reports import HOSTILE, read_json, save_checkpoint
+
+import eval_align
+from evaluation import page
+from utils import UserError
+
+
+def test_metrics_json_holds_what_was_measured(judged):
+    """Infinity where JSON has none, names that do not survive, keys that others read and that are gone."""
+    assert judged.metrics == judged.results
+    assert judged.metrics["images"] == len(HOSTILE)
+    assert {os.path.basename(path)[:-4] for path in judged.metrics["paths"]} == set(HOSTILE)
+    assert len(judged.metrics["unreadable"]) == 1
+    aligned = judged.metrics["ladder"]["aligned"]
+    for name in ("label", "latent_mse", "psnr", "ssim", "psnr_vs_vae2", "ssim_vs_vae2", "colour_bias", "macs", "parameters"):
+        assert name in aligned
+    assert len(aligned["latent_mse_by_channel"]) == 16
+    assert np.mean(aligned["latent_mse_by_channel"]) == pytest.approx(aligned["latent_mse"], rel=1e-5)
+    assert judged.metrics["ladder"]["vae2"]["psnr_vs_vae2"] is None
+    assert judged.metrics["left_out_metrics"].keys() == {"ms_ssim"}  # 32 px are too few
+
+
+def test_fixed_rungs_come_once_and_every_checkpoint_has_its_rung(judged):
+    """Checkpoints of the same VAEs judged in two passes, rungs that overwrite one another, weights mixed up."""
+    ladder = judged.metrics["ladder"]
+    assert list(ladder) == ["vae1", "vae2", "reencode", "linear", "untrained", "aligned", "aligned_2"]
+    assert [each["row"] for each in judged.metrics["checkpoints"]] == ["aligned", "aligned_2"]
+    assert ladder["aligned"]["latent_mse"] != ladder["aligned_2"]["latent_mse"]
+    assert [figures["kind"] for figures in ladder.values()] == [*list(ladder)[:-1], "aligned"]
+    assert len({figures["label"] for figures in ladder.values()}) == len(ladder)
+
+
+def test_a_checkpoint_of_other_vaes_is_refused_in_one_line(judged, vae_folders, tmp_path):
+    """Figures beside each other that have other VAEs, and so other baselines."""
+    other = save_checkpoint(tmp_path, vae_folders, ("tiny4", "kl16"), seed=2)
+    flags = {
+        **judged.flags,
+        "checkpoint": [judged.flags["checkpoint"][0], other],
+        "output_dir": tmp_path / "out",
+        "proxy": None,
+    }
+    with pytest.raises(UserError, match=f"--checkpoint {other}: goes between other VAEs .* judge it in a run of its own"):
+        eval_align.main(as_argv(flags))
+
+
+def test_a_checkpoint_alone_has_the_figures_it_has_beside_others(judged, vae_folders, tmp_path):
+    """Figures that depend on what is judged beside them; pictures that nobody asked for."""
+    flags = {**judged.flags, "checkpoint": judged.flags["checkpoint"][1], "output_dir": tmp_path, "num_samples": 0}
+    flags |= {"save_visualizations": None, "proxy": None, "metrics": "ssim"}
+    alone = eval_align.main(as_argv(flags))["ladder"]["aligned"]
+    beside = judged.metrics["ladder"]["aligned_2"]
+    for name in ("psnr", "ssim", "latent_mse", "parameters", "macs"):
+        assert alone[name] == pytest.approx(beside[name], rel=1e-4)
+    assert "<img" not in (tmp_path / "report.html").read_text(encoding="utf-8").split("<dialog")[0]
+
+
+def test_pictures_have_names_every_system_takes(judged):
+    """A picture whose name the file system refuses, or that overwrites another image's."""
+    pictures = sorted(path.name for path in judged.out.glob("*.png"))
+    assert len(pictures) == len(HOSTILE)
+    assert all(re.fullmatch(r"\d{5}_.*\.png", name) and name.isprintable() and len(name.encode()) < 255 for name in pictures)
+    with Image.open(judged.out / pictures[0]) as picture:
+        picture.load()
+
+
+def test_command_is_repeatable_and_keeps_no_password(judged):
+    """A proxy's password in a file that is passed on; a command that does not make the report again."""
+    for path in judged.out.glob("*.*"):
+        assert b"secret" not in path.read_bytes(), path
+    command = judged.metrics["settings"]["command"]
+    assert "--proxy" not in command
+    assert "--num_samples 4" in command
+    assert eval_align.command_line(["--proxy=http://a:b@c", "--device", "cpu"]) == "python eval_align.py --device cpu"
+
+
+def test_interrupt_leaves_the_older_report_whole(judged, tmp_path, monkeypatch):
+    """Half a page, new figures beside an old page, temporary files that stay."""
+    (tmp_path / "report.html").write_text("older")
+    monkeypatch.setattr(page, "render", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    flags = {**judged.flags, "output_dir": tmp_path, "num_samples": 1, "save_visualizations": None, "proxy": None}
+    with pytest.raises(KeyboardInterrupt):
+        eval_align.main(as_argv({**flags, "checkpoint": flags["checkpoint"][0]}))
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert (tmp_path / "report.html").read_text() == "older"
+
+
+def test_module_that_has_gone_wrong_still_gets_its_report(judged, vae_folders, tmp_path):
+    """A crash on the first figure that is not a number, at the end of a long run."""
+    path = save_checkpoint(tmp_path, vae_folders)
+    content = torch.load(path, weights_only=True)
+    content["state_dict"]["out.bias"] += 3e38  # finite, which a checkpoint must be; what is computed from it is not
+    torch.save(content, path)
+    flags = {"checkpoint": path, "eval_data_dir": judged.flags["eval_data_dir"], "output_dir": tmp_path / "out"}
+    eval_align.main(as_argv({**flags, "num_workers": 0, "device": "cpu", "num_samples": 2, "metrics": "ssim"}))
+    metrics = read_json(tmp_path / "out" / "metrics.json")
+    assert metrics["ladder"]["aligned"]["psnr"] is None
+    assert metrics["verdict"]["answer"] == "no"
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "not finite" in page
+    assert "nan" not in re.sub(r'"data:[^"]*"', "", page).lower()

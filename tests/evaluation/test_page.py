@@ -1,0 +1,115 @@
+"""report.html, as text and as a real Chromium shows it."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+from browser import Browser, find_chromium
+
+
+class Tags(HTMLParser):
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.open = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+
+def test_page_is_one_file_and_names_in_it_are_text(judged):
+    """A page that asks the network, a file name that becomes markup, a rung without its pictures."""
+    tags = Tags(judged.page).tags
+    assert [tag for tag, _ in tags].count("script") == 1
+    assert not [tag for tag, _ in tags if tag in ("b", "i", "iframe", "object")]
+    for tag, attributes in tags:
+        for name in ("src", "href", "srcset", "data"):
+            assert attributes.get(name, "data:").startswith("data:"), (tag, attributes)
+        assert not [name for name in attributes if name.startswith("on")]
+    assert "url(" not in judged.page
+    assert "&lt;script&gt;" in judged.page
+    assert "two\\nlines" in judged.page
+    images = [attributes for tag, attributes in tags if tag == "img"]
+    of_strips = 4 * (1 + 3 * 5)  # the original; picture, difference and latents of every rung
+    assert len(images) == of_strips + 1
+    assert all(image["alt"] for image in images[:-1])
+    assert len(judged.page) < 2_000_000
+
+
+def test_training_curves_are_drawn_from_the_runs_logs(judged):
+    """A step that was evaluated twice and is drawn twice; a curve of another metric, or without its losses."""
+    section = judged.page.split("<h2>Training</h2>")[1].split("</section>")[0]
+    assert section.count('role="img"') == 3
+    assert "aligned: from 10 at 0 to 12 at 200" in section
+    assert "99" not in re.sub(r'"[^"]*"', "", section.split("<svg")[1])
+    assert "loss: from 1 at 0 to 0.2 at 4" in section
+
+
+@pytest.fixture(scope="module")
+def browser():
+    program = find_chromium()
+    if not program:
+        pytest.skip("no Chromium here")
+    try:
+        started = Browser(program)
+    except (RuntimeError, TimeoutError) as error:
+        pytest.skip(f"Chromium does not start here: {error}")
+    with started:
+        yield started
+
+
+def test_page_in_a_browser_shows_the_figures_and_asks_for_nothing(judged, browser):
+    """Figures that are rounded away or in another column; a script that the page's own policy refuses."""
+    browser.resize(1280)
+    browser.open(judged.out / "report.html")
+    assert browser.complaints() == []
+    assert [url for url in browser.requests() if not url.endswith("/report.html")] == []
+    assert browser.run("window.hacked") is None
+    cells = browser.run(
+        "Object.fromEntries([...document.querySelectorAll('td[data-row]')]"
+        ".map(cell => [cell.dataset.row + ' ' + cell.dataset.metric, cell.innerText]))"
+    )
+    ladder = judged.metrics["ladder"]
+    for row, figures in ladder.items():
+        for metric, digits in (("psnr", 2), ("ssim", 4), ("latent_mse", 4), ("latent_cosine", 4)):
+            shown = cells[f"{row} {metric}"]
+            assert (None if shown == "–" else float(shown.replace("−", "-"))) == (
+                None if figures[metric] is None else pytest.approx(figures[metric], abs=0.51 * 10**-digits)
+            ), (row, metric)
+    assert cells["vae1 latent_mse"] == cells["ceiling psnr_vs_vae2"] == "–"
+    assert browser.run("document.querySelector('.verdict').innerText").count(judged.metrics["verdict"]["sentences"][0]) == 1
+    assert browser.run("[...document.images].every(image => image.alt === '' || image.naturalWidth > 0)")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_page_fits_a_phone_and_is_readable_in_the_dark(judged, browser, dark):
+    """A table or a long name that makes the whole page scroll sideways; dark text on a dark page."""
+    browser.resize(390, dark=dark)
+    browser.open(judged.out / "report.html")
+    browser.run("document.querySelectorAll('details').forEach(each => each.open = true)")
+    assert browser.run("document.documentElement.scrollWidth") <= browser.run("window.innerWidth") == 390
+    brightness = "(name => getComputedStyle(document.body)[name].match(/[0-9]+/g).slice(0, 3).reduce((a, b) => a + +b, 0) / 3)"
+    paper, ink = (browser.run(f"{brightness}({name!r})") for name in ("backgroundColor", "color"))
+    assert paper - ink < -150 if dark else paper - ink > 150
+
+
+def test_zoom_works_by_keyboard(judged, browser):
+    """Pictures that only a mouse enlarges: Enter opens, arrows step, Escape closes, and the focus is back where it was."""
+    browser.resize(1280)
+    browser.open(judged.out / "report.html")
+    shown = "document.querySelector('dialog p').innerText"
+    alts = browser.run("[...document.querySelectorAll('.shot img')].map(image => image.alt)")
+    per_strip = len(alts) // 4
+    browser.run("document.querySelectorAll('.shot')[1].focus()")
+    assert browser.run("document.querySelector('dialog').open") is False
+    browser.press("Enter")
+    assert browser.run("document.querySelector('dialog').open") is True
+    steps = {"ArrowRight": 2, "ArrowLeft": 1, "ArrowDown": 1 + per_strip, "ArrowUp": 1}
+    for key, place in steps.items():
+        browser.press(key)
+        assert browser.run("document.querySelector('dialog img').alt") == alts[place], key
+        assert browser.run(shown).split() == alts[place].split()
+    browser.press("Escape")
+    assert browser.run("document.querySelector('dialog').open") is False
+    assert browser.run("[...document.querySelectorAll('.shot')].indexOf(document.activeElement)") == 1
+    assert browser.complaints() == []
