@@ -30,7 +30,7 @@ import torch
 
 from dataloader import ImageDataset, eval_loader, find_images, require_memory
 from evaluation import page, tables
-from evaluation.judge import PLACES, judge, ladder_of, open_checkpoints, report_strips
+from evaluation.judge import PLACES, judge, ladder_of, open_checkpoints, read_checkpoints, report_strips
 from evaluation.metrics import CHOICES, DEFAULT_CHOICES, Measures
 from evaluation.pictures import comparison_sheets
 from evaluation.run_logs import read_curves
@@ -40,7 +40,6 @@ from latents.spaces import good_image_size
 from runtime.cli import Parser, claim_writable_folder, integer, naming, run, use_proxy
 from runtime.device import PRECISIONS, get_dtype, keep_freed_memory, memory_advice, resolve_device, resolve_precision
 from utils import UserError, atomic_file, count_of, one_line, plain_stem
-from vae_align import read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -150,14 +149,16 @@ def main(argv: list[str] | None = None) -> dict:
     keep_freed_memory(device)
 
     # ---- load
-    trained = read_checkpoint(args.checkpoint[0])["config"]
+    contents = read_checkpoints(args.checkpoint)
+    trained = contents[0][1]["config"]
     precision = resolve_precision(args.precision or trained.get("precision", "bfloat16"), device, args.precision is not None)
     dtype = get_dtype(precision)
     places = {place: getattr(args, place) for place in PLACES}
-    checkpoints = open_checkpoints(args.checkpoint, places, device, dtype, args.cache_dir, label="--checkpoint")
+    checkpoints = open_checkpoints(contents, places, device, dtype, args.cache_dir, label="--checkpoint")
     ladder = ladder_of(checkpoints, dtype)
     codecs = ladder.pipeline.codec1, ladder.pipeline.codec2
-    size = good_image_size(args.image_size or trained.get("image_size", 256), *(codec.stride for codec in codecs))
+    with naming("--image_size"):
+        size = good_image_size(args.image_size or trained.get("image_size", 256), *(codec.stride for codec in codecs))
     require_memory(args.eval_batch_size, size, "--eval_batch_size")
     source = find_images(args.eval_data_dir, args.dataset_type, False, "--eval_data_dir", args.cache_dir)
     dataset = ImageDataset(source, size)

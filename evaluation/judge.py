@@ -47,31 +47,35 @@ class JudgedCheckpoint:
         }
 
 
+def read_checkpoints(given: list[str]) -> list[tuple[Path, dict]]:
+    """(path, content) of each of `given`: files, or folders of which the newest counts."""
+    return [newest_checkpoint(one) if Path(one).is_dir() else (Path(one), read_checkpoint(one)) for one in given]
+
+
 def open_checkpoints(
-    given: list[str], places: dict, device: torch.device, dtype: torch.dtype, cache_dir: str | None = None, label="checkpoint"
+    read: list[tuple[Path, dict]], places: dict, device: torch.device, dtype: torch.dtype, cache_dir=None, label="checkpoint"
 ) -> list[JudgedCheckpoint]:
-    """The checkpoints `given`, files or folders (of which the newest counts); they share the first one's VAEs.
+    """The checkpoints that were `read` (see `read_checkpoints`) with their VAEs; they share the first one's.
 
     Args:
         places: {one of `PLACES`: in place of what the checkpoints record, or None}.
         device, dtype: of the VAEs. cache_dir: where the hub client keeps downloads.
-        label: what errors call an item of `given`.
+        label: what errors call a checkpoint.
 
     UserError when one goes between other VAEs than the first.
     """
     judged = []
     first = None
-    for number, one in enumerate(given, 1):
-        path, content = newest_checkpoint(one) if Path(one).is_dir() else (Path(one), read_checkpoint(one))
+    for number, (path, content) in enumerate(read, 1):
         recorded = {place: content[place[:4]][place[5:]] for place in PLACES}
         found = {place: recorded[place] if places[place] is None else places[place] for place in PLACES}
         first = first or found
         if found != first:
             vaes = " → ".join(str(found[place]) for place in ("vae1_path", "vae2_path"))
-            raise UserError(f"{label} {one}: goes between other VAEs ({vaes}) than the first one; judge it in a run of its own")
+            raise UserError(f"{label} {path}: goes between other VAEs ({vaes}) than the first one; judge it by itself")
         vaes = [judged[0].pipeline.vae1, judged[0].pipeline.vae2] if judged else [places["vae1_path"], places["vae2_path"]]
         options = {"vae1_subfolder": places["vae1_subfolder"], "vae2_subfolder": places["vae2_subfolder"]}
-        pipeline = PipelineWithVAEs.from_checkpoint(path, *vaes, device=device, dtype=dtype, cache_dir=cache_dir, **options)
+        pipeline = PipelineWithVAEs.from_checkpoint(content, *vaes, device=device, dtype=dtype, cache_dir=cache_dir, **options)
         rung, name = ("aligned", "aligned") if number == 1 else (f"aligned_{number}", f"aligned {number}: {path.stem}")
         judged.append(JudgedCheckpoint(rung, name, path, content, pipeline))
     return judged

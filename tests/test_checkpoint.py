@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_kl_vae
-from runs import ONE_THREAD  # noqa: F401  one thread in this interpreter
 
 from latents.pipeline import PipelineWithVAEs
 from latents.spaces import Codec
 from latents.vaes import load_vae_model
+from runtime.cli import MISTAKES
 from train_align_with_args import create_align_pipeline, parse_args
-from utils import UserError
 from vae_align import AlignConfig, AlignModule, read_checkpoint
 
 NAME = re.compile(r"align_pipeline_\d{8}_\d{6}\.pth")
@@ -69,7 +68,7 @@ def orphan(vae_folders, tmp_path):
 
 def complaint(call, *parts):
     """The UserError that `call()` raises, as text: one line that holds every part."""
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(MISTAKES) as caught:
         call()
     text = str(caught.value)
     assert "\n" not in text.strip()

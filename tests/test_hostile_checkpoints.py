@@ -20,7 +20,7 @@ from test_checkpoint import Payload, make_pipeline, save
 
 import eval_align
 import train_align_with_args as train_script
-from latents.pipeline import PipelineWithVAEs, build_module
+from latents.pipeline import PipelineWithVAEs, require_memory_for
 from utils import UserError
 from vae_align import AlignConfig, read_checkpoint
 
@@ -282,8 +282,8 @@ def test_a_checkpoint_for_other_vaes_is_one_line(flags, vae_folders, path, tmp_p
 def test_a_module_larger_than_the_memory_is_refused_before_it_is_built(monkeypatch):
     """A process that the system ends without a word; a billion parameters started at random first."""
     monkeypatch.setattr("latents.pipeline.physical_memory", lambda: 4 * 100_000)
-    refusal(lambda: build_module(AlignConfig(hidden_channels=64)), "--hidden_channels 64", "--num_blocks 2")
-    assert build_module(AlignConfig(hidden_channels=8, num_blocks=0)).config.hidden_channels == 8
+    refusal(lambda: require_memory_for(AlignConfig(hidden_channels=64)), "--hidden_channels 64", "--num_blocks 2")
+    assert require_memory_for(AlignConfig(hidden_channels=8, num_blocks=0)).config.hidden_channels == 8
 
 
 def test_a_full_disk_while_saving_is_one_line_and_leaves_nothing(good, tmp_path):

@@ -4,7 +4,7 @@ import json
 import math
 
 from conftest import ROOT, as_argv, run_script
-from runs import ONE_THREAD, results_of
+from runs import results_of
 
 
 def few(photos, folder, number):
@@ -32,7 +32,7 @@ def test_taesd_to_taef1_trains_and_evaluates_with_the_shipped_config(shared, tmp
         "log_dir": tmp_path / "runs",
         "save_dir": tmp_path / "ckpt",
     }
-    run_script("train_align_with_args.py", *as_argv(flags), cwd=tmp_path, env=ONE_THREAD)
+    run_script("train_align_with_args.py", *as_argv(flags), cwd=tmp_path)
     run = results_of(tmp_path)
     assert run.last["step"] == 2
     assert run.last["align_config"]["latent_channels"] == 4
@@ -48,7 +48,7 @@ def test_taesd_to_taef1_trains_and_evaluates_with_the_shipped_config(shared, tmp
         "output_dir": output,
         "num_workers": 0,
     }
-    run_script("eval_align.py", *as_argv(judged), "--save_visualizations", cwd=tmp_path, env=ONE_THREAD)
+    run_script("eval_align.py", *as_argv(judged), "--save_visualizations", cwd=tmp_path)
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["images"] == 4
     assert len(list(output.glob("*.png"))) == 4

@@ -7,8 +7,9 @@ from datetime import datetime, timedelta
 import pytest
 import torch
 
+from runtime.cli import claim_writable_folder, use_proxy
 from runtime.device import autocast, cpu_has_bfloat16, get_dtype, resolve_device, resolve_precision
-from utils import UserError, atomic_file, claim_writable_folder, next_stamp, one_line, use_proxy, write_json
+from utils import UserError, atomic_file, next_stamp, one_line, write_json
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files

@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
-from runs import ONE_THREAD  # noqa: F401  one thread in this interpreter
 
 from latents.pipeline import PipelineWithVAEs
+from runtime.cli import MISTAKES
 from train_align_with_args import create_align_pipeline, load_vae_model, parse_args
-from utils import UserError
 from vae_align import AlignConfig, AlignModule
 
 INPUT_TYPES = (("latent",), ("image",), ("image", "latent"))
@@ -240,7 +239,7 @@ def inputs_that_do_not_fit():
 def test_inputs_that_do_not_fit_are_refused_in_one_line(case):
     """An error from inside a convolution, or (batches that differ) a result that nobody asked for."""
     input_types, latents, image, said = inputs_that_do_not_fit()[case]
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(MISTAKES) as caught:
         bare_pipeline(input_types=input_types).translate(latents, image)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -248,7 +247,7 @@ def test_inputs_that_do_not_fit_are_refused_in_one_line(case):
 
 def test_a_finer_vae1_grid_that_ends_within_a_latent_of_vae2_is_refused():
     """9 latents of stride 4 are 36 px, which VAE2 (stride 8) cannot have."""
-    with pytest.raises(UserError, match="multiple"):
+    with pytest.raises(MISTAKES, match="multiple"):
         bare_pipeline(input_types=("latent",), latent_stride=4).translate(torch.zeros(1, 4, 9, 8))
 
 
@@ -259,7 +258,7 @@ def test_a_finer_vae1_grid_that_ends_within_a_latent_of_vae2_is_refused():
 )
 def test_a_config_that_makes_no_module_is_refused(options):
     """A typing error that becomes a module without inputs, or a traceback."""
-    with pytest.raises(UserError, match=next(iter(options))):
+    with pytest.raises(MISTAKES, match=next(iter(options))):
         AlignConfig(**options)
 
 
@@ -296,7 +295,7 @@ def test_typed_out_channels_that_contradict_vae2_are_refused(vae_folders):
     """A flag that is silently overruled, or that is refused though it was not typed or is right."""
     vaes = load_vaes(vae_folders, "kl4", "kl16")
     assert create_align_pipeline(*vaes, parse_args(["--out_channels", "16"])).config.out_channels == 16
-    with pytest.raises(UserError, match=r"--out_channels 8: .*16"):
+    with pytest.raises(MISTAKES, match=r"--out_channels 8: .*16"):
         create_align_pipeline(*vaes, parse_args(["--out_channels", "8"]))
 
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 from conftest import as_argv, make_kl_vae, run_script, tiny_flags
-from runs import ONE_THREAD, QUIET
+from runs import QUIET
 
 from latents.pipeline import PipelineWithVAEs
 from latents.spaces import Codec
@@ -171,7 +171,6 @@ def hub_environment(home, endpoint, **changes):
     home.mkdir(parents=True, exist_ok=True)
     places = {"HOME": "", "HF_HOME": "hf_home", "HF_HUB_CACHE": "hub_cache", "XDG_CACHE_HOME": "xdg", "TMPDIR": ""}
     return {
-        **ONE_THREAD,
         **{name: str(home / place) for name, place in places.items()},
         "HF_ENDPOINT": endpoint,
         "HF_HUB_ETAG_TIMEOUT": "120",  # its ten seconds may pass on a busy machine

@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import make_tiny_vae
 from diffusers import AutoencoderKL, AutoencoderTiny
-from runs import ONE_THREAD  # noqa: F401  one thread in this interpreter
 from safetensors.torch import load_file, save_file
 
 from latents.spaces import Codec, good_image_size

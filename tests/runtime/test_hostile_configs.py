@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 import eval_align
 import train_align_with_args as train_script
-from runtime.cli import load_config
+from runtime.cli import claim_writable_file, claim_writable_folder, load_config
 from train_align_with_args import parse_args, save_config
-from utils import UserError, claim_writable_file, claim_writable_folder
+from utils import UserError
 
-FLAGS = [action.dest for action in train_script.build_parser()._actions if action.dest not in ("help", "load_config")]
+FLAGS = [name for name in train_script.PARSER.settings() if name != "load_config"]
 DEFAULTS = vars(parse_args([]))
 
 
@@ -299,7 +299,7 @@ def test_flags_that_cannot_work_together_are_refused_before_anything_is_encoded(
 ):
     """An hour of encoding, or a whole training run, that is lost to a flag which could not work from the start."""
     monkeypatch.setattr("train_align_with_args.cache_latents", lambda *_, **__: pytest.fail("the cache is built"))
-    monkeypatch.setattr("latents.vaes.LazyVAE.model", property(lambda vae: pytest.fail("a VAE's weights are read")))
+    monkeypatch.setattr("latents.vaes.FrozenVAE.model", property(lambda vae: pytest.fail("a VAE's weights are read")))
     monkeypatch.setattr("runtime.device.torch.compile", lambda _: lambda _: (_ for _ in ()).throw(RuntimeError("no compiler")))
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "pipe")

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from conftest import as_argv, run_script, tiny_flags
-from runs import ONE_THREAD, results_of, train
+from runs import results_of, train
 from test_schedule import specified
 
 SETTINGS = {
@@ -28,7 +28,7 @@ def pair(vae_folders, photo_folders, tmp_path_factory):
     alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
     one = train(tiny_flags(vae_folders, photo_folders, alone), alone, **SETTINGS)
     flags = {**tiny_flags(vae_folders, photo_folders, together), **SETTINGS, "train_batch_size": 2}
-    env = {"ACCELERATE_USE_CPU": "true", **ONE_THREAD}
+    env = {"ACCELERATE_USE_CPU": "true"}
     ended = run_script("train_align_with_args.py", *as_argv(flags), launcher=LAUNCHER, env=env, cwd=together)
     return one, results_of(together), ended.stderr
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, as_argv, run_script, tiny_flags
-from runs import ONE_THREAD, QUIET, results_of, train
+from conftest import ROOT, as_argv, child_environment, run_script, tiny_flags
+from runs import QUIET, results_of, train
 from test_processes import LAUNCHER
 
 import train_align_with_args as train_script
@@ -198,7 +198,7 @@ def start(flags, folder, launcher=()):
     with open(folder / "log", "a") as log:
         return subprocess.Popen(
             [*(launcher or [sys.executable]), str(ROOT / "train_align_with_args.py"), *as_argv(flags)],
-            stdout=log, stderr=log, cwd=folder, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **ONE_THREAD},
+            stdout=log, stderr=log, cwd=folder, env=child_environment(),
             start_new_session=True,
         )  # fmt: skip
 
@@ -241,7 +241,7 @@ def test_two_processes_resume_bit_identically(vae_folders, photo_folders, tmp_pa
     """A process that resumes from another place in the data, or whose optimizer starts anew."""
     flags = tiny_flags(vae_folders, photo_folders, tmp_path)
     flags |= {**QUIET, "epochs": 4, "save_steps": 5, "train_batch_size": 2, "ema_decay": 0.9}
-    env = {"ACCELERATE_USE_CPU": "true", **ONE_THREAD}
+    env = {"ACCELERATE_USE_CPU": "true"}
     for folder, changes in (("whole", [{}]), ("broken", [{"max_train_steps": 7}, {"resume": True, "max_train_steps": 0}])):
         (tmp_path / folder).mkdir()
         for change in changes:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import re
 import subprocess
 import sys
@@ -10,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT, as_argv, run_script, tiny_flags
+from conftest import ROOT, as_argv, child_environment, run_script, tiny_flags
 from PIL import Image
-from runs import ONE_THREAD, QUIET, event_tags, results_of, same_weights, train
+from runs import QUIET, event_tags, results_of, same_weights, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -41,7 +40,7 @@ def user_run(vae_folders, photo_folders, tmp_path_factory):
     """(flags, results, folder, stdout of training, stdout of evaluation): 2 epochs of 3 steps, then eval_align.py."""
     folder = tmp_path_factory.mktemp("user_run")
     flags = {**tiny_flags(vae_folders, photo_folders, folder), "epochs": 2, "num_visualize_samples": 3}
-    trained = run_script("train_align_with_args.py", *as_argv(flags), cwd=folder, env=ONE_THREAD)
+    trained = run_script("train_align_with_args.py", *as_argv(flags), cwd=folder)
     results = results_of(folder)
     judged = run_script(
         "eval_align.py",
@@ -53,7 +52,6 @@ def user_run(vae_folders, photo_folders, tmp_path_factory):
         str(folder / "results"),
         "--save_visualizations",
         cwd=folder,
-        env=ONE_THREAD,
     )
     return flags, results, folder, trained.stdout, judged.stdout
 
@@ -364,7 +362,7 @@ def failures(vae_folders, photo_folders, tmp_path_factory):
 
     def fail(changes):
         argv = [sys.executable, str(ROOT / "train_align_with_args.py"), *as_argv({**good, **SHORT, **changes})]
-        env = {**os.environ, **ONE_THREAD, "CUDA_VISIBLE_DEVICES": ""}
+        env = child_environment()
         return subprocess.run(argv, capture_output=True, text=True, env=env, cwd=folder, timeout=600)
 
     with ThreadPoolExecutor(2) as pool:
