@@ -154,7 +154,9 @@ def main(argv: list[str] | None = None) -> dict:
     precision = resolve_precision(args.precision or trained.get("precision", "bfloat16"), device, args.precision is not None)
     dtype = get_dtype(precision)
     places = {place: getattr(args, place) for place in PLACES}
-    checkpoints = open_checkpoints(contents, places, device, dtype, args.cache_dir, label="--checkpoint")
+    checkpoints = open_checkpoints(
+        contents, places, device, dtype, args.cache_dir, ("--checkpoint", "--vae1_path", "--vae2_path")
+    )
     ladder = ladder_of(checkpoints, dtype)
     codecs = ladder.pipeline.codec1, ladder.pipeline.codec2
     with naming("--image_size"):

@@ -30,13 +30,13 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of the imports, which take seconds
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -83,6 +83,9 @@ from training.schedule import is_due, save_is_due, setup_scheduler, total_steps
 from training.state import LossMeter, TrainingState
 from utils import UserError, count_of, one_line, write_json
 from vae_align import AlignConfig, AlignModule, read_checkpoint, spaces_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 __all__ = ["get_dtype", "get_loss_function", "load_config", "load_vae_model"]  # part of this script's interface
 
@@ -259,11 +262,11 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace, start: Start | N
     """
     if start is None and args.load_checkpoint:
         start = Start(Path(args.load_checkpoint), read_checkpoint(args.load_checkpoint))
-    spaces = (args.vae1_space, args.vae2_space)
-    if start and not start.resumed:  # what the checkpoint names need not be typed again
-        spaces = [given or recorded.name for given, recorded in zip(spaces, spaces_of(start.content))]
-    codec1 = Codec(vae1, args.vae1_path, args.vae1_subfolder, spaces[0])
-    codec2 = Codec(vae2, args.vae2_path, args.vae2_subfolder, spaces[1])
+    codec1 = Codec(vae1, args.vae1_path, args.vae1_subfolder, args.vae1_space)
+    codec2 = Codec(vae2, args.vae2_path, args.vae2_subfolder, args.vae2_space)
+    if start:  # a space that the checkpoint names need not be typed again
+        for codec, recorded in zip((codec1, codec2), spaces_of(start.content)):
+            codec.adopt_name_of(recorded)
     if args.out_channels != codec2.channels:
         if "out_channels" in args.typed_flags:
             raise UserError(
@@ -368,7 +371,7 @@ def update_average(average: AlignModule, module: AlignModule, decay: float, step
 
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
     """Accelerate's view of this process: its device, precision and place among the others."""
-    from accelerate import InitProcessGroupKwargs
+    from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
     device = torch.device(args.device)
@@ -480,7 +483,10 @@ def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
     name = claim.name if claim else ""
     checkpoints = RunCheckpoints(pipeline, config_dict(args), Path(args.save_dir), name, args.keep_last, args.best_metric)
     if resumed:
-        state.load_state_dict(resumed)
+        try:
+            state.load_state_dict(resumed)
+        except UserError as error:
+            raise UserError(f"--resume {start.path}: {error}") from None
         checkpoints.load_state_dict(resumed["training"], start.path)
         train_loader.batch_sampler.first_step = state.step
         if resumed["config"].get("eval_data_dir") != args.eval_data_dir:

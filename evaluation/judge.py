@@ -20,6 +20,7 @@ from vae_align import newest_checkpoint, read_checkpoint
 
 log = logging.getLogger(__name__)
 
+LABELS = ("checkpoint", "VAE1", "VAE2")
 PLACES = ("vae1_path", "vae1_subfolder", "vae2_path", "vae2_subfolder")  # where a checkpoint's VAEs are
 
 
@@ -53,14 +54,14 @@ def read_checkpoints(given: list[str]) -> list[tuple[Path, dict]]:
 
 
 def open_checkpoints(
-    read: list[tuple[Path, dict]], places: dict, device: torch.device, dtype: torch.dtype, cache_dir=None, label="checkpoint"
+    read: list[tuple[Path, dict]], places: dict, device: torch.device, dtype: torch.dtype, cache_dir=None, labels=LABELS
 ) -> list[JudgedCheckpoint]:
     """The checkpoints that were `read` (see `read_checkpoints`) with their VAEs; they share the first one's.
 
     Args:
         places: {one of `PLACES`: in place of what the checkpoints record, or None}.
         device, dtype: of the VAEs. cache_dir: where the hub client keeps downloads.
-        label: what errors call a checkpoint.
+        labels: what errors call a checkpoint, VAE1 and VAE2.
 
     UserError when one goes between other VAEs than the first.
     """
@@ -72,10 +73,12 @@ def open_checkpoints(
         first = first or found
         if found != first:
             vaes = " → ".join(str(found[place]) for place in ("vae1_path", "vae2_path"))
-            raise UserError(f"{label} {path}: goes between other VAEs ({vaes}) than the first one; judge it by itself")
+            raise UserError(f"{labels[0]} {path}: goes between other VAEs ({vaes}) than the first one; judge it by itself")
         vaes = [judged[0].pipeline.vae1, judged[0].pipeline.vae2] if judged else [places["vae1_path"], places["vae2_path"]]
         options = {"vae1_subfolder": places["vae1_subfolder"], "vae2_subfolder": places["vae2_subfolder"]}
-        pipeline = PipelineWithVAEs.from_checkpoint(content, *vaes, device=device, dtype=dtype, cache_dir=cache_dir, **options)
+        pipeline = PipelineWithVAEs.from_checkpoint(
+            content, *vaes, device=device, dtype=dtype, cache_dir=cache_dir, labels=labels[1:], **options
+        )
         rung, name = ("aligned", "aligned") if number == 1 else (f"aligned_{number}", f"aligned {number}: {path.stem}")
         judged.append(JudgedCheckpoint(rung, name, path, content, pipeline))
     return judged

@@ -1,8 +1,8 @@
 """What a training run left in its log folder: the evaluations' ladders and the loss, for the curves of the report.
 
-A run appends JSON lines to metrics.jsonl: {"step", "epoch", "ladder": {rung: {metric: value}}} for each evaluation, and
-{"step", "loss", "learning_rate"} for each log entry, which older runs lack. Whatever is missing or damaged is left out: a
-report must not fail for want of a log.
+A run appends JSON lines to two files: {"step", "epoch", "ladder": {rung: {metric: value}}} for each evaluation to
+metrics.jsonl, and {"step", "loss", "learning_rate"} for each log entry to training.jsonl, which older runs lack. Whatever is
+missing or damaged is left out: a report must not fail for want of a log.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import json
 import math
 from pathlib import Path
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"  # a line for each evaluation
+TRAINING_FILE = "training.jsonl"  # a line for each log entry of the training
 RENAMED = {"ceiling": "vae2"}  # rungs by the names that older runs gave them
 LONGEST_CURVE = 2000  # points; a longer one is thinned out, so that the page stays small
 
@@ -29,11 +30,11 @@ def run_folder(checkpoint: Path, content: dict) -> Path | None:
     return next((root / name for root in roots for name in (run, f"align_{run}") if (root / name).is_dir()), None)
 
 
-def read_lines(folder: Path) -> list[dict]:
-    """The objects in metrics.jsonl, in the order in which they were written; [] without that file."""
+def read_lines(path: Path) -> list[dict]:
+    """The objects in a file of JSON lines, in the order in which they were written; [] without that file."""
     entries = []
     try:
-        with open(folder / METRICS_FILE, encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
                     entry = json.loads(line)
@@ -78,7 +79,6 @@ def read_curves(checkpoint: Path, content: dict) -> dict | None:
     folder = run_folder(checkpoint, content)
     if folder is None:
         return None
-    entries = read_lines(folder)
-    evaluations = evaluation_curves(entries)
-    loss = loss_curve(entries)
+    evaluations = evaluation_curves(read_lines(folder / METRICS_FILE))
+    loss = loss_curve(read_lines(folder / TRAINING_FILE))
     return {"folder": str(folder), "evaluations": evaluations, "loss": loss} if evaluations or loss else None

@@ -160,6 +160,7 @@ class PipelineWithVAEs(AlignPipeline):
         cache_dir=None,
         vae1_subfolder=None,
         vae2_subfolder=None,
+        labels=("VAE1", "VAE2"),
     ) -> PipelineWithVAEs:
         """A pipeline from `save_checkpoint`'s file or a shared .safetensors file. Executes no code from the file.
 
@@ -169,6 +170,7 @@ class PipelineWithVAEs(AlignPipeline):
                 names, read only when something other than `translate` asks for it.
             device, dtype: of the VAEs; the module stays in float32.
             vae1_subfolder, vae2_subfolder: in place of the recorded ones.
+            labels: what error messages call the two VAEs.
         """
         content = path if isinstance(path, dict) else read_checkpoint(path)
         spaces = spaces_of(content)
@@ -176,7 +178,7 @@ class PipelineWithVAEs(AlignPipeline):
 
         def opener(number, given, subfolder):
             recorded = content[f"vae{number}"]
-            return lambda: _open_codec(f"VAE{number}", recorded, spaces[number - 1], given, subfolder, options)
+            return lambda: _open_codec(labels[number - 1], recorded, spaces[number - 1], given, subfolder, options)
 
         pipeline = cls.__new__(cls)
         AlignPipeline.__init__(pipeline, module_of(content).to(device), *spaces, content["metrics"])

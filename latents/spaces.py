@@ -116,6 +116,13 @@ class Codec:
             raise UserError(f"{self.vae.where}: its scale and shift are those of {real}, not of {wanted.name}")
         return wanted if wanted.name else recognised(own)
 
+    def adopt_name_of(self, recorded: LatentSpace) -> None:
+        """Take the named space that a checkpoint records of this VAE, if the VAE's own numbers do not tell one."""
+        same_shape = (recorded.channels, recorded.stride) == (self.channels, self.stride)
+        if recorded.name and same_shape and not self.space.map_is_known:
+            self.space = recorded
+            self.identity["space"] = recorded.to_dict()
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the VAE's config and weights."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import difflib
 import errno
 import logging
@@ -49,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
     def settings(self) -> dict[str, object]:
         """{name: default} of every flag but --help, in the order of the help text."""
-        return {name: action.default for name, action in self._by_name().items()}
+        return {name: copy.copy(action.default) for name, action in self._by_name().items()}
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Parse with the precedence default < --load_config JSON < typed flags. A mistake ends the program with status 2.
@@ -124,7 +125,10 @@ class Parser(argparse.ArgumentParser):
             return self._given([flag, *value])[action.dest]
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise UserError(f"{shown(value)} must be a single number or string")
-        return self._given([f"{flag}={value}"])[action.dest]
+        parsed = self._given([f"{flag}={value}"])[action.dest]
+        if isinstance(value, str) != isinstance(parsed, str):
+            raise UserError(f"{shown(value)} must be a {'number' if isinstance(value, str) else 'string'}")
+        return parsed
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -43,17 +43,18 @@ def save_checkpoint(folder, vae_folders, names=("kl4", "kl16"), seed=0, **more):
 
 
 def write_logs(folder):
-    """A run's metrics.jsonl: three evaluations, one of them twice, a line cut off, five losses, one without a value."""
+    """A run's JSON lines: three evaluations, one of them twice, a line cut off; five losses, one more without a value."""
     folder.mkdir(parents=True)
     steps = {0: 10.0, 100: 11.0, 200: 12.0}
     lines = [{"step": 100, "epoch": 1.0, "ladder": {"aligned": {"psnr": 99.0}}}]
     for step, psnr in steps.items():
         ladder = {"aligned": {"psnr": psnr, "latent_mse": 1 / psnr}, "reencode": {"psnr": 11.5, "ssim": None}}
         lines.append({"step": step, "epoch": step / 100, "ladder": ladder})
-    lines += [{"step": step, "loss": 1 / (1 + step), "learning_rate": 1e-3} for step in range(5)]
-    lines.append({"step": 5, "loss": None, "learning_rate": 1e-3})
     text = "\n".join([*map(json.dumps, lines), '{"step": 300, "lad'])
     (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+    losses = [{"step": step, "loss": 1 / (1 + step), "learning_rate": 1e-3} for step in range(5)]
+    losses.append({"step": 5, "loss": None, "learning_rate": 1e-3})
+    (folder / "training.jsonl").write_text("\n".join(map(json.dumps, losses)), encoding="utf-8")
 
 
 def read_json(path):

@@ -5,10 +5,9 @@ import copy
 import pytest
 import torch
 
-from latents.pipeline import PipelineWithVAEs
 from runtime.cli import MISTAKES
 from train_align_with_args import create_align_pipeline, load_vae_model, parse_args
-from vae_align import AlignConfig, AlignModule
+from vae_align import AlignConfig, AlignModule, AlignPipeline
 
 INPUT_TYPES = (("latent",), ("image",), ("image", "latent"))
 IDS = "-".join
@@ -32,12 +31,8 @@ def make_inputs(config, height=72, width=40, batch=2):
 
 
 def bare_pipeline(**options):
-    """A pipeline without VAEs: asking for one fails the test."""
-
-    def absent():
-        raise AssertionError("asked for a VAE")
-
-    return PipelineWithVAEs(make_module(**options), absent, absent)
+    """A pipeline without VAEs."""
+    return AlignPipeline(make_module(**options))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -287,7 +282,7 @@ def test_channels_and_strides_follow_the_vaes(vae_folders, names, out_channels):
     assert (config.latent_channels, config.latent_stride) == (pipeline.codec1.channels, pipeline.codec1.stride)
     assert config.out_stride == pipeline.codec2.stride
     assert (config.hidden_channels, config.num_blocks, config.downsample_times) == (8, 3, 4)
-    inputs, target = pipeline.encode_batch({"pixel_values": torch.zeros(1, 3, 32, 24)})
+    inputs, target, _ = pipeline.encode_batch({"pixel_values": torch.zeros(1, 3, 32, 24)})
     assert pipeline.module(**inputs).shape == target.shape
 
 
@@ -302,20 +297,20 @@ def test_typed_out_channels_that_contradict_vae2_are_refused(vae_folders):
 def test_the_pipelines_vaes_are_frozen_and_not_part_of_the_module(vae_folders):
     """VAE weights among the module's parameters: trained along, and saved with every checkpoint."""
     pipeline = create_align_pipeline(*load_vaes(vae_folders, "kl4", "tiny4"), parse_args(["--hidden_channels", "8"]))
-    inputs, target = pipeline.encode_batch({"pixel_values": torch.rand(1, 3, 32, 32)})
+    inputs, target, _ = pipeline.encode_batch({"pixel_values": torch.rand(1, 3, 32, 32)})
     assert not target.requires_grad
     pipeline.codec2.decode(pipeline.module(**inputs)).square().mean().backward()
     own = {id(parameter) for parameter in pipeline.module.parameters()}
     for vae in (pipeline.vae1, pipeline.vae2):
-        assert all(id(parameter) not in own for parameter in vae.parameters())
-        assert all(parameter.grad is None and not parameter.requires_grad for parameter in vae.parameters())
+        assert all(id(parameter) not in own for parameter in vae.model.parameters())
+        assert all(parameter.grad is None and not parameter.requires_grad for parameter in vae.model.parameters())
 
 
 def test_latents_of_the_batch_are_taken_as_they_are(vae_folders):
     """The cache's latents encoded once more, or scaled twice."""
     pipeline = create_align_pipeline(*load_vaes(vae_folders, "kl4", "kl16"), parse_args(["--input_types", "latent"]))
     batch = {"latents1": torch.randn(1, 4, 4, 4), "latents2": torch.randn(1, 16, 4, 4)}
-    inputs, target = pipeline.encode_batch(batch)
+    inputs, target, _ = pipeline.encode_batch(batch)
     assert torch.equal(inputs["latents"], batch["latents1"])
     assert torch.equal(target, batch["latents2"])
     assert not pipeline.vae1.loaded and not pipeline.vae2.loaded

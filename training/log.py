@@ -1,4 +1,4 @@
-"""What a run writes while it trains: TensorBoard's event files and metrics.jsonl, both in the run's own folder.
+"""What a run writes while it trains: TensorBoard's event files and two files of JSON lines, all in the run's own folder.
 
 Points carry the number of optimizer steps done, so that a run resumed at step N keeps every point up to N and repeats none.
 The training loop sets `writer.step` before it calls anything here:
@@ -8,8 +8,7 @@ The training loop sets `writer.step` before it calls anything here:
     metrics = evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype)
     writer.log_training(loss=loss, learning_rate=learning_rate, images_per_second=rate)
 
-metrics.jsonl has one JSON object a line: {"step", "epoch", "ladder": {rung: {metric: value}}} for each evaluation, and
-{"step", "loss", "learning_rate"} for each log entry; `evaluation.run_logs` reads it back.
+`evaluation.run_logs` says what the lines hold, and reads them back.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from evaluation.fixed_rungs import FixedRungs
 from evaluation.ladder import Ladder
 from evaluation.pictures import comparison_sheets
-from evaluation.run_logs import METRICS_FILE
+from evaluation.run_logs import METRICS_FILE, TRAINING_FILE
 from evaluation.tables import decibels
 from utils import UserError, atomic_file, printable
 
@@ -54,7 +53,8 @@ class RunLog:
         self.folder = Path(folder)
         self.step = step
         self.fixed = FixedRungs() if fixed is None else fixed
-        drop_metrics_after(self.folder / METRICS_FILE, step)
+        for name in (METRICS_FILE, TRAINING_FILE):
+            drop_lines_after(self.folder / name, step)
         wait_for_a_new_second(self.folder)
         self._events = SummaryWriter(self.folder, purge_step=step + 1 if step else None)
         charts = {title: ["Multiline", [rf"eval_{metric}/({'|'.join(CHARTED)})"]] for title, metric in CHARTS.items()}
@@ -75,18 +75,18 @@ class RunLog:
         """A protocol buffer that is no point on a curve."""
         self._events.file_writer.add_summary(summary)
 
-    def add_line(self, **values) -> None:
-        """Append a line to metrics.jsonl: the step, and `values`."""
-        with open(self.folder / METRICS_FILE, "a", encoding="utf-8") as file:
+    def add_line(self, name: str, **values) -> None:
+        """Append a line to the file of that name: the step, and `values`."""
+        with open(self.folder / name, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.step} | values, allow_nan=False) + "\n")
 
     def log_training(self, loss: float, learning_rate: float, **more: float) -> None:
-        """A log entry of the training: scalars `train/…` and a line in metrics.jsonl. What is not finite is left out."""
+        """A log entry of the training: scalars `train/…` and a line in training.jsonl. What is not finite is left out."""
         scalars = {"loss": loss, "learning_rate": learning_rate} | more
         for name, value in scalars.items():
             if math.isfinite(value):
                 self.add_scalar(f"train/{name}", value)
-        self.add_line(loss=loss if math.isfinite(loss) else None, learning_rate=learning_rate)
+        self.add_line(TRAINING_FILE, loss=loss if math.isfinite(loss) else None, learning_rate=learning_rate)
 
     def flush(self) -> None:
         self._events.flush()
@@ -103,8 +103,8 @@ def wait_for_a_new_second(folder: Path) -> None:
         time.sleep(0.05)
 
 
-def drop_metrics_after(path: Path, step: int) -> None:
-    """Keep the lines of a metrics.jsonl that were written after at most `step` steps; a torn last line goes too."""
+def drop_lines_after(path: Path, step: int) -> None:
+    """Keep the lines of a log that were written after at most `step` steps; a torn last line goes too."""
     if not path.exists():
         return
     kept = []
@@ -132,7 +132,7 @@ def evaluate_and_log(pipeline, eval_loader, writer: RunLog, epoch, args, dtype) 
     aligned = ladder["aligned"]
     if aligned["latent_mse"] is None:
         raise UserError(f"the module's output is not finite at step {writer.step}: lower --learning_rate or set --grad_clip 1")
-    writer.add_line(epoch=epoch, ladder=ladder)
+    writer.add_line(METRICS_FILE, epoch=epoch, ladder=ladder)
     with logging_redirect_tqdm():
         log.info(
             "epoch %g: aligned PSNR %s dB (VAE2 itself %s, re-encoding %s), SSIM %.4f, latent MSE %.4f",

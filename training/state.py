@@ -100,7 +100,7 @@ class TrainingState:
             self.fixed.load_state_dict(training["fixed"])
             self.bad_steps.load_state_dict(training)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"the state of this training does not fit its module ({one_line(error)})") from None
+            raise UserError(f"the state of its training does not fit its module ({one_line(error)})") from None
         self.step = content["step"]
         self.metrics = content["metrics"]
 

@@ -49,7 +49,7 @@ def test_a_checkpoint_of_other_vaes_is_refused_in_one_line(judged, vae_folders, 
         "output_dir": tmp_path / "out",
         "proxy": None,
     }
-    with pytest.raises(UserError, match=f"--checkpoint {other}: goes between other VAEs .* judge it in a run of its own"):
+    with pytest.raises(UserError, match=f"--checkpoint {other}: goes between other VAEs .* judge it by itself"):
         eval_align.main(as_argv(flags))
 
 

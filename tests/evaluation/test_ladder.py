@@ -157,8 +157,8 @@ def test_a_rung_costs_the_weights_that_it_uses(pipeline):
     """VAE2's decoder counted where only its encoder runs; an untrained module that is counted as none."""
     costs = Ladder(pipeline, torch.float32).costs(32, repeats=1)
     count = {name: sum(weight.numel() for weight in module.parameters()) for name, module in (
-        ("encoder", pipeline.vae2.encoder), ("quant", pipeline.vae2.quant_conv), ("module", pipeline.module),
-        ("decoder", pipeline.vae1.decoder), ("post", pipeline.vae1.post_quant_conv),
+        ("encoder", pipeline.vae2.model.encoder), ("quant", pipeline.vae2.model.quant_conv), ("module", pipeline.module),
+        ("decoder", pipeline.vae1.model.decoder), ("post", pipeline.vae1.model.post_quant_conv),
     )}  # fmt: skip
     assert costs["vae2"]["parameters"] == count["encoder"] + count["quant"]
     assert costs["reencode"]["parameters"] == count["encoder"] + count["quant"] + count["decoder"] + count["post"]

@@ -38,8 +38,8 @@ def test_an_older_runs_log_is_read_under_the_names_of_today():
 def test_a_long_runs_loss_is_thinned_out_evenly(tmp_path):
     """A page of many megabytes from a run of a million steps; a curve that is cut off instead."""
     lines = [json.dumps({"step": step, "loss": float(step), "learning_rate": 0.1}) for step in range(5000)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    points = run_logs.loss_curve(run_logs.read_lines(tmp_path))
+    (tmp_path / "training.jsonl").write_text("\n".join(lines))
+    points = run_logs.loss_curve(run_logs.read_lines(tmp_path / run_logs.TRAINING_FILE))
     assert 1000 < len(points) <= run_logs.LONGEST_CURVE
     assert points[-1][0] > 4990
     assert {second[0] - first[0] for first, second in itertools.pairwise(points)} == {3}

@@ -193,56 +193,23 @@ def test_a_vae_path_that_leads_nowhere_is_one_line(path, tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 # Beyond float16's range
 
-OVERFLOWS = {  # what overflows, and the change to the weights that makes it
-    "activations of the encoder": lambda tensors: tensors["encoder.conv_in.weight"].mul_(1e5),
-    "activations of the decoder": lambda tensors: [
-        tensors[name].fill_(6e4) for name in ("decoder.conv_in.bias", "decoder.mid_block.resnets.0.conv2.bias")
-    ],
+OVERFLOWS = {
+    "activations": lambda tensors: tensors["encoder.conv_in.weight"].mul_(1e5),
     "weights": lambda tensors: tensors["encoder.conv_in.weight"].mul_(1e7),
 }
 
 
 @pytest.mark.parametrize("kind", OVERFLOWS)
-@pytest.mark.parametrize("lazy", [True, False], ids=["folder", "object"])
-def test_a_vae_that_overflows_in_float16_runs_in_float32(folder, caplog, kind, lazy):
-    """NaN latents, and so a module trained on nothing or a cache that leaves out every image."""
+def test_no_vae_runs_in_float16(folder, kind):
+    """NaN latents where activations or weights exceed float16's range, and so a module trained on nothing; weights that were
+    rounded to float16 and back."""
     weights(OVERFLOWS[kind])(folder)
     exact = Codec(load(folder))
-    vae = load(folder, torch.float16)
-    if not lazy:
-        if kind == "weights":
-            pytest.skip("an object's weights are what they are")
-        vae = vae.model
-    space = Codec(vae)
-    latents = space.encode(images(2))
-    decoded = space.decode(latents)
-    assert latents.isfinite().all() and decoded.isfinite().all()
-    assert next(space.vae.parameters()).dtype == space.vae.dtype == torch.float32
-    if lazy:  # read anew, not rounded to float16 and back
-        torch.testing.assert_close(latents, exact.encode(images(2)), rtol=0, atol=0)
-    said = [record.message for record in caplog.records if "overflows in float16" in record.message]
-    assert len(said) == 1 and "float32" in said[0] and (not lazy or str(folder) in said[0])
-
-
-def test_a_decoder_that_is_asked_first_settles_the_precision_too(folder):
-    """NaN pictures, and so a loss that is never finite, where all latents come from a complete cache."""
-    weights(OVERFLOWS["activations of the decoder"])(folder)
-    space = Codec(load(folder, torch.float16))
-    assert space.decode(torch.full((1, space.channels, 4, 4), float("nan"))).isnan().any()
-    assert space.vae.dtype == torch.float16, "latents that are not finite are not the decoder's doing"
-    assert space.decode(torch.randn(2, space.channels, 4, 4)).isfinite().all()
-    assert space.vae.dtype == torch.float32
-
-
-def test_a_vae_within_float16s_range_stays_in_it_and_is_measured_once(folder, caplog):
-    """float32 on suspicion, at twice the time and memory; a decode for every batch to find out again."""
-    space = Codec(load(folder, torch.float16))
-    decoded, decode = [], space.vae.model.decode
-    space.vae.model.decode = lambda latents: decoded.append(len(latents)) or decode(latents)
-    for _ in range(3):
-        assert space.encode(images(2)).isfinite().all()
-    assert space.vae.dtype == next(space.vae.parameters()).dtype == torch.float16
-    assert decoded == [1] and "overflows" not in caplog.text
+    codec = Codec(load(folder, torch.float16))
+    assert codec.vae.dtype == next(codec.vae.model.parameters()).dtype == torch.float32  # a CPU has no fast bfloat16
+    assert torch.equal(codec.encode(images(2)), exact.encode(images(2)))
+    given = Codec(load(folder).model.half()) if kind == "activations" else exact
+    assert given.encode(images(2)).isfinite().all()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -266,8 +233,8 @@ def test_running_out_of_memory_says_what_was_done_and_which_flags_help(kind):
         with memory_advice("training", train_batch_size=64, num_workers=0, precision="float32"):
             raise error
 
-    text = refusal(work, "out of memory while training", "--train_batch_size 64", "--precision float32")
-    assert "lower --train_batch_size or use --precision bfloat16" in text
+    text = refusal(work, "out of memory while training", "train_batch_size 64", "precision float32")
+    assert "lower train_batch_size or use precision bfloat16" in text
 
 
 @pytest.mark.parametrize(
@@ -375,7 +342,7 @@ def test_a_cache_that_not_even_one_image_fits_is_one_line(vae_folders, photo_fol
     dataset = ImageDataset(sorted(map(str, photo_folders[0].rglob("*.png"))), 16, random_crop=True)
     refusal(
         lambda: cache_latents(dataset, *spaces, CacheOptions(tmp_path / "cache", 2, True)),
-        "out of memory while encoding", "--image_size 16", "--precision float32", "use --precision bfloat16",
+        "out of memory while encoding", "image_size 16", "precision float32", "use precision bfloat16",
     )  # fmt: skip
 
 
@@ -389,4 +356,4 @@ def test_an_evaluation_out_of_memory_is_one_line(vae_folders, photo_folders, tmp
     monkeypatch.setattr("evaluation.ladder.Ladder.reconstruct", lambda *_: real_lack_of_memory())
     argv = ["--checkpoint", path, "--eval_data_dir", photo_folders[1], "--output_dir", tmp_path / "out", "--eval_batch_size", 3]
     argv += ["--device", "cpu", "--num_workers", 0]
-    refusal(lambda: eval_align.main([str(item) for item in argv]), "out of memory while evaluating", "lower --eval_batch_size")
+    refusal(lambda: eval_align.main([str(item) for item in argv]), "out of memory while evaluating", "lower eval_batch_size")

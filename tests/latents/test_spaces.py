@@ -68,7 +68,7 @@ def test_round_trip_is_the_vaes_own_reconstruction(vae_folders, name):
     """encode and decode that do not undo each other's scale and shift, or images taken to be in [0, 1]."""
     space, images = Codec(load(vae_folders[name])), make_images()
     with torch.no_grad():
-        own = space.vae(images, sample_posterior=False) if name == "kl16" else space.vae(images)
+        own = space.vae.model(images, sample_posterior=False) if name == "kl16" else space.vae.model(images)
         # the tiny autoencoder's forward stores its latents in 8 bits; up to there it is the same
         tolerance = {"rtol": 1e-4, "atol": 1e-4} if name == "kl16" else {"rtol": 0.05, "atol": 0.05}
         torch.testing.assert_close(space.decode(space.encode(images)), own.sample, **tolerance)
@@ -83,7 +83,7 @@ def test_the_tiny_autoencoders_latents_are_taken_as_scaled(vae_folders):
         torch.testing.assert_close(space.encode(images), expected)
         torch.testing.assert_close(space.encode(images, sample=True), expected)  # it has no posterior to draw from
         torch.testing.assert_close(space.decode(expected), reference.decode(expected).sample)
-    assert (space.channels, space.stride, space.scaling_factor, space.shift_factor) == (4, 8, 1.0, 0.0)
+    assert (space.channels, space.stride, space.space.name, space.space.map_is_known) == (4, 8, None, False)
 
 
 def test_sample_draws_from_the_posterior_with_the_given_generator(vae_folders):
@@ -119,7 +119,7 @@ def test_latents_and_images_are_float32_whatever_the_vaes_precision(vae_folders)
     assert latents.dtype == torch.float32
     assert space.decode(latents).dtype == torch.float32
     torch.testing.assert_close(latents, exact.encode(make_images()), rtol=0.05, atol=0.05)
-    assert {parameter.dtype for parameter in space.vae.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in space.vae.model.parameters()} == {torch.bfloat16}
 
 
 def test_channels_stride_scale_and_shift_are_read_from_the_vae(vae_folders):
@@ -131,7 +131,8 @@ def test_channels_stride_scale_and_shift_are_read_from_the_vae(vae_folders):
     }
     for name, values in expected.items():
         space = Codec(load(vae_folders[name]))
-        assert (space.channels, space.stride, space.scaling_factor, space.shift_factor) == values
+        assert (space.channels, space.stride) == values[:2]
+        assert (1 / space.space.std[0], space.space.mean[-1]) == pytest.approx(values[2:])
         assert space.encode(make_images()).shape[2:] == (32 // values[1], 24 // values[1])
 
 
@@ -146,16 +147,16 @@ def test_weights_take_no_gradient_but_decode_passes_it_to_the_latents(vae_folder
     latents = torch.zeros(1, 4, 2, 2, requires_grad=True)
     space.decode(latents).square().mean().backward()
     assert latents.grad.abs().sum() > 0
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in space.vae.parameters())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in space.vae.model.parameters())
     assert not space.encode(make_images().requires_grad_()).requires_grad
-    assert not space.vae.training
+    assert not space.vae.model.training
 
 
 def test_a_vae_given_as_an_object_is_frozen_too():
     """Only VAEs that our own loader read are frozen: a caller's object would get gradients."""
     vae = make_tiny_vae(4).train()
     space = Codec(vae)
-    assert space.vae is vae
+    assert space.vae.model is vae
     assert not vae.training
     assert not any(parameter.requires_grad for parameter in vae.parameters())
 
@@ -268,12 +269,12 @@ def test_a_broken_vae_is_one_line_that_names_flag_and_folder(vae_folders, tmp_pa
     folder = shutil.copytree(vae_folders["kl4"], tmp_path / "broken_vae")
     damage(folder)
     images = make_images()
-    complaint(lambda: Codec(load(folder, flag="--vae2_path")).encode(images), "--vae2_path", "broken_vae", said)
+    complaint(lambda: Codec(load(folder, label="--vae2_path")).encode(images), "--vae2_path", "broken_vae", said)
 
 
 def test_a_vae_path_that_is_a_file_is_one_line(vae_folders):
     """A weights file in place of its folder, taken for a hub id or opened as a folder."""
-    complaint(lambda: load(vae_folders["kl4"] / WEIGHTS), "--vae1_path", WEIGHTS)
+    complaint(lambda: load(vae_folders["kl4"] / WEIGHTS), "VAE", WEIGHTS)
 
 
 @pytest.mark.parametrize("size", [(36, 32), (32, 20), (31, 31)])
@@ -288,5 +289,5 @@ def test_good_image_size_names_the_nearest():
     assert good_image_size(256, 8, 8) == 256
     assert good_image_size(24, 4, 8) == 24
     for size, strides, nearest in ((250, (8, 8), 248), (253, (8, 8), 256), (36, (4, 16), 32), (3, (8,), 8), (0, (8, 4), 8)):
-        text = complaint(lambda size=size, strides=strides: good_image_size(size, *strides), f"--image_size {size}")
+        text = complaint(lambda size=size, strides=strides: good_image_size(size, *strides), f"image_size {size}")
         assert text.endswith(f"nearest is {nearest}")

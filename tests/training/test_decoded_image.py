@@ -37,7 +37,7 @@ def test_gradient_is_that_of_the_formula(space, reference, kind, power):
     (expected_gradient,) = torch.autograd.grad(expected, aligned)
     assert torch.allclose(gradient, expected_gradient)
     assert gradient[:2].abs().min() > 0 and not gradient[2:].any()
-    assert not any(parameter.requires_grad for parameter in space.vae.parameters())
+    assert not any(parameter.requires_grad for parameter in space.vae.model.parameters())
 
 
 def test_window_belongs_to_its_place_in_the_image(space):
@@ -217,7 +217,7 @@ def test_decoder_features_pull_towards_the_target(vae_folders, folder):
     assert 0 < nearer < far
     doubled = DecodedImageLoss(space, 2, 0, "vae2", 0, weight=0.0, perceptual="decoder", perceptual_weight=6.0)
     assert doubled(aligned, target, None, 0)[0].item() == pytest.approx(2 * far.item(), rel=1e-5)
-    assert not any(module._forward_hooks for module in space.vae.modules())
+    assert not any(module._forward_hooks for module in space.vae.model.modules())
 
 
 def test_a_perceptual_network_sees_both_pictures_and_passes_its_gradient(space):

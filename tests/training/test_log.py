@@ -6,14 +6,14 @@ import time
 
 from conftest import read_scalars
 
-from training.log import METRICS_FILE, RunLog
+from training.log import TRAINING_FILE, RunLog
 
 
 def lines_of(folder):
-    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / TRAINING_FILE).read_text().splitlines()]
 
 
-def test_losses_are_in_metrics_jsonl_and_in_tensorboard_alike(tmp_path):
+def test_losses_are_in_json_lines_and_in_tensorboard_alike(tmp_path):
     """A curve that only an event file holds; a loss that is not finite, which JSON cannot hold, or which ends the run."""
     log = RunLog(tmp_path)
     for step, loss in ((1, 0.5), (2, math.nan), (3, 0.25)):
@@ -39,7 +39,7 @@ def test_a_resumed_runs_log_repeats_no_point_and_keeps_what_came_before(tmp_path
         first.step = step
         first.log_training(loss=float(step), learning_rate=0.5)
     first.close()
-    with open(tmp_path / METRICS_FILE, "a") as file:
+    with open(tmp_path / TRAINING_FILE, "a") as file:
         file.write('{"step": 4, "lo')
     second = RunLog(tmp_path, step=2)
     second.step = 3

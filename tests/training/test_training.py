@@ -306,12 +306,12 @@ def test_vae_weights_are_bit_identical_after_training(flags, tmp_path, vae_folde
     """An optimizer that holds VAE weights, batch statistics that move, gradients that reach the VAEs."""
     args = parse_args(as_argv({**flags, "epochs": 2, "input_types": input_types, "num_visualize_samples": 1}))
     vaes = [load_vae_model(vae_folders[name], "", None, "cpu", torch.float32) for name in ("kl4", "kl16")]
-    before = [{name: tensor.clone() for name, tensor in vae.state_dict().items()} for vae in vaes]
+    before = [{name: tensor.clone() for name, tensor in vae.model.state_dict().items()} for vae in vaes]
     train_loader, eval_loader = create_data_loaders(args)
     checkpoint = train_align_pipeline(args, *vaes, train_loader, eval_loader, torch.Generator().manual_seed(0))
     assert checkpoint.is_file()
     for vae, kept in zip(vaes, before):
-        after = vae.state_dict()
+        after = vae.model.state_dict()
         assert after.keys() == kept.keys()
         assert all(torch.equal(after[name], kept[name]) for name in kept)
         for parameter in vae.parameters():
