@@ -1,6 +1,6 @@
 """Whether a module is as good on large, oblong pictures as at its training size.
 
-    python benchmarks/bench_sizes.py --checkpoint assets/pretrained/taesd_to_taef1_latent.pth --images FOLDER
+    python benchmarks/bench_sizes.py --checkpoint assets/pretrained/taesd_to_taef1_latent.safetensors --images FOLDER
 
 Takes photos of at least 768x512 px at their own resolution and judges each twice: the centre of 768x512, and the centre of
 256x256 alone. So content and scale are alike and only the size differs. Prints, for both, how far aligned stands above

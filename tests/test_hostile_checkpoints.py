@@ -14,14 +14,14 @@ from conftest import as_argv, tiny_flags
 from hostile import no_hang, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipelines import Payload, make_pipeline, save
 from runs import QUIET, train
 from safetensors.torch import save_file
-from test_checkpoint import Payload, make_pipeline, save
 
 import eval_align
 import train_align_with_args as train_script
 from latents.pipeline import PipelineWithVAEs, require_memory_for
-from utils import UserError
+from runtime.cli import MISTAKES
 from vae_align import AlignConfig, read_checkpoint
 
 

@@ -1,13 +1,14 @@
-"""Make a checkpoint fit to be given away: weights, recipe and the hub's names of its VAEs; no folder of this machine.
+"""Make a file to give away: weights, both latent spaces and figures as .safetensors; no flag and no folder of this machine.
 
-    python tools/share_checkpoint.py ckpt_align/align_pipeline_20251231_034701.pth assets/pretrained/sd15_to_flux1.pth \\
-        --vae1_path madebyollin/taesd --vae2_path madebyollin/taef1
+    python tools/share_checkpoint.py ckpt_align/align_pipeline_20251231_034701.pth sd15_to_flux1.safetensors \\
+        --vae1_path madebyollin/taesd --vae2_path madebyollin/taef1 --vae1_space sd15 --vae2_space flux1
 
-The state of the training goes, so the file shrinks to a third or less and a run cannot be resumed from it; starting one from
-its weights (--load_checkpoint), translating and judging work as before. Prints the file's size.
+The state of the training stays behind, so a run cannot be resumed from the file; starting one from its weights
+(--load_checkpoint), translating and judging work as before. Prints the file's size.
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -15,38 +16,64 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from latents.spaces import SPACES, named_space
 from runtime.cli import run
-from utils import UserError, atomic_file
-from vae_align import read_checkpoint
+from utils import UserError, one_line, read_json
+from vae_align import AlignPipeline, module_of, read_checkpoint, spaces_of
 
-OF_THE_MACHINE = {
-    "train_data_dir", "eval_data_dir", "latent_cache_dir", "log_dir", "save_dir", "config_save_path", "cache_dir", "proxy",
-    "load_checkpoint", "decoder_loss_path", "decoder_loss_subfolder",
-}  # fmt: skip
+log = logging.getLogger(__name__)
+
+RUNGS = ("vae2", "reencode", "linear", "aligned")
+FIGURES = ("psnr", "ssim", "psnr_vs_vae2", "latent_mse", "colour_bias")
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+def space_to_record(number: int, recorded, name: str | None):
+    """The latent space of VAE1 or VAE2: the one that was named, else the one that the checkpoint records."""
+    space = named_space(name) if name else recorded
+    if not space.map_is_known:
+        log.warning(
+            "VAE%d's latent space has no name: the file serves scaled latents only; --vae%d_space names it", number, number
+        )
+    return space
+
+
+def figures_of(path: str) -> dict:
+    """{rung: {metric: mean}} of the rungs that a reader compares, from a metrics.json of `eval_align.py`."""
+    try:
+        results = read_json(path)
+        rungs = {rung: results["ladder"][rung] for rung in RUNGS if rung in results["ladder"]}
+        judged_on = {"images": results["images"], "image_size": results["image_size"]}
+        return {rung: {name: figures.get(name) for name in FIGURES} | judged_on for rung, figures in rungs.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a metrics.json of eval_align.py ({one_line(error)})") from None
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="file, or a folder: its newest")
-    parser.add_argument("output", help="the file to write; replaces none")
-    parser.add_argument("--vae1_path", required=True, help="hub id of the VAE to come from")
-    parser.add_argument("--vae2_path", required=True, help="hub id of the VAE to go to")
+    parser.add_argument("output", help="the .safetensors file to write; replaces none")
+    for number in (1, 2):
+        parser.add_argument(f"--vae{number}_path", required=True, help=f"hub id of VAE{number}, for those who judge the module")
+        space_help = "name of its latent space (default: what the checkpoint records)"
+        parser.add_argument(f"--vae{number}_space", choices=tuple(SPACES), help=space_help)
+    parser.add_argument("--metrics", help="a metrics.json of eval_align.py about this checkpoint: its figures go along")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights; half the size in float16")
     args = parser.parse_args()
 
+    output = Path(args.output)
+    if output.suffix != ".safetensors":
+        raise UserError(f"{output}: name a file that ends in .safetensors")
+    if output.exists():
+        raise UserError(f"{output}: exists already; name another file or delete it")
     content = read_checkpoint(args.checkpoint)
-    content.pop("training", None)
-    content["config"] = {name: value for name, value in content["config"].items() if name not in OF_THE_MACHINE}
-    for name in ("vae1", "vae2"):
-        path = getattr(args, f"{name}_path")
-        content[name] = content[name] | {"path": path}
-        content["config"] |= {f"{name}_path": path, f"{name}_subfolder": content[name]["subfolder"]}
-    try:
-        with atomic_file(args.output, exclusive=True) as file:
-            torch.save(content, file)
-    except FileExistsError:
-        raise UserError(f"{args.output}: exists already; name another file or delete it") from None
-    read_checkpoint(args.output)
-    print(f"{args.output}: {Path(args.output).stat().st_size / 1e6:.1f} MB")
+    names = (args.vae1_space, args.vae2_space)
+    spaces = [space_to_record(number, *pair) for number, pair in enumerate(zip(spaces_of(content), names), 1)]
+    figures = figures_of(args.metrics) if args.metrics else content["metrics"]
+    pipeline = AlignPipeline(module_of(content), *spaces, figures=figures)
+    pipeline.to(DTYPES[args.dtype]).save_pretrained(output, vaes=[args.vae1_path, args.vae2_path])
+    AlignPipeline.from_pretrained(output)
+    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from hostile import refusal
+from pipelines import Payload, make_pipeline, save
 from safetensors.torch import load_file, save_file
-from test_checkpoint import Payload
 
 import eval_align
 from dataloader import ImageDataset
@@ -348,8 +348,6 @@ def test_a_cache_that_not_even_one_image_fits_is_one_line(vae_folders, photo_fol
 
 def test_an_evaluation_out_of_memory_is_one_line(vae_folders, photo_folders, tmp_path, monkeypatch):
     """The other program, whose batch is a flag."""
-    from test_checkpoint import make_pipeline, save
-
     path = save(
         make_pipeline(vae_folders["kl4"], vae_folders["kl16"]), tmp_path, config={"image_size": 16, "precision": "float32"}
     )

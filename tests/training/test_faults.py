@@ -16,11 +16,12 @@ from collections import Counter
 import pytest
 from conftest import as_argv, read_scalars, run_script, tiny_flags
 from mortal import WHERE
-from runs import results_of, train
-from test_resume import assert_same_tensors, start, tiny_of
+from runs import assert_same_tensors, results_of, start, tiny_of, train
 
 KILLS = int(os.environ.get("VAE_ALIGN_FAULTS", "0"))
 STEPS_BETWEEN = {"save_steps": 1, "keep_last": 3, "eval_frequency": 8, "visualize_frequency": 0, "ema_decay": 0.9}
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

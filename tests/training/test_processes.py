@@ -1,12 +1,9 @@
 """Two real processes on the CPU against one process with the same global batch."""
 
-import sys
-
 import pytest
 import torch
 from conftest import as_argv, run_script, tiny_flags
-from runs import results_of, train
-from test_schedule import specified
+from runs import LAUNCHER, results_of, specified, train
 
 SETTINGS = {
     "decoder_loss_weight": 1.0,
@@ -18,7 +15,8 @@ SETTINGS = {
     "save_frequency": 2,
     "visualize_frequency": 0,
 }
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
 STEPS = 12  # 10 images in global batches of 4: 3 steps an epoch
 
 

@@ -4,16 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, as_argv, child_environment, run_script, tiny_flags
-from runs import QUIET, results_of, train
-from test_processes import LAUNCHER
+from conftest import as_argv, run_script, tiny_flags
+from runs import LAUNCHER, QUIET, assert_same_tensors, results_of, start, tensors_of, tiny_of, train
 
 import train_align_with_args as train_script
 from training import resume
@@ -24,22 +21,6 @@ KINDS = {
     "sampled": {"no_cache_latents": True, "sample_posterior": True},
     "image": {"input_types": ["image"], "grad_clip": 0.5, "optimizer": "muon"},
 }
-
-
-def tensors_of(value, where=""):
-    """{place: tensor} of a checkpoint's content, at any depth."""
-    if isinstance(value, torch.Tensor):
-        return {where: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    return {place: tensor for name, item in items for place, tensor in tensors_of(item, f"{where}/{name}").items()}
-
-
-def assert_same_tensors(first, second):
-    """Every tensor of two checkpoints is bit-identical."""
-    first, second = tensors_of(first), tensors_of(second)
-    assert first.keys() == second.keys()
-    differing = [name for name in first if not torch.equal(first[name], second[name])]
-    assert not differing
 
 
 class Killed(BaseException):
@@ -192,17 +173,6 @@ def test_best_checkpoint_is_that_of_the_best_evaluation(flags, tmp_path):
         assert content["metrics"]["aligned"][metric] == pytest.approx(values[content["step"]])
 
 
-def start(flags, folder, launcher=()):
-    """The training program as the first process of a group of its own, in `folder`, its output in folder/log."""
-    folder.mkdir(exist_ok=True)
-    with open(folder / "log", "a") as log:
-        return subprocess.Popen(
-            [*(launcher or [sys.executable]), str(ROOT / "train_align_with_args.py"), *as_argv(flags)],
-            stdout=log, stderr=log, cwd=folder, env=child_environment(),
-            start_new_session=True,
-        )  # fmt: skip
-
-
 def wait_for(condition, process, seconds=300):
     """Wait until `condition()` holds; AssertionError if the process ends or time runs out before."""
     deadline = time.monotonic() + seconds
@@ -230,11 +200,6 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_the_customary_code(flag
     assert 0 <= run.last["step"] < 120
     again = train(flags, folder, **changes, resume=True)
     assert_same_tensors(again.last, whole.last)
-
-
-def tiny_of(flags, folder):
-    """`flags` with their outputs in `folder`."""
-    return {**flags, "log_dir": folder / "runs", "save_dir": folder / "ckpt"}
 
 
 def test_two_processes_resume_bit_identically(vae_folders, photo_folders, tmp_path):

@@ -2,16 +2,10 @@
 
 import pytest
 import torch
-from runs import QUIET, train
+from runs import QUIET, specified, train
 
 from train_align_with_args import create_align_pipeline, load_vae_model, parse_args, setup_optimizer, setup_scheduler
 from training.muon import ADAMW_SHARE, Muon
-
-
-def specified(step, steps_per_epoch, learning_rate, warmup_steps, step_size, gamma):
-    """The specification's formula, written down once more."""
-    warmup = min(1, (step + 1) / warmup_steps) if warmup_steps else 1
-    return learning_rate * warmup * gamma ** ((step // steps_per_epoch) // step_size)
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 4, 8])
