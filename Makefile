@@ -22,7 +22,7 @@ test: $(VENV)/installed
 	$(RUN) -m pytest
 
 test-faults: $(VENV)/installed
-	VAE_ALIGN_FAULTS=$(KILLS) $(RUN) -m pytest -s tests/test_faults.py
+	VAE_ALIGN_FAULTS=$(KILLS) $(RUN) -m pytest -s tests/training/test_faults.py
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check --fix .

@@ -1,14 +1,12 @@
-"""Files, stamps and messages of utils.py; device and precision of device.py."""
+"""Files, stamps and messages of utils.py."""
 
 import os
 import re
 from datetime import datetime, timedelta
 
 import pytest
-import torch
 
 from runtime.cli import claim_writable_folder, use_proxy
-from runtime.device import autocast, cpu_has_bfloat16, get_dtype, resolve_device, resolve_precision
 from utils import UserError, atomic_file, next_stamp, one_line, write_json
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,81 +159,3 @@ def test_use_proxy_sets_both_spellings_and_none_leaves_the_environment_alone(mon
     assert {os.environ[name] for name in names} == {"http://theirs:1"}
     use_proxy("http://ours:2")
     assert {os.environ[name] for name in names} == {"http://ours:2"}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Device and precision
-
-
-def test_get_dtype_knows_the_three_precisions_and_names_them_otherwise():
-    expected = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    assert {name: get_dtype(name) for name in expected} == expected
-    for name in ("fp16", "float64", ""):
-        with pytest.raises(UserError, match="choose from bfloat16, float16, float32"):
-            get_dtype(name)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_default_cuda_falls_back_with_one_warning_and_typed_cuda_is_an_error(caplog):
-    """A user who asks for the GPU and trains on the CPU without knowing; a default that stops who has no GPU."""
-    for name in ("cuda", "cuda:1"):
-        with pytest.raises(UserError, match=f"^device {name}: not available"):
-            resolve_device(name, typed=True)
-    assert not caplog.records
-    assert resolve_device("cuda", typed=False).type in ("cpu", "mps")
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-
-
-def test_cpu_is_always_there_and_not_remarked_upon(caplog):
-    assert resolve_device("cpu", typed=True) == resolve_device("cpu", typed=False) == torch.device("cpu")
-    assert not caplog.records
-
-
-@pytest.mark.parametrize("name", ["", "gpu", "cuda:x", "cuda:-1", "meta"])
-@pytest.mark.parametrize("typed", [True, False])
-def test_what_is_no_device_is_an_error_even_from_a_config(name, typed):
-    """torch's own traceback; `meta`, which torch takes and which computes nothing."""
-    with pytest.raises(UserError, match=r"^device"):
-        resolve_device(name, typed)
-
-
-@pytest.mark.parametrize(
-    ("precision", "typed", "with_bfloat16", "without"),
-    [
-        ("float32", False, "float32", "float32"),
-        ("bfloat16", False, "bfloat16", "float32"),
-        ("bfloat16", True, "bfloat16", "bfloat16"),
-        ("float16", False, "bfloat16", "float32"),
-        ("float16", True, "bfloat16", "float32"),
-    ],
-)
-def test_precision_on_a_cpu(monkeypatch, caplog, precision, typed, with_bfloat16, without):
-    """float16 on a CPU, which has no gradient scaler; bfloat16 where it is slower; a typed choice not respected."""
-    for capability, expected in ((True, with_bfloat16), (False, without)):
-        caplog.clear()
-        capabilities = {"avx2": True, "avx512_bf16": True, "amx_bf16": capability}
-        monkeypatch.setattr(torch.cpu, "get_capabilities", capabilities.copy, raising=False)
-        assert cpu_has_bfloat16() == capability
-        assert resolve_precision(precision, torch.device("cpu"), typed) == expected
-        assert len(caplog.records) == (expected != precision)
-
-
-def test_precision_on_a_cpu_with_a_torch_that_cannot_tell(monkeypatch):
-    """torch.cpu.get_capabilities is younger than the oldest torch of requirements.txt: a traceback before anything else."""
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert resolve_precision("bfloat16", torch.device("cpu"), typed=False) in ("bfloat16", "float32")
-
-
-def test_precision_on_a_gpu_is_as_asked():
-    for precision in ("bfloat16", "float16", "float32"):
-        assert resolve_precision(precision, torch.device("cuda"), typed=False) == precision
-    with pytest.raises(UserError, match=r"^precision half"):
-        resolve_precision("half", torch.device("cpu"), typed=True)
-
-
-def test_autocast_keeps_float32_exact_and_casts_otherwise():
-    """float32 asked for, bfloat16 got."""
-    matrix = torch.eye(2)
-    for dtype in (torch.float32, torch.bfloat16):
-        with autocast(torch.device("cpu"), dtype):
-            assert (matrix @ matrix).dtype == dtype

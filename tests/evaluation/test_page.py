@@ -58,6 +58,7 @@ def browser():
         yield started
 
 
+@pytest.mark.browser
 def test_page_in_a_browser_shows_the_figures_and_asks_for_nothing(judged, browser):
     """Figures that are rounded away or in another column; a script that the page's own policy refuses."""
     browser.resize(1280)
@@ -81,6 +82,7 @@ def test_page_in_a_browser_shows_the_figures_and_asks_for_nothing(judged, browse
     assert browser.run("[...document.images].every(image => image.alt === '' || image.naturalWidth > 0)")
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("dark", [False, True])
 def test_page_fits_a_phone_and_is_readable_in_the_dark(judged, browser, dark):
     """A table or a long name that makes the whole page scroll sideways; dark text on a dark page."""
@@ -93,6 +95,7 @@ def test_page_fits_a_phone_and_is_readable_in_the_dark(judged, browser, dark):
     assert paper - ink < -150 if dark else paper - ink > 150
 
 
+@pytest.mark.browser
 def test_zoom_works_by_keyboard(judged, browser):
     """Pictures that only a mouse enlarges: Enter opens, arrows step, Escape closes, and the focus is back where it was."""
     browser.resize(1280)
