@@ -1,8 +1,10 @@
 """The shipped modules: fit to be given away, usable without their VAEs, and as good as the README says."""
 
+import math
+
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 from safetensors import safe_open
 
 from dataloader import ImageDataset, ImageFiles, eval_loader, list_images
@@ -12,6 +14,10 @@ from latents.spaces import SPACES
 from vae_align import AlignPipeline, read_checkpoint
 
 PRETRAINED = [ROOT / "assets" / "pretrained" / f"taesd_to_taef1{kind}.safetensors" for kind in ("", "_latent")]
+RECORDED = {  # mean, standard deviation and three values of what `test_gives_the_recorded_latents` translates
+    "taesd_to_taef1": (-0.0777, 0.8, 0.6532, 0.1863, 0.2674),
+    "taesd_to_taef1_latent": (-0.092, 0.3614, 0.2061, -0.9688, 0.1244),
+}
 
 
 @pytest.mark.parametrize("path", PRETRAINED, ids=lambda path: path.stem)
@@ -25,6 +31,28 @@ def test_is_fit_to_be_given_away(path):
     assert pipeline.figures["aligned"]["psnr"] > pipeline.figures["reencode"]["psnr"]
     with safe_open(path, "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("path", PRETRAINED, ids=lambda path: path.stem)
+def test_carries_the_figures_of_the_readme(path):
+    """Weights trained anew beside the figures of the old ones: the file says one thing, the README another."""
+    figures = AlignPipeline.from_pretrained(path).figures["aligned"]
+    row = next(line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.startswith(f"| **`{path.name}`**"))
+    cells = [cell.strip(" *") for cell in row.split("|")]
+    assert cells[3:5] == [f"{figures['psnr']:.2f}", f"{figures['latent_mse']:.3f}"]
+
+
+def waves(*shape):
+    """Numbers from -1 to 1 that are the same on every machine."""
+    return torch.arange(math.prod(shape), dtype=torch.float64).mul(12.9898).sin().view(shape).float()
+
+
+@pytest.mark.parametrize("path", PRETRAINED, ids=lambda path: path.stem)
+def test_gives_the_recorded_latents(path):
+    """Other weights under the same name, or a change of the code that alters what shipped weights compute."""
+    latents = AlignPipeline.from_pretrained(path).translate(waves(1, 4, 8, 8), waves(1, 3, 64, 64))
+    summary = [latents.mean().item(), latents.std().item(), *latents[0, :3, 4, 4].tolist()]
+    assert summary == pytest.approx(RECORDED[path.stem], abs=1e-3)
 
 
 @pytest.mark.parametrize("path", PRETRAINED, ids=lambda path: path.stem)
@@ -81,3 +109,42 @@ def test_beats_decoding_and_encoding_again(path, shared):
     assert aligned["latent_mse"] < reencode["latent_mse"]
     if pipeline.uses_image:
         assert aligned["psnr"] > vae2["psnr"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tools/share_checkpoint.py
+
+
+def share(source, output, *more, vae1="owner/vae1", check=True):
+    paths = ("--vae1_path", vae1, "--vae2_path", "owner/vae2")
+    return run_script("tools/share_checkpoint.py", str(source), str(output), *paths, *more, check=check)
+
+
+def test_a_module_is_shared_from_a_training_checkpoint(tmp_path):
+    """Flags or weights of the wrong kind in the file, a space without a name that nobody hears of, a file that is replaced."""
+    module = AlignPipeline.from_pretrained(PRETRAINED[1]).module
+    vaes = {f"vae{n}": {"path": "/a/folder", "subfolder": None, "channels": c, "stride": 8} for n, c in ((1, 4), (2, 16))}
+    training = {"config": {"train_data_dir": "/a/folder"}, "step": 3, "epoch": 1.0, "metrics": {"aligned": {"psnr": 20.5}}}
+    content = {"format": "vae-align", "align_config": module.config.to_dict(), "state_dict": module.state_dict()}
+    torch.save(content | vaes | training, tmp_path / "training.pth")
+    output = tmp_path / "shared.safetensors"
+    result = share(tmp_path / "training.pth", output, "--vae1_space", "sd15")
+    assert f"{output}: 3.0 MB" in result.stdout
+    assert "VAE2's latent space has no name" in result.stderr and "VAE1's" not in result.stderr
+    assert b"/a/folder" not in output.read_bytes()
+    pipeline = AlignPipeline.from_pretrained(output)
+    assert pipeline.figures == training["metrics"]
+    assert (pipeline.space1, pipeline.space2.name) == (SPACES["sd15"], None)
+    before = output.read_bytes()
+    again = share(PRETRAINED[0], output, check=False)
+    assert again.returncode == 1 and "exists already" in again.stderr
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("place", ["absolute", "vaes/taesd/vae", "./taesd", "~/taesd"])
+def test_a_folder_of_this_machine_is_not_shared(tmp_path, place):
+    """A private path in a file that is given away, and that nobody else can open."""
+    output = tmp_path / "shared.safetensors"
+    result = share(PRETRAINED[1], output, vae1=str(tmp_path) if place == "absolute" else place, check=False)
+    assert result.returncode == 1 and "name a hub id" in result.stderr
+    assert not output.exists()

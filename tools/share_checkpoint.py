@@ -9,6 +9,7 @@ The state of the training stays behind, so a run cannot be resumed from the file
 
 import argparse
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 
 from latents.spaces import SPACES, named_space
 from runtime.cli import run
-from utils import UserError, one_line, read_json
+from utils import UserError, one_line, read_json, shown
 from vae_align import AlignPipeline, module_of, read_checkpoint, spaces_of
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,12 @@ log = logging.getLogger(__name__)
 RUNGS = ("vae2", "reencode", "linear", "aligned")
 FIGURES = ("psnr", "ssim", "psnr_vs_vae2", "latent_mse", "colour_bias")
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+def require_hub_id(flag: str, value: str) -> None:
+    """UserError for a folder: it is of this machine only, and tells others how its disks are laid out."""
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", value, re.ASCII) or Path(value).is_dir():
+        raise UserError(f"{flag} {shown(value)}: a folder of this machine goes into no shared file; name a hub id, owner/name")
 
 
 def space_to_record(number: int, recorded, name: str | None):
@@ -61,6 +68,8 @@ def main():
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights; half the size in float16")
     args = parser.parse_args()
 
+    for number in (1, 2):
+        require_hub_id(f"--vae{number}_path", getattr(args, f"vae{number}_path"))
     output = Path(args.output)
     if output.suffix != ".safetensors":
         raise UserError(f"{output}: name a file that ends in .safetensors")
