@@ -61,13 +61,10 @@ def test_only_an_unnamed_space_that_maps_nothing_is_unknown():
     assert LatentSpace.from_scale(None, 4, 8, 1.0, 0.1).map_is_known
 
 
-def test_latents_of_the_wrong_space_are_named():
-    """A message of channel numbers alone, where latents of the other space came in."""
-    pipeline = make_pipeline()
-    for raw in (False, True):
-        refusal(lambda raw=raw: pipeline.translate(torch.zeros(1, 16, 4, 4), raw=raw), "sd15", "look like latents of other")
-    refusal(lambda: pipeline.translate([[1.0]]), "list", "tensor")
-    refusal(lambda: pipeline.translate(torch.zeros(1, 4, 4, 4, dtype=torch.int64)), "int64")
+def test_inputs_that_are_no_latents_are_refused():
+    """An AttributeError for a list; whole numbers that are rounded on the way out."""
+    refusal(lambda: make_pipeline().translate([[1.0]]), "list", "tensor")
+    refusal(lambda: make_pipeline().translate(torch.zeros(1, 4, 4, 4, dtype=torch.int64)), "int64")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -165,12 +162,6 @@ def test_a_hostile_description_is_one_line(path, kind):
     refusal(lambda: AlignPipeline.from_pretrained(path), path)
 
 
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-
-
 def poison(path):
     tensors = load_file(path)
     tensors["out.bias"][0] = math.nan
@@ -180,7 +171,6 @@ def poison(path):
 
 
 DAMAGE = {
-    "one bit of a weight flipped": (flip, "checksum"),
     "cut by a byte": (lambda path: os.truncate(path, path.stat().st_size - 1), "damaged"),
     "cut in half": (lambda path: os.truncate(path, path.stat().st_size // 2), "damaged"),
     "empty": (lambda path: os.truncate(path, 0), "damaged"),
@@ -195,7 +185,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_file_is_one_line(path, kind):
-    """A flipped bit that passes for a weight, NaN that is translated to NaN, a traceback of safetensors."""
+    """NaN that is translated to NaN, a pipe that is waited for, a traceback of safetensors."""
     make, said = DAMAGE[kind]
     make(path)
     refusal(lambda: AlignPipeline.from_pretrained(path), path, said)
