@@ -93,8 +93,8 @@ class LatentSpace:
             if not isinstance(values, (list, tuple)) or len(values) != self.channels or not all(map(_is_finite, values)):
                 raise AlignError(f"latent space {self.name}: its {name} must be {self.channels} numbers, one for each channel")
             object.__setattr__(self, name, tuple(map(float, values)))
-        if min(self.std) <= 0:
-            raise AlignError(f"latent space {self.name}: its std holds {min(self.std)}; all must be above 0")
+        if min(self.std) < 1e-6:  # float16 and float32 could not divide by it
+            raise AlignError(f"latent space {self.name}: its std holds {min(self.std)}; the least that is usable is 1e-06")
 
     @classmethod
     def from_scale(
@@ -404,8 +404,9 @@ class AlignPipeline:
             self.module.check_inputs(latents, image)
         latents, image = latents if self.uses_latents else None, image if self.uses_image else None
         for name, tensor in (("latents", latents), ("image", image)):
-            if tensor is not None and not tensor.is_floating_point():
-                raise AlignError(f"{name} of type {tensor.dtype}: pass floating-point numbers")
+            if tensor is not None and not (isinstance(tensor, torch.Tensor) and tensor.is_floating_point()):
+                kind = getattr(tensor, "dtype", type(tensor).__name__)
+                raise AlignError(f"{name} of type {kind}: pass a tensor of floating-point numbers")
         if raw:
             self._require_maps()
         if latents is not None:
@@ -466,6 +467,10 @@ class AlignPipeline:
             raise AlignError(f"{file}: cannot be written without {error.name}; install it") from None
         except OSError as error:
             raise AlignError(f"{file}: cannot be written ({_one_line(error)}); name another place") from None
+        except (TypeError, ValueError) as error:  # of json: NaN, infinity, or an object that JSON does not know
+            raise AlignError(
+                f"{file}: its figures must be plain JSON values, None where undefined ({_one_line(error)})"
+            ) from None
         return file
 
     @classmethod
