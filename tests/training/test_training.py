@@ -314,7 +314,7 @@ def test_vae_weights_are_bit_identical_after_training(flags, tmp_path, vae_folde
         after = vae.model.state_dict()
         assert after.keys() == kept.keys()
         assert all(torch.equal(after[name], kept[name]) for name in kept)
-        for parameter in vae.parameters():
+        for parameter in vae.model.parameters():
             assert not parameter.requires_grad
             assert parameter.grad is None
 
