@@ -341,7 +341,8 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
     train_loader = dataloader.train_loader
     if args.cache_latents and vae1 is not None and vae2 is not None:
         options = CacheOptions(args.latent_cache_dir, args.cache_views, needs_pixels(args), args.sample_posterior)
-        train_set = cache_latents(train_set, Codec(vae1), Codec(vae2), options, args.num_workers, accelerator)
+        with naming("--latent_cache_dir"):
+            train_set = cache_latents(train_set, Codec(vae1), Codec(vae2), options, args.num_workers, accelerator)
         train_loader = cached_loader
     return (
         train_loader(train_set, args.train_batch_size, args.num_workers, args.seed, views=args.cache_views, **place),

@@ -107,6 +107,7 @@ def test_stamp_sorts_after_entries_from_the_future(tmp_path, newest, expected):
 
 
 def test_one_line_is_one_short_line():
+    """An error of a library that fills the screen, or an empty line for one without a message."""
     assert one_line(ValueError("a\n  b\r\n\tc")) == "a b c"
     assert one_line(ValueError()) == "ValueError"
     assert len(one_line(ValueError("word " * 1000), limit=50)) == 50

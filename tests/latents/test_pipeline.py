@@ -513,6 +513,7 @@ def test_a_checkpoint_that_is_no_file_is_one_line(tmp_path, kind):
 
 @pytest.mark.parametrize("path", ["a\0b", "\ud800", "x" * 5000], ids=["NUL", "half a letter", "too long"])
 def test_a_checkpoint_that_cannot_be_named_is_one_line(path):
+    """A ValueError or OSError of the system's in place of a message."""
     refusal(lambda: read_checkpoint(path))
 
 

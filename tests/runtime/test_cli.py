@@ -118,6 +118,7 @@ def test_defaults_are_not_shared_between_calls():
 
 
 def test_the_specifications_examples_parse_as_typed():
+    """A command of the specification that no longer parses, or that sets other values."""
     args = parse_line(
         "--vae1_path sd-legacy/stable-diffusion-v1-5 --vae2_path black-forest-labs/FLUX.1-dev --train_data_dir train_images "
         "--eval_data_dir eval_images --epochs 200 --learning_rate 1e-3"
@@ -548,6 +549,7 @@ def test_any_config_gives_the_flags_or_one_line(tmp_path_factory, values):
 @example(b'{"epochs":1e999999999}')
 @example(b"\xef\xbb\xbf\xef\xbb\xbf{}")
 def test_any_bytes_as_a_config_give_the_flags_or_one_line(tmp_path_factory, content):
+    """A decoder's or a number parser's own traceback."""
     path = tmp_path_factory.getbasetemp() / "bytes.json"
     path.write_bytes(content)
     parsed(["--load_config", path])
@@ -601,6 +603,7 @@ def test_an_error_shows_no_password(config):
 
 
 def test_claim_writable_folder_creates_it_and_leaves_nothing_in_it(tmp_path):
+    """A probe file left behind, or a folder missing at the first save."""
     folder = claim_writable_folder(tmp_path / "a" / "b", "--save_dir")
     assert folder.is_dir() and not os.listdir(folder)
 

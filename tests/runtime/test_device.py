@@ -17,6 +17,7 @@ from utils import UserError
 
 
 def test_get_dtype_knows_the_three_precisions_and_names_them_otherwise():
+    """Two precisions swapped; a KeyError for a mistyped one."""
     expected = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     assert {name: get_dtype(name) for name in expected} == expected
     for name in ("fp16", "float64", ""):
@@ -36,6 +37,7 @@ def test_default_cuda_falls_back_with_one_warning_and_typed_cuda_is_an_error(cap
 
 
 def test_cpu_is_always_there_and_not_remarked_upon(caplog):
+    """A warning about the device that the user asked for."""
     assert resolve_device("cpu", typed=True) == resolve_device("cpu", typed=False) == torch.device("cpu")
     assert not caplog.records
 
@@ -76,6 +78,7 @@ def test_precision_on_a_cpu_with_a_torch_that_cannot_tell(monkeypatch):
 
 
 def test_precision_on_a_gpu_is_as_asked():
+    """The rules for CPUs applied to a GPU; a mistyped precision that passes."""
     for precision in ("bfloat16", "float16", "float32"):
         assert resolve_precision(precision, torch.device("cuda"), typed=False) == precision
     with pytest.raises(UserError, match=r"^precision half"):
