@@ -262,6 +262,11 @@ def test_value_of_the_wrong_kind_in_a_config_is_one_line_that_names_the_key(mist
     assert len(line) < 1000
 
 
+def test_a_number_too_long_to_print_is_one_line():
+    """Python's refusal to print a number of 4,300 digits, which no JSON but a checkpoint's config can hold, as a traceback."""
+    refusal(lambda: train_script.PARSER.check_config({"epochs": 10**5000}, "a checkpoint"), "a checkpoint: epochs: ")
+
+
 def test_whole_numbers_serve_as_numbers_and_null_as_not_set(config):
     """`"learning_rate": 1` refused for not being a float; a saved `"proxy": null` refused on reading back."""
     args = parse_args(["--load_config", config(learning_rate=1, grad_clip=2, proxy=None, cache_dir=None)])
