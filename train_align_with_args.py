@@ -341,7 +341,8 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
     train_loader = dataloader.train_loader
     if args.cache_latents and vae1 is not None and vae2 is not None:
         options = CacheOptions(args.latent_cache_dir, args.cache_views, needs_pixels(args), args.sample_posterior)
-        train_set = cache_latents(train_set, Codec(vae1), Codec(vae2), options, args.num_workers, accelerator)
+        with naming("--latent_cache_dir"):
+            train_set = cache_latents(train_set, Codec(vae1), Codec(vae2), options, args.num_workers, accelerator)
         train_loader = cached_loader
     return (
         train_loader(train_set, args.train_batch_size, args.num_workers, args.seed, views=args.cache_views, **place),
@@ -378,8 +379,10 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # Accelerate takes the current one
     precision = ACCELERATE_NAMES[get_dtype(args.precision)]
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        AcceleratorState._reset_state()  # a second run in one interpreter may want another precision
+    if AcceleratorState._shared_state:  # of an earlier run in this interpreter, which may have had another device or precision
+        earlier = AcceleratorState()
+        if (earlier.mixed_precision, earlier.device.type) != (precision, device.type):
+            AcceleratorState._reset_state(reset_partial_state=earlier.device.type != device.type)
     # the others wait while the main process evaluates, or while another run builds the cache: longer than the usual ten minutes
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))
     return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[patience])

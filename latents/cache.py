@@ -113,8 +113,8 @@ class LatentCache:
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise UserError(
-                f"--latent_cache_dir {self.folder.parent}: the cache takes {needed / 1e6:.0f} MB more and the disk has "
-                f"{free / 1e6:.0f} MB; name another folder, lower --cache_views, or use --no_cache_latents"
+                f"latent_cache_dir {self.folder.parent}: the cache takes {needed / 1e6:.0f} MB more and the disk has "
+                f"{free / 1e6:.0f} MB; name another folder, lower cache_views, or train without cache_latents"
             )
 
     def write_chunk(self, chunk: int, rows: dict[str, np.ndarray], left_out: dict[int, str]) -> None:
@@ -138,10 +138,10 @@ class LatentCache:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(
-                    f"--latent_cache_dir {self.folder.parent}: the disk is full; what is cached is kept. Free "
+                    f"latent_cache_dir {self.folder.parent}: the disk is full; what is cached is kept. Free "
                     f"{self.total_bytes / 1e6:.0f} MB or name another folder, then start again"
                 ) from None
-            raise UserError(f"--latent_cache_dir {self.folder.parent}: cannot be written ({one_line(error)})") from None
+            raise UserError(f"latent_cache_dir {self.folder.parent}: cannot be written ({one_line(error)})") from None
 
     def finish(self) -> None:
         write_json(self.folder / "complete.json", {"images": self.length, "views": self.views, "bytes": self.total_bytes})

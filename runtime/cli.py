@@ -81,7 +81,7 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"{source}: unknown key {shown(name)}{nearest(name, known)}")
             try:
                 checked[name] = self._from_json(known[name], value)
-            except UserError as error:
+            except (UserError, ValueError) as error:  # ValueError: a whole number too long for Python to print
                 raise UserError(f"{source}: {name}: {SAID_OF_A_FLAG.sub('', str(error))}") from None
         return checked
 

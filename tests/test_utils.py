@@ -6,8 +6,7 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from runtime.cli import claim_writable_folder, use_proxy
-from utils import UserError, atomic_file, next_stamp, one_line, write_json
+from utils import atomic_file, next_stamp, one_line, write_json
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
@@ -70,19 +69,6 @@ def test_write_json_refuses_nan_and_keeps_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ["metrics.json"]
 
 
-def test_claim_writable_folder_creates_it_and_leaves_nothing_in_it(tmp_path):
-    folder = claim_writable_folder(tmp_path / "a" / "b", "--save_dir")
-    assert folder.is_dir() and not os.listdir(folder)
-
-
-def test_claim_writable_folder_on_a_file_names_the_flag(tmp_path):
-    """A traceback at the first save, hours into a run."""
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=r"^--save_dir .*another folder$"):
-            claim_writable_folder(path, "--save_dir")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Stamps
 
@@ -121,6 +107,7 @@ def test_stamp_sorts_after_entries_from_the_future(tmp_path, newest, expected):
 
 
 def test_one_line_is_one_short_line():
+    """An error of a library that fills the screen, or an empty line for one without a message."""
     assert one_line(ValueError("a\n  b\r\n\tc")) == "a b c"
     assert one_line(ValueError()) == "ValueError"
     assert len(one_line(ValueError("word " * 1000), limit=50)) == 50
@@ -147,15 +134,3 @@ def test_one_line_hides_both_tokens_when_two_are_set(monkeypatch):
     monkeypatch.setenv("HUGGINGFACE_TOKEN", "hf_first")
     monkeypatch.setenv("HF_TOKEN", "hf_second")
     assert one_line(ValueError("hf_first hf_second")) == "*** ***"
-
-
-def test_use_proxy_sets_both_spellings_and_none_leaves_the_environment_alone(monkeypatch):
-    """A proxy that reaches plain http only; an empty --proxy that wipes the user's own."""
-    names = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
-    for name in names:
-        monkeypatch.setenv(name, "http://theirs:1")
-    use_proxy(None)
-    use_proxy("")
-    assert {os.environ[name] for name in names} == {"http://theirs:1"}
-    use_proxy("http://ours:2")
-    assert {os.environ[name] for name in names} == {"http://ours:2"}

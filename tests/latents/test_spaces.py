@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import make_tiny_vae
 from diffusers import AutoencoderKL, AutoencoderTiny
+from hostile import refusal
 from safetensors.torch import load_file, save_file
 
 from latents.spaces import Codec, good_image_size
 from latents.vaes import load_vae_model
-from utils import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 KL_VAES = ("kl4", "kl16", "kl4_stride4")
@@ -23,17 +23,6 @@ def load(folder, subfolder="", **options):
 
 def make_images(height=32, width=24, batch=2):
     return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
-
-
-def complaint(call, *parts):
-    """The UserError that `call()` raises, as text: one line that holds every part."""
-    with pytest.raises(UserError) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text.strip()
-    for part in parts:
-        assert part in text
-    return text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -269,19 +258,19 @@ def test_a_broken_vae_is_one_line_that_names_flag_and_folder(vae_folders, tmp_pa
     folder = shutil.copytree(vae_folders["kl4"], tmp_path / "broken_vae")
     damage(folder)
     images = make_images()
-    complaint(lambda: Codec(load(folder, label="--vae2_path")).encode(images), "--vae2_path", "broken_vae", said)
+    refusal(lambda: Codec(load(folder, label="--vae2_path")).encode(images), "--vae2_path", "broken_vae", said)
 
 
 def test_a_vae_path_that_is_a_file_is_one_line(vae_folders):
     """A weights file in place of its folder, taken for a hub id or opened as a folder."""
-    complaint(lambda: load(vae_folders["kl4"] / WEIGHTS), "VAE", WEIGHTS)
+    refusal(lambda: load(vae_folders["kl4"] / WEIGHTS), "VAE", WEIGHTS)
 
 
 @pytest.mark.parametrize("size", [(36, 32), (32, 20), (31, 31)])
 def test_image_that_does_not_fit_the_stride_is_refused(vae_folders, size):
     """Latents of a rounded size, which fit nothing later on."""
     for name, multiple in (("kl4", "8"), ("tiny4", "8")):
-        complaint(lambda name=name: Codec(load(vae_folders[name])).encode(make_images(*size)), str(size), multiple)
+        refusal(lambda name=name: Codec(load(vae_folders[name])).encode(make_images(*size)), str(size), multiple)
 
 
 def test_good_image_size_names_the_nearest():
@@ -289,5 +278,5 @@ def test_good_image_size_names_the_nearest():
     assert good_image_size(256, 8, 8) == 256
     assert good_image_size(24, 4, 8) == 24
     for size, strides, nearest in ((250, (8, 8), 248), (253, (8, 8), 256), (36, (4, 16), 32), (3, (8,), 8), (0, (8, 4), 8)):
-        text = complaint(lambda size=size, strides=strides: good_image_size(size, *strides), f"image_size {size}")
+        text = refusal(lambda size=size, strides=strides: good_image_size(size, *strides), f"image_size {size}")
         assert text.endswith(f"nearest is {nearest}")

@@ -18,8 +18,6 @@ from dataloader import ImageDataset
 from latents.encode_once import CacheOptions, cache_latents
 from latents.spaces import Codec
 from latents.vaes import load_vae_model
-from runtime.device import is_out_of_memory, memory_advice
-from utils import UserError
 
 CONFIG, WEIGHTS, PICKLED = "config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
 
@@ -215,57 +213,9 @@ def test_no_vae_runs_in_float16(folder, kind):
 # ----------------------------------------------------------------------------------------------------------------------
 # Too little memory
 
-OUT_OF_MEMORY = {
-    "cuda": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:114] err == 0. DefaultCPUAllocator: can't allocate memory"),
-    "mps": RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"),
-    "python": MemoryError(),
-}
-
-
-@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
-def test_running_out_of_memory_says_what_was_done_and_which_flags_help(kind):
-    """torch's page of allocator statistics; a RuntimeError that nobody takes for what it is."""
-    error = OUT_OF_MEMORY[kind]
-    assert is_out_of_memory(error)
-
-    def work():
-        with memory_advice("training", train_batch_size=64, num_workers=0, precision="float32"):
-            raise error
-
-    text = refusal(work, "out of memory while training", "train_batch_size 64", "precision float32")
-    assert "lower train_batch_size or use precision bfloat16" in text
-
-
-@pytest.mark.parametrize(
-    "error", [RuntimeError("shapes do not match"), ValueError("out of memory"), UserError("x"), KeyboardInterrupt()]
-)
-def test_other_errors_pass_through(error):
-    """A bug that is reported as too little memory."""
-    with pytest.raises(type(error)) as caught, memory_advice("training", train_batch_size=4):
-        raise error
-    assert caught.value is error and not is_out_of_memory(error)
-
-
-def test_advice_when_nothing_can_be_lowered():
-    """ "lower " and nothing after it."""
-
-    def work():
-        with memory_advice("training", train_batch_size=1, precision="bfloat16"):
-            raise MemoryError
-
-    refusal(work, "use a machine with more of it")
-
 
 def real_lack_of_memory():
     torch.empty(1 << 50)
-
-
-def test_torchs_own_error_on_the_cpu_is_known():
-    """A wording of torch's that changes with its version."""
-    with pytest.raises(RuntimeError) as error:
-        real_lack_of_memory()
-    assert is_out_of_memory(error.value)
 
 
 def short_of_memory(space, most):

@@ -11,14 +11,14 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, as_argv, run_script
+from conftest import ROOT, run_script
 from hostile import is_one_line, no_hang, refusal
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import eval_align
 import train_align_with_args as train_script
-from runtime.cli import claim_writable_file, claim_writable_folder, load_config, run
+from runtime.cli import claim_writable_file, claim_writable_folder, load_config, run, use_proxy
 from train_align_with_args import config_dict, parse_args, save_config
 from utils import UserError
 
@@ -69,11 +69,12 @@ def parse_line(line):
 
 @pytest.fixture
 def config(tmp_path):
-    """A function: write its keywords (or one text) as config.json, and give the path."""
+    """A function: write its keywords, or one text or bytes, as config.json, and give the path."""
 
-    def write(text=None, **values):
+    def write(content=None, **values):
         path = tmp_path / "config.json"
-        path.write_text(json.dumps(values) if text is None else text, encoding="utf-8")
+        content = json.dumps(values) if content is None else content
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
         return str(path)
 
     return write
@@ -117,6 +118,7 @@ def test_defaults_are_not_shared_between_calls():
 
 
 def test_the_specifications_examples_parse_as_typed():
+    """A command of the specification that no longer parses, or that sets other values."""
     args = parse_line(
         "--vae1_path sd-legacy/stable-diffusion-v1-5 --vae2_path black-forest-labs/FLUX.1-dev --train_data_dir train_images "
         "--eval_data_dir eval_images --epochs 200 --learning_rate 1e-3"
@@ -260,28 +262,16 @@ def test_value_of_the_wrong_kind_in_a_config_is_one_line_that_names_the_key(mist
     assert len(line) < 1000
 
 
+def test_a_number_too_long_to_print_is_one_line():
+    """Python's refusal to print a number of 4,300 digits, which no JSON but a checkpoint's config can hold, as a traceback."""
+    refusal(lambda: train_script.PARSER.check_config({"epochs": 10**5000}, "a checkpoint"), "a checkpoint: epochs: ")
+
+
 def test_whole_numbers_serve_as_numbers_and_null_as_not_set(config):
     """`"learning_rate": 1` refused for not being a float; a saved `"proxy": null` refused on reading back."""
     args = parse_args(["--load_config", config(learning_rate=1, grad_clip=2, proxy=None, cache_dir=None)])
     assert (args.learning_rate, args.grad_clip, args.proxy, args.cache_dir) == (1.0, 2.0, None, None)
     assert isinstance(args.learning_rate, float)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1]", "3", '"epochs"', "null", "{'epochs': 1}", "[" * 100_000])
-def test_config_that_is_no_json_object_is_one_line(mistake, config, text):
-    """A traceback for a comma too many."""
-    path = config(text)
-    assert path in mistake("--load_config", path)
-    with pytest.raises(UserError) as error:
-        load_config(path)
-    assert path in str(error.value) and "\n" not in str(error.value)
-
-
-def test_config_that_cannot_be_read_is_one_line(mistake, tmp_path):
-    """A traceback for a mistyped path, a folder, or a checkpoint in place of its config."""
-    (tmp_path / "binary.pth").write_bytes(bytes(range(256)))
-    for path in (tmp_path / "missing.json", tmp_path, tmp_path / "binary.pth"):
-        assert str(path) in mistake("--load_config", str(path))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -366,6 +356,18 @@ def test_a_users_mistake_and_ctrl_c_end_a_program_without_a_traceback(monkeypatc
     assert stop.value.code == status  # a text is printed to stderr and means status 1
 
 
+def test_use_proxy_sets_both_spellings_and_none_leaves_the_environment_alone(monkeypatch):
+    """A proxy that reaches plain http only; an empty --proxy that wipes the user's own."""
+    names = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
+    for name in names:
+        monkeypatch.setenv(name, "http://theirs:1")
+    use_proxy(None)
+    use_proxy("")
+    assert {os.environ[name] for name in names} == {"http://theirs:1"}
+    use_proxy("http://ours:2")
+    assert {os.environ[name] for name in names} == {"http://ours:2"}
+
+
 def test_importing_the_script_has_no_side_effects(tmp_path):
     """Files, a CUDA context, changed settings or seconds of heavy imports for who only wants one function."""
     program = f"""
@@ -405,47 +407,22 @@ def parsed(argv, parser=train_script.build_parser):
         return None, line
 
 
-@pytest.fixture
-def hostile_config(tmp_path):
-    """A function: write bytes, text or a value as config.json, and give the path."""
-
-    def write(content):
-        path = tmp_path / "config.json"
-        content = content if isinstance(content, (bytes, str)) else json.dumps(content)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return path
-
-    return write
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The file
 
 FILES = {  # kind: (content, what the line says)
     "empty": ("", "JSON"),
-    "white space": (" \n\t\n", "JSON"),
-    "zero bytes": (bytes(64), "JSON"),
     "no json": ("epochs = 3", "JSON"),
-    "yaml": ("epochs: 3\n", "JSON"),
     "single quotes": ("{'epochs': 3}", "JSON"),
-    "trailing comma": ('{"epochs": 3,}', "JSON"),
-    "comment": ('{"epochs": 3} // three', "JSON"),
     "cut short": ('{"epochs": 3, "see', "JSON"),
-    "two objects": ('{"epochs": 3}{"seed": 1}', "JSON"),
     "array": ('[{"epochs": 3}]', "object"),
-    "string": ('"epochs"', "object"),
     "number": ("3", "object"),
-    "null": ("null", "object"),
-    "nan": ("NaN", "object"),
     "utf-16": ('{"epochs": 3}'.encode("utf-16"), "JSON"),
     "latin-1": ('{"vae1_path": "bücher"}'.encode("latin-1"), "JSON"),
-    "picture": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "JSON"),
     "same key twice": ('{"epochs": 3, "epochs": 4}', "'epochs' is there twice"),
     "same key twice, spelt differently": ('{"epochs": 3, "\\u0065pochs": 4}', "'epochs' is there twice"),
     "arrays 100,000 deep": ("[" * 100_000, "JSON"),
-    "objects 100,000 deep": ('{"a":' * 100_000, "JSON"),
     "value 900 deep": ('{"epochs": ' + "[" * 900 + "]" * 900 + "}", ""),
-    "objects 900 deep": ('{"epochs": ' + '{"a":' * 900 + "1" + "}" * 900 + "}", ""),
     "whole number of 5,000 digits": ('{"epochs": ' + "9" * 5000 + "}", "JSON"),
     "whole number of 4,000 digits": ('{"epochs": ' + "9" * 4000 + "}", "epochs"),
     "key of a megabyte": (json.dumps({"epochs" * 170_000: 3}), "unknown key"),
@@ -453,29 +430,24 @@ FILES = {  # kind: (content, what the line says)
     "100,000 unknown keys": (json.dumps({f"epochs{number}": 3 for number in range(100_000)}), "did you mean epochs?"),
     "longer than 16 MB": (b" " * (1 << 24) + b"{}", "longer than 16 MB"),
     "key with a newline": ('{"two\\nlines": 1}', "'two\\nlines'"),
-    "key with a terminal command": ('{"\\u001b[2J": 1}', "'\\x1b[2J'"),
     "key that is half a letter": ('{"\\ud800": 1}', "unknown key"),
-    "empty key": ('{"": 1}', "unknown key ''"),
-    "another config": ('{"load_config": "other.json"}', "unknown key 'load_config'"),
-    "inner part of the parser": ('{"typed_flags": ["device"]}', "unknown key 'typed_flags'"),
-    "attribute of every object": ('{"__class__": "x"}', "unknown key '__class__'"),
 }
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_hostile_config_is_one_line_and_status_2(hostile_config, kind):
+def test_a_config_is_one_line_and_status_2(config, kind):
     """A traceback, a page of a megabyte, or (worse) a key that is silently dropped."""
     content, said = FILES[kind]
-    path = hostile_config(content)
+    path = config(content)
     flags, line = parsed(["--load_config", path])
-    assert flags is None and str(path) in line and said in line, line
+    assert flags is None and path in line and said in line, line
     with contextlib.suppress(UserError):  # wrong keys and values are not its business
         load_config(path)
 
 
-def test_a_config_with_a_byte_order_mark_is_read(hostile_config):
+def test_a_config_with_a_byte_order_mark_is_read(config):
     """What Windows' editor saves, refused as no JSON."""
-    assert parse_args(["--load_config", str(hostile_config(b"\xef\xbb\xbf" + b'{"epochs": 3}'))]).epochs == 3
+    assert parse_args(["--load_config", config(b"\xef\xbb\xbf" + b'{"epochs": 3}')]).epochs == 3
 
 
 PLACES = {
@@ -530,10 +502,10 @@ def is_sane(name, value):
 
 
 @pytest.mark.parametrize("name", FLAGS)
-def test_an_absurd_value_of_any_flag_is_one_line_that_names_it(hostile_config, name):
+def test_an_absurd_value_of_any_flag_is_one_line_that_names_it(config, name):
     """A flag whose range nobody checks: true for 1, NaN, a billion workers, a name that no file can have."""
     for value in ABSURD:
-        path = hostile_config({name: value})
+        path = config(**{name: value})
         flags, line = parsed(["--load_config", path])
         if flags is None:
             assert f"{path}: {name}: " in line, line
@@ -562,7 +534,6 @@ json_values = st.recursive(
 @settings(max_examples=150)
 @given(st.dictionaries(st.sampled_from([*FLAGS, "load_config", "epoch"]), json_values, max_size=3))
 @example({"vae1_path": "\udcff"})
-@example({"extra_losses": ["mse=1e-400"]})
 def test_any_config_gives_the_flags_or_one_line(tmp_path_factory, values):
     """Whatever else a value can do to the parser; and that flags which are taken can be saved and read back the same."""
     folder = tmp_path_factory.getbasetemp()
@@ -583,12 +554,13 @@ def test_any_config_gives_the_flags_or_one_line(tmp_path_factory, values):
 @example(b'{"epochs":1e999999999}')
 @example(b"\xef\xbb\xbf\xef\xbb\xbf{}")
 def test_any_bytes_as_a_config_give_the_flags_or_one_line(tmp_path_factory, content):
+    """A decoder's or a number parser's own traceback."""
     path = tmp_path_factory.getbasetemp() / "bytes.json"
     path.write_bytes(content)
     parsed(["--load_config", path])
 
 
-def test_a_config_with_any_byte_changed_gives_the_flags_or_one_line(hostile_config):
+def test_a_config_with_any_byte_changed_gives_the_flags_or_one_line(config):
     """Damage that leaves most of the file intact, which random bytes never reach."""
     whole = json.dumps(config_dict(parse_args([])), indent=1).encode()
     draw = random.Random(0)
@@ -597,7 +569,7 @@ def test_a_config_with_any_byte_changed_gives_the_flags_or_one_line(hostile_conf
         content = bytearray(whole)
         for _ in range(draw.randint(1, 3)):
             content[draw.randrange(len(content))] = draw.randrange(256)
-        taken += parsed(["--load_config", hostile_config(bytes(content))])[0] is not None
+        taken += parsed(["--load_config", config(bytes(content))])[0] is not None
     assert 0 < taken < 150  # both ways are walked
 
 
@@ -618,13 +590,13 @@ def test_any_command_line_gives_the_flags_or_one_line(parser):
     check()
 
 
-def test_an_error_shows_no_password(hostile_config):
+def test_an_error_shows_no_password(config):
     """A proxy's password in the complaint about the flag beside it."""
     secret = "http://user:hunter22@proxy:1"
     for argv in (
         ["stray", secret],
         [f"--epochs={secret}"],
-        ["--load_config", hostile_config({"proxy": [secret]})],
+        ["--load_config", config(proxy=[secret])],
         ["--loss_type", secret],
     ):
         flags, line = parsed(argv)
@@ -632,52 +604,21 @@ def test_an_error_shows_no_password(hostile_config):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What only shows when flags meet each other, the machine and the disk
-
-REFUSED = {  # changes to a run's flags, and what the line says
-    "cache only without a cache": ({"cache_only": True, "no_cache_latents": True}, "--cache_only"),
-    "image size that no stride divides": ({"image_size": 33}, "--image_size 33"),
-    "module larger than the memory": ({"hidden_channels": 8192, "num_blocks": 1000}, "--hidden_channels"),
-    "evaluation batch larger than the memory": ({"eval_batch_size": 65536, "image_size": 16384}, "--eval_batch_size"),
-    "config into nowhere": ({"config_save_path": "/proc/x/config.json"}, "--config_save_path /proc/x/config.json"),
-    "config onto a folder": ({"config_save_path": "{}"}, "--config_save_path"),
-    "config below a file": ({"config_save_path": "{}/file/config.json"}, "--config_save_path"),
-    "checkpoints below a device": ({"save_dir": "/dev/null/x"}, "--save_dir /dev/null/x"),
-    "checkpoints onto a file": ({"save_dir": "{}/file"}, "--save_dir"),
-    "logs into the system": ({"log_dir": "/proc/x"}, "--log_dir /proc/x"),
-    "logs onto a file": ({"log_dir": "{}/file"}, "--log_dir"),
-    "logs that are not utf-8": ({"log_dir": os.fsdecode(b"\xff\xfe")}, "--log_dir \\udcff\\udcfe"),
-    "logs with too long a name": ({"log_dir": "{}/" + "x" * 300}, "--log_dir"),
-    "cache onto a file": ({"latent_cache_dir": "{}/file"}, "--latent_cache_dir"),
-    "cache below a device": ({"latent_cache_dir": "/dev/null/x"}, "--latent_cache_dir /dev/null/x"),
-    "decoder that is not there": ({"decoder_loss_weight": 1, "decoder_loss_path": "{}/none"}, "--decoder_loss_path"),
-    "decoder of another space": ({"decoder_loss_weight": 1, "decoder_loss_path": "kl4"}, "--decoder_loss_path"),
-    "images that are a file": ({"train_data_dir": "{}/file"}, "--train_data_dir"),
-    "images in a pipe": ({"eval_data_dir": "{}/pipe"}, "--eval_data_dir"),
-    "images that are nowhere": ({"train_data_dir": "{}/none", "vae1_path": "{}/none"}, "--train_data_dir"),
-    "a checkpoint without a name": ({"resume": ""}, "--resume ''"),
-    "weights without a name": ({"load_checkpoint": ""}, "--load_checkpoint ''"),
-    "compiling without a compiler": ({"compile": True}, "--compile"),
-    "device that nobody has": ({"device": "cuda:99"}, "--device cuda:99"),
-}
+# Outputs that cannot be written
 
 
-@pytest.mark.parametrize("kind", REFUSED)
-def test_flags_that_cannot_work_together_are_refused_before_anything_is_encoded(
-    flags, vae_folders, tmp_path, monkeypatch, kind
-):
-    """An hour of encoding, or a whole training run, that is lost to a flag which could not work from the start."""
-    monkeypatch.setattr("train_align_with_args.cache_latents", lambda *_, **__: pytest.fail("the cache is built"))
-    monkeypatch.setattr("latents.vaes.FrozenVAE.model", property(lambda vae: pytest.fail("a VAE's weights are read")))
-    monkeypatch.setattr("runtime.device.torch.compile", lambda _: lambda _: (_ for _ in ()).throw(RuntimeError("no compiler")))
-    (tmp_path / "file").touch()
-    os.mkfifo(tmp_path / "pipe")
-    changes, said = REFUSED[kind]
-    changes = {name: value.replace("{}", str(tmp_path)) if isinstance(value, str) else value for name, value in changes.items()}
-    if changes.get("decoder_loss_path") == "kl4":
-        changes["decoder_loss_path"] = vae_folders["kl4"]
-    monkeypatch.chdir(tmp_path)
-    refusal(lambda: train_script.main(as_argv(flags | changes)), said)
+def test_claim_writable_folder_creates_it_and_leaves_nothing_in_it(tmp_path):
+    """A probe file left behind, or a folder missing at the first save."""
+    folder = claim_writable_folder(tmp_path / "a" / "b", "--save_dir")
+    assert folder.is_dir() and not os.listdir(folder)
+
+
+def test_claim_writable_folder_on_a_file_names_the_flag(tmp_path):
+    """A traceback at the first save, hours into a run."""
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"^--save_dir .*another folder$"):
+            claim_writable_folder(path, "--save_dir")
 
 
 @pytest.mark.parametrize("path", ["a\0b", "/dev/null/x", "/proc/x", "/dev/full"])

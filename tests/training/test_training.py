@@ -155,6 +155,7 @@ def test_eval_align_agrees_with_the_runs_own_last_evaluation(user_run):
 
 
 def test_every_frequency_zero_switches_its_thing_off_and_the_end_still_saves(flags, tmp_path):
+    """A division by zero, or a run whose result is never written."""
     run = train(flags, tmp_path, epochs=2, **QUIET)
     tags = event_tags(run.event_files[0])
     assert not [tag for tag in tags["scalars"] if not tag.startswith("train/")]
@@ -332,6 +333,7 @@ def test_checkpoint_of_a_run_gives_back_the_trained_module(flags, tmp_path):
 
 
 def test_unreadable_training_image_is_named_and_the_run_goes_on(flags, tmp_path, photo_folders, caplog):
+    """One broken file that ends the run, or that is left out without a word."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for photo in sorted(photo_folders[0].rglob("*.png"))[:6]:
