@@ -77,7 +77,7 @@ def test_page_in_a_browser_shows_the_figures_and_asks_for_nothing(judged, browse
             assert (None if shown == "–" else float(shown.replace("−", "-"))) == (
                 None if figures[metric] is None else pytest.approx(figures[metric], abs=0.51 * 10**-digits)
             ), (row, metric)
-    assert cells["vae1 latent_mse"] == cells["ceiling psnr_vs_vae2"] == "–"
+    assert cells["vae1 latent_mse"] == cells["vae2 psnr_vs_vae2"] == "–"
     assert browser.run("document.querySelector('.verdict').innerText").count(judged.metrics["verdict"]["sentences"][0]) == 1
     assert browser.run("[...document.images].every(image => image.alt === '' || image.naturalWidth > 0)")
 
