@@ -120,9 +120,7 @@ def lines(title, series, x_label, y_label, log_y=False, zero=False, fill=False, 
         body += f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{at_y(y) + 4:.1f}">{shown}</text>'
     for x in ticks(x_low, x_high):
         body += f'<text class="tick" text-anchor="middle" x="{at_x(x):.1f}" y="{height - BOTTOM + 16}">{number(x)}</text>'
-    body += f'<text class="tick" text-anchor="middle" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 6}">{text(x_label)}</text>'
-    middle = (TOP + height - BOTTOM) / 2
-    body += f'<text class="tick" text-anchor="middle" transform="translate(12 {middle}) rotate(-90)">{text(y_label)}</text>'
+    body += _axis_labels(x_label, y_label, height)
     if mark and x_low <= mark[0] <= x_high:
         body += f'<line class="mark" x1="{at_x(mark[0]):.1f}" x2="{at_x(mark[0]):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>'
         side = "end" if at_x(mark[0]) > WIDTH / 2 else "start"
@@ -148,6 +146,49 @@ def lines(title, series, x_label, y_label, log_y=False, zero=False, fill=False, 
     return frame(title, spoken, body, height) + legend([(label, colour) for label, _, colour in kept])
 
 
+def scatter(title: str, points: list[tuple[str, float, float, str]], x_label: str, y_label: str) -> str:
+    """Labelled points. A point is (label, x, y, class); the labels stand beside them, moved apart where they would meet."""
+    if not points:
+        return f"<p>{text(title)}: nothing to draw.</p>"
+
+    def scale(values, low, high):
+        least, most = min(values), max(values)
+        margin = 0.08 * (most - least) or 0.5
+        return (
+            least - margin,
+            most + margin,
+            lambda value: low + (value - least + margin) / (most - least + 2 * margin) * (high - low),
+        )
+
+    x_low, x_high, at_x = scale([x for _, x, _, _ in points], LEFT, WIDTH - RIGHT)
+    y_low, y_high, at_y = scale([y for _, _, y, _ in points], HEIGHT - BOTTOM, TOP)
+    body = ""
+    for y in ticks(y_low, y_high):
+        body += f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>'
+        body += f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{at_y(y) + 4:.1f}">{number(y)}</text>'
+    for x in ticks(x_low, x_high):
+        body += f'<text class="tick" text-anchor="middle" x="{at_x(x):.1f}" y="{HEIGHT - BOTTOM + 16}">{number(x)}</text>'
+    body += _axis_labels(x_label, y_label, HEIGHT)
+    lowest = -math.inf
+    for label, x, y, colour in sorted(points, key=lambda point: at_y(point[2])):
+        place = max(at_y(y) + 4, lowest + 14)
+        lowest = place
+        end = at_x(x) > WIDTH / 2
+        body += f'<circle class="dot {colour}" cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="5"/>'
+        anchor, shift = ("end", -9) if end else ("start", 9)
+        body += f'<text text-anchor="{anchor}" x="{at_x(x) + shift:.1f}" y="{place:.1f}">{text(label)}</text>'
+    spoken = f"{y_label} over {x_label}. " + "; ".join(f"{label}: {number(y)} at {number(x)}" for label, x, y, _ in points)
+    return frame(title, spoken, body)
+
+
+def _axis_labels(x_label: str, y_label: str, height: float) -> str:
+    middle = (TOP + height - BOTTOM) / 2
+    return (
+        f'<text class="tick" text-anchor="middle" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 6}">{text(x_label)}</text>'
+        f'<text class="tick" text-anchor="middle" transform="translate(12 {middle}) rotate(-90)">{text(y_label)}</text>'
+    )
+
+
 def columns(title: str, series: list[tuple[str, list[float | None], str]], x_label: str, y_label: str) -> str:
     """Grouped columns from zero, one group per place in the lists. A series is (label, values, class)."""
     values = [value for _, numbers, _ in series for value in numbers if value is not None]
@@ -170,9 +211,7 @@ def columns(title: str, series: list[tuple[str, list[float | None], str]], x_lab
             x = LEFT + (place + 0.1) * group + which * one
             size = f'x="{x:.1f}" y="{base - height:.1f}" width="{one:.1f}" height="{height:.1f}"'
             body += f'<rect class="bar {colour}" {size}/>'
-    body += f'<text class="tick" text-anchor="middle" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}">{text(x_label)}</text>'
-    middle = (TOP + base) / 2
-    body += f'<text class="tick" text-anchor="middle" transform="translate(12 {middle}) rotate(-90)">{text(y_label)}</text>'
+    body += _axis_labels(x_label, y_label, HEIGHT)
     spoken = "; ".join(f"{label}: {', '.join(number(value) for value in numbers)}" for label, numbers, _ in series)
     return frame(title, spoken, body) + legend([(label, colour) for label, _, colour in series], solid=True)
 

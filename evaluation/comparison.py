@@ -2,87 +2,104 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from evaluation.summary import mean_and_interval
+
 PSNR_NOISE = 0.05  # dB: smaller differences are none
+PERCEPTION_NOISE = 0.002  # of ST-LPIPS, likewise
 BIAS_SEEN = 1  # 8-bit levels of colour bias from which it is called a weakness
 SOFT = 0.8  # fine detail relative to decode + re-encode's, below which a picture visibly lacks it
 FEW_IMAGES = 30
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """How the main module compares with decode + re-encode.
+class Gain:
+    """By how much the module is better than decode + re-encode in one metric; negative: worse.
 
     Attributes:
-        answer: whether it is worth using instead: "yes", "equal", "no", or "unknown" without a PSNR.
-        gains: its PSNR over that of decode + re-encode, dB, of each image on which both are finite.
-        gain_db: their mean; gain_error_db: the 95% interval of that mean, ±; None where undefined.
+        by_image: of each image on which both figures are finite.
+        mean: of these; error: the 95% interval of that mean, ±; None where undefined.
+        noise: the difference that counts as none, whatever the interval.
+    """
+
+    by_image: tuple[float, ...]
+    mean: float | None
+    error: float | None
+    noise: float
+
+    @property
+    def sign(self) -> int | None:
+        """+1: better, -1: worse, 0: neither beyond the interval; None without figures."""
+        if self.mean is None:
+            return None
+        noise = max(self.noise, self.error or 0)
+        return (self.mean > noise) - (self.mean < -noise)
+
+    @property
+    def better_on(self) -> int:
+        """On how many images the module is the better."""
+        return sum(gain > 0 for gain in self.by_image)
+
+    @property
+    def worse_on(self) -> int:
+        """On how many images decode + re-encode is the better."""
+        return sum(gain < 0 for gain in self.by_image)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How the main module compares with decode + re-encode, in distortion and in perception.
+
+    Attributes:
+        answer: whether it is worth using instead: "yes": worse in neither, better in one; "equal": neither better nor worse;
+            "no": worse in one; "unknown" without a PSNR.
+        distortion: the gain in PSNR, dB. perception: the gain in ST-LPIPS (VGG), where it was measured.
+        broken: whether the module's latents are not finite.
         below_vae2_db: its mean PSNR below that of VAE2's own reconstruction; negative: above it.
         macs_fraction, time_fraction: its cost, of that of decode + re-encode; None where not measured.
     """
 
     answer: str
-    gains: tuple[float, ...]
-    gain_db: float | None
-    gain_error_db: float | None
+    distortion: Gain
+    perception: Gain
+    broken: bool
     below_vae2_db: float | None
     macs_fraction: float | None
     time_fraction: float | None
 
-    @property
-    def better_on(self) -> int:
-        """On how many images it is the better."""
-        return sum(gain > 0 for gain in self.gains)
-
-    @property
-    def worse_on(self) -> int:
-        """On how many images decode + re-encode is the better."""
-        return sum(gain < 0 for gain in self.gains)
-
-    @property
-    def broken(self) -> bool:
-        """Whether the module's latents are not finite."""
-        return self.answer == "no" and self.gain_db is None
-
 
 def compare(results: dict) -> Comparison:
     """The comparison of `results`, a judgement as `judge.judge` returns it."""
-    ladder, per_image = results["ladder"], results["per_image"]
+    ladder = results["ladder"]
     aligned, rival, vae2 = (ladder[rung] for rung in ("aligned", "reencode", "vae2"))
-    pairs = zip(per_image["aligned"]["psnr"], per_image["reencode"]["psnr"])
-    gains = tuple(ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None)
     broken = aligned["latent_mse"] is None
-    gain, error = _mean_and_interval(() if broken else gains)
+    distortion = _gain(results, "psnr", +1, PSNR_NOISE, broken)
+    perception = _gain(results, "st_lpips_vgg", -1, PERCEPTION_NOISE, broken)
     both = None not in (aligned["psnr"], vae2["psnr"])
     return Comparison(
-        answer="no" if broken else _answer(gain, error),
-        gains=gains,
-        gain_db=gain,
-        gain_error_db=error,
+        answer="no" if broken else _answer(distortion.sign, perception.sign),
+        distortion=distortion,
+        perception=perception,
+        broken=broken,
         below_vae2_db=vae2["psnr"] - aligned["psnr"] if both and not broken else None,
         macs_fraction=_fraction(aligned, rival, "macs"),
         time_fraction=_fraction(aligned, rival, "milliseconds"),
     )
 
 
-def _mean_and_interval(gains) -> tuple[float | None, float | None]:
-    """Mean of `gains` and half the width of its 95% interval, by the normal distribution; None where undefined."""
-    if not gains:
-        return None, None
-    mean = math.fsum(gains) / len(gains)
-    if len(gains) == 1:
-        return mean, None
-    variance = math.fsum((one - mean) ** 2 for one in gains) / (len(gains) - 1)
-    return mean, 1.96 * math.sqrt(variance / len(gains))
+def _gain(results: dict, metric: str, better: int, noise: float, broken: bool) -> Gain:
+    ours, theirs = (results["per_image"][rung].get(metric, []) for rung in ("aligned", "reencode"))
+    pairs = [] if broken else zip(ours, theirs)
+    by_image = tuple(better * (one - other) for one, other in pairs if one is not None and other is not None)
+    return Gain(by_image, *mean_and_interval(by_image), noise)
 
 
-def _answer(gain: float | None, error: float | None) -> str:
-    if gain is None:
+def _answer(distortion: int | None, perception: int | None) -> str:
+    if distortion is None:
         return "unknown"
-    noise = max(PSNR_NOISE, error or 0)
-    return "yes" if gain > noise else "no" if gain < -noise else "equal"
+    signs = {distortion, perception or 0}
+    return "no" if -1 in signs else "yes" if 1 in signs else "equal"
 
 
 def _fraction(aligned: dict, rival: dict, cost: str) -> float | None:
@@ -90,10 +107,9 @@ def _fraction(aligned: dict, rival: dict, cost: str) -> float | None:
 
 
 def softness(results: dict) -> tuple[float, float] | None:
-    """(detail of the module's pictures, of those of decode + re-encode), of the originals', where the module's are visibly
-    softer; else None."""
-    detail = results.get("spectrum", {}).get("detail", {})
-    ours, theirs = detail.get("aligned"), detail.get("reencode")
+    """(power of the finest detail in the module's pictures, in those of decode + re-encode), of VAE2's, where the module's
+    are visibly softer; else None."""
+    ours, theirs = (results["ladder"][rung].get("detail") for rung in ("aligned", "reencode"))
     return (ours, theirs) if ours is not None and theirs is not None and ours < SOFT * theirs else None
 
 

@@ -6,12 +6,15 @@ import torch
 
 
 class FeatureStatistics:
-    """Running mean and covariance of feature vectors: memory that does not grow with their number."""
+    """Running mean and covariance of feature vectors: memory that does not grow with their number.
 
-    def __init__(self):
-        self.count = 0
-        self.sum = 0
-        self.products = 0
+    Attributes: count of the vectors; their sum (F) and the sum of their outer products (F, F), float64.
+    """
+
+    def __init__(self, count: int = 0, total: torch.Tensor | int = 0, products: torch.Tensor | int = 0):
+        self.count = count
+        self.sum = total
+        self.products = products
 
     def add(self, features: torch.Tensor) -> None:
         """Features (B, F)."""

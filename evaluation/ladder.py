@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from evaluation.metrics import METRICS, Measures, Sample
-from evaluation.summary import finite, mean_of, summarise
+from evaluation.metrics import METRICS, Measures
+from evaluation.sample import Sample
+from evaluation.summary import finite, mean_and_interval, mean_of, summarise
 from latents.pipeline import PipelineWithVAEs
 from latents.spaces import Codec
 from runtime.device import autocast
@@ -222,11 +223,13 @@ def evaluate(
 
     Returns a dict of plain values:
         images: how many were judged; unreadable: the messages of those that could not be.
-        ladder: {rung: {label, kind (see `Rung`), every metric of `metrics.METRICS`}}: means over images. What begins with
-            `latent` is against VAE2's posterior mean; `psnr_vs_vae2`, `ssim_vs_vae2` and `colour_bias` (signed 8-bit levels of
+        ladder: {rung: {label, caption: a short one, kind (see `Rung`), every metric of `metrics.METRICS`}}: means over images.
+            What begins with `latent` is against VAE2's posterior mean; `psnr_vs_vae2`, `ssim_vs_vae2` and `colour_bias`
+            (signed 8-bit levels of
             R, G, B) are against VAE2's own reconstruction; the others are against the original. None where undefined or
             not measured. milliseconds, parameters and macs come with `costs` only.
         summary: {rung: {metric: {mean, std, worst, worst_image}}}, see `summary.summarise`.
+        intervals: {rung: {metric: half the width of its figure's 95% interval}}, as far as there is one.
         per_image: {rung: {metric: [value per image]}}; paths: the images' names in the same order.
     """
     measures = measures or Measures()
@@ -246,7 +249,7 @@ def evaluate(
         for name, sample in samples.items():
             for metric, per_image in measures.of_each_image(sample).items():
                 values[name].setdefault(metric, []).extend(per_image)
-        measures.add(samples)
+            measures.add(name, sample)
         paths += batch["path"]
         if visit:
             visit(batch, made)
@@ -261,6 +264,7 @@ def evaluate(
         "unreadable": unreadable,
         "ladder": figures,
         "summary": summarise(values),
+        "intervals": _intervals(values, measures),
         "per_image": finite(values),
         "paths": paths,
     }
@@ -280,7 +284,17 @@ def _means(ladder: Ladder, values: dict, measures: Measures) -> dict:
     not_measured = dict.fromkeys(name for name, metric in METRICS.items() if metric.scope != "cost")
     figures = {}
     for name, rung in ladder.rungs.items():
-        figures[name] = {"label": rung.label, "kind": rung.kind} | not_measured
+        figures[name] = {"label": rung.label, "kind": rung.kind, "caption": rung.caption or rung.kind} | not_measured
         figures[name] |= {metric: mean_of(numbers) for metric, numbers in values[name].items()}
         figures[name] |= finite({metric: values_of_set.get(name) for metric, values_of_set in of_the_set.items()})
     return figures
+
+
+def _intervals(values: dict, measures: Measures) -> dict:
+    of_the_set = measures.intervals_of_the_set()
+    intervals = {}
+    for rung, metrics in values.items():
+        own = {name: mean_and_interval(numbers)[1] for name, numbers in metrics.items() if METRICS[name].components == ()}
+        own |= {name: by_rung.get(rung) for name, by_rung in of_the_set.items()}
+        intervals[rung] = {name: finite(interval) for name, interval in own.items() if interval is not None}
+    return intervals

@@ -10,69 +10,43 @@ raises UserError with the reason when this machine does not have it; the metric 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-from evaluation import per_image
+from evaluation import per_image, set_figures
 from evaluation.frechet import FeatureStatistics, frechet_distance
 from evaluation.networks import inception_network, lpips_network
-from evaluation.per_image import to_8bit
+from evaluation.sample import Sample
+from evaluation.st_lpips import SMALLEST_SIDE, st_lpips
 from utils import UserError, one_line
 
 LPIPS_SIDE = 32  # px: below that nothing is left after AlexNet's pooling
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What one rung of the ladder made of a batch, and what that is held against.
-
-    Attributes:
-        original: the images (B, 3, H, W) in [-1, 1].
-        picture: what the rung's latents decode to, (B, 3, H, W), about [-1, 1].
-        latents: the rung's scaled latents (B, C, h, w) in VAE2's space; None for VAE1's own, which are in another space.
-        vae2_picture, vae2_latents: VAE2's own reconstruction, and its posterior mean.
-    """
-
-    original: torch.Tensor
-    picture: torch.Tensor
-    latents: torch.Tensor | None
-    vae2_picture: torch.Tensor
-    vae2_latents: torch.Tensor
-
-    @functools.cached_property
-    def levels(self) -> torch.Tensor:
-        """`picture` as 8-bit levels (B, 3, H, W), float."""
-        return to_8bit(self.picture)
-
-    @functools.cached_property
-    def original_levels(self) -> torch.Tensor:
-        return to_8bit(self.original)
-
-    @functools.cached_property
-    def vae2_levels(self) -> torch.Tensor:
-        return to_8bit(self.vae2_picture)
-
-
-@dataclass(frozen=True)
 class Setting:
-    """What a metric may ask before it is loaded: the side of the images in px, and the device."""
+    """What a metric may ask before it is loaded: the side of the images in px, and the device. `perceptual` keeps the networks
+    of ST-LPIPS, which several metrics look through, by name."""
 
     image_size: int
     device: torch.device | str
+    perceptual: dict[str, PerceptualFeatures] = field(default_factory=dict)
 
 
 class SetMeasure(Protocol):
-    """A metric of a set of images, over all rungs at once, so that what the rungs share is computed once."""
+    """A metric of a set of images, for all rungs."""
 
-    def add(self, samples: dict[str, Sample]) -> None:
-        """Take note of a batch: {rung: what it made of the batch}."""
+    def add(self, name: str, sample: Sample) -> None:
+        """Take note of what the rung `name` made of a batch."""
 
-    def result(self) -> dict[str, float | None]:
+    def result(self) -> dict[str, float | list | None]:
         """{rung: value over all batches}; None where undefined."""
+
+    def intervals(self) -> dict[str, float | None]:
+        """{rung: half the width of the value's 95% interval}; rungs without one may be missing."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +69,7 @@ class Metric:
         of_latents: needs latents in VAE2's space, which VAE1's own are not.
         components: names of its numbers where a value has several; None: as many as there are latent channels, which
             metrics.csv leaves out.
+        decides: whether the verdict rests on it; the terminal then shows its interval too.
     """
 
     name: str
@@ -109,6 +84,7 @@ class Metric:
     by_default: bool = False
     of_latents: bool = False
     components: tuple[str, ...] | None = ()
+    decides: bool = False
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,6 +117,56 @@ def load_lpips(setting: Setting) -> Callable[[Sample], list]:
     return measure
 
 
+class PerceptualFeatures:
+    """An ST-LPIPS network and what it made of the last few batches, since rungs and metrics share them."""
+
+    KEPT = 2  # the originals, and what the rung at hand made of them
+
+    def __init__(self, network: str, device: torch.device | str):
+        self.network = st_lpips(network, device)
+        self._recent = []
+
+    def __call__(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] -> the network's features of their 8-bit levels, see `PerceptualDistance.features`."""
+        found = next((kept for kept in self._recent if kept[0] is images), None)
+        found = found or (images, self.network.features(per_image.to_8bit(images) / 127.5 - 1))
+        others = [kept for kept in self._recent if kept[0] is not images]
+        self._recent = [*others[1 - self.KEPT :], found]
+        return found[1]
+
+    def distance(self, first: torch.Tensor, second: torch.Tensor) -> list[float]:
+        """ST-LPIPS between images of two batches, pair by pair."""
+        reference = self(second)  # first, so that what the rungs share is the last to be forgotten
+        return self.network.distance(self(first), reference).tolist()
+
+
+def perceptual_features(setting: Setting, network: str) -> PerceptualFeatures:
+    require_side(setting, SMALLEST_SIDE)
+    if network not in setting.perceptual:
+        setting.perceptual[network] = PerceptualFeatures(network, setting.device)
+    return setting.perceptual[network]
+
+
+def load_st_lpips(network: str) -> Callable[[Setting], Callable[[Sample], list]]:
+    """The `load` of ST-LPIPS with that network."""
+
+    def load(setting):
+        features = perceptual_features(setting, network)
+        return lambda sample: features.distance(sample.picture, sample.original)
+
+    return load
+
+
+def load_texture(setting: Setting) -> set_figures.SetFigure:
+    features = perceptual_features(setting, "vgg")
+    return set_figures.texture(lambda images: features(images)[: set_figures.TEXTURE_STAGES])
+
+
+def of_the_set(figure: Callable[[], SetMeasure]) -> Callable[[Setting], SetMeasure]:
+    """The `load` of a figure of the set that needs no network."""
+    return lambda setting: figure()
+
+
 class FrechetToOriginals:
     """A `SetMeasure`: the Fréchet distance between the features of a rung's pictures and those of the originals.
 
@@ -152,15 +178,19 @@ class FrechetToOriginals:
         self.features = features
         self.originals = FeatureStatistics()
         self.rungs = {}
+        self._counted = None
 
-    def add(self, samples: dict[str, Sample]) -> None:
-        first = next(iter(samples.values()))
-        self.originals.add(self.features(first.original_levels))
-        for name, sample in samples.items():
-            self.rungs.setdefault(name, FeatureStatistics()).add(self.features(sample.levels))
+    def add(self, name: str, sample: Sample) -> None:
+        if self._counted is not sample.original:  # all rungs of a batch share the originals
+            self._counted = sample.original
+            self.originals.add(self.features(sample.original_levels))
+        self.rungs.setdefault(name, FeatureStatistics()).add(self.features(sample.levels))
 
     def result(self) -> dict[str, float | None]:
         return {name: frechet_distance(statistics, self.originals) for name, statistics in self.rungs.items()}
+
+    def intervals(self) -> dict[str, float | None]:
+        return {}
 
 
 def load_rfid(setting: Setting) -> FrechetToOriginals:
@@ -194,15 +224,27 @@ METRICS = {
                each_image(lambda sample: per_image.latent_mse(sample.latents, sample.vae2_latents)),
                FOUR_DIGITS, better=-1, heading="latent MSE", of_latents=True),
         Metric("psnr", "PSNR", "image", each_image(lambda sample: per_image.psnr(sample.levels, sample.original_levels)),
-               DECIBELS, better=+1, unit="dB", heading="PSNR dB"),
+               DECIBELS, better=+1, unit="dB", heading="PSNR dB", decides=True),
+        Metric("st_lpips_vgg", "ST-LPIPS, VGG", "image", load_st_lpips("vgg"), "{:.3f}".format, better=-1,
+               heading="ST-LPIPS", choice="st_lpips", by_default=True, decides=True),
+        Metric("st_lpips_alex", "ST-LPIPS, AlexNet", "image", load_st_lpips("alex"), "{:.3f}".format, better=-1,
+               choice="st_lpips", by_default=True),
+        Metric("texture", "Texture distance", "set", load_texture, "{:.1f}".format, better=-1, heading="texture",
+               choice="texture", by_default=True),
+        Metric("detail", "Finest detail", "set", of_the_set(set_figures.detail), "{:.2f}".format, unit="of VAE2's",
+               heading="detail"),
         Metric("ssim", "SSIM", "image", each_image(lambda sample: per_image.ssim(sample.levels, sample.original_levels)),
                FOUR_DIGITS, better=+1, heading="SSIM", choice="ssim", by_default=True),
         Metric("ms_ssim", "MS-SSIM", "image", load_ms_ssim, FOUR_DIGITS, better=+1, choice="ms_ssim", by_default=True),
-        Metric("lpips", "LPIPS", "image", load_lpips, FOUR_DIGITS, better=-1, choice="lpips", by_default=True),
+        Metric("lpips", "LPIPS", "image", load_lpips, FOUR_DIGITS, better=-1, choice="lpips"),
         Metric("rfid", "rFID", "set", load_rfid, DECIBELS, better=-1, choice="rfid"),
         Metric("colour_bias", "Colour bias", "image",
                each_image(lambda sample: per_image.colour_bias(sample.levels, sample.vae2_levels)),
                _levels_of_rgb, unit="R G B, levels", heading="colour bias", components=("r", "g", "b")),
+        Metric("latent_variance", "Latent variance", "set", of_the_set(set_figures.latent_variance), "{:.2f}".format,
+               unit="of VAE2's", heading="latent var", of_latents=True),
+        Metric("latent_detail", "Latents' finest detail", "set", of_the_set(set_figures.latent_detail), "{:.2f}".format,
+               unit="of VAE2's", of_latents=True),
         Metric("milliseconds", "Time", "cost", None, "{:.2f}".format, better=-1, unit="ms", heading="ms"),
         Metric("parameters", "Weights", "cost", None, _millions, better=-1, unit="millions", heading="M params"),
         Metric("macs", "Multiply-adds", "cost", None, _billions, better=-1, unit="billions", heading="G MACs"),
@@ -220,6 +262,10 @@ METRICS = {
         Metric("latent_mse_by_channel", "Latent MSE by channel", "image",
                each_image(lambda sample: per_image.latent_mse_by_channel(sample.latents, sample.vae2_latents)),
                None, better=-1, of_latents=True, components=None),
+        Metric("latent_variance_by_channel", "Latent variance by channel", "set",
+               of_the_set(set_figures.latent_variance_by_channel), None, of_latents=True, components=None),
+        Metric("latent_spectrum", "Latent spectrum", "set", of_the_set(set_figures.latent_spectrum), None, of_latents=True,
+               components=None),
     )
 }  # fmt: skip
 
@@ -266,11 +312,16 @@ class Measures:
             if sample.latents is not None or not METRICS[name].of_latents
         }
 
-    def add(self, samples: dict[str, Sample]) -> None:
-        """Take note of a batch, {rung: what it made of the batch}, for the metrics of the set."""
-        for measure in self._of_the_set.values():
-            measure.add(samples)
+    def add(self, rung: str, sample: Sample) -> None:
+        """Take note of what a rung made of a batch, for the metrics of the set."""
+        for name, measure in self._of_the_set.items():
+            if sample.latents is not None or not METRICS[name].of_latents:
+                measure.add(rung, sample)
 
-    def of_the_set(self) -> dict[str, dict[str, float | None]]:
+    def of_the_set(self) -> dict[str, dict[str, float | list | None]]:
         """{metric: {rung: value over all images}}."""
         return {name: measure.result() for name, measure in self._of_the_set.items()}
+
+    def intervals_of_the_set(self) -> dict[str, dict[str, float | None]]:
+        """{metric: {rung: half the width of its 95% interval}}, as far as there is one."""
+        return {name: measure.intervals() for name, measure in self._of_the_set.items()}

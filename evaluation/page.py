@@ -46,7 +46,8 @@ th, td { padding: .4rem .5rem; text-align: right; white-space: nowrap; border-bo
   overflow-wrap: normal; }
 tbody tr:last-child > * { border-bottom: 0; } thead th { color: var(--dim); font-weight: 600;
   vertical-align: bottom; white-space: normal; }
-thead small { display: block; font-weight: 400; } th[scope=row] { text-align: left; font-weight: 500; }
+thead small { display: block; font-weight: 400; } td small { color: var(--dim); font-weight: 400; }
+th[scope=row] { text-align: left; font-weight: 500; }
 th:first-child { text-align: left; white-space: normal; min-width: 7.5rem; position: sticky; left: 0;
   background: var(--paper); overflow-wrap: anywhere; }
 td.name, th.name { text-align: left; white-space: normal; min-width: 10rem; overflow-wrap: anywhere; }
@@ -179,9 +180,12 @@ def _verdict(results):
     against = "".join(f"<li>{text(sentence)}</li>" for sentence in verdict["weaknesses"])
     against = f"<h3>What to mind</h3><ul>{against}</ul>" if against else ""
     gain, fraction, below = verdict["gain_db"], verdict["macs_fraction"], verdict["below_vae2_db"]
+    perceptual, closer = aligned.get("st_lpips_vgg"), verdict["perceptual_gain"]
     tiles = (
         ("PSNR, aligned", "–" if aligned["psnr"] is None else f"{aligned['psnr']:.2f} dB"),
         ("over decode + re-encode", "–" if gain is None else f"{gain:+.2f} dB".replace("-", "−")),
+        ("ST-LPIPS, aligned", "–" if perceptual is None else f"{perceptual:.3f}"),
+        ("beside decode + re-encode", "–" if closer is None else f"{-closer:+.3f}".replace("-", "−")),
         ("over VAE2's own reconstruction", "–" if below is None else f"{-below:+.2f} dB".replace("-", "−")),
         ("multiply-adds, of re-encode's", "–" if fraction is None else tables.percent(fraction)),
     )
@@ -210,8 +214,10 @@ def _ladder(results):
         header.append(f'<th scope="col">{text(metric.label)}<small>{text(unit)}</small></th>')
     rows = []
     for name, rung in ladder.items():
+        intervals = results["intervals"].get(name, {})
         cells = "".join(
-            f'<td data-row="{text(name)}" data-metric="{metric.name}">{text(figure_text(metric, rung.get(metric.name)))}</td>'
+            f'<td data-row="{text(name)}" data-metric="{metric.name}">{text(figure_text(metric, rung.get(metric.name)))}'
+            f"<small>{text(tables.interval_text(metric, intervals))}</small></td>"
             for metric in columns
         )
         main = ' class="main"' if name == "aligned" else ""
@@ -221,7 +227,20 @@ def _ladder(results):
         for name, why in results["left_out_metrics"].items()
     )
     left_out = f'<ul class="dim">{left_out}</ul>' if left_out else ""
+    points = [
+        (rung["caption"], rung["st_lpips_vgg"], rung["psnr"], colours[name])
+        for name, rung in ladder.items()
+        if None not in (rung.get("st_lpips_vgg"), rung.get("psnr"))
+    ]
     charts_of = ""
+    if points:
+        chart = charts.scatter(
+            "Distortion and perception", points, "ST-LPIPS, VGG (less is better)", "PSNR, dB (more is better)"
+        )
+        charts_of = (
+            '<figure><h3>Distortion and perception</h3><p class="dim">The best place is the upper left. A soft picture stands '
+            f"higher and farther right than a crisp one.</p>{chart}</figure>"
+        )
     for metric, title in (
         (METRICS["psnr"], "PSNR against the original"),
         (METRICS["latent_mse"], "Error of the latents (MSE)"),
@@ -234,7 +253,8 @@ def _ladder(results):
         unit = " dB" if metric.name == "psnr" else ""
         charts_of += f"<figure><h3>{title}</h3>{charts.bars(title, entries, unit)}</figure>"
     return (
-        "<section><h2>The ladder</h2><p>Means over all images. What is compared: VAE2 decodes its own latents of the image, "
+        "<section><h2>The ladder</h2><p>Means over all images, ± their 95% intervals. What is compared: VAE2 decodes its own "
+        "latents of the image, "
         "the latents that people get today by decoding with VAE1 and encoding again, and the latents of the module. An "
         "arrow says whether more (↑) or less (↓) is better.</p>"
         f'{_table("The ladder of baselines", header, rows)}{left_out}<div class="charts">{charts_of}</div></section>'
@@ -319,12 +339,30 @@ def _errors(results):
             "All channels together. Two curves that part show latents of another level or spread than VAE2's.",
             charts.lines("Values of the latents", overall, "scaled latent", "share", zero=True, fill=True),
         ),
-    )
+        (
+            "Power of the latents by spatial frequency",
+            "Of VAE2's own latents, mean over channels. Below 1 the latents lack structure of that size, above they "
+            "have too much.",
+            charts.lines("Power of the latents by spatial frequency", _latent_spectra(ladder, colours), "cycles per latent",
+                         "power, of VAE2's", zero=True),
+        ),
+    )  # fmt: skip
     body = "".join(f'<figure><h3>{title}</h3><p class="dim">{note}</p>{chart}</figure>' for title, note, chart in figures)
     return (
         f'<section><h2>Where the error lies</h2><div class="charts">{body}</div><details><summary>Values of the latents, '
         f'channel by channel</summary><div class="histograms">{small}</div></details></section>'
     )
+
+
+def _latent_spectra(ladder, colours):
+    """The series of the latents' spectra, band by band from 0 to 0.5 cycles per latent."""
+    series = []
+    for name, rung in ladder.items():
+        powers = rung.get("latent_spectrum")
+        if powers and rung["kind"] in ("vae2", "reencode", "aligned"):
+            points = [((band + 0.5) / (2 * len(powers)), power) for band, power in enumerate(powers)]
+            series.append((rung["label"], points, colours[name]))
+    return series
 
 
 def _curves(results, curves):
@@ -393,6 +431,16 @@ def _method(results):
         "<li>PSNR, SSIM and the other picture metrics are taken per image on clamped 8-bit values, against the original, and "
         "then averaged.</li><li>Latents are scaled latents; their target is VAE2's posterior mean. Their cosine is that of the "
         "whole latent as one vector.</li>"
+        "<li>ST-LPIPS is how far apart two pictures look to a frozen ImageNet network, VGG-16 or AlexNet (Ghildyal &amp; Liu "
+        "2022): 0 for equal pictures. A loss may use AlexNet; the verdict uses VGG.</li>"
+        "<li>Texture distance is the Fréchet distance of VGG's first three stages at every position, of a rung's pictures "
+        "against "
+        "the originals, in per cent of the originals' variance.</li>"
+        "<li>Finest detail is the power at up to 4 pixels a cycle, of VAE2's reconstructions. The latents' variance and finest "
+        "detail are means over channels, of VAE2's latents.</li>"
+        "<li>± is half a 95% interval: of a mean over images by the normal distribution, of texture, detail and variance "
+        "by the "
+        "jackknife over ten groups of images.</li>"
         "<li>Colour bias is the mean of a rung's pictures − VAE2's own reconstructions, for red, green and blue each, in "
         "8-bit levels.</li>"
         "<li>Time, weights and multiply-adds are what it takes to come by VAE2's latents, from VAE1's (and the image, where "
@@ -400,7 +448,9 @@ def _method(results):
         "the fastest of three.</li>"
         f"<li>The VAEs run in {text(settings['precision'])} and the modules under autocast to it, as in training; "
         "<code>translate</code> computes in float32.</li>"
-        "<li>The ± of the verdict is a 95% interval of the mean over images; below it two ways count as equally good.</li>"
+        "<li>The verdict is yes if neither PSNR nor ST-LPIPS is worse than that of decode + re-encode beyond the 95% interval "
+        "of "
+        "their mean difference, and one is better.</li>"
         f"{rfid if results['ladder']['aligned'].get('rfid') is not None else ''}"
         "<li>A dash stands for what is undefined or infinite, as is the PSNR of identical pictures.</li></ul>"
         f"{_table('Checkpoints', [header], [checkpoints])}{unreadable}"

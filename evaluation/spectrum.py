@@ -1,4 +1,4 @@
-"""Where in spatial frequency the pictures of each rung err, and how much fine detail they have."""
+"""Where in spatial frequency the pictures of each rung err."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ SPECTRUM_BANDS = 24
 
 
 class ErrorSpectrum:
-    """The power of each rung's error relative to the original's, by frequency band; and how much fine detail its pictures
-    have, true or invented. PSNR does not tell the latter: a soft picture errs less than a crisp one.
+    """The power of each rung's error relative to the original's, by frequency band.
 
     Of the mean of R, G, B in 8-bit levels under a Hann window, summed over images; bands of equal width from 0 to 0.5 cycles
     per pixel, the mean level left out.
@@ -31,28 +30,22 @@ class ErrorSpectrum:
         self.frequencies = [(band + 0.5) / (2 * bands) for band in range(bands)]
         self.original = torch.zeros(bands + 1, dtype=torch.float64)
         self.errors = {rung: torch.zeros(bands + 1, dtype=torch.float64) for rung in rungs}
-        self.pictures = {rung: torch.zeros(bands + 1, dtype=torch.float64) for rung in rungs}
 
     def add(self, originals: torch.Tensor, pictures: dict) -> None:
         """Originals (B, 3, S, S) and {rung: pictures of the same shape}, in [-1, 1]."""
         originals = to_8bit(originals).mean(dim=1)
         self.original += self._power(_without_mean(originals))
         for rung in self.errors:
-            picture = to_8bit(pictures[rung]).mean(dim=1)
-            self.errors[rung] += self._power(picture - originals)
-            self.pictures[rung] += self._power(_without_mean(picture))
+            self.errors[rung] += self._power(to_8bit(pictures[rung]).mean(dim=1) - originals)
 
     def _power(self, planes):
         spectrum = torch.fft.fft2(planes * self.window.to(planes)).abs().square().sum(dim=0).flatten().cpu().double()
         return torch.zeros_like(self.original).index_add_(0, self.band, spectrum)
 
     def result(self) -> dict:
-        """{frequency: cycles per pixel at each band's middle, rows: {rung: error power / original's power, per band},
-        detail: {rung: the picture's power / original's, of the upper half of the bands: at most 4 pixels a cycle}}."""
+        """{frequency: cycles per pixel at each band's middle, rows: {rung: error power / original's power, per band}}."""
         rungs = {rung: finite((power / self.original)[:-1].tolist()) for rung, power in self.errors.items()}
-        fine = slice(len(self.frequencies) // 2, -1)
-        detail = {rung: (power[fine].sum() / self.original[fine].sum()).item() for rung, power in self.pictures.items()}
-        return {"frequency": self.frequencies, "rows": rungs, "detail": dict(zip(detail, finite(list(detail.values()))))}
+        return {"frequency": self.frequencies, "rows": rungs}
 
 
 def _without_mean(planes: torch.Tensor) -> torch.Tensor:

@@ -47,3 +47,14 @@ def mean_of(numbers: list):
         return [mean_of(component) for component in zip(*numbers)]
     mean = math.fsum(numbers) / len(numbers)
     return mean if math.isfinite(mean) else None
+
+
+def mean_and_interval(numbers) -> tuple[float | None, float | None]:
+    """Mean of `numbers` and half the width of its 95% interval, by the normal distribution; None where undefined."""
+    if not numbers:
+        return None, None
+    mean = math.fsum(numbers) / len(numbers)
+    if len(numbers) == 1 or not math.isfinite(mean):
+        return mean, None
+    variance = math.fsum((one - mean) ** 2 for one in numbers) / (len(numbers) - 1)
+    return mean, 1.96 * math.sqrt(variance / len(numbers))

@@ -13,11 +13,19 @@ from utils import atomic_file
 
 
 def ladder_table(results: dict) -> str:
-    """The baseline ladder as aligned text: one line a rung, a dash where a figure has no meaning."""
-    columns = [metric for metric in METRICS.values() if metric.heading]
+    """The baseline ladder as aligned text: one line a rung, a dash where a figure has no meaning; the figures on which the
+    verdict rests with their 95% intervals. What was not measured has no column."""
+    ladder = results["ladder"]
+    measured = {name for rung in ladder.values() for name, value in rung.items() if value is not None}
+    columns = [metric for metric in METRICS.values() if metric.heading and metric.name in measured]
     lines = [("", *(metric.heading for metric in columns))]
-    for rung in results["ladder"].values():
-        lines.append((rung["label"], *(figure_text(metric, rung.get(metric.name)) for metric in columns)))
+    for name, rung in ladder.items():
+        intervals = results.get("intervals", {}).get(name, {})
+        cells = (
+            figure_text(metric, rung.get(metric.name)) + (interval_text(metric, intervals) if metric.decides else "")
+            for metric in columns
+        )
+        lines.append((rung["label"], *cells))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
@@ -28,6 +36,12 @@ def ladder_table(results: dict) -> str:
 def figure_text(metric: Metric, value) -> str:
     """A figure of the ladder as tables show it; a dash where there is none."""
     return "–" if value is None else metric.text(value)
+
+
+def interval_text(metric: Metric, intervals: dict) -> str:
+    """The ± of a figure, from the intervals of its rung; empty where it has none."""
+    interval = intervals.get(metric.name)
+    return "" if interval is None else f" ±{metric.text(interval)}"
 
 
 def csv_rows(results: dict):

@@ -6,6 +6,7 @@ from evaluation.comparison import (
     FEW_IMAGES,
     PSNR_NOISE,
     Comparison,
+    Gain,
     better_checkpoint,
     coloured,
     compare,
@@ -24,16 +25,21 @@ def verdict(results: dict) -> dict:
     `results` is a judgement as `judge.judge` returns it, with `image_size` and `settings` where they are known.
 
     Returns {answer: "yes", "equal", "no" or "unknown"; sentences: what to say first; weaknesses: what speaks against it;
-    gain_db, gain_error_db, better_on, below_vae2_db, macs_fraction, time_fraction: see `comparison.Comparison`}.
+    gain_db, gain_error_db, better_on: of PSNR, see `comparison.Gain`; perceptual_gain, perceptual_gain_error,
+    perceptually_better_on: the same of ST-LPIPS (VGG); below_vae2_db, macs_fraction, time_fraction: see
+    `comparison.Comparison`}.
     """
     compared = compare(results)
     return {
         "answer": compared.answer,
         "sentences": _sentences(results, compared),
         "weaknesses": [] if compared.broken else _weaknesses(results, compared),
-        "gain_db": compared.gain_db,
-        "gain_error_db": compared.gain_error_db,
-        "better_on": compared.better_on,
+        "gain_db": compared.distortion.mean,
+        "gain_error_db": compared.distortion.error,
+        "better_on": compared.distortion.better_on,
+        "perceptual_gain": compared.perception.mean,
+        "perceptual_gain_error": compared.perception.error,
+        "perceptually_better_on": compared.perception.better_on,
         "below_vae2_db": compared.below_vae2_db,
         "macs_fraction": compared.macs_fraction,
         "time_fraction": compared.time_fraction,
@@ -49,8 +55,8 @@ def _sentences(results: dict, compared: Comparison) -> list[str]:
     soft = softness(results)
     if soft:
         found.append(
-            f"But it looks softer: its pictures have {percent(soft[0])} of the power of the originals' finest detail (up to 4 "
-            f"pixels a cycle), those of decode + re-encode {percent(soft[1])}, true or invented; PSNR does not mind softness."
+            f"It looks softer: its pictures have {percent(soft[0])} of the power of VAE2's finest detail (up to 4 pixels a "
+            f"cycle), those of decode + re-encode {percent(soft[1])}, true or invented; PSNR does not mind softness."
         )
     best = better_checkpoint(results)
     if best:
@@ -61,26 +67,48 @@ def _sentences(results: dict, compared: Comparison) -> list[str]:
 
 def _answer(results: dict, compared: Comparison) -> str:
     """The answer itself, with its figures."""
-    aligned, rival = (results["ladder"][rung] for rung in ("aligned", "reencode"))
-    gain, fraction = compared.gain_db, compared.macs_fraction
-    figures = f"{decibels(aligned['psnr'])} against {decibels(rival['psnr'])} dB PSNR"
-    nearer_on = compared.better_on if compared.answer == "yes" else compared.worse_on
-    nearer = f"nearer on {nearer_on} of {count_of(len(compared.gains), 'image')}"
+    fraction = compared.macs_fraction
     cost = f", at {percent(fraction)} of the multiply-adds" if fraction is not None else ""
+    found = [_distortion(results, compared.distortion), _perception(results, compared.perception)]
+    better, worse, level = ([text for text, sign in found if sign == wanted] for wanted in (+1, -1, 0))
+    aside = f"; {' and '.join(level)}" if level else ""
     if compared.answer == "yes":
-        return (
-            f"Worth using instead of decode + re-encode: its pictures are {gain:.2f} dB nearer to the originals "
-            f"({figures}; {nearer}){cost}."
-        )
+        return f"Worth using instead of decode + re-encode: its pictures {' and '.join(better)}{aside}{cost}."
     if compared.answer == "equal":
-        return (
-            f"As good as decode + re-encode, as far as {count_of(len(compared.gains), 'image')} can tell "
-            f"({gain:+.2f} ± {compared.gain_error_db or 0:.2f} dB; {figures}){cost}."
-        )
-    first = f"Not for quality: decode + re-encode is {-gain:.2f} dB nearer to the originals ({figures}; {nearer})."
+        images = count_of(len(compared.distortion.by_image), "image")
+        return f"As good as decode + re-encode, as far as {images} can tell: {' and '.join(level)}{cost}."
+    beside = f", though they {' and '.join(better)}" if better else ""
+    first = f"Not for quality: beside those of decode + re-encode its pictures {' and '.join(worse)}{beside}{aside}."
     if fraction is not None and fraction < 1:
         first += f" What speaks for the module is cost: {percent(fraction)} of the multiply-adds."
     return first
+
+
+def _distortion(results: dict, gain: Gain) -> tuple[str, int | None]:
+    """What is to be said of PSNR, and whether the module is better (+1), worse (-1) or neither."""
+    ours, theirs = (decibels(results["ladder"][rung]["psnr"]) for rung in ("aligned", "reencode"))
+    figures = f"{ours} against {theirs} dB PSNR"
+    if gain.sign == 0:
+        return f"PSNR is level ({gain.mean:+.2f} ± {gain.error or 0:.2f} dB; {figures})", 0
+    on = f"on {_most(gain)} of {count_of(len(gain.by_image), 'image')}"
+    nearer = "nearer to" if gain.sign == 1 else "farther from"
+    return f"are {abs(gain.mean):.2f} dB {nearer} the originals ({figures}; {on})", gain.sign
+
+
+def _perception(results: dict, gain: Gain) -> tuple[str, int | None]:
+    """What is to be said of the perceptual distance, likewise; the sign is None where it was not measured."""
+    if gain.sign is None:
+        return "", None
+    ours, theirs = (results["ladder"][rung]["st_lpips_vgg"] for rung in ("aligned", "reencode"))
+    figures = f"ST-LPIPS {ours:.3f} against {theirs:.3f}"
+    if gain.sign == 0:
+        return f"the perceptual distance is level ({gain.mean:+.3f} ± {gain.error or 0:.3f}; {figures})", 0
+    look = "look more like" if gain.sign == 1 else "look less like"
+    return f"{look} the originals ({figures}; on {_most(gain)} of {count_of(len(gain.by_image), 'image')})", gain.sign
+
+
+def _most(gain: Gain) -> int:
+    return gain.better_on if gain.sign == 1 else gain.worse_on
 
 
 def _beside_vae2(results: dict, compared: Comparison) -> str | None:
@@ -114,9 +142,12 @@ def _weaknesses(results: dict, compared: Comparison) -> list[str]:
         found.append(f"SSIM is lower than that of decode + re-encode: {ssim[0]:.4f} against {ssim[1]:.4f}.")
     for rung, psnr in no_better_than(results):
         found.append(f"It is no better than {TRIVIAL[rung]} ({psnr:.2f} dB): the training has not helped.")
-    if compared.answer == "yes" and min(compared.gains) < -PSNR_NOISE:
-        farther = count_of(compared.worse_on, "image")
-        found.append(f"On {farther} decode + re-encode is nearer, by up to {-min(compared.gains):.2f} dB.")
+    gains = compared.distortion.by_image
+    if compared.answer == "yes" and min(gains) < -PSNR_NOISE:
+        farther = count_of(compared.distortion.worse_on, "image")
+        found.append(f"On {farther} decode + re-encode is nearer, by up to {-min(gains):.2f} dB.")
+    if compared.perception.sign is None:
+        found.append("No perceptual distance was measured: the verdict rests on PSNR, which does not mind softness.")
     return found + _limits(results)
 
 

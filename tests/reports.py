@@ -79,7 +79,7 @@ def judge_hostile_images(folder, vae_folders):
         "eval_batch_size": 4,
         "num_workers": 0,
         "device": "cpu",
-        "metrics": ["ssim", "ms_ssim"],
+        "metrics": ["ssim", "ms_ssim", "st_lpips", "texture"],
         "num_samples": 4,
         "vae2_path": vae_folders["nested"],
         "vae2_subfolder": "vae",
@@ -94,13 +94,17 @@ def judge_hostile_images(folder, vae_folders):
     return SimpleNamespace(out=out, results=results, metrics=read_json(out / "metrics.json"), page=page, flags=flags)
 
 
-def results_of(gains, aligned=None, reencode=None, **more):
-    """Results of as many images as there are `gains`, the PSNR of the module over decode + re-encode in dB."""
+def results_of(gains, aligned=None, reencode=None, nearer=0.0, **more):
+    """Results of as many images as there are `gains`, the PSNR of the module over decode + re-encode in dB; `nearer` is by how
+    much its ST-LPIPS is below that of decode + re-encode."""
     per_image = {"reencode": {"psnr": [25.0] * len(gains)}, "vae2": {"psnr": [30.0] * len(gains)}}
     per_image["aligned"] = {"psnr": [25.0 + gain for gain in gains], "latent_mse": [0.1] * len(gains)}
+    for row, distance in (("vae2", 0.05), ("reencode", 0.2), ("aligned", 0.2 - nearer)):
+        per_image[row]["st_lpips_vgg"] = [distance] * len(gains)
     plain = {"latent_mse": 0.1, "ssim": 0.8, "colour_bias": [0.0, 0.0, 0.0], "macs": 4e9, "milliseconds": 8.0}
     ladder = {
-        row: plain | {"label": row, "kind": row, "psnr": float(np.mean(figures["psnr"]))} for row, figures in per_image.items()
+        row: plain | {"label": row, "kind": row} | {name: float(np.mean(figures[name])) for name in ("psnr", "st_lpips_vgg")}
+        for row, figures in per_image.items()
     }
     ladder["aligned"] |= {"macs": 1e9} | (aligned or {})
     ladder["reencode"] |= reencode or {}

@@ -25,6 +25,35 @@ def test_verdict_answers_by_the_gain_and_its_uncertainty(gains, answer):
         assert found["gain_error_db"] == pytest.approx(1.96 * np.std(gains, ddof=1) / math.sqrt(len(gains)))
 
 
+@pytest.mark.parametrize(
+    ("gain", "nearer", "answer", "said"),
+    [
+        (1.0, 0.1, "yes", "1.00 dB nearer to the originals"),
+        (0.0, 0.1, "yes", "look more like the originals"),
+        (1.0, -0.1, "no", "look less like the originals (ST-LPIPS 0.300 against 0.200; on 40 of 40 images), though they are"),
+        (-1.0, 0.1, "no", "1.00 dB farther from the originals"),
+        (0.0, 0.0, "equal", "the perceptual distance is level"),
+    ],
+)
+def test_verdict_weighs_distortion_and_perception(gain, nearer, answer, said):
+    """A soft module that is praised for its PSNR; a no that does not say what is worse."""
+    found = verdict(results_of([gain] * 40, nearer=nearer))
+    assert found["answer"] == answer
+    assert said in found["sentences"][0]
+    assert found["perceptual_gain"] == pytest.approx(nearer)
+    assert found["perceptually_better_on"] == (40 if nearer > 0 else 0)
+
+
+def test_verdict_without_a_perceptual_distance_says_so():
+    """A verdict on PSNR alone that passes for one on both."""
+    results = results_of([1.0] * 40)
+    for figures in results["per_image"].values():
+        del figures["st_lpips_vgg"]
+    found = verdict(results)
+    assert found["answer"] == "yes" and found["perceptual_gain"] is None
+    assert "No perceptual distance" in found["weaknesses"][0]
+
+
 @pytest.mark.parametrize(("gain", "said"), [(4.0, "stays 1.00 dB below"), (6.0, "by 1.00 dB"), (5.0, "stays 0.00 dB below")])
 def test_verdict_says_on_which_side_of_vae2_the_module_stands(gain, said):
     """A module that passes VAE2's own reconstruction, called below it or impossible."""
@@ -34,7 +63,7 @@ def test_verdict_says_on_which_side_of_vae2_the_module_stands(gain, said):
 @pytest.mark.parametrize(("detail", "soft"), [(0.5, True), (0.9, False), (None, False)])
 def test_verdict_says_when_pictures_are_soft(detail, soft):
     """Praise for a blurred picture, whose PSNR is the better for it."""
-    results = results_of([1.0] * 40, spectrum={"detail": {"aligned": detail, "reencode": 1.0}})
+    results = results_of([1.0] * 40, aligned={"detail": detail}, reencode={"detail": 1.0})
     said = " ".join(verdict(results)["sentences"])
     assert ("softer" in said and "50% of the power" in said) == soft
 

@@ -1,0 +1,216 @@
+"""Figures of a whole set of images, from sums over it, with intervals by the jackknife: texture, detail, latent statistics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from evaluation.frechet import FeatureStatistics, frechet_distance
+from evaluation.sample import Sample
+
+GROUPS = 10  # of images, that are left out in turn
+FINE = 0.25  # cycles per pixel from which on detail is fine: at most 4 pixels a cycle
+BANDS = 8  # of the latents' spectrum, from 0 to 0.5 cycles per latent
+TEXTURE_STAGES = 3  # of VGG: strides 1, 2 and 4
+
+
+class SetFigure:
+    """A `metrics.SetMeasure`: a figure of the sums over a rung's images and of the sums over what these are held against.
+
+    The interval is the jackknife's (Efron & Tibshirani 1993, chapter 11). The images are dealt to `GROUPS` groups in turn, and
+    the figure is computed without each group g of G: 1.96 · sqrt((G - 1)/G · Σ (f_g - mean f)²).
+
+    Args:
+        own: Sample -> [a tuple of tensors per image], which are summed; reference: the same, of what all rungs are held
+            against.
+        figure: (the sums of `own`, those of `reference`) -> a number, or a list of numbers, which has no interval.
+    """
+
+    def __init__(self, own: Callable, reference: Callable, figure: Callable):
+        self.own = own
+        self.reference = reference
+        self.figure = figure
+        self.groups = {}
+        self.counts = {}
+        self._batch = (None, [])
+
+    def add(self, name: str, sample: Sample) -> None:
+        if self._batch[0] is not sample.original:  # all rungs of a batch share what they are held against
+            self._batch = (sample.original, self.reference(sample))
+        groups = self.groups.setdefault(name, {})
+        for own, reference in zip(self.own(sample), self._batch[1]):
+            place = self.counts[name] = self.counts.get(name, -1) + 1
+            group = place % GROUPS
+            groups[group] = _added(groups[group], (own, reference)) if group in groups else (own, reference)
+
+    def result(self) -> dict[str, float | list | None]:
+        return {name: self.figure(*_sum(list(groups.values()))) for name, groups in self.groups.items()}
+
+    def intervals(self) -> dict[str, float | None]:
+        return {name: self._interval(list(groups.values())) for name, groups in self.groups.items()}
+
+    def _interval(self, groups: list) -> float | None:
+        if len(groups) < 2:
+            return None
+        without = [self.figure(*_sum(groups[:place] + groups[place + 1 :])) for place in range(len(groups))]
+        if any(not isinstance(figure, float) for figure in without):
+            return None
+        mean = math.fsum(without) / len(without)
+        return 1.96 * math.sqrt((len(groups) - 1) / len(groups) * math.fsum((figure - mean) ** 2 for figure in without))
+
+
+def _added(first: tuple, second: tuple) -> tuple:
+    return tuple(tuple(a + b for a, b in zip(one, other)) for one, other in zip(first, second))
+
+
+def _sum(pairs: list) -> tuple:
+    total = pairs[0]
+    for pair in pairs[1:]:
+        total = _added(total, pair)
+    return total
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Texture
+
+
+def texture(features: Callable[[torch.Tensor], list[torch.Tensor]]) -> SetFigure:
+    """How far the pictures' textures are from the originals': the Fréchet distance between early features at every position,
+    as a share of the originals' total variance, in per cent, mean over the stages.
+
+    Args:
+        features: images (B, 3, H, W) in [-1, 1] -> the early stages of a network, each (B, C, h, w).
+    """
+
+    def sums_of(images):
+        return [
+            _statistics([stage[image] for stage in stages]) for stages in [features(images)] for image in range(len(images))
+        ]
+
+    return SetFigure(lambda sample: sums_of(sample.picture), lambda sample: sums_of(sample.original), _texture_distance)
+
+
+def _statistics(stages: list[torch.Tensor]) -> tuple:
+    """Of one image's stages (C, h, w): for each the number of positions, and the sums of their vectors and of products."""
+    sums = []
+    for stage in stages:
+        statistics = FeatureStatistics()
+        statistics.add(stage.flatten(1).T)
+        sums += [statistics.count, statistics.sum, statistics.products]
+    return tuple(sums)
+
+
+def _texture_distance(own: tuple, reference: tuple) -> float | None:
+    shares = []
+    for stage in range(0, len(own), 3):
+        pictures, originals = (FeatureStatistics(*sums[stage : stage + 3]) for sums in (own, reference))
+        distance = frechet_distance(pictures, originals)
+        variance = originals.mean_and_covariance()[1].trace().item()
+        if distance is None or not variance > 0:
+            return None
+        shares.append(100 * max(0.0, distance) / variance)
+    return math.fsum(shares) / len(shares)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fine detail
+
+
+def detail() -> SetFigure:
+    """The power of the finest detail (`FINE` to 0.5 cycles per pixel) of the pictures, true or invented, relative to that of
+    VAE2's own reconstructions: of the mean of R, G and B in 8-bit levels, under a Hann window."""
+
+    def sums_of(levels):
+        planes = levels.mean(dim=1)
+        power = _power(planes[:, None])[:, 0]
+        radius = _radius(planes.shape[-2:], power.device)
+        fine = (radius >= FINE) & (radius < 0.5)
+        return [(power[image][fine].sum(),) for image in range(len(power))]
+
+    def relative(own, reference):
+        return _ratio(own[0], reference[0])
+
+    return SetFigure(lambda sample: sums_of(sample.levels), lambda sample: sums_of(sample.vae2_levels), relative)
+
+
+def _power(planes: torch.Tensor) -> torch.Tensor:
+    """Planes (B, C, H, W) -> power of each frequency under a Hann window, the mean taken off; on the CPU, float64."""
+    planes = planes.cpu().double()
+    high, wide = planes.shape[-2:]
+    window = torch.hann_window(high, dtype=torch.float64)[:, None] * torch.hann_window(wide, dtype=torch.float64)
+    return torch.fft.fft2((planes - planes.mean(dim=(2, 3), keepdim=True)) * window).abs().square()
+
+
+def _radius(size, device) -> torch.Tensor:
+    """The radial frequency of each coefficient of a transform of that height and width, in cycles per sample."""
+    high, wide = (torch.fft.fftfreq(side, device=device) for side in size)
+    return torch.sqrt(high[:, None] ** 2 + wide[None, :] ** 2)
+
+
+def _ratio(own: torch.Tensor, reference: torch.Tensor) -> float | None:
+    return (own / reference).item() if reference > 0 else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Latents
+
+
+def latent_variance() -> SetFigure:
+    """Mean over channels of the latents' variance, over all images and places, relative to that of VAE2's own."""
+    return _latent_moments(lambda ratios: ratios.mean().item())
+
+
+def latent_variance_by_channel() -> SetFigure:
+    """The latents' variance of each channel relative to that of VAE2's own."""
+    return _latent_moments(lambda ratios: ratios.tolist())
+
+
+def _latent_moments(figure: Callable[[torch.Tensor], float | list]) -> SetFigure:
+    def sums_of(latents):
+        latents = latents.cpu().double().flatten(2)
+        return [(one.shape[1], one.sum(dim=1), one.square().sum(dim=1)) for one in latents]
+
+    def variance(sums):
+        count, total, squares = sums
+        return squares / count - (total / count).square()
+
+    def relative(own, reference):
+        return figure(variance(own) / variance(reference).clamp_min(1e-12))
+
+    return SetFigure(lambda sample: sums_of(sample.latents), lambda sample: sums_of(sample.vae2_latents), relative)
+
+
+def latent_detail() -> SetFigure:
+    """The power of the latents' finest detail (`FINE` to 0.5 cycles per latent), mean over channels, of VAE2's own."""
+    first = round(BANDS * FINE / 0.5)
+    return _latent_powers(lambda own, reference: _mean_ratio(own[first:], reference[first:]))
+
+
+def latent_spectrum() -> SetFigure:
+    """The power of the latents in `BANDS` bands of spatial frequency, from 0 to 0.5 cycles per latent, mean over channels, of
+    VAE2's own."""
+    return _latent_powers(
+        lambda own, reference: [_mean_ratio(own[band : band + 1], reference[band : band + 1]) for band in range(BANDS)]
+    )
+
+
+def _latent_powers(figure: Callable) -> SetFigure:
+    def sums_of(latents):
+        power = _power(latents).flatten(2)
+        bands = (_radius(latents.shape[-2:], power.device) * 2 * BANDS).long().flatten()
+        by_band = torch.stack([power[:, :, bands == band].sum(dim=2) for band in range(BANDS)], dim=1)
+        return [(one,) for one in by_band]
+
+    return SetFigure(
+        lambda sample: sums_of(sample.latents),
+        lambda sample: sums_of(sample.vae2_latents),
+        lambda own, reference: figure(own[0], reference[0]),
+    )
+
+
+def _mean_ratio(own: torch.Tensor, reference: torch.Tensor) -> float | None:
+    """Powers (bands, channels) -> the ratio of each channel's sum over the bands, mean over channels; None where undefined."""
+    own, reference = own.sum(dim=0), reference.sum(dim=0)
+    return (own / reference).mean().item() if bool((reference > 0).all()) else None
