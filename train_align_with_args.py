@@ -67,7 +67,7 @@ from training.dry_run import FewBatches, Plan, first_batches
 from training.linear_start import fit_ridge
 from training.log import RunLog, evaluate_and_log, log_hparams, log_model_stats, print_results, visualize_results
 from training.muon import Muon
-from training.objective import Objective, needs_pixels
+from training.objective import PERCEPTUAL_LOSSES, Objective, needs_pixels
 from training.preflight import claim_outputs, warn_of_odd_flags
 from training.resume import (
     Start,
@@ -194,8 +194,8 @@ def build_parser() -> Parser:
                        help="side of the random window that is decoded, latents; 0: the whole image")  # fmt: skip
     group.add_argument("--decoder_loss_reference", choices=("original", "vae2"), default="original",
                        help="what it should look like: the image in VAE2's colours, or VAE2's reconstruction")  # fmt: skip
-    group.add_argument("--perceptual_loss", choices=("decoder", "lpips"), default="decoder",
-                       help="on the decoded image too: the decoder's features, or LPIPS if its weights are here")  # fmt: skip
+    group.add_argument("--perceptual_loss", choices=tuple(PERCEPTUAL_LOSSES), default="decoder",
+                       help="on the decoded image too: the decoder's features, LPIPS, or ST-LPIPS (AlexNet)")  # fmt: skip
     group.add_argument("--perceptual_loss_weight", type=real(0, 1e6), default=0.0, help="factor of that loss; 0: none")
     group.add_argument("--decoder_loss_path", help="a cheaper VAE of VAE2's latent space to decode with: folder or hub id")
     group.add_argument("--decoder_loss_subfolder", default="vae", help="where that VAE is in its folder")

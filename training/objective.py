@@ -7,6 +7,7 @@ import argparse
 import torch
 
 from evaluation.networks import lpips_network
+from evaluation.st_lpips import SMALLEST_SIDE, st_lpips
 from latents.pipeline import PipelineWithVAEs
 from latents.spaces import Codec
 from latents.vaes import load_vae_model
@@ -66,7 +67,8 @@ def _decoded_loss(pipeline, args):
             raise UserError(f"{label} {args.decoder_loss_path}: its latent space is not VAE2's (other channels or stride)")
     perceptual = None
     if args.perceptual_loss_weight:
-        perceptual = "decoder" if args.perceptual_loss == "decoder" else _lpips(pipeline.device)
+        _require_window(args, codec.stride)
+        perceptual = PERCEPTUAL_LOSSES[args.perceptual_loss](pipeline.device)
     return DecodedImageLoss(
         codec,
         batch_size=args.decoder_loss_batch,
@@ -80,11 +82,37 @@ def _decoded_loss(pipeline, args):
     )
 
 
-def _lpips(device):
-    try:
-        return lpips_network(device)
-    except UserError as error:
-        raise UserError(f"--perceptual_loss lpips: {error}; or use --perceptual_loss decoder, which needs no weights") from None
+def _require_window(args, stride):
+    """UserError where the compared part of a window is too small for ST-LPIPS."""
+    side = (args.decoder_loss_window - 2 * DecodedImageLoss.margin) * stride
+    if args.perceptual_loss == "stlpips" and args.decoder_loss_window and side < SMALLEST_SIDE:
+        least = -(-SMALLEST_SIDE // stride) + 2 * DecodedImageLoss.margin
+        raise UserError(
+            f"--decoder_loss_window {args.decoder_loss_window}: --perceptual_loss stlpips needs at least {least} latents"
+        )
+
+
+def _network(name, load):
+    """A function device -> the perceptual network that `load` gives; its errors name the flag."""
+
+    def load_on(device):
+        try:
+            return load(device)
+        except UserError as error:
+            raise UserError(
+                f"--perceptual_loss {name}: {error}; or use --perceptual_loss decoder, which needs no weights"
+            ) from None
+
+    return load_on
+
+
+# what --perceptual_loss offers: a function device -> what `DecodedImageLoss` takes; stlpips looks through AlexNet, since the
+# verdict of an evaluation looks through VGG
+PERCEPTUAL_LOSSES = {
+    "decoder": lambda device: "decoder",
+    "lpips": _network("lpips", lpips_network),
+    "stlpips": _network("stlpips", lambda device: st_lpips("alex", device)),
+}
 
 
 def decodes_pictures(args: argparse.Namespace) -> bool:

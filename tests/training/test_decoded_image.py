@@ -1,6 +1,7 @@
 """The loss on the decoded image."""
 
 import shutil
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,10 +10,12 @@ import torch
 from runs import QUIET, same_weights, train
 from safetensors.torch import load_file, save_file
 
+from evaluation.st_lpips import st_lpips
 from latents.pipeline import PipelineWithVAEs
 from latents.spaces import Codec
 from latents.vaes import load_vae_model
 from training.decoded_image import ColourReference, DecodedImageLoss
+from training.objective import PERCEPTUAL_LOSSES
 from utils import UserError
 from vae_align import AlignConfig, AlignModule
 
@@ -239,8 +242,32 @@ def test_a_perceptual_network_sees_both_pictures_and_passes_its_gradient(space):
     assert torch.autograd.grad(value, aligned)[0].any()
 
 
+def test_st_lpips_looks_through_alexnet_and_its_gradient_reaches_the_latents(space):
+    """A loss with the verdict's own network, which would flatter itself; a gradient that stops at the pictures."""
+    network = PERCEPTUAL_LOSSES["stlpips"]("cpu")
+    assert network.channels == st_lpips("alex").channels
+    images = torch.rand(2, 3, 48, 48) * 2 - 1
+    target = space.encode(images)
+    aligned = (target + torch.randn_like(target)).requires_grad_()
+    loss = DecodedImageLoss(space, 2, 0, "vae2", 0, weight=0.0, perceptual=network, perceptual_weight=1.0)
+    value, _ = loss(aligned, target, images, 0)
+    assert torch.autograd.grad(value, aligned)[0].any()
+    assert loss(target, target, images, 0)[0].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_window_too_small_for_st_lpips_is_named_before_the_first_step(flags, tmp_path):
+    """A run that ends in its first step with an error about pictures that the user never chose."""
+    with pytest.raises(UserError, match=r"^--decoder_loss_window 3: .* needs at least \d+ latents$"):
+        train(flags, tmp_path, perceptual_loss="stlpips", perceptual_loss_weight=1.0, decoder_loss_window=3)
+
+
 def test_lpips_without_its_weights_says_what_to_fetch(flags, tmp_path, monkeypatch):
-    """A download without being asked, a traceback, or a run that quietly goes without the loss."""
+    """A traceback, or a run that quietly goes without the loss."""
+
+    def no_network(*_, **__):
+        raise OSError("no route to host")
+
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
     with pytest.raises(UserError, match=r"^--perceptual_loss lpips: .*(pip install|fetch|not on this machine)"):
         train(flags, tmp_path, perceptual_loss="lpips", perceptual_loss_weight=1.0)
