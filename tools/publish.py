@@ -87,8 +87,8 @@ def model_card(pipeline: AlignPipeline, repo: str, vaes: list[str], args: argpar
         DIFFUSERS.format(stride=pipeline.space2.stride).strip(),
         "## Limits",
         "One direction between these two latent spaces. What VAE1's latents do not hold cannot come back: without the image "
-        "fine detail is softer than VAE2's own, which image-to-image at a strength of 0.4 and more hides. Latents far outside what "
-        "photos give, such as noise, are not translated faithfully.",
+        "fine detail is softer than VAE2's own, which image-to-image at a strength of 0.4 and more hides. Latents far outside "
+        "what photos give, such as noise, are not translated faithfully.",
         f"## Licence\n\n{args.license} for these weights. The VAEs named above have licences of their own.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
