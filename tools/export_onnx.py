@@ -56,15 +56,22 @@ def open_sizes(module: AlignModule) -> dict[str, dict]:
     }
 
 
-def export_graph(model: torch.nn.Module, inputs: dict, sizes: dict, output: str | Path, output_name: str, metadata: dict):
-    """Write `model(**inputs)` as ONNX with the sizes open; one file, weights included. `metadata`: {key: text}."""
+def export_graph(
+    model: torch.nn.Module, inputs: dict, sizes: dict, output: str | Path, output_name: str, metadata: dict, input_names=None
+) -> None:
+    """Write `model(**inputs)` as ONNX with the sizes open; one file, weights included.
+
+    Args:
+        sizes: what `torch.export` takes as `dynamic_shapes`. metadata: {key: text}.
+        input_names: of the graph, where the names of `inputs` will not do.
+    """
     for chatty in ("onnxscript", "onnx_ir"):  # a line for every node they simplify
         logging.getLogger(chatty).setLevel(logging.WARNING)
     with warnings.catch_warnings():  # the two inputs share their sizes, of which torch warns
         warnings.filterwarnings("ignore", "# The axis name: ", UserWarning)
         program = torch.onnx.export(
             model, (), kwargs=inputs, dynamic_shapes=sizes, opset_version=OPSET, dynamo=True, verbose=False,
-            input_names=list(inputs), output_names=[output_name],
+            input_names=input_names or list(inputs), output_names=[output_name],
         )  # fmt: skip
     program.model.metadata_props.update(metadata)
     output = Path(output)
