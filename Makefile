@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 OUTPUT := demo_output
 KILLS := 25
 
-.PHONY: demo test test-faults lint clean
+.PHONY: demo page test test-faults lint clean
 
 demo: $(VENV)/installed
 	$(RUN) train_align_with_args.py --load_config config/demo.json
@@ -15,6 +15,16 @@ demo: $(VENV)/installed
 	@echo "checkpoints: $(OUTPUT)/ckpt_align"
 	@echo "TensorBoard: $(VENV)/bin/tensorboard --logdir $(OUTPUT)/runs"
 	@echo "report:      $(OUTPUT)/eval_results/report.html"
+
+page: $(VENV)/installed $(OUTPUT)/ckpt_align demo/node_modules
+	$(RUN) demo/build.py --checkpoint $(OUTPUT)/ckpt_align --output $(OUTPUT)/page.html
+
+$(OUTPUT)/ckpt_align: | $(VENV)/installed
+	$(RUN) train_align_with_args.py --load_config config/demo.json
+
+demo/node_modules: demo/package.json
+	npm install --prefix demo --ignore-scripts --no-audit --no-fund --no-package-lock
+	@touch $@
 
 test: $(VENV)/installed
 	$(RUN) -m ruff check .

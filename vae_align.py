@@ -1,7 +1,7 @@
 """The align module and the file that carries it: VAE1's latents, the image, or both -> VAE2's latents.
 
 This file needs torch alone, so it can be copied into any program. It imports safetensors only inside the functions that
-read or write a .safetensors file.
+read or write a .safetensors file, and huggingface_hub only where a module is named by its place on the hub.
 
     pipeline = AlignPipeline.from_pretrained("taesd_to_taef1_latent.safetensors")
     flux_latents = pipeline.translate(sd15_latents)            # scaled latents, as diffusers' denoisers take them
@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import reprlib
 import stat
 import zipfile
@@ -35,6 +36,8 @@ CHECKPOINT_FORMAT = "vae-align"
 FORMAT_NUMBER = 1  # of both kinds of file; files without a number are older and read the same
 CHECKPOINT_PREFIX = "align_pipeline"
 PRETRAINED_NAME = "model.safetensors"  # of the weights in a folder that `AlignPipeline.save_pretrained` writes
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)  # owner/name
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")  # of `hf_hub_download`
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 RANGES = {  # of an `AlignConfig`'s whole numbers; this tool writes no file with a number beyond them
     "latent_channels": (1, 8192),
@@ -142,6 +145,24 @@ class LatentSpace:
     @classmethod
     def from_dict(cls, values: dict) -> LatentSpace:
         return _from_dict(cls, values, "latent space")
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """Scaled latents (B, C, h, w) -> the tokens (B, h/2 · w/2, 4 C) of FLUX.1's, Chroma's and Qwen-Image's transformers."""
+    if latents.ndim != 4 or any(side % 2 for side in latents.shape[2:]):
+        raise AlignError(f"latents of shape {tuple(latents.shape)}: only (B, C, h, w) with even h and w can be packed")
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The inverse of `pack`: what those families' pipelines give with `output_type="latent"`. `height`, `width`: of the
+    latents, an eighth of the picture's."""
+    if tokens.ndim != 3 or tokens.shape[2] % 4 or height % 2 or width % 2 or tokens.shape[1] * 4 != height * width:
+        raise AlignError(
+            f"packed latents of shape {tuple(tokens.shape)} are none of {height}x{width} latents; height and width count "
+            "latents, not pixels, and are even"
+        )
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -440,8 +461,9 @@ class AlignPipeline:
         """Write the module, both spaces and the figures as one .safetensors file, and return its path.
 
         Args:
-            path: a file if it ends in .safetensors, else a folder, which gets `model.safetensors` and a `config.json`
-                with the same description for readers of text. A file that is there is replaced, atomically.
+            path: a file if it ends in .safetensors, else a folder, which gets `model.safetensors`, a `config.json` with
+                the same description, and a copy of this file, with which diffusers' `AutoModel` loads the folder. A file
+                that is there is replaced, atomically.
             more: further plain JSON values for the description.
 
         The weights keep their dtype. Needs safetensors and numpy. AlignError when the file cannot be written.
@@ -460,8 +482,13 @@ class AlignPipeline:
         try:
             content = _safetensors_bytes(self.module.state_dict(), description)
             if file != path:
-                text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False)
+                loading = {
+                    "_class_name": AlignPipeline.__name__,
+                    "auto_map": {"AutoModel": f"vae_align.{AlignPipeline.__name__}"},
+                }
+                text = json.dumps(loading | description, indent=2, ensure_ascii=False, allow_nan=False)
                 _write_atomically(path / "config.json", (text + "\n").encode())
+                _write_atomically(path / "vae_align.py", Path(__file__).read_bytes())
             _write_atomically(file, content)
         except ImportError as error:
             raise AlignError(f"{file}: cannot be written without {error.name}; install it") from None
@@ -475,14 +502,20 @@ class AlignPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls, path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, **options
     ) -> AlignPipeline:
-        """The pipeline of a .safetensors file, or of a folder that `save_pretrained` wrote.
+        """The pipeline of a .safetensors file, of a folder that `save_pretrained` wrote, or of such a folder on the hub.
 
         Args:
+            path: a file, a folder, or the name of a model on the hub, owner/name, where there is no such file or folder.
             device: of the module; dtype: of its weights, and so of the computation, whatever they are stored in.
+            options: `cache_dir`, `force_download`, `local_files_only`, `revision` and `token` of the hub's download, and
+                `torch_dtype`, diffusers' name for `dtype`. What else `AutoModel` hands on changes nothing here.
         """
-        path = Path(path)
+        dtype = options.get("torch_dtype") or dtype
+        name, path = str(path), Path(path)
+        if HUB_NAME.fullmatch(name) and path.suffix not in (".safetensors", ".pth") and not os.path.lexists(path):
+            path = _download(name, {option: options[option] for option in HUB_OPTIONS if options.get(option) is not None})
         return cls._from_content(read_checkpoint(path / PRETRAINED_NAME if os.path.isdir(path) else path), device, dtype)
 
     @classmethod
@@ -551,6 +584,18 @@ def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict]:
     if os.path.lexists(pretrained):
         return pretrained, read_checkpoint(pretrained)
     raise AlignError(f"checkpoint {folder}: {failure}")
+
+
+def _download(name: str, options: dict) -> Path:
+    """The weights of a model on the hub, from the hub client's cache where they are in it."""
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise AlignError(f"{name}: no such folder, and for the hub the package huggingface_hub is needed; install it") from None
+    try:
+        return Path(hf_hub_download(name, PRETRAINED_NAME, **options))
+    except Exception as error:  # no network, no such model, no rights, a full disk: the client has no common base for them
+        raise AlignError(f"{name}: no such folder here, and not to be had from the hub ({_one_line(error)})") from None
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:

@@ -125,20 +125,6 @@ def test_exports_leave_sizes_open(input_types, strides):
     assert torch.allclose(exported.module()(**other), expected, atol=1e-5)
 
 
-def test_onnx_export():
-    """An export that fails in a check, or freezes the size of its example."""
-    pytest.importorskip("onnx")
-    module = make_module(input_types=("latent",))
-    import io
-
-    buffer = io.BytesIO()
-    torch.onnx.export(
-        module, (torch.randn(1, 4, 8, 8),), buffer, dynamo=False, input_names=["latents"], output_names=["aligned"],
-        dynamic_axes={"latents": {0: "b", 2: "h", 3: "w"}, "aligned": {0: "b", 2: "h", 3: "w"}},
-    )  # fmt: skip
-    assert buffer.getbuffer().nbytes > 1000
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Dtypes, raw latents, the file
 

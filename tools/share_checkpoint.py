@@ -56,31 +56,44 @@ def figures_of(path: str) -> dict:
         raise UserError(f"{path}: not a metrics.json of eval_align.py ({one_line(error)})") from None
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="file, or a folder: its newest")
-    parser.add_argument("output", help="the .safetensors file to write; replaces none")
+def add_arguments(parser: argparse.ArgumentParser, vaes_required: bool) -> None:
+    """The flags of what a file to give away says of a module; `pipeline_to_share` reads them."""
     for number in (1, 2):
-        parser.add_argument(f"--vae{number}_path", required=True, help=f"hub id of VAE{number}, for those who judge the module")
+        recorded = "" if vaes_required else " (default: what the checkpoint records)"
+        path_help = f"hub id of VAE{number}, for those who judge the module{recorded}"
+        parser.add_argument(f"--vae{number}_path", required=vaes_required, help=path_help)
         space_help = "name of its latent space (default: what the checkpoint records)"
         parser.add_argument(f"--vae{number}_space", choices=tuple(SPACES), help=space_help)
     parser.add_argument("--metrics", help="a metrics.json of eval_align.py about this checkpoint: its figures go along")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights; half the size in float16")
+
+
+def pipeline_to_share(args: argparse.Namespace) -> tuple[AlignPipeline, list[str]]:
+    """(the pipeline of `args.checkpoint` without its training, hub ids of its VAEs). UserError for folders of this machine."""
+    content = read_checkpoint(args.checkpoint)
+    vaes = [getattr(args, f"vae{number}_path") or content[f"vae{number}"]["path"] or "" for number in (1, 2)]
+    for number, vae in enumerate(vaes, 1):
+        require_hub_id(f"--vae{number}_path", vae)
+    names = (args.vae1_space, args.vae2_space)
+    spaces = [space_to_record(number, *pair) for number, pair in enumerate(zip(spaces_of(content), names), 1)]
+    figures = figures_of(args.metrics) if args.metrics else content["metrics"]
+    return AlignPipeline(module_of(content), *spaces, figures=figures).to(DTYPES[args.dtype]), vaes
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="file, or a folder: its newest")
+    parser.add_argument("output", help="the .safetensors file to write; replaces none")
+    add_arguments(parser, vaes_required=True)
     args = parser.parse_args()
 
-    for number in (1, 2):
-        require_hub_id(f"--vae{number}_path", getattr(args, f"vae{number}_path"))
     output = Path(args.output)
     if output.suffix != ".safetensors":
         raise UserError(f"{output}: name a file that ends in .safetensors")
     if output.exists():
         raise UserError(f"{output}: exists already; name another file or delete it")
-    content = read_checkpoint(args.checkpoint)
-    names = (args.vae1_space, args.vae2_space)
-    spaces = [space_to_record(number, *pair) for number, pair in enumerate(zip(spaces_of(content), names), 1)]
-    figures = figures_of(args.metrics) if args.metrics else content["metrics"]
-    pipeline = AlignPipeline(module_of(content), *spaces, figures=figures)
-    pipeline.to(DTYPES[args.dtype]).save_pretrained(output, vaes=[args.vae1_path, args.vae2_path])
+    pipeline, vaes = pipeline_to_share(args)
+    pipeline.save_pretrained(output, vaes=vaes)
     AlignPipeline.from_pretrained(output)
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
 

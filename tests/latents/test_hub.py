@@ -1,93 +1,29 @@
 """Hub access against a hub and a proxy of our own on the loopback interface: nothing here reaches the network."""
 
-import contextlib
 import functools
 import http.client
 import json
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
 import torch
 from conftest import as_argv, make_kl_vae, run_script, tiny_flags
+from hub import BAD_TOKEN, OTHER_TOKEN, TOKEN, Handler, HubHandler, Server, hub_environment, serving
 from runs import QUIET
 
 from latents.pipeline import PipelineWithVAEs
 from latents.spaces import Codec
 from vae_align import AlignConfig, AlignModule
 
-TOKEN, OTHER_TOKEN, BAD_TOKEN = "hf_secretOfTheFirstVariable", "hf_secretOfTheSecondVariable", "hf_secretThatExpired"
 PROXY_PASSWORD = "proxypassword"
-COMMIT = "0123456789abcdef" * 2 + "01234567"
 HUB_NAME = "hub.invalid"  # a name that no resolver knows: only the proxy can get there
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A hub and a proxy
-
-
-class Server(ThreadingHTTPServer):
-    """`seen` keeps (method, path, headers with names in lower case) of every request."""
-
-    daemon_threads = True
-
-    def __init__(self, handler, **attributes):
-        super().__init__(("127.0.0.1", 0), handler)
-        self.seen = []
-        vars(self).update(attributes)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    timeout = 30
-
-    def log_message(self, *args):
-        pass
-
-    def note(self):
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        self.server.seen.append((self.command, self.path, headers))
-
-    def answer(self, status, body=b"", **headers):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-
-class HubHandler(Handler):
-    """What hf_hub_download asks for: HEAD and GET /{owner}/{name}/resolve/{revision}/{file}."""
-
-    def do_GET(self):
-        self.note()
-        repo, separator, rest = urlsplit(self.path).path.lstrip("/").partition("/resolve/")
-        name, signed_in = rest.partition("/")[2], "Authorization" in self.headers
-        if not separator:
-            self.answer(404, X_Error_Code="RepoNotFound")
-        elif BAD_TOKEN in self.headers.get("Authorization", ""):
-            self.answer(401, X_Error_Message="Invalid credentials in Authorization header")
-        elif repo == "owner/forbidden":
-            self.answer(403, X_Error_Message="this token may not read that")
-        elif repo not in self.server.repos:
-            self.answer(404 if signed_in else 401, X_Error_Code="RepoNotFound")
-        elif repo == "owner/gated" and OTHER_TOKEN not in self.headers.get("Authorization", ""):
-            self.answer(403 if signed_in else 401, X_Error_Code="GatedRepo")
-        elif name not in self.server.repos[repo]:
-            self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
-        else:
-            body = self.server.repos[repo][name]
-            self.answer(200, body, ETag=f'"{sha256(body).hexdigest()}"', X_Repo_Commit=COMMIT)
-
-    do_HEAD = do_GET
 
 
 class ProxyHandler(Handler):
@@ -116,18 +52,6 @@ class ProxyHandler(Handler):
     def do_CONNECT(self):
         self.note()
         self.answer(502)
-
-
-@contextlib.contextmanager
-def serving(server):
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(10)
 
 
 @pytest.fixture(scope="module")
@@ -164,20 +88,6 @@ def proxy(hub):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Programs that use them
-
-
-def hub_environment(home, endpoint, **changes):
-    """(environment changes, names to unset) for a program that keeps everything it writes below `home`."""
-    home.mkdir(parents=True, exist_ok=True)
-    places = {"HOME": "", "HF_HOME": "hf_home", "HF_HUB_CACHE": "hub_cache", "XDG_CACHE_HOME": "xdg", "TMPDIR": ""}
-    return {
-        **{name: str(home / place) for name, place in places.items()},
-        "HF_ENDPOINT": endpoint,
-        "HF_HUB_ETAG_TIMEOUT": "120",  # its ten seconds may pass on a busy machine
-        "HF_HUB_DOWNLOAD_TIMEOUT": "120",
-        "NO_COLOR": "1",
-        **changes,
-    }
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,0 +1,88 @@
+"""The nodes: Load Align Module, and Align Latents."""
+
+import functools
+import os
+
+import comfy.model_management
+import folder_paths
+
+from .latent_dict import align_latent, describe
+from .vae_align import AlignPipeline
+
+FOLDER = "latent_align"  # below ComfyUI's models
+
+
+def _register_folder() -> None:
+    """Modules are searched in models/latent_align, and where extra_model_paths.yaml says."""
+    own = os.path.join(folder_paths.models_dir, FOLDER)
+    paths = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))[0]
+    folder_paths.folder_names_and_paths[FOLDER] = ([*paths, *[own] * (own not in paths)], {".safetensors", ".pth"})
+
+
+def _path_of(module_name: str) -> str:
+    return folder_paths.get_full_path_or_raise(FOLDER, module_name)
+
+
+def _version_of(module_name: str) -> int:
+    return os.stat(_path_of(module_name)).st_mtime_ns
+
+
+@functools.lru_cache(maxsize=4)
+def _load(path: str, version: int) -> AlignPipeline:
+    return AlignPipeline.from_checkpoint(path)
+
+
+class LoadAlignModule:
+    """A file of models/latent_align -> the module in it, and a line that says what it does."""
+
+    CATEGORY = "latent/align"
+    DESCRIPTION = "Loads a module that carries latents from one VAE's latent space into another's."
+    RETURN_TYPES = ("ALIGN_MODULE", "STRING")
+    RETURN_NAMES = ("align_module", "description")
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"module_name": (folder_paths.get_filename_list(FOLDER),)}}
+
+    @classmethod
+    def IS_CHANGED(cls, module_name):
+        return _version_of(module_name)
+
+    def load(self, module_name):
+        pipeline = _load(_path_of(module_name), _version_of(module_name))
+        return pipeline, describe(pipeline)
+
+
+class AlignLatents:
+    """VAE1's LATENT -> VAE2's LATENT."""
+
+    CATEGORY = "latent/align"
+    DESCRIPTION = "Carries latents into another model family's latent space, without decoding and encoding again."
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "align"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        image_help = "The image that the latents were encoded from, for modules that were trained with it."
+        return {
+            "required": {"samples": ("LATENT",), "module_name": (folder_paths.get_filename_list(FOLDER),)},
+            "optional": {
+                "image": ("IMAGE", {"tooltip": image_help}),
+                "align_module": ("ALIGN_MODULE", {"tooltip": "From Load Align Module; takes the place of module_name."}),
+            },
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, module_name, align_module=None, **_):
+        return 0 if align_module else _version_of(module_name)
+
+    def align(self, samples, module_name, image=None, align_module=None):
+        pipeline = align_module or _load(_path_of(module_name), _version_of(module_name))
+        pipeline.to(comfy.model_management.get_torch_device())
+        return (align_latent(pipeline, samples, image),)
+
+
+_register_folder()
+NODE_CLASS_MAPPINGS = {"AlignLatents": AlignLatents, "LoadAlignModule": LoadAlignModule}
+NODE_DISPLAY_NAME_MAPPINGS = {"AlignLatents": "Align Latents", "LoadAlignModule": "Load Align Module"}

@@ -1,0 +1,281 @@
+"""The ComfyUI pack: installed, loaded and used in an emulated host, and in a real ComfyUI where COMFYUI_PATH names one."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from comfyui import INSTALL, load_pack, make_host, serving
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from latents.spaces import SPACES
+from vae_align import AlignConfig, AlignModule, AlignPipeline, LatentSpace
+
+WORKFLOWS = ROOT / "integrations" / "comfyui" / "workflows"
+MODULES = sorted(path.name for path in (ROOT / "assets" / "pretrained").glob("*.safetensors"))
+
+
+def untrained(input_types=("latent",), space1="sd15", space2="flux1"):
+    """A pipeline of the project's own `vae_align`, with random weights."""
+    torch.manual_seed(0)
+    one, two = (SPACES[space] if isinstance(space, str) else space for space in (space1, space2))
+    sizes = {"latent_channels": one.channels, "latent_stride": one.stride}
+    sizes |= {"out_channels": two.channels, "out_stride": two.stride}
+    return AlignPipeline(AlignModule(AlignConfig(input_types, hidden_channels=8, num_blocks=1, **sizes)).eval(), one, two)
+
+
+class Host:
+    """An emulated ComfyUI with the pack installed and loaded."""
+
+    def __init__(self, folder: Path):
+        self.folder = make_host(folder)
+        self.installed = subprocess.run([sys.executable, str(INSTALL), str(folder)], capture_output=True, text=True)
+        assert self.installed.returncode == 0, self.installed.stderr
+        self.names = ("utils", "comfy", "comfy.utils", "comfy.model_management", "folder_paths")
+        self.before = {name: sys.modules.pop(name, None) for name in self.names}
+        sys.path.insert(0, str(folder))
+        self.pack = load_pack(folder / "custom_nodes" / "align_latents")
+        self.utils = __import__("utils")
+        self.nodes = self.pack.NODE_CLASS_MAPPINGS
+
+    def close(self):
+        sys.path.remove(str(self.folder))
+        for name, module in self.before.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
+
+    def add(self, pipeline, name):
+        pipeline.save_pretrained(self.folder / "models" / "latent_align" / name)
+        return name
+
+    def align(self, latent, name, image=None):
+        return self.nodes["AlignLatents"]().align(latent, name, image=image)[0]
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    host = Host(tmp_path_factory.mktemp("ComfyUI"))
+    yield host
+    host.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Installed and loaded
+
+
+def test_the_pack_is_complete_and_takes_no_name_of_its_host(host):
+    """A file that install.py forgets; an import of our own `utils`, which is ComfyUI's there."""
+    assert host.utils.OWNER == "ComfyUI"
+    assert set(host.nodes) == {"AlignLatents", "LoadAlignModule"} == set(host.pack.NODE_DISPLAY_NAME_MAPPINGS)
+    chosen = host.nodes["AlignLatents"].INPUT_TYPES()["required"]["module_name"][0]
+    assert set(MODULES) <= set(chosen)
+    own = sys.modules[host.nodes["AlignLatents"].align.__globals__["AlignPipeline"].__module__]
+    assert Path(own.__file__).parent == host.folder / "custom_nodes" / "align_latents"
+
+
+def test_what_is_no_comfyui_is_refused(tmp_path):
+    """A pack copied into a folder in which nothing looks for it."""
+    ended = subprocess.run([sys.executable, str(INSTALL), str(tmp_path)], capture_output=True, text=True)
+    assert ended.returncode == 1 and "no ComfyUI" in ended.stderr and "Traceback" not in ended.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_registry_finds_what_it_asks_for():
+    """A pack that the registry refuses: a name that it forbids, a version that is no X.Y.Z, no publisher."""
+    tomllib = pytest.importorskip("tomllib")
+    settings = tomllib.loads((INSTALL.parent / "pyproject.toml").read_text())
+    name = settings["project"]["name"]
+    assert "comfyui" not in name.lower() and len(name) < 100 and not name[0].isdigit()
+    assert [part.isdigit() for part in settings["project"]["version"].split(".")] == [True] * 3
+    assert settings["tool"]["comfy"]["PublisherId"] and settings["tool"]["comfy"]["DisplayName"]
+
+
+@pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)
+def test_a_workflow_uses_the_nodes_as_they_are(path, host):
+    """A workflow that names an input or a module that is no more."""
+    workflow = json.loads(path.read_text())
+    aligning = [node for node in workflow.values() if node["class_type"] == "AlignLatents"]
+    assert len(aligning) == 1
+    assert aligning[0]["inputs"]["module_name"] in MODULES
+    inputs = host.nodes["AlignLatents"].INPUT_TYPES()
+    assert set(inputs["required"]) <= set(aligning[0]["inputs"]) <= set(inputs["required"]) | set(inputs["optional"])
+    links = [link for node in workflow.values() for link in node["inputs"].values() if isinstance(link, list)]
+    assert all(link[0] in workflow for link in links)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Latents
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_node_gives_the_pipelines_raw_latents(name, host):
+    """ComfyUI's raw latents taken for scaled ones; an image in the wrong order or range."""
+    pipeline = AlignPipeline.from_pretrained(ROOT / "assets" / "pretrained" / name)
+    raw, image = torch.randn(2, 4, 6, 8) * 4, torch.rand(2, 48, 64, 3)
+    expected = pipeline.translate(raw, image.permute(0, 3, 1, 2) * 2 - 1, raw=True)
+    loaded, described = host.nodes["LoadAlignModule"]().load(name)
+    for given in ({}, {"align_module": loaded}):
+        aligned = host.nodes["AlignLatents"]().align({"samples": raw}, name, image=image, **given)[0]["samples"]
+        torch.testing.assert_close(aligned, expected)
+    assert described.startswith("SD1.5 -> FLUX.1, from latents") and ("image" in described) == pipeline.uses_image
+
+
+def test_what_other_nodes_attached_goes_along(host):
+    """A mask or a batch's numbers lost, so that inpainting paints everything; the old grid's ratio kept; the input changed."""
+    name = host.add(untrained(), "plain.safetensors")
+    mask = torch.rand(1, 1, 64, 64)
+    latent = {"samples": torch.randn(2, 4, 8, 8), "noise_mask": mask, "batch_index": [3, 5], "downscale_ratio_spacial": 8}
+    aligned = host.align(latent, name)
+    assert set(aligned) == {"samples", "noise_mask", "batch_index"}
+    assert aligned["noise_mask"] is mask and aligned["batch_index"] == [3, 5]
+    assert latent["samples"].shape[1] == 4 and "downscale_ratio_spacial" in latent
+    assert aligned["samples"].dtype == torch.float32 and aligned["samples"].shape == (2, 16, 8, 8)
+
+
+def test_frames_are_carried_one_by_one(host):
+    """Frames and channels mixed up when latents of videos are folded."""
+    name = host.add(untrained(), "plain.safetensors")
+    video = torch.randn(2, 4, 3, 6, 8)
+    aligned = host.align({"samples": video}, name)["samples"]
+    assert aligned.shape == (2, 16, 3, 6, 8)
+    for frame in range(3):
+        torch.testing.assert_close(aligned[:, :, frame], host.align({"samples": video[:, :, frame]}, name)["samples"])
+
+
+def test_an_empty_latent_stays_empty(host):
+    """Empty Latent Image through the bias of the module: a grey picture's latents, to which the sampler adds noise."""
+    name = host.add(untrained(), "plain.safetensors")
+    assert not host.align({"samples": torch.zeros(1, 4, 8, 8)}, name)["samples"].any()
+
+
+def test_the_image_is_cropped_as_vae_encode_crops_it(host):
+    """An image of another size than its latents, shifted against them by the crop; one image for a batch of latents."""
+    pipeline = untrained(("image", "latent"))
+    name = host.add(pipeline, "image.safetensors")
+    image, raw = torch.rand(1, 53, 70, 4), torch.randn(2, 4, 6, 8)
+    cropped = image[:, 2:50, 3:67, :3].permute(0, 3, 1, 2) * 2 - 1
+    expected = pipeline.translate(raw, cropped.expand(2, -1, -1, -1), raw=True)
+    torch.testing.assert_close(host.align({"samples": raw}, name, image)["samples"], expected)
+
+
+def test_a_space_that_the_host_folds_itself_is_taken_as_it_is(host):
+    """FLUX.2's latents normalised twice: ComfyUI's VAE folds and normalises them."""
+    folded = LatentSpace("flux2", 128, 16, (0.5,) * 128, (2.0,) * 128, 2)
+    pipeline = untrained(space2=folded)
+    name = host.add(pipeline, "folded.safetensors")
+    raw = torch.randn(1, 4, 6, 8)
+    expected = pipeline.translate(SPACES["sd15"].to_scaled(raw))
+    torch.testing.assert_close(host.align({"samples": raw}, name)["samples"], expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What does not fit
+
+
+def refused(host, latent, pipeline, *parts, image=None):
+    name = host.add(pipeline, "refusing.safetensors")
+    with pytest.raises(ValueError) as error:
+        host.align(latent, name, image)
+    for part in parts:
+        assert part in str(error.value), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_latents_that_do_not_fit_are_refused_by_name(host):
+    """A bare "expected 4 channels, got 16", which names no remedy; sound taken for a picture."""
+    plain = untrained()
+    refused(host, {"samples": torch.randn(1, 16, 8, 8)}, plain, "SD1.5 latents", "look like FLUX.1 latents")
+    refused(host, {"samples": torch.randn(1, 128, 8, 8)}, plain, "look like FLUX.2 or LTX latents")
+    refused(host, {"samples": torch.randn(1, 5, 8, 8)}, plain, "5 channels. Choose")
+    refused(host, {"samples": torch.randn(1, 8, 100), "type": "audio"}, plain, "no pictures' latents")
+
+
+def test_a_module_that_needs_more_says_so(host):
+    """A module with the image run without it, or a file without names whose raw latents nobody knows."""
+    refused(host, {"samples": torch.randn(1, 4, 8, 8)}, untrained(("image", "latent")), "connect the image")
+    other = {"samples": torch.randn(1, 4, 8, 8)}
+    refused(host, other, untrained(("image", "latent")), "does not belong", image=torch.rand(1, 128, 128, 3))
+    unnamed = LatentSpace.from_scale(None, 16, 8)
+    refused(host, other, untrained(space2=unnamed), "does not name its latent spaces")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The real one
+
+
+@pytest.fixture(scope="module")
+def real(shared, tmp_path_factory):
+    """(server, its base folder) of a real ComfyUI with the pack, the shipped modules and the tiny autoencoders."""
+    path = os.environ.get("COMFYUI_PATH")
+    if not path:
+        pytest.skip("COMFYUI_PATH names no ComfyUI")
+    base = tmp_path_factory.mktemp("comfyui")
+    for name in ("custom_nodes", "input", "models/vae_approx"):
+        (base / name).mkdir(parents=True)
+    subprocess.run([sys.executable, str(INSTALL), str(base)], check=True)
+    for name in ("taesd", "taef1"):
+        for half, tensors in halves(shared / "vaes" / name).items():
+            save_file(tensors, base / "models" / "vae_approx" / f"{name}_{half}.safetensors")
+    shutil.copy(sorted((shared / "photos" / "eval").glob("*.jpg"))[0], base / "photo.jpg")
+    photo = Image.open(base / "photo.jpg").convert("RGB")
+    photo.crop((0, 0, 250, 203)).save(base / "input" / "example.png")  # sides that VAEEncode must crop
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with serving(Path(path), os.environ.get("COMFYUI_PYTHON", sys.executable), base, port) as server:
+        yield server, base
+
+
+def halves(folder):
+    """{"encoder": tensors, "decoder": tensors} of an AutoencoderTiny's folder with ComfyUI's names, whose decoder counts the
+    clamp as its first layer."""
+    found = {"encoder": {}, "decoder": {}}
+    for name, tensor in load_file(folder / "diffusion_pytorch_model.safetensors").items():
+        half, _, number, rest = name.split(".", 3)
+        found[half][f"{int(number) + (half == 'decoder')}.{rest}"] = tensor
+    return found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_real_comfyui_draws_our_pipelines_picture(name, real, shared):
+    """Whatever the emulated host does not have: the loader, the folders, the latents' scale, the crop of the real program."""
+    from latents.spaces import Codec
+    from latents.vaes import load_vae_model
+
+    server, base = real
+    workflow = json.loads((WORKFLOWS / "tiny_autoencoders_cpu.json").read_text())
+    node = next(key for key, node in workflow.items() if node["class_type"] == "AlignLatents")
+    pipeline = AlignPipeline.from_pretrained(ROOT / "assets" / "pretrained" / name)
+    workflow[node]["inputs"] |= {"module_name": name} | ({"image": ["1", 0]} if pipeline.uses_image else {})
+    outputs = server.run(workflow)
+    saved = next(iter(outputs.values()))["images"][0]["filename"]
+    drawn = np.array(Image.open(base / "output" / saved)).astype(int)
+
+    codecs = [Codec(load_vae_model(str(shared / "vaes" / vae), "", None, "cpu", torch.float32)) for vae in ("taesd", "taef1")]
+    levels = torch.from_numpy(np.array(Image.open(base / "input" / "example.png"))[1:201, 1:249])
+    image = (levels.permute(2, 0, 1)[None].float() / 255) * 2 - 1
+    decoded = codecs[1].decode(pipeline.translate(codecs[0].encode(image), image))[0].permute(1, 2, 0)
+    expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).numpy().astype(int)  # SaveImage cuts the digits off
+    assert drawn.shape == expected.shape == (200, 248, 3)
+    assert abs(drawn - expected).max() <= 1
+    print(f"{name}: at most {abs(drawn - expected).max()} of 255 levels from our own pipeline's picture")
+
+
+def test_a_real_comfyui_knows_every_node_of_the_refine_workflow(real):
+    """A node or an input that ComfyUI does not have; FLUX.1 itself does not fit into a test."""
+    server, _ = real
+    workflow = json.loads((WORKFLOWS / "sd15_to_flux1_refine.json").read_text())
+    known = server.ask("/object_info")
+    for node in workflow.values():
+        inputs = known[node["class_type"]]["input"]
+        names = set(inputs.get("required", {})) | set(inputs.get("optional", {}))
+        assert set(inputs.get("required", {})) <= set(node["inputs"]) <= names, node

@@ -1,0 +1,140 @@
+"""What integrations/diffusers.md prints, run with tiny random pipelines of the real classes; packing; AutoModel."""
+
+import re
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, make_kl_vae, run_script
+
+from latents.spaces import SPACES
+from runtime.cli import MISTAKES
+from vae_align import AlignConfig, AlignModule, AlignPipeline, pack, unpack
+
+PAGE = (ROOT / "integrations" / "diffusers.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+class Prompted:
+    """A pipeline without text encoders that takes prompts: each becomes the same random embedding."""
+
+    def __init__(self, pipeline, **embeddings):
+        self.pipeline, self.embeddings = pipeline, embeddings
+        pipeline.set_progress_bar_config(disable=True)
+
+    def __call__(self, prompt, **options):
+        return self.pipeline(num_inference_steps=2, **self.embeddings, **options)
+
+
+def tiny_unet(**options):
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipelines():
+    """{"sd15", "sdxl", "flux": a pipeline of the real class, for 64 x 96 px where none is asked for}."""
+    pytest.importorskip("transformers", reason="diffusers' pipelines need the package transformers")
+    import diffusers
+
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    nothing = {"text_encoder": None, "tokenizer": None}
+    torch.manual_seed(0)
+    sd15 = diffusers.StableDiffusionPipeline(
+        vae=make_kl_vae(4), unet=tiny_unet(), scheduler=scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False, **nothing,
+    )  # fmt: skip
+    more = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80}
+    sdxl = diffusers.StableDiffusionXLPipeline(
+        vae=make_kl_vae(4), unet=tiny_unet(**more), scheduler=scheduler, text_encoder_2=None, tokenizer_2=None, **nothing
+    )
+    torch.manual_seed(0)
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    flux = diffusers.FluxImg2ImgPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=make_kl_vae(16, scaling_factor=0.3611, shift_factor=0.1159),
+        transformer=transformer, text_encoder_2=None, tokenizer_2=None, **nothing,
+    )  # fmt: skip
+    words, pooled = torch.randn(1, 5, 32), torch.randn(1, 32)
+    size = {"height": 64, "width": 96, "prompt_embeds": words, "negative_prompt_embeds": words}
+    return {
+        "sd15": Prompted(sd15, **size),
+        "sdxl": Prompted(sdxl, **size, pooled_prompt_embeds=pooled, negative_pooled_prompt_embeds=pooled),
+        "flux": Prompted(flux, prompt_embeds=words, pooled_prompt_embeds=pooled),
+    }
+
+
+def module_from(space):
+    torch.manual_seed(0)
+    module = AlignModule(AlignConfig(("latent",), hidden_channels=8, num_blocks=1)).eval()
+    return AlignPipeline(module, SPACES[space], SPACES["flux1"])
+
+
+@pytest.mark.parametrize("source", ["sd15", "sdxl"])
+def test_the_printed_lines_work(source, pipelines, tmp_path, monkeypatch):
+    """A recipe that fails as printed: packed where unpacked is taken, a size left out, a keyword of another pipeline."""
+    module_from(source).save_pretrained(tmp_path / "assets" / "pretrained" / "taesd_to_taef1_latent.safetensors")
+    monkeypatch.chdir(tmp_path)
+    names = {"AlignPipeline": AlignPipeline, "unpack": unpack, "prompt": "a lighthouse"}
+    names |= {"sd": pipelines[source], "flux": pipelines["flux"]}
+    exec(BLOCKS[0], names)
+    assert names["z"].shape == (1, 16, 8, 12) and names["picture"].size == (96, 64)
+    exec(BLOCKS[1], names)
+    assert names["latents"].shape == (1, 16, 8, 12)
+
+
+def test_the_traps_are_still_there(pipelines):
+    """A table that warns of what diffusers does no more, or that misses the silent one."""
+    flux, z = pipelines["flux"], torch.randn(1, 16, 8, 12)
+    size = {"height": 64, "width": 96}
+    with pytest.raises(RuntimeError, match="128"):
+        flux("", image=z, strength=0.6)
+    with pytest.raises(RuntimeError):
+        flux("", image=torch.randn(1, 16, 9, 12), height=72, width=96, strength=0.6)
+    with pytest.raises(RuntimeError):
+        flux("", image=torch.cat([z, z]), strength=0.6, **size)
+    one, two = (flux("", image=z, latents=pack(z), strength=0.6, output_type="latent", **size).images for _ in range(2))
+    assert torch.equal(one, two)  # no noise was added: every call gives the same
+    one, two = (flux("", image=z, strength=0.6, output_type="latent", **size).images for _ in range(2))
+    assert not torch.equal(one, two)
+
+
+def test_packing_is_the_pipelines_own(pipelines):
+    """Tokens in another order than the transformer reads; height and width mixed up."""
+    flux = pipelines["flux"].pipeline
+    latents = torch.randn(2, 16, 8, 12)
+    packed = pack(latents)
+    assert torch.equal(packed, flux._pack_latents(latents, 2, 16, 8, 12))
+    assert torch.equal(unpack(packed, 8, 12), flux._unpack_latents(packed, 64, 96, 8))
+    assert torch.equal(unpack(packed, 8, 12), latents)
+
+
+def test_what_cannot_be_packed_is_one_line():
+    """Pixels given for latents: a reshape that fails, or that fits by chance and mixes the picture."""
+    with pytest.raises(MISTAKES, match="even h and w"):
+        pack(torch.randn(1, 16, 7, 8))
+    with pytest.raises(MISTAKES, match="count latents, not pixels"):
+        unpack(torch.randn(1, 24, 64), 64, 96)
+
+
+def test_auto_model_loads_an_exported_folder(tmp_path):
+    """An exported folder without the code or the names that AutoModel looks for."""
+    pipeline = module_from("sd15")
+    pipeline.save_pretrained(tmp_path / "exported")
+    script = (
+        "import sys, torch, diffusers\n"
+        "align = diffusers.AutoModel.from_pretrained('exported', trust_remote_code=True, torch_dtype=torch.bfloat16)\n"
+        "print(align.space2.name, align.module.out.weight.dtype, 'vae_align' in sys.modules)\n"
+    )
+    places = {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    code = f"import sys; sys.argv.pop(); exec({script!r})"
+    told = run_script("", launcher=[sys.executable, "-c", code], env=places, cwd=tmp_path)
+    assert told.stdout.split() == ["flux1", "torch.bfloat16", "False"]

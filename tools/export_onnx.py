@@ -1,0 +1,138 @@
+"""Write a module as one .onnx file, for onnxruntime and whatever else reads ONNX.
+
+    python tools/export_onnx.py assets/pretrained/taesd_to_taef1_latent.safetensors sd15_to_flux1.onnx
+
+Inputs are `latents` (scaled, float32), `image` (NCHW in [-1, 1]), or both, as the module takes them; the output is `aligned`
+(scaled). Batch, height and width are open. The file's metadata holds both latent spaces under `vae_align`, as JSON. Needs the
+packages onnx and onnxscript; with onnxruntime the file is also run beside torch, and the largest difference is printed.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from runtime.cli import run
+from utils import UserError, one_line
+from vae_align import AlignModule, AlignPipeline
+
+OPSET = 20
+TOLERANCE = 1e-4  # of scaled latents
+DEVIATION = 0.7  # of a photo's scaled latents; a module's rounding errors on stronger ones say nothing
+
+
+def example_inputs(module: AlignModule, rows: int, columns: int, batch: int = 2) -> dict[str, torch.Tensor]:
+    """Random inputs of `forward`; one row and column of them is a latent of the coarser of the two grids."""
+    config = module.config
+    unit = max(config.latent_stride, config.out_stride)
+    height, width = rows * unit, columns * unit
+    inputs = {}
+    if "latent" in config.input_types:
+        grid = (height // config.latent_stride, width // config.latent_stride)
+        inputs["latents"] = torch.randn(batch, config.latent_channels, *grid) * DEVIATION
+    if "image" in config.input_types:
+        inputs["image"] = torch.rand(batch, 3, height, width) * 2 - 1
+    return inputs
+
+
+def open_sizes(module: AlignModule) -> dict[str, dict]:
+    """Which sizes of which input stay open, and how those of two inputs hang together."""
+    config = module.config
+    unit = max(config.latent_stride, config.out_stride)
+    batch, rows, columns = (torch.export.Dim(name, min=1, max=1 << 14) for name in ("batch", "rows", "columns"))
+    units = {"latents": unit // config.latent_stride, "image": unit}
+    names = [name for name in units if name.removesuffix("s") in config.input_types]
+    return {
+        name: {0: batch, **{axis: units[name] * side if units[name] > 1 else side for axis, side in ((2, rows), (3, columns))}}
+        for name in names
+    }
+
+
+def export_graph(
+    model: torch.nn.Module, inputs: dict, sizes: dict, output: str | Path, output_name: str, metadata: dict, input_names=None
+) -> None:
+    """Write `model(**inputs)` as ONNX with the sizes open; one file, weights included.
+
+    Args:
+        sizes: what `torch.export` takes as `dynamic_shapes`. metadata: {key: text}.
+        input_names: of the graph, where the names of `inputs` will not do.
+    """
+    for chatty in ("onnxscript", "onnx_ir"):  # a line for every node they simplify
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    with warnings.catch_warnings():  # the two inputs share their sizes, of which torch warns
+        warnings.filterwarnings("ignore", "# The axis name: ", UserWarning)
+        program = torch.onnx.export(
+            model, (), kwargs=inputs, dynamic_shapes=sizes, opset_version=OPSET, dynamo=True, verbose=False,
+            input_names=input_names or list(inputs), output_names=[output_name],
+        )  # fmt: skip
+    program.model.metadata_props.update(metadata)
+    output = Path(output)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        written = Path(folder) / output.name
+        program.save(written, external_data=False)
+        os.replace(written, output)
+
+
+def export_pipeline(pipeline: AlignPipeline, output: str | Path) -> None:
+    """Write a pipeline's module as ONNX, in float32, with its spaces in the metadata."""
+    module = pipeline.module.float().cpu().eval()
+    module.to(memory_format=torch.contiguous_format)
+    description = {
+        "align_config": pipeline.config.to_dict(),
+        "space1": pipeline.space1.to_dict(),
+        "space2": pipeline.space2.to_dict(),
+    }
+    torch.manual_seed(0)
+    export_graph(
+        module, example_inputs(module, 3, 5), open_sizes(module), output, "aligned", {"vae_align": json.dumps(description)}
+    )
+
+
+@torch.no_grad()
+def largest_difference(module: AlignModule, session, rows: int, columns: int, batch: int) -> float:
+    """Between what onnxruntime and torch make of random inputs of that size."""
+    inputs = example_inputs(module, rows, columns, batch)
+    (aligned,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    return (torch.from_numpy(aligned) - module(**inputs)).abs().max().item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="file (.safetensors or .pth), or a folder: its newest")
+    parser.add_argument("output", help="the .onnx file to write; one that is there is replaced")
+    args = parser.parse_args()
+    output = Path(args.output)
+    if output.suffix != ".onnx" or not output.parent.is_dir():
+        raise UserError(f"{output}: name a file that ends in .onnx, in a folder that exists")
+    pipeline = AlignPipeline.from_checkpoint(args.checkpoint)
+    try:
+        import onnxscript  # noqa: F401 - torch's exporter needs it, and names it in many lines
+    except ImportError as error:
+        raise UserError(f"{output}: needs the package {error.name}; pip install onnx onnxscript onnxruntime") from None
+    try:
+        export_pipeline(pipeline, output)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({one_line(error)}); name another place") from None
+    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, opset {OPSET}, inputs {', '.join(open_sizes(pipeline.module))}")
+    try:
+        import onnxruntime
+    except ImportError:
+        print("not run: the package onnxruntime is not installed")
+        return
+    session = onnxruntime.InferenceSession(str(output), providers=["CPUExecutionProvider"])
+    difference = max(largest_difference(pipeline.module, session, *size) for size in ((8, 12, 1), (17, 9, 3)))
+    if difference > TOLERANCE:
+        raise UserError(f"{output}: onnxruntime differs from torch by {difference:.1e}; do not use this file")
+    print(f"onnxruntime {onnxruntime.__version__} differs from torch by at most {difference:.1e}")
+
+
+if __name__ == "__main__":
+    run(main)

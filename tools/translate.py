@@ -1,0 +1,195 @@
+"""Latents of VAE1, or images through VAE1, into latents of VAE2: files in, files of the same kind out.
+
+    python tools/translate.py assets/pretrained/taesd_to_taef1_latent.safetensors saved/*.latent --output_dir flux
+    python tools/translate.py MODULE photos/ --output_dir flux --vae1_path sd-legacy/stable-diffusion-v1-5
+
+A folder stands for the files in it. What is read: `.latent` (ComfyUI's, always raw), `.safetensors` (a tensor `latents`, or its
+only one), `.pt` and `.pth` (a tensor, or a dict of tensors in the same way), `.npy`, and images. VAE1 encodes images whole, but
+for a crop around the centre to a multiple of its stride; a module that takes the image gets them too. Latents are (B, C, h, w)
+or (C, h, w). Each result keeps its file's name and kind; images become `.safetensors`. A file that cannot be read is left out
+and named, and the exit status is then 1.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from dataloader import ImageDataset, UnreadableImage, list_images, to_pixel_values
+from latents.spaces import SPACES, Codec
+from latents.vaes import load_vae_model
+from runtime.cli import MISTAKES, claim_writable_folder, run
+from runtime.device import resolve_device
+from utils import UserError, atomic_file, one_line
+from vae_align import AlignPipeline, read_checkpoint
+
+log = logging.getLogger(__name__)
+
+LATENT_FILES = (".latent", ".safetensors", ".pt", ".pth", ".npy")
+COMFYUI_KEY, RAW_MARK = "latent_tensor", "latent_format_version_0"  # files without the mark are ComfyUI's oldest, of SD1.5
+NAMES = ("latents", "samples", COMFYUI_KEY)  # of the tensor in a file that holds several
+
+
+def read_latents(path: Path) -> tuple[torch.Tensor, bool]:
+    """(latents, whether the file itself says that they are raw). UserError for a file that holds none."""
+    try:
+        if path.suffix == ".npy":
+            content = torch.from_numpy(np.load(path, allow_pickle=False))
+        elif path.suffix in (".pt", ".pth"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            content = load_file(path)
+    except Exception as error:  # numpy, torch and safetensors have errors of their own
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
+    comfyui = path.suffix == ".latent"
+    scale = 1.0
+    if isinstance(content, dict):
+        if comfyui and RAW_MARK not in content:
+            scale = SPACES["sd15"].std[0]
+        tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor) and value.ndim >= 3}
+        named = [tensors[name] for name in NAMES if name in tensors]
+        content = named[0] if named else next(iter(tensors.values())) if len(tensors) == 1 else None
+    if not isinstance(content, torch.Tensor) or content.ndim not in (3, 4) or not content.is_floating_point():
+        raise UserError(f"{path}: holds no latents (B, C, h, w); name the tensor `latents`")
+    return content * scale if scale != 1 else content, comfyui
+
+
+def write_latents(path: Path, latents: torch.Tensor) -> None:
+    """One file of the kind that its ending says, whole or not at all."""
+    latents = latents.cpu().contiguous()
+    with atomic_file(path) as file:
+        if path.suffix == ".npy":
+            np.save(file, latents.numpy())
+        elif path.suffix in (".pt", ".pth"):
+            torch.save(latents, file)
+        elif path.suffix == ".latent":
+            file.write(save({COMFYUI_KEY: latents, RAW_MARK: torch.tensor([])}))
+        else:
+            file.write(save({"latents": latents}))
+
+
+def read_image(path: Path, stride: int) -> torch.Tensor:
+    """(1, 3, H, W) in [-1, 1], cropped around its centre to multiples of `stride`."""
+    Image.init()  # `ImageFiles` opens whatever formats are registered by then
+    try:
+        image = ImageDataset([str(path)], stride).open(0)
+    except UnreadableImage as error:
+        raise UserError(str(error)) from None
+    if min(image.size) < stride:
+        raise UserError(f"{path}: {image.width}x{image.height} px is less than one latent of {stride} px")
+    width, height = (side // stride * stride for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    levels = np.array(image.crop((left, top, left + width, top + height)))
+    return to_pixel_values(torch.from_numpy(levels).permute(2, 0, 1)[None])
+
+
+class Translator:
+    """A module, and VAE1 where images come: opened when the first one does."""
+
+    def __init__(self, args):
+        content = read_checkpoint(args.module)
+        self.pipeline = AlignPipeline.from_checkpoint(args.module, args.device)
+        self.vae_path = args.vae1_path or content["vae1"]["path"]
+        self.vae_subfolder, self.cache_dir, self.raw = args.vae1_subfolder, args.cache_dir, args.latents == "raw"
+        self._codec = None
+
+    @property
+    def codec(self) -> Codec:
+        if self._codec is None:
+            if not self.vae_path:
+                raise UserError("--vae1_path: the module's file names no VAE1; name the one that encodes the images")
+            device = self.pipeline.device
+            vae = load_vae_model(self.vae_path, self.vae_subfolder, self.cache_dir, device, torch.float32, "--vae1_path")
+            self._codec = Codec(vae, self.vae_path, self.vae_subfolder)
+            own = self.pipeline.space1
+            if (self._codec.channels, self._codec.stride) != (own.channels, own.stride):
+                raise UserError(f"--vae1_path {self.vae_path}: its latents are {self._codec.space}; the module takes {own}")
+        return self._codec
+
+    def of_latents(self, path: Path) -> torch.Tensor:
+        latents, says_raw = read_latents(path)
+        if self.pipeline.uses_image:
+            raise UserError(f"{path}: this module also takes the image; give it the images, or use a module of latents alone")
+        batch = latents if latents.ndim == 4 else latents[None]
+        translated = self.pipeline.translate(batch, raw=self.raw or says_raw)
+        return translated if latents.ndim == 4 else translated[0]
+
+    def of_image(self, path: Path) -> torch.Tensor:
+        pipeline = self.pipeline
+        image = read_image(path, max(pipeline.config.latent_stride, pipeline.config.out_stride)).to(pipeline.device)
+        scaled = pipeline.translate(self.codec.encode(image) if pipeline.uses_latents else None, image)
+        if self.raw and not pipeline.space2.map_is_known:
+            raise UserError("--latents raw: the module's file does not name VAE2's latent space; leave the flag out")
+        return pipeline.space2.to_raw(scaled) if self.raw else scaled
+
+
+def planned(inputs: list[str], output_dir: Path) -> dict[Path, Path]:
+    """{file: result}; a folder stands for the latents and images in it. UserError if two results would be one file."""
+    plan, sources = {}, {}
+    for given in map(Path, inputs):
+        if not given.exists():
+            raise UserError(f"{given}: no such file or folder")
+        found = [given]
+        if given.is_dir():
+            found = sorted(
+                {file for file in given.iterdir() if file.suffix in LATENT_FILES} | set(map(Path, list_images(given)))
+            )
+            if not found:
+                raise UserError(f"{given}: no latents and no images in this folder")
+        for file in found:
+            ending = file.suffix if file.suffix in LATENT_FILES else ".safetensors"
+            result = output_dir / (file.stem + ending)
+            if sources.setdefault(result, file) != file:
+                raise UserError(f"{file}, {sources[result]}: both would become {result}; rename one")
+            if result.exists() and result.samefile(file):
+                raise UserError(f"--output_dir {output_dir}: {file} would be replaced by its own result; name another folder")
+            plan[file] = result
+    return plan
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("module", help="file (.safetensors or .pth), or a folder: its newest checkpoint")
+    parser.add_argument("inputs", nargs="+", metavar="IN", help="latents, images, or folders of them")
+    parser.add_argument("--output_dir", required=True, help="folder of the results")
+    kinds = "of .safetensors, .pt and .npy files, in and out, and of results of images (default: scaled, as in diffusers)"
+    parser.add_argument("--latents", choices=("scaled", "raw"), default="scaled", help=kinds)
+    parser.add_argument("--vae1_path", help="hub id or folder of VAE1, which encodes images (default: what the module names)")
+    parser.add_argument("--vae1_subfolder", default="vae", help="folder in it that holds the VAE, if there is one")
+    parser.add_argument("--cache_dir", help="where downloads go (default: the hub client's)")
+    parser.add_argument("--device", help="cuda, cuda:N, mps or cpu (default: the first of cuda, mps, cpu that is there)")
+    args = parser.parse_args()
+
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    args.device = resolve_device(args.device, True)
+    output_dir = claim_writable_folder(args.output_dir, "--output_dir")
+    plan = planned(args.inputs, output_dir)
+    translator = Translator(args)
+    if any(file.suffix not in LATENT_FILES for file in plan) and translator.pipeline.uses_latents:
+        translator.codec  # noqa: B018 - a VAE that is not to be had is said before the work begins
+    failed = 0
+    with logging_redirect_tqdm():
+        for file, result in tqdm(plan.items(), desc="translate", unit="file"):
+            try:
+                translate = translator.of_latents if file.suffix in LATENT_FILES else translator.of_image
+                write_latents(result, translate(file))
+            except MISTAKES as error:
+                failed += 1
+                log.warning("left out: %s", one_line(error) if str(file) in str(error) else f"{file}: {one_line(error)}")
+    print(f"{len(plan) - failed} of {len(plan)} translated into {output_dir}")
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)
