@@ -17,13 +17,18 @@ from common import print_result, recipe_args, train
 
 from evaluation import tables
 from evaluation.ladder import Ladder, evaluate
+from evaluation.metrics import Measures
 from latents.pipeline import PipelineWithVAEs
 from latents.vaes import load_vae_model
 from runtime.device import get_dtype
 from utils import write_json
 
 PACE_STEPS = 40
-KEPT = ("latent_mse", "psnr", "ssim", "psnr_vs_vae2", "colour_bias", "macs")
+KEPT = (
+    "latent_mse", "psnr", "ssim", "psnr_vs_vae2", "st_lpips_vgg", "st_lpips_alex", "texture", "detail", "latent_variance",
+    "latent_variance_by_channel", "colour_bias", "macs",
+)  # fmt: skip
+METRICS = ("ssim", "st_lpips", "texture")
 
 
 def run(args, vaes, loaders):
@@ -74,7 +79,8 @@ def main():
         checkpoint, seconds = run(args, vaes, loaders)
 
         pipeline = PipelineWithVAEs.from_checkpoint(checkpoint, *vaes)
-        results = evaluate(Ladder(pipeline, dtype), loaders[1], costs=True)
+        measures = Measures(METRICS, args.image_size, pipeline.device)
+        results = evaluate(Ladder(pipeline, dtype), loaders[1], measures, costs=True)
         if options.save_dir:
             write_json(checkpoint.with_suffix(".metrics.json"), results)
     print(tables.ladder_table(results))

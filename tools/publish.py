@@ -30,7 +30,12 @@ ROWS = {
     "linear": "the best linear map",
     "aligned": "**this module**",
 }
-COLUMNS = {"psnr": ("PSNR dB", "{:.2f}"), "ssim": ("SSIM", "{:.4f}"), "latent_mse": ("latent MSE", "{:.4f}")}
+COLUMNS = {
+    "psnr": ("PSNR dB", "{:.2f}"),
+    "st_lpips_vgg": ("ST-LPIPS (VGG)", "{:.3f}"),
+    "ssim": ("SSIM", "{:.4f}"),
+    "latent_mse": ("latent MSE", "{:.4f}"),
+}
 PICTURE = "comparison.png"
 DIFFUSERS = """
 In diffusers 0.33 or newer the latents go into the image-to-image pipeline of VAE2's family unpacked, as `image=`, with

@@ -25,7 +25,7 @@ from vae_align import AlignPipeline, module_of, read_checkpoint, spaces_of
 log = logging.getLogger(__name__)
 
 RUNGS = ("vae2", "reencode", "linear", "aligned")
-FIGURES = ("psnr", "ssim", "psnr_vs_vae2", "latent_mse", "colour_bias")
+FIGURES = ("psnr", "st_lpips_vgg", "texture", "detail", "ssim", "psnr_vs_vae2", "latent_mse", "colour_bias")
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
