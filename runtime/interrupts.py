@@ -7,10 +7,12 @@ A terminal or a job scheduler sends a signal to all processes of a run. `unwindi
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
 import time
+from multiprocessing import resource_tracker
 
 import torch
 
@@ -128,6 +130,8 @@ def signals_held_back():
     if not hasattr(signal, "sigwaitinfo") or threading.current_thread() is not threading.main_thread():
         yield
         return
+    if multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # it would lift the block when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -144,7 +148,7 @@ def leave_signals_to_parent(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # without it, on Windows, a SIGTERM to all ends the workers at once
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_exit_on_sigterm_from, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm_from, args=(multiprocessing.parent_process().pid,), daemon=True).start()
 
 
 def _exit_on_sigterm_from(parent: int) -> None:
