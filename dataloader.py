@@ -9,18 +9,27 @@ workers or processes, or on what was read before.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import importlib
+import io
 import logging
 import os
+import pickle
 import re
+import signal
+import threading
 import warnings
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from runtime.device import physical_memory
 from runtime.interrupts import leave_signals_to_parent, signals_held_back
@@ -28,11 +37,24 @@ from utils import UserError, hub_token, one_line, require_regular
 
 log = logging.getLogger(__name__)
 
+Image.MAX_IMAGE_PIXELS = 1 << 28  # Pillow's limit is a third of it, and phones and cameras have 102 to 200 megapixels
+
 WIDE_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # grey with more than 8 bits; Pillow would clip them at 255
 EXECUTED_FORMATS = ("EPS",)  # Pillow passes such a file, under any name, to Ghostscript, which executes it
+# endings of pictures, of which Pillow may lack the format: to say that files are passed over
+PICTURES = frozenset({
+    ".heic", ".heif", ".hif", ".avif", ".jxl", ".jxr", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".sr2", ".dng", ".orf", ".rw2",
+    ".raf", ".pef", ".srw", ".raw", ".svg", ".exr", ".hdr", ".psb", ".xcf",
+})  # fmt: skip
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+METADATA_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"iCCP", b"tIME", b"pHYs")
 SYNSET = re.compile(r"n\d{8}$")  # the name of an ImageNet class folder
 ZOOM = 1.25  # training draws the short side between image_size and this multiple of it (at most the image's own)
-PREPROCESSING = 1  # raised with every change to the pixels that `ImageDataset.crop` returns, so that no older cache is read
+PATIENCE = 120.0  # seconds without a batch after which data workers are given up
+TIMED_OUT = "DataLoader timed out"  # how torch's message begins
+LOST = "lower it (0: none), or give the machine or container more memory (docker: --memory, --shm-size)"
+TICK = 5.0  # seconds after which the wait for a batch looks whether all workers live
+PREPROCESSING = 2  # raised with every change to the pixels that `ImageDataset.crop` returns, so that no older cache is read
 
 
 class UnreadableImage(Exception):
@@ -49,8 +71,10 @@ def list_images(folder: str | os.PathLike) -> list[str]:
     Hidden files and folders are left out. Links are followed, and each folder is visited once. A folder that cannot be read
     is left out with a warning.
     """
+    readable_formats()
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = []
+    others = Counter()
     visited = set()
     waiting = [os.fspath(folder)]
     while waiting:  # os.walk takes a stack frame per level before Python 3.12
@@ -69,6 +93,15 @@ def list_images(folder: str | os.PathLike) -> list[str]:
         waiting += reversed(folders)
         images = {entry.path for entry in entries if os.path.splitext(entry.name)[1].lower() in endings}
         found += images.difference(folders)
+        unread = (os.path.splitext(entry.name)[1].lower() for entry in entries if entry.path not in images)
+        others.update(ending for ending in unread if ending in PICTURES)
+    if others:
+        log.warning(
+            "%s: %s of formats that Pillow here does not read (%s): convert them, or install a plug-in (.heic: "
+            "pillow-heif, .jxl: pillow-jxl-plugin)",
+            folder, "1 file is" if others.total() == 1 else f"{others.total()} files are",
+            ", ".join(sorted(others)),
+        )  # fmt: skip
     return sorted(found)
 
 
@@ -103,9 +136,41 @@ def file_list_digest(paths: list[str]) -> str:
     return digest.hexdigest()
 
 
+def without_metadata(path: str) -> io.BytesIO | None:
+    """A PNG without the chunks that are no picture; None for any other file. Pillow refuses a PNG whose texts are longer than
+    it likes, such as the workflow that made the picture."""
+    with open(path, "rb") as file:
+        if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
+            return None
+        content = file.read()
+    kept, place = [PNG_SIGNATURE], 0
+    while place + 8 <= len(content):
+        end = place + 12 + int.from_bytes(content[place : place + 4], "big")
+        if content[place + 4 : place + 8] not in METADATA_CHUNKS:
+            kept.append(content[place:end])
+        place = end
+    return io.BytesIO(b"".join(kept))
+
+
+@functools.cache
+def readable_formats() -> tuple[str, ...]:
+    """The formats that Pillow reads here, without those that it would execute, HEIC, AVIF and JPEG XL where a plug-in is
+    installed. A worker that is no fork knows none of them before."""
+    Image.init()
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    for plugin in ("pillow_avif", "pillow_jxl"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(plugin)
+    return tuple(kind for kind in Image.OPEN if kind not in EXECUTED_FORMATS)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image as the RGB picture a viewer would show: upright, first frame, over white, 16 bits scaled to 8."""
     image.load()  # raises if the pixels cannot be decoded
+    profile = image.info.get("icc_profile")
     with contextlib.suppress(Exception):  # metadata that cannot be parsed: the picture stays as it is stored
         image = ImageOps.exif_transpose(image)
     if image.mode in WIDE_MODES:
@@ -119,10 +184,37 @@ def to_rgb(image: Image.Image) -> Image.Image:
             white = 255 if brightest <= 255 else 65535
         levels = np.nan_to_num(levels * (255 / white)).clip(0, 255).round().astype(np.uint8)
         return Image.fromarray(levels).convert("RGB")
+    if profile:
+        with contextlib.suppress(Exception):  # a profile that cannot be parsed or is for another mode
+            image = in_srgb(image, profile)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """`image`, whose colours are those of an ICC profile, in sRGB, with its transparency. An exception of Pillow's if the
+    profile is damaged or of another colour space than the image's."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    space = source.profile.xcolor_space.strip()
+    if image.mode == "CMYK":
+        if space != "CMYK":
+            return image
+        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    if space == "GRAY":
+        if image.mode not in ("L", "LA"):
+            return image
+        levels = ImageCms.profileToProfile(image.getchannel("L"), source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    elif space == "RGB":
+        transparent = "transparency" in image.info
+        opaque = image.convert("RGBA").convert("RGB") if transparent or image.mode != "RGB" else image
+        levels = ImageCms.profileToProfile(opaque, source, ImageCms.createProfile("sRGB"))
+    else:
+        return image
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        levels.putalpha(image.convert("RGBA").getchannel("A"))
+    return levels
 
 
 def resized_crop(image: Image.Image, short_side: int, size: int, at: tuple[float, float] = (0.5, 0.5)) -> torch.Tensor:
@@ -161,8 +253,20 @@ class ImageFiles:
 
     def open(self, index: int) -> Image.Image:
         """The image of that index, not yet decoded."""
-        require_regular(self.paths[index])
-        return Image.open(self.paths[index], formats=[kind for kind in Image.OPEN if kind not in EXECUTED_FORMATS])
+        path = self.paths[index]
+        require_regular(path)
+        try:
+            image = Image.open(path, formats=readable_formats())
+            if image.format == "PNG":
+                image.load()  # texts may stand behind the pixels
+            return image
+        except (ValueError, UnidentifiedImageError):
+            plain = without_metadata(path)
+            if plain is None:
+                raise
+            with contextlib.suppress(Exception):
+                return Image.open(plain, formats=("PNG",))
+            raise
 
     def name(self, index: int) -> str:
         """What messages and results call that image."""
@@ -243,8 +347,11 @@ def load_hub_split(name: str, train: bool, label: str, cache_dir: str | None = N
     columns = [column for column, feature in data.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
         raise UserError(f"{label} {name}: this data set has no image column")
-    data = data.select_columns(columns[:1])
-    return HubImages(data if columns[0] == "image" else data.rename_column(columns[0], "image"))
+    column = next((name for name in ("image", "img", "jpg", "png", "picture", "photo") if name in columns), columns[0])
+    if len(columns) > 1:
+        log.info("%s %s: image columns %s; using %s", label, name, ", ".join(columns), column)
+    data = data.select_columns([column])
+    return HubImages(data if column == "image" else data.rename_column(column, "image"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -423,21 +530,112 @@ def eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int) -> Dat
     return WorkerLoader(dataset, batch_size=batch_size, shuffle=False, **loader_options(num_workers))
 
 
+class WorkersLost(UserError):
+    """No further batch will come: a data worker has died, stands still, or could not be started."""
+
+
 class WorkerLoader(DataLoader):
-    """A DataLoader whose workers survive a signal to all processes, and whose errors are those that its workers raised."""
+    """A DataLoader that never waits in vain: its workers survive a signal to all processes, its errors are those that its
+    workers raised, and a worker that cannot deliver is `WorkersLost`.
+
+    A worker's batch comes through its pipe as bytes (`Parcel`), not through shared memory. Containers have little of that, and
+    a worker whose queue fails to get any says so to nobody.
+
+    Args:
+        patience: seconds to wait for a batch beyond 2 s for each of its images.
+        options: of the DataLoader.
+    """
+
+    def __init__(self, dataset, patience: float = PATIENCE, **options):
+        workers = options.get("num_workers", 0)
+        super().__init__(dataset, timeout=min(TICK, patience) if workers else 0, **options)
+        if workers:
+            self.collate_fn = Parcelled(self.collate_fn)
+        self._patience = patience + 2 * (getattr(self.batch_sampler, "batch_size", None) or 1)
 
     def __iter__(self):
-        with signals_held_back():
-            batches = super().__iter__()
-        return _with_plain_errors(batches)
+        if not self.num_workers:
+            yield from super().__iter__()
+            return
+        batches, waited = self._started(), 0.0
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except UserError as error:  # torch puts the worker's traceback into its message
+                raise UserError(str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]) from None
+            except RuntimeError as error:
+                waited += self.timeout  # by the count: a suspended program waits for nobody
+                if not str(error).startswith(TIMED_OUT) or waited >= self._patience:
+                    raise self._lost(error, batches) from None
+                continue
+            waited = 0.0
+            yield batch.open() if isinstance(batch, Parcel) else batch
+
+    def _started(self):
+        """torch's iterator, with its workers at work."""
+        batches = self._iterator
+        if batches:  # it first waits for what its workers still do for an iteration that nobody reads any more
+            batches._timeout = self._patience
+        try:
+            with signals_held_back(), _signal_of_children_kept():
+                batches = super().__iter__()
+        except OSError as error:  # no memory, processes or semaphores for them
+            raise WorkersLost(f"num_workers {self.num_workers}: they cannot be started ({one_line(error)}); {LOST}") from None
+        except RuntimeError as error:
+            raise self._lost(error, batches) from None
+        batches._timeout = self.timeout
+        return batches
+
+    def _lost(self, error: RuntimeError, batches) -> Exception:
+        """`error` as `WorkersLost`, if that is what it says; the workers end, for one that stands still never would."""
+        if str(error).startswith(TIMED_OUT):
+            why = "no data worker has delivered anything for minutes, such as from a disk that does not answer"
+        elif str(error).startswith("DataLoader worker (pid"):
+            why = "a data worker has ended unexpectedly, most often killed for want of memory"
+        else:
+            return error
+        for worker in batches._workers:
+            worker.kill()
+        return WorkersLost(f"num_workers {self.num_workers}: {why}; {LOST}")
 
 
-def _with_plain_errors(batches):
-    """`batches`, with a worker's UserError as the worker raised it: torch puts the worker's traceback into its message."""
+class Parcel:
+    """A batch as the bytes in which a worker sends it. Where torch pins memory it opens the parcel too."""
+
+    def __init__(self, batch):
+        self._bytes = pickle.dumps(batch, protocol=pickle.HIGHEST_PROTOCOL)
+
+    def open(self):
+        return pickle.loads(self._bytes)
+
+    def pin_memory(self):
+        return pin_memory(self.open())
+
+
+@dataclass
+class Parcelled:
+    """A `collate_fn` whose batches leave their worker as parcels."""
+
+    collate_fn: Callable
+
+    def __call__(self, items):
+        return Parcel(self.collate_fn(items))
+
+
+@contextlib.contextmanager
+def _signal_of_children_kept():
+    """Within this context torch's handler of SIGCHLD is not installed. It raises wherever the program happens to be when a
+    worker dies, such as between a step's update and its count; the loader notices at the next batch."""
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
     try:
-        yield from batches
-    except UserError as error:
-        raise UserError(str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]) from None
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 def require_memory(batch_size: int, image_size: int, label: str) -> None:

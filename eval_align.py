@@ -174,7 +174,10 @@ def main(argv: list[str] | None = None) -> dict:
             with atomic_file(output_dir / f"{index:05d}_{plain_stem(path)}.png") as file:
                 sheet.save(file, "PNG")
 
-    with memory_advice("evaluating", eval_batch_size=args.eval_batch_size, image_size=size, precision=precision):
+    with (
+        naming("--num_workers"),
+        memory_advice("evaluating", eval_batch_size=args.eval_batch_size, image_size=size, precision=precision),
+    ):
         measures = Measures(args.metrics, size, device)
         results = judge(ladder, loader, measures, size, save_pictures if args.save_visualizations else None)
     results |= {

@@ -341,7 +341,7 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
     train_loader = dataloader.train_loader
     if args.cache_latents and vae1 is not None and vae2 is not None:
         options = CacheOptions(args.latent_cache_dir, args.cache_views, needs_pixels(args), args.sample_posterior)
-        with naming("--latent_cache_dir"):
+        with naming("--latent_cache_dir", "--num_workers"):
             train_set = cache_latents(train_set, Codec(vae1), Codec(vae2), options, args.num_workers, accelerator)
         train_loader = cached_loader
     return (
@@ -528,7 +528,13 @@ def train_align_pipeline(
     if writer:
         log.info("%s", description_of(args, parts, run))
     try:
-        stopped = training_loop(args, parts, run, train_loader, eval_loader, generator)
+        try:
+            stopped = training_loop(args, parts, run, train_loader, eval_loader, generator)
+        except dataloader.WorkersLost as error:
+            if not writer:
+                raise
+            save_checkpoint(args, run)
+            raise UserError(f"--{error}; saved in {run.checkpoints.last}; go on with the same command and --resume") from None
         if writer and state.step == run.end and state.metrics:
             log_hparams(writer, run.checkpoints.config, state.metrics)
     finally:
@@ -554,12 +560,6 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
     first_step = state.step
     resumed = parts.start is not None and parts.start.resumed
 
-    def save(epoch):
-        """Write everything that is known; the events first, so that a resumed run's logs lack no point."""
-        writer.flush()
-        path = run.checkpoints.save(state, epoch)
-        save_config(args, args.config_save_path or path.with_suffix(".json"))
-
     with StopRequest() as stop, memory_advice("training", **memory_flags(args)):
         bar = tqdm(total=run.end, initial=state.step, desc="train", unit="step", disable=not main_process)
         clock, clocked_step = time.perf_counter(), state.step
@@ -583,13 +583,13 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
             if news and due(args.visualize_frequency):
                 visualize_results(pipeline, eval_loader, writer, epoch, args, dtype)
             if news and save_is_due(state.step, epoch, last, args):
-                save(epoch)
+                save_checkpoint(args, run)
                 saved = True
             if state.step % run.steps_per_epoch == 0 or last:
                 accelerator.wait_for_everyone()
             stopped = stop.agreed(accelerator, state.step)
             if stopped and main_process and not saved:
-                save(epoch)
+                save_checkpoint(args, run)
             if stopped:
                 accelerator.wait_for_everyone()  # a launcher ends the others when the first one leaves
             if last or stopped:
@@ -640,6 +640,13 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
         if state.bad_steps.total:
             log.warning("%s skipped: loss or gradient not finite", count_of(state.bad_steps.total, "step"))
     return stopped
+
+
+def save_checkpoint(args, run: Run) -> None:
+    """Write everything that is known; the events first, so that a resumed run's logs lack no point."""
+    run.writer.flush()
+    path = run.checkpoints.save(run.state, run.state.step / run.steps_per_epoch)
+    save_config(args, args.config_save_path or path.with_suffix(".json"))
 
 
 def train_step(args, parts: Parts, run: Run, inputs: dict, target: torch.Tensor, images: torch.Tensor | None):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import reprlib
+import secrets
 import stat
-import tempfile
 from datetime import datetime, timedelta
 from pathlib import Path
 from urllib.parse import unquote
@@ -82,15 +83,13 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb", exclusive: bool = Fal
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    # not mkstemp: its 0600 would hide the file from the user's group, and some file systems refuse chmod
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would hide the file from the user's group
         with os.fdopen(handle, mode, **open_options) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            flush_to_disk(file)
         if exclusive:
             try:
                 os.link(temporary, path)
@@ -104,6 +103,16 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb", exclusive: bool = Fal
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def flush_to_disk(file) -> None:
+    """Have what was written to an open file reach the disk, where the file system can say so."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # some network file systems have no such call
+            raise
 
 
 def write_json(path: str | os.PathLike, value) -> None:

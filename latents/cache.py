@@ -20,12 +20,13 @@ import logging
 import math
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
 
-from utils import UserError, count_of, one_line, write_json
+from utils import UserError, count_of, flush_to_disk, one_line, write_json
 
 log = logging.getLogger(__name__)
 
@@ -90,13 +91,23 @@ class LatentCache:
     @contextlib.contextmanager
     def lock(self):
         """Only one run builds at a time; the kernel drops a dead run's lock."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / "lock")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"latent_cache_dir {self.folder.parent}: cannot write there ({one_line(error)}), and it holds no complete "
+                "cache of these images; name another folder"
+            ) from None
         try:
             lock.acquire(timeout=0)
         except Timeout:
             log.info("another run is building this latent cache: waiting for it")
             lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            log.warning("this file system knows no locks (%s): let no other run build this cache meanwhile", one_line(error))
         try:
             yield
         finally:
@@ -128,13 +139,11 @@ class LatentCache:
                 with os.fdopen(os.open(self.folder / f"{name}.bin", create, 0o666), "r+b") as file:
                     file.seek(offset)
                     file.write(memoryview(values).cast("B"))
-                    file.flush()
-                    os.fsync(file.fileno())
+                    flush_to_disk(file)
             line = json.dumps({"chunk": chunk, "left_out": left_out}) + "\n"
             with open(self.folder / "journal.jsonl", "a", encoding="utf-8") as file:
                 file.write(line if file.tell() == 0 else "\n" + line)  # a line cut short by a kill must not swallow this one
-                file.flush()
-                os.fsync(file.fileno())
+                flush_to_disk(file)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(
@@ -153,8 +162,15 @@ class LatentCache:
         if name not in self._maps:
             shape, dtype = self.columns[name]
             rows = self.length * self.views
+            path = self.folder / f"{name}.bin"
             try:
-                self._maps[name] = np.memmap(self.folder / f"{name}.bin", dtype, "r", shape=(rows, *shape))
+                try:
+                    self._maps[name] = np.memmap(path, dtype, "r", shape=(rows, *shape))
+                except OSError as error:
+                    if error.errno not in (errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP):
+                        raise
+                    log.warning("%s: this file system cannot map files: reading it into memory", path)
+                    self._maps[name] = np.fromfile(path, dtype, rows * math.prod(shape)).reshape(rows, *shape)
             except (OSError, ValueError) as error:  # gone, or shorter than what was written
                 raise UserError(f"latent cache {self.folder}: damaged ({one_line(error)}); delete this folder") from None
         return self._maps[name]

@@ -103,7 +103,8 @@ def cache_latents(
     cache = encoder.cache
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     wait_for_all = accelerator.wait_for_everyone if accelerator else lambda: None
-    with cache.lock() if rank == 0 else contextlib.nullcontext():
+    # a complete cache needs no lock, and may be where nothing can be written
+    with cache.lock() if rank == 0 and not cache.complete else contextlib.nullcontext():
         wait_for_all()
         if not cache.complete:
             if rank == 0:

@@ -108,7 +108,7 @@ class Parser(argparse.ArgumentParser):
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, str) and not _is_name(item):
                     raise UserError(f"argument --{name}: {shown(item)} cannot be a name: a NUL or broken Unicode is in it")
-        return given
+        return {name: _at_home(value) for name, value in given.items()}
 
     def _from_json(self, action: argparse.Action, value):
         """A JSON value as its flag would parse it, written as words of a command line. UserError says what is wrong."""
@@ -173,6 +173,13 @@ def real(low: float, high: float = 1e9, above: bool = False):
     return convert
 
 
+def _at_home(value):
+    """`value` with the home folder for `~`, as a shell has it: no flag but a path begins so, and a config knows no shell."""
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+
+
 def _is_name(text: str) -> bool:
     """Whether the system could take `text` for the name of a file."""
     try:
@@ -185,6 +192,8 @@ def load_config(config_path) -> dict:
     """The JSON object in `config_path` as a dict; UserError when it cannot be read or is not an object."""
     try:
         config = read_json(config_path)
+    except UnicodeDecodeError:
+        raise UserError(f"--load_config {config_path}: cannot be read as JSON: it is not in UTF-8; save it as UTF-8") from None
     except (OSError, ValueError) as error:
         raise UserError(f"--load_config {config_path}: cannot be read as JSON ({one_line(error)})") from None
     if not isinstance(config, dict):
@@ -258,17 +267,17 @@ def use_proxy(url: str | None) -> None:
 def run(main) -> None:
     """Call `main()` as a program.
 
-    A mistake of the user's, or an error of the operating system, becomes one line on stderr and exit status 1. SIGINT and
-    SIGTERM become one line and exit status 128 + their number. Any other exception is a bug: its traceback, without secrets.
+    A mistake of the user's, or an error of the operating system, becomes one line on stderr and exit status 1. SIGINT,
+    SIGTERM and the like become one line and exit status 128 + their number. Any other exception is a bug: its traceback,
+    without secrets.
     Every log message stays on one line, and characters that the terminal's encoding lacks are printed as escapes.
     """
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it warns of every config key that a VAE class does not use
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it warns at each retry; the last failure is a UserError's one line
+    sys.stdout, sys.stderr = Lenient(sys.stdout, 1), Lenient(sys.stderr, 2)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_PrintableFormatter("%(message)s"))
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
     for chatty in ("httpx", "httpx2"):  # one line per request of the hub client
         logging.getLogger(chatty).setLevel(logging.WARNING)
     threading.excepthook = _thread_failed
@@ -277,19 +286,63 @@ def run(main) -> None:
             main()
     except MISTAKES as error:
         sys.exit(f"error: {one_line(error, limit=600)}")
-    except BrokenPipeError:  # the reader of our output has closed it, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
         full = error.errno in DISK_FULL
         remedy = "free some space or name another folder" if full else "check its permissions, or name another"
         sys.exit(f"error: {one_line(error, limit=600)}; {remedy}")
     except KeyboardInterrupt as interrupt:
-        number = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
-        print(f"\nstopped by {number.name}; what was finished is kept; start the same command again", file=sys.stderr)
+        number = interrupt.number if isinstance(interrupt, Terminated) else signal.SIGINT
+        print(
+            f"\nstopped by {signal.Signals(number).name}; what was finished is kept; start the same command again",
+            file=sys.stderr,
+        )
         sys.exit(128 + number)
     except Exception:  # tracebacks of libraries quote URLs and headers
         sys.exit(without_secrets(traceback.format_exc().rstrip()))
+
+
+class Lenient:
+    """A standard stream that may fail: what is printed never ends what is done. After the first failure (a full disk, a reader
+    or a terminal that has gone) what is printed goes nowhere.
+
+    Args:
+        stream: None where the program was started with the stream closed. descriptor: 1 or 2.
+    """
+
+    def __init__(self, stream, descriptor: int):
+        self._descriptor = descriptor
+        if stream is None:
+            stream = os.fdopen(self._to_nowhere(), "w", closefd=False)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._forgiving():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._forgiving():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _forgiving(self):
+        try:
+            yield
+        except OSError:
+            self._to_nowhere()
+
+    def _to_nowhere(self) -> int:
+        """Let the descriptor lead to nowhere, for libraries and for what is still in a buffer."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        if nowhere != self._descriptor:
+            os.dup2(nowhere, self._descriptor)
+            os.close(nowhere)
+        return self._descriptor
 
 
 def _thread_failed(failure):

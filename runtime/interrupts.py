@@ -1,4 +1,5 @@
-"""How SIGINT and SIGTERM end a program: before training by unwinding, in training by a request to stop, and never in a worker.
+"""How a signal that asks politely ends a program: before training by unwinding, in training by a request to stop, and never
+in a worker.
 
 A terminal or a job scheduler sends a signal to all processes of a run. `unwinding_on_signals` covers a whole program,
 `StopRequest` the training loop within it, `signals_held_back` and `leave_signals_to_parent` the workers that decode images.
@@ -7,13 +8,18 @@ A terminal or a job scheduler sends a signal to all processes of a run. `unwindi
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
 import time
+from multiprocessing import resource_tracker
 
 import torch
 
+# who asks: a terminal and a scheduler; a terminal or connection that goes away; schedulers that warn; a limit of CPU time
+ONCE = [getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK") if hasattr(signal, name)]
+POLITE = [signal.SIGINT, signal.SIGTERM, *ONCE]  # of `ONCE`, a second one ends nothing: a closed terminal sends two
 RELAY = 2.0  # seconds within which a launcher repeats a signal to its processes
 ASK = 2.0  # seconds between two times at which the processes of a run ask each other whether to stop
 
@@ -23,21 +29,31 @@ ASK = 2.0  # seconds between two times at which the processes of a run ask each 
 
 
 class Terminated(KeyboardInterrupt):
-    """What SIGTERM raises, as SIGINT raises KeyboardInterrupt."""
+    """What a signal of `POLITE` raises that is not SIGINT; `number` says which."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
+def heard() -> list[int]:
+    """The signals of `POLITE` that this process is to hear: of `ONCE` not those that whoever started it has it ignore, such as
+    SIGHUP under nohup."""
+    return [number for number in POLITE if number not in ONCE or signal.getsignal(number) != signal.SIG_IGN]
 
 
 @contextlib.contextmanager
 def unwinding_on_signals():
-    """Within this context the first SIGINT raises KeyboardInterrupt and the first SIGTERM `Terminated`; the second one ends
-    the process at once. Unwinding removes temporary files and ends workers."""
+    """Within this context the first SIGINT raises KeyboardInterrupt and the first other signal of `POLITE` `Terminated`; the
+    second SIGINT or SIGTERM ends the process at once. Unwinding removes temporary files and ends workers."""
 
     def unwind(number, _):
-        signal.signal(number, signal.SIG_DFL)
-        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        signal.signal(number, signal.SIG_IGN if number in ONCE else signal.SIG_DFL)
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
     before = {}
     with contextlib.suppress(ValueError):  # outside the main thread the caller handles signals
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in heard():
             before[number] = signal.signal(number, unwind)
     try:
         yield
@@ -51,7 +67,7 @@ def unwinding_on_signals():
 
 
 class StopRequest:
-    """Within this context SIGINT and SIGTERM ask the run to stop, and `signal` is the number of the one that came.
+    """Within this context the signals of `POLITE` ask the run to stop, and `signal` is the number of the one that came.
 
     The second SIGINT, or the second SIGTERM, ends the process at once. Under a launcher (LOCAL_RANK is set) a second one that
     comes within `RELAY` seconds is ignored: the launcher repeats to its processes what the terminal has sent to all.
@@ -67,20 +83,22 @@ class StopRequest:
 
     def __enter__(self):
         with contextlib.suppress(ValueError):  # outside the main thread the caller handles signals
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in heard():
                 self._handlers_before[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number, _):
         now = time.monotonic()
         self.signal = number
+        if number in self._came_at and number in ONCE:
+            return
         if number in self._came_at:
             if now - self._came_at[number] > RELAY:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
         self._came_at[number] = now
-        if "LOCAL_RANK" not in os.environ:
+        if "LOCAL_RANK" not in os.environ and number not in ONCE:
             signal.signal(number, signal.SIG_DFL)
         said = f"\n{signal.Signals(number).name}: finishing the step and saving; once more to leave at once\n"
         try:
@@ -91,8 +109,9 @@ class StopRequest:
 
     def __exit__(self, *exception):
         for number, handler in self._handlers_before.items():
-            # after a request to stop, one more signal ends the process at once
-            signal.signal(number, signal.SIG_DFL if self.signal or handler is None else handler)
+            # after a request to stop, one more SIGINT or SIGTERM ends the process at once
+            asked = signal.SIG_IGN if number in ONCE else signal.SIG_DFL
+            signal.signal(number, asked if self.signal or handler is None else handler)
 
     def agreed(self, accelerator, step: int) -> int | None:
         """The signal on which all processes stop after `step` steps, or None. Every process gets the same answer.
@@ -120,7 +139,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def signals_held_back():
-    """Within this context SIGINT and SIGTERM wait, and processes that are started in it start with both blocked.
+    """Within this context the signals of `POLITE` wait, and processes that are started in it start with them blocked.
 
     Without it, a signal to all processes of a job could end a worker before `leave_signals_to_parent` has run in it, and the
     lost worker would end the run, which is to save first. No effect outside the main thread, or on Windows.
@@ -128,7 +147,9 @@ def signals_held_back():
     if not hasattr(signal, "sigwaitinfo") or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    if multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # it would lift the block when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, POLITE)
     try:
         yield
     finally:
@@ -136,15 +157,16 @@ def signals_held_back():
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """A `worker_init_fn`: the worker ignores the SIGINT and SIGTERM of a terminal or a job, and its parent ends the run.
+    """A `worker_init_fn`: the worker ignores the signals of a terminal or a job, and its parent ends the run.
 
     A SIGTERM that the parent itself sends still ends the worker. Otherwise a parent that exits early would wait for it
     without end.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, *ONCE):
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # without it, on Windows, a SIGTERM to all ends the workers at once
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_exit_on_sigterm_from, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm_from, args=(multiprocessing.parent_process().pid,), daemon=True).start()
 
 
 def _exit_on_sigterm_from(parent: int) -> None:

@@ -1,5 +1,6 @@
 """Real parts, tiny in size: diffusers VAEs with random weights, image folders, and the two programs as subprocesses."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -164,6 +165,15 @@ def read_scalars(log_dir):
         for tag in events.Tags()["scalars"]:
             scalars.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
     return scalars
+
+
+@pytest.fixture(params=[os.environ["VAE_ALIGN_START"]] if "VAE_ALIGN_START" in os.environ else ["fork", "spawn", "forkserver"])
+def start_method(request):
+    """How Python starts worker processes during the test: as on Linux, on macOS and Windows, and on Linux since Python 3.14."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(request.param, force=True)
+    yield request.param
+    multiprocessing.set_start_method(before, force=True)
 
 
 @pytest.fixture(scope="session")

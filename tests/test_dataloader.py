@@ -3,8 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +16,9 @@ from conftest import ROOT
 from hostile import no_hang, refusal
 from images import BLUE, PNG, RED, bands, encoded, levels, oriented, smooth_picture
 from PIL import Image
+from torch.utils.data import Dataset
 
+import dataloader
 from dataloader import (
     EpochSampler,
     HubImages,
@@ -90,8 +95,9 @@ def test_a_program_that_leaves_in_the_middle_of_an_epoch_does_not_wait_for_its_w
     assert left.returncode == 7
 
 
-def test_batches_do_not_depend_on_workers(photo_folders):
-    """Order or crops that change with --num_workers; a loader that ends after an epoch or has another length."""
+def test_batches_do_not_depend_on_workers(photo_folders, start_method):
+    """Order or crops that change with --num_workers; a loader that ends after an epoch or has another length; what only a
+    forked worker inherits, without which each worker's first image counts as unreadable."""
     dataset = ImageDataset(list_images(photo_folders[0]), 32, random_crop=True, random_flip=True, seed=1)
     runs = []
     for num_workers in (0, 2):
@@ -100,6 +106,7 @@ def test_batches_do_not_depend_on_workers(photo_folders):
         batches = iter(loader)
         runs.append([next(batches) for _ in range(4)])
     for first, second in zip(*runs):
+        assert not second["unreadable"]
         assert first["path"] == second["path"] and torch.equal(first["index"], second["index"])
         assert torch.equal(first["pixel_values"], second["pixel_values"])
         assert first["pixel_values"].shape == (4, 3, 32, 32) and first["index"].dtype == torch.int64
@@ -392,3 +399,68 @@ def test_a_worker_that_runs_out_of_images_says_so_in_one_line(folder):
     os.remove(folder / "good.png")
     text = refusal(lambda: next(iter(loader)), "no image can be read any more", "good.png")
     assert "Original" not in text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Workers
+
+
+class Troubled(Dataset):
+    """Ten numbers; the worker that is to make number 5 comes to grief by `trouble`."""
+
+    def __init__(self, trouble):
+        self.trouble = trouble
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        if index == 5:
+            self.trouble()
+        return torch.full((3,), float(index))
+
+
+@pytest.mark.parametrize(
+    "trouble, said",
+    [(partial(signal.raise_signal, signal.SIGKILL), "killed"), (partial(signal.raise_signal, signal.SIGSTOP), "delivered")],
+    ids=["killed", "stopped"],
+)
+def test_a_worker_that_cannot_deliver_ends_the_wait(monkeypatch, trouble, said):
+    """A wait for ever for a worker that stands still; a traceback for one that the kernel has killed for memory."""
+    monkeypatch.setattr(dataloader, "TICK", 0.2)
+    loader = dataloader.WorkerLoader(Troubled(trouble), patience=0.4, batch_size=1, num_workers=2)
+    with (
+        no_hang(30),
+        pytest.raises(dataloader.WorkersLost, match=rf"^num_workers 2: .*{said}.*lower it \(0: none\).*--shm-size"),
+    ):
+        list(loader)
+
+
+def test_workers_that_cannot_be_started_are_refused_in_one_line(monkeypatch):
+    """A traceback where the system has no memory or processes left for workers."""
+    monkeypatch.setattr(os, "fork", lambda: (_ for _ in ()).throw(OSError(12, "Cannot allocate memory")))
+    refusal(lambda: list(dataloader.WorkerLoader([1, 2], num_workers=1)), "num_workers 1: they cannot be started", "allocate")
+
+
+def test_batches_need_no_shared_memory(monkeypatch):
+    """A batch lost in a worker's queue, and a wait for ever, where /dev/shm is small: a container's is 64 MB."""
+
+    def refuse(*_):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", refuse)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", refuse)
+    monkeypatch.setattr(dataloader, "TICK", 0.5)
+    loader = dataloader.WorkerLoader(Troubled(int), patience=1, batch_size=2, num_workers=2, collate_fn=None)
+    with no_hang(30):
+        assert [batch.tolist() for batch in loader] == [[[i] * 3, [i + 1] * 3] for i in range(0, 10, 2)]
+
+
+def test_an_iteration_that_nobody_finishes_costs_the_next_one_nothing(monkeypatch):
+    """A slow batch of an abandoned pass that is taken for a lost worker; batches of it that turn up in the next pass."""
+    monkeypatch.setattr(dataloader, "TICK", 0.1)
+    options = {"batch_size": 1, "num_workers": 2, "persistent_workers": True}
+    loader = dataloader.WorkerLoader(Troubled(partial(time.sleep, 0.5)), patience=20, **options)
+    for _ in range(2):
+        next(iter(loader))
+        assert [batch[0, 0].item() for batch in loader] == list(range(10))

@@ -15,6 +15,7 @@ import torch
 from hostile import is_one_line, no_hang
 from images import BLACK, BLUE, GREEN, GREY, PHOTO, PNG, RED, UPRIGHT, WHITE, bands, encoded, levels, oriented, smooth_picture
 from PIL import EpsImagePlugin, Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from dataloader import ImageDataset, collate, eval_loader, find_images, list_images
 from utils import UserError
@@ -387,9 +388,9 @@ FILES = {  # kind: (file name, content, USED or what the message says)
     "tiff whose directory lies beyond its end": ("a.tif", TIFF[:4] + struct.pack("<I", 1 << 30) + TIFF[8:], "a.tif"),
     "truncated webp": ("a.webp", encoded("WEBP")[:50], "a.webp"),
     "bomb in a png": ("a.png", png(50_000, 50_000, png_chunk(b"IDAT", zlib.compress(b"0"))), "decompression bomb"),
-    "bomb that Pillow only warns of": ("a.png", png(9500, 9500), "decompression bomb"),
+    "bomb that Pillow only warns of": ("a.png", png(17_000, 17_000), "decompression bomb"),
     "bomb in a bmp": ("a.bmp", b"BM" + bytes(8) + struct.pack("<IIiiHH", 54, 40, 50_000, 50_000, 1, 24) + bytes(24), "bomb"),
-    "bomb in a png's text": ("a.png", png(9, 9, TEXT_BOMB, png_chunk(b"IDAT", zlib.compress(bytes(90)))), "a.png"),
+    "bomb in a png's text": ("a.png", png(9, 9, TEXT_BOMB, png_chunk(b"IDAT", zlib.compress(bytes(90)))), USED),
     "cmyk": ("a.jpg", encoded("JPEG", PHOTO.convert("CMYK")), USED),
     "16 bits": ("a.png", encoded("PNG", Image.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40) * 40)), USED),
     "palette with transparency": ("a.png", encoded("PNG", PHOTO.convert("P"), transparency=3), USED),
@@ -542,3 +543,89 @@ def test_an_image_that_needs_more_memory_than_there_is_is_left_out_by_name(folde
 
     monkeypatch.setattr(Image, "open", guarded)
     is_used_or_named(folder, "a.png", "MemoryError")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images as people have them
+
+
+def matrix_profile(primaries, gamma=2.2):
+    """An ICC display profile: three columns of XYZ (D50) and one gamma."""
+
+    def xyz(values):
+        return b"XYZ " + bytes(4) + b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
+    text = b"desc" + bytes(4) + struct.pack(">I", 2) + b"x\0" + bytes(90)
+    tags = {b"desc": text, b"cprt": b"text" + bytes(4) + b"x\0\0\0", b"wtpt": xyz((0.9642, 1.0, 0.8249))}
+    tags |= {b"rXYZ": xyz(primaries[0]), b"gXYZ": xyz(primaries[1]), b"bXYZ": xyz(primaries[2])}
+    tags |= {b"rTRC": curve, b"gTRC": curve, b"bTRC": curve}
+    table, body, start = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for name, value in tags.items():
+        value += bytes(-len(value) % 4)
+        table += name + struct.pack(">II", start + len(body), len(value))
+        body += value
+    head = struct.pack(">I4sI4s4s4s", start + len(body), b"lcms", 0x02400000, b"mntr", b"RGB ", b"XYZ ")
+    head += bytes(12) + b"acsp" + bytes(28) + struct.pack(">iii", 63190, 65536, 54061) + bytes(48)
+    return head + table + body
+
+
+DISPLAY_P3 = matrix_profile(((0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841)))
+
+
+@pytest.mark.parametrize("ending, options", [("png", {}), ("jpg", {"quality": 100, "subsampling": 0}), ("tif", {})])
+def test_colours_are_converted_to_srgb(tmp_path, ending, options):
+    """Pale photos: the numbers of a phone's or camera's wide colours taken for sRGB's."""
+    path = tmp_path / f"a.{ending}"
+    Image.new("RGB", (24, 24), (180, 100, 60)).save(path, icc_profile=DISPLAY_P3, **options)
+    seen = np.array(ImageDataset([str(path)], 8).open(0))[12, 12].astype(int)
+    linear = (
+        np.array([[1.2249, -0.2247, 0], [-0.0420, 1.0419, 0], [-0.0197, -0.0786, 1.0979]])
+        @ (np.array([180, 100, 60]) / 255) ** 2.2
+    )
+    expected = np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear) * 255
+    assert np.abs(seen - expected).max() <= 2, (seen, expected)
+
+
+def test_a_profile_costs_neither_transparency_nor_a_picture(tmp_path):
+    """A transparent logo on black; a picture refused for a damaged profile, or one of another kind of picture."""
+    clear = Image.new("RGBA", (24, 24), (180, 100, 60, 0))
+    clear.save(tmp_path / "clear.png", icc_profile=DISPLAY_P3)
+    Image.new("RGB", (24, 24), (1, 200, 3)).save(tmp_path / "damaged.png", icc_profile=DISPLAY_P3[:150])
+    Image.new("L", (24, 24), 77).save(tmp_path / "grey.png", icc_profile=DISPLAY_P3)
+    middle = [
+        ImageDataset([str(tmp_path / f"{name}.png")], 8).open(0).getpixel((9, 9)) for name in ("clear", "damaged", "grey")
+    ]
+    assert middle[:2] == [WHITE, (1, 200, 3)] and max(abs(level - 77) for level in middle[2]) <= 1
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the pixels", "behind them"])
+def test_long_texts_in_a_png_do_not_cost_the_picture(tmp_path, after):
+    """Pictures of ComfyUI and A1111, which carry the workflow that made them, left out of the training."""
+    info = PngInfo()
+    info.add_text("workflow", "x" * 2_400_000, zip=True)
+    info.add_itxt("parameters", "x" * 1_300_000, zip=True)
+    path = tmp_path / "comfy.png"
+    Image.new("RGB", (24, 24), RED).save(path, pnginfo=info)
+    if after:
+        content = path.read_bytes()
+        place = content.index(b"IDAT") - 4
+        path.write_bytes(content[:33] + content[place:-12] + content[33:place] + content[-12:])
+    assert ImageDataset([str(path)], 8).open(0).getpixel((9, 9)) == RED
+
+
+def test_a_photo_of_a_hundred_megapixels_is_used(tmp_path):
+    """A medium-format camera's photos refused as decompression bombs."""
+    path = tmp_path / "gfx100.jpg"
+    Image.new("L", (11_648, 8_736), 99).save(path)
+    assert ImageDataset([str(path)], 64, random_crop=True).open(0).getpixel((0, 0)) == (99, 99, 99)
+
+
+def test_pictures_of_formats_that_cannot_be_read_are_counted(tmp_path, caplog):
+    """A phone's HEIC photos passed over without a word."""
+    for name in ("a.png", "b.HEIC", "c.NEF", "d.jxl", "notes.txt"):
+        (tmp_path / name).write_bytes(PNG)
+    with caplog.at_level("WARNING"):
+        list_images(tmp_path)
+    endings = [ending for ending in (".heic", ".jxl", ".nef") if ending not in Image.registered_extensions()]
+    assert f"{len(endings)} files are of formats that Pillow here does not read ({', '.join(endings)})" in caplog.text

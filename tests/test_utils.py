@@ -1,5 +1,6 @@
 """Files, stamps and messages of utils.py."""
 
+import errno
 import os
 import re
 from datetime import datetime, timedelta
@@ -134,3 +135,15 @@ def test_one_line_hides_both_tokens_when_two_are_set(monkeypatch):
     monkeypatch.setenv("HUGGINGFACE_TOKEN", "hf_first")
     monkeypatch.setenv("HF_TOKEN", "hf_second")
     assert one_line(ValueError("hf_first hf_second")) == "*** ***"
+
+
+@pytest.mark.parametrize("call, number", [("chmod", errno.EPERM), ("fchmod", errno.EPERM), ("fsync", errno.EINVAL)])
+def test_a_file_system_without_a_comfort_of_posix_takes_files(tmp_path, monkeypatch, call, number):
+    """Neither cache nor checkpoint on CIFS, exFAT, gcsfuse and the like, which refuse chmod or know no fsync."""
+
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, call, refuse)
+    write_json(tmp_path / "a.json", 1)
+    assert os.listdir(tmp_path) == ["a.json"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 
 from runtime.cli import claim_writable_file, claim_writable_folder
 from training.schedule import total_steps
@@ -20,7 +21,9 @@ def claim_outputs(args: argparse.Namespace) -> None:
         args.log_dir.encode()
     except UnicodeEncodeError:
         raise UserError(f"--log_dir {args.log_dir}: TensorBoard needs a name in UTF-8; name another folder") from None
-    folders = ["save_dir", "log_dir", *(["latent_cache_dir"] if args.cache_latents else [])]
+    folders = ["save_dir", "log_dir"]
+    if args.cache_latents and not os.path.isdir(args.latent_cache_dir):  # a complete cache that is there is only read
+        folders.append("latent_cache_dir")
     for name in folders:
         claim_writable_folder(getattr(args, name), f"--{name}", create=not args.dry_run)
     if args.config_save_path and not args.dry_run:

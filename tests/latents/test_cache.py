@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, as_argv, make_photo, read_scalars, run_script
+from hostile import refusal
 
 import dataloader
 import train_align_with_args as train_script
@@ -180,3 +181,29 @@ def test_a_full_disk_is_one_clear_error(photos, spaces, tmp_path, monkeypatch):
         cached(photos, spaces, tmp_path / "cache")
     data = cached(photos, spaces, tmp_path / "cache")
     assert len(data) == 6
+
+
+def test_a_complete_cache_is_read_where_nothing_can_be_written(photos, spaces, tmp_path, monkeypatch):
+    """A colleague's finished cache, on a disk that is read-only here, refused; an unfinished one must be, in one line."""
+    cached(photos, spaces, tmp_path / "cache")
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for place in ("latents.cache.tempfile.TemporaryFile", "filelock.FileLock.acquire"):
+        monkeypatch.setattr(place, refuse)
+    assert len(cached(photos, spaces, tmp_path / "cache")) == 6
+    refusal(lambda: cached(photos, spaces, tmp_path / "cache", seed=1), "latent_cache_dir", "Read-only", "no complete cache")
+
+
+@pytest.mark.parametrize("what", ["locks", "maps"])
+def test_a_cache_needs_neither_locks_nor_memory_maps(photos, spaces, tmp_path, monkeypatch, what):
+    """A traceback on network file systems that know no flock; "damaged" on those that cannot map a file."""
+
+    def refuse(*_, **__):
+        raise OSError({"locks": errno.ENOLCK, "maps": errno.ENODEV}[what], "not here")
+
+    whole = cached(photos, spaces, tmp_path / "a").__getitems__([(0, 0), (5, 1)])
+    monkeypatch.setattr(*{"locks": ("filelock.FileLock.acquire", refuse), "maps": (np, "memmap", refuse)}[what])
+    again = cached(photos, spaces, tmp_path / "b").__getitems__([(0, 0), (5, 1)])
+    assert torch.equal(whole["latents2"], again["latents2"])

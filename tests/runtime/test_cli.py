@@ -9,6 +9,7 @@ import random
 import shlex
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from conftest import ROOT, run_script
@@ -626,3 +627,44 @@ def test_a_place_that_cannot_be_written_is_one_line(path):
     """Whatever way the system has to refuse."""
     refusal(lambda: claim_writable_folder(path, "--save_dir"), "--save_dir")
     refusal(lambda: claim_writable_file(f"{path}/file", "--config_save_path"), "--config_save_path")
+
+
+PRINTING = """
+import sys
+from functools import partial
+from runtime.cli import run
+def main():
+    for _ in range(3000):
+        print("said", file=sys.stderr)
+        print("said")
+    open(sys.argv[1], "w").close()
+run(main)
+"""
+
+
+@pytest.mark.parametrize("place", ["2>/dev/full", ">/dev/full", "2>&-", ">&- 2>&-", "| true", "2>&1 | true"])
+def test_what_is_printed_never_ends_what_is_done(tmp_path, place):
+    """A night's training ended by a full log disk, a log that nobody reads any more, or a closed stream."""
+    command = f'"{sys.executable}" -c "$0" "$1" {place}; echo "${{PIPESTATUS[0]}}" > "$2"'
+    status = tmp_path / "status"
+    run_it = ["bash", "-c", command, PRINTING, str(tmp_path / "done"), str(status)]
+    subprocess.run(run_it, cwd=ROOT, timeout=120, stdin=subprocess.DEVNULL, capture_output=True)
+    assert (tmp_path / "done").exists() and status.read_text().strip() == "0"
+
+
+def test_the_home_folder_is_meant_by_a_tilde_in_every_path(tmp_path, monkeypatch):
+    """A folder called ~ in the current one, which is dangerous to remove."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    places = ("save_dir", "log_dir", "latent_cache_dir", "train_data_dir", "eval_data_dir", "cache_dir", "config_save_path")
+    (tmp_path / "config.json").write_text(json.dumps({place: f"~/{place}" for place in places}))
+    args = parse_args(["--load_config", "~/config.json", "--vae1_path", "~/v"])
+    assert all(getattr(args, place) == str(tmp_path / place) for place in places) and args.vae1_path == str(tmp_path / "v")
+    assert eval_align.build_parser().parse(["--checkpoint", "~/a", "--eval_data_dir", "e"]).checkpoint == [str(tmp_path / "a")]
+
+
+def test_a_config_in_another_encoding_is_refused_with_the_remedy(tmp_path):
+    """A codec's words for a config that Notepad or PowerShell has written."""
+    for encoding in ("gbk", "utf-16"):
+        path = tmp_path / f"{encoding}.json"
+        path.write_bytes('{"train_data_dir": "/data/训练图片"}'.encode(encoding))
+        refusal(partial(load_config, path), path, "save it as UTF-8")

@@ -5,22 +5,23 @@ import signal
 
 import pytest
 from hostile import is_one_line, no_hang
+from torch.utils.data import get_worker_info
 
 from dataloader import WorkerLoader, leave_signals_to_parent
 from runtime.cli import run
-from runtime.interrupts import RELAY, StopRequest
+from runtime.interrupts import ONCE, POLITE, RELAY, StopRequest, unwinding_on_signals
 
 
 @pytest.fixture(autouse=True)
 def handlers_of_the_suite():
     """A run that is stopped leaves the default handlers behind; this interpreter runs on."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in POLITE}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", POLITE, ids=lambda number: number.name)
 def test_a_signal_before_the_first_step_unwinds_and_says_so(capsys, number):
     """Temporary files and workers that a SIGTERM at start-up leaves behind; another exit status than 128 + its number."""
     unwound = []
@@ -28,7 +29,7 @@ def test_a_signal_before_the_first_step_unwinds_and_says_so(capsys, number):
     def main():
         try:
             os.kill(os.getpid(), number)
-            signal.sigtimedwait({signal.SIGUSR1}, 60)  # a handler runs at the next instruction; this is one
+            signal.sigtimedwait({signal.SIGCHLD}, 60)  # a handler runs at the next instruction; this is one
         finally:
             unwound.append(True)
 
@@ -78,7 +79,40 @@ def test_workers_survive_a_signal_to_all_while_they_are_born():
     loader = WorkerLoader(list(range(3)), batch_size=None, num_workers=1, worker_init_fn=die_then_leave_signals)
     with no_hang():
         assert list(loader) == [0, 1, 2]
-    assert not {signal.SIGINT, signal.SIGTERM} & signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert not set(POLITE) & signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.parametrize("number", ONCE, ids=lambda number: number.name)
+def test_a_warning_stops_the_run_and_a_second_one_does_not_kill_it(number):
+    """A closed terminal or a scheduler's warning that ends the run unsaved; a closed terminal sends two."""
+    with StopRequest() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), number)
+        assert stop.signal == number
+    os.kill(os.getpid(), number)  # while the checkpoint is written out
+
+
+def test_what_nohup_has_a_program_ignore_stays_ignored():
+    """A run under nohup that a closed terminal stops all the same."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with unwinding_on_signals(), StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.signal is None
+
+
+def worker_number(items):
+    return get_worker_info().id
+
+
+def test_workers_end_with_a_parent_that_did_not_fork_them(start_method):
+    """A program that waits at its end for workers whose parent is the fork server: they took its SIGTERM for a stranger's."""
+    options = {"num_workers": 1, "persistent_workers": True, "collate_fn": worker_number}
+    loader = WorkerLoader(list(range(3)), worker_init_fn=leave_signals_to_parent, **options)
+    assert list(loader) == [0, 0, 0]
+    (worker,) = loader._iterator._workers
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
 
 
 class Steps:
