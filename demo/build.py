@@ -53,7 +53,7 @@ class Half(torch.nn.Module):
 @torch.no_grad()
 def export_vae(codec: Codec, name: str, folder: Path) -> None:
     """Write `{name}_encoder.onnx` and `{name}_decoder.onnx`. UserError for a VAE that `Half` does not reproduce."""
-    encoder, decoder = Half(codec, False), Half(codec, True)
+    encoder, decoder = Half(codec, False).eval(), Half(codec, True).eval()
     image = torch.rand(2, 3, 3 * codec.stride, 5 * codec.stride) * 2 - 1
     latents = codec.encode(image)
     try:

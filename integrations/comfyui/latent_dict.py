@@ -16,6 +16,11 @@ CHANNELS = {
     48: "Wan 2.2",
     128: "FLUX.2 or LTX",
 }
+NORMALISED_BY_HOST = {"flux2", "ltx", "ltx2"}  # ComfyUI's VAEs of these give scaled latents, folded where the family folds
+OF_VIDEO = {  # spaces whose LATENT has an axis of frames
+    "wan21", "wan22", "qwen-image-2.1", "hunyuan-video", "hunyuan-video-1.5", "ltx", "ltx2", "mochi", "cosmos1", "cogvideox",
+    "cogvideox-5b", "easyanimate",
+}  # fmt: skip
 OF_THE_OLD_GRID = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # what ComfyUI's empty latents say of their VAE
 
 
@@ -25,7 +30,8 @@ def align_latent(pipeline: AlignPipeline, latent: dict, image: torch.Tensor | No
     Args:
         image: ComfyUI's IMAGE (B, H, W, 3) in [0, 1], for modules that take it: the one that the latents were encoded from.
 
-    AlignError in one line for latents of another space. An all-zero LATENT is ComfyUI's empty one and stays empty.
+    Frames are carried one by one. Where VAE2 is a video's, each stays a frame of its video; else it becomes a picture of the
+    batch. AlignError in one line for latents of another space. An all-zero LATENT is ComfyUI's empty one and stays empty.
     """
     samples = latent["samples"]
     if getattr(samples, "is_nested", False) or not isinstance(samples, torch.Tensor) or samples.ndim not in (4, 5):
@@ -42,9 +48,10 @@ def align_latent(pipeline: AlignPipeline, latent: dict, image: torch.Tensor | No
     aligned = _from_scaled(pipeline.space2, scaled.to(samples.device)).to(samples.dtype)
     if pipeline.uses_latents and not samples.any():
         aligned = torch.zeros_like(aligned)
-    if samples.ndim == 5:
+    if pipeline.space2.name in OF_VIDEO:
         aligned = aligned.unflatten(0, (-1, frames)).movedim(1, 2)
-    kept = {name: value for name, value in latent.items() if name not in OF_THE_OLD_GRID}
+    lost = OF_THE_OLD_GRID if len(aligned) == len(samples) else (*OF_THE_OLD_GRID, "batch_index")  # which counts videos
+    kept = {name: value for name, value in latent.items() if name not in lost}
     return kept | {"samples": aligned.contiguous()}
 
 
@@ -58,17 +65,12 @@ def _title(space: LatentSpace) -> str:
     return TITLES.get(space.name, space.name or f"a space of {space.channels} channels")
 
 
-def _folds(space: LatentSpace) -> bool:
-    """Whether ComfyUI's VAE folds and normalises the latents itself, as FLUX.2's does: its LATENT is scaled already."""
-    return space.fold > 1
-
-
 def _to_scaled(space: LatentSpace, latents: torch.Tensor) -> torch.Tensor:
-    return latents if _folds(space) else space.to_scaled(latents)
+    return latents if space.name in NORMALISED_BY_HOST else space.to_scaled(latents)
 
 
 def _from_scaled(space: LatentSpace, latents: torch.Tensor) -> torch.Tensor:
-    return latents if _folds(space) else space.to_raw(latents)
+    return latents if space.name in NORMALISED_BY_HOST else space.to_raw(latents)
 
 
 def _require_space(pipeline: AlignPipeline, samples: torch.Tensor) -> None:

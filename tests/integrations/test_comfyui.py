@@ -142,13 +142,18 @@ def test_what_other_nodes_attached_goes_along(host):
 
 
 def test_frames_are_carried_one_by_one(host):
-    """Frames and channels mixed up when latents of videos are folded."""
+    """Frames and channels mixed up when latents of videos are folded; a picture's VAE that gets an axis of frames."""
     name = host.add(untrained(), "plain.safetensors")
     video = torch.randn(2, 4, 3, 6, 8)
-    aligned = host.align({"samples": video}, name)["samples"]
-    assert aligned.shape == (2, 16, 3, 6, 8)
-    for frame in range(3):
-        torch.testing.assert_close(aligned[:, :, frame], host.align({"samples": video[:, :, frame]}, name)["samples"])
+    became = host.align({"samples": video, "batch_index": [0, 1]}, name)
+    aligned = became["samples"]
+    assert aligned.shape == (6, 16, 6, 8) and "batch_index" not in became
+    torch.testing.assert_close(aligned[4:5], host.align({"samples": video[1:, :, 1]}, name)["samples"])
+    to_video = host.add(untrained(space2=LatentSpace.from_scale("wan21", 16, 8, 0.3611, 0.1159)), "video.safetensors")
+    kept = host.align({"samples": video}, to_video)["samples"]
+    assert kept.shape == (2, 16, 3, 6, 8)
+    torch.testing.assert_close(kept.movedim(2, 1).flatten(0, 1), aligned)
+    assert host.align({"samples": video[:, :, 0]}, to_video)["samples"].shape == (2, 16, 1, 6, 8)
 
 
 def test_an_empty_latent_stays_empty(host):
