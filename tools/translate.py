@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -79,7 +78,6 @@ def write_latents(path: Path, latents: torch.Tensor) -> None:
 
 def read_image(path: Path, stride: int) -> torch.Tensor:
     """(1, 3, H, W) in [-1, 1], cropped around its centre to multiples of `stride`."""
-    Image.init()  # `ImageFiles` opens whatever formats are registered by then
     try:
         image = ImageDataset([str(path)], stride).open(0)
     except UnreadableImage as error:
