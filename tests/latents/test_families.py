@@ -282,9 +282,75 @@ def test_the_spaces_maps_are_their_families():
     torch.testing.assert_close(space.to_scaled(raw), codec._map.to_scaled(raw))
 
 
+def test_a_wrong_number_of_channels_names_the_spaces_that_have_it():
+    """A list in the inference file that falls behind the table, or an error that does not say whose latents these are."""
+    from vae_align import CHANNELS, AlignConfig, AlignModule, AlignPipeline
+
+    for count, names in CHANNELS.items():
+        assert names.split(", ") == [family.name for family in FAMILIES if family.channels == count]
+    assert set(CHANNELS) == {family.channels for family in FAMILIES}
+    pipeline = AlignPipeline(AlignModule(AlignConfig(("latent",), 4, 16, 8, 1)).eval(), SPACES["sd15"], SPACES["flux1"])
+    refusal(lambda: pipeline.translate(torch.zeros(1, 128, 4, 4)), "128 channels", "takes 4", "flux2")
+
+
 @pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
 def test_the_readmes_table_is_the_codes(readme):
     """A family that the README does not list, or a number that changed in one of the two."""
     from conftest import ROOT
 
     assert table_of_families() in (ROOT / readme).read_text(encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What pipelines give with output_type="latent"
+
+
+def unpacked_by(file, class_name, x, *more):
+    (unpack,) = pipeline_code(file, class_name, "_unpack_latents")
+    return unpack(x, *more)
+
+
+def test_packed_tokens_are_unpacked_as_the_pipelines_do():
+    """Channels before the place in a 2x2 patch, rows for columns: latents of the right shape that are noise."""
+    flux, ltx = SPACES["flux1"], SPACES["ltx"]
+    tokens = torch.randn(2, 6, 64)
+    expected = unpacked_by("flux/pipeline_flux.py", "FluxPipeline", tokens, 32, 48, 8)
+    assert torch.equal(flux.from_pipeline(tokens, (32, 48)), expected)
+    qwen = unpacked_by("qwenimage/pipeline_qwenimage.py", "QwenImagePipeline", tokens, 32, 48, 8)
+    assert torch.equal(SPACES["wan21"].from_pipeline(tokens, (32, 48)), qwen[:, :, 0])
+    wide = torch.randn(2, 6, 128)
+    expected = unpacked_by("ltx/pipeline_ltx.py", "LTXPipeline", wide, 1, 2, 3, 1, 1)
+    assert torch.equal(ltx.from_pipeline(wide, (64, 96)), expected[:, :, 0])
+    ids = torch.tensor([[0, row, column, 0] for row in range(2) for column in range(3)]).expand(2, 6, 4)
+    (unpack,) = pipeline_code("flux2/pipeline_flux2.py", "Flux2Pipeline", "_unpack_latents_with_ids")
+    assert torch.equal(SPACES["flux2"].from_pipeline(wide, (32, 48)), unpack(wide, ids))
+
+
+def test_frames_and_channels_last_are_taken():
+    """A frame that is taken for a batch, or Kandinsky's width for channels."""
+    latents = torch.randn(2, 16, 4, 6)
+    for given in (latents, latents.unsqueeze(2), latents.permute(0, 2, 3, 1).unsqueeze(1)):
+        assert torch.equal(SPACES["kandinsky5"].from_pipeline(given), latents)
+
+
+def test_latents_that_are_no_picture_are_one_line():
+    """The first frame of a video translated as if it were all, or tokens on a guessed grid."""
+    space = SPACES["flux1"]
+    refusal(lambda: space.from_pipeline(torch.zeros(1, 16, 3, 4, 4)), "3 frames")
+    refusal(lambda: space.from_pipeline(torch.zeros(1, 4, 64)), "size=(height, width)")
+    refusal(lambda: space.from_pipeline(torch.zeros(1, 4, 64), (32, 48)), "(32, 48)")
+    refusal(lambda: space.from_pipeline(torch.zeros(1, 4, 64), (33, 33)), "(33, 33)")
+    refusal(lambda: space.from_pipeline(torch.zeros(1, 4, 17)), "16 numbers, or 4 times")
+
+
+def test_translate_takes_what_a_pipeline_gives():
+    """A helper that exists beside a translate that refuses the same latents."""
+    from vae_align import AlignConfig, AlignModule, AlignPipeline
+
+    config = AlignConfig(("latent",), 16, 4, 8, 1)
+    pipeline = AlignPipeline(AlignModule(config).eval(), SPACES["flux1"], SPACES["sd15"])
+    tokens = torch.randn(1, 6, 64)
+    latents = SPACES["flux1"].from_pipeline(tokens, (32, 48))
+    assert torch.equal(pipeline.translate(tokens, size=(32, 48)), pipeline.translate(latents))
+    assert torch.equal(pipeline.translate(latents.unsqueeze(2)), pipeline.translate(latents))
+    assert torch.equal(pipeline.translate(latents.unsqueeze(2), raw=True), pipeline.translate(latents, raw=True))
