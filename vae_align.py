@@ -39,6 +39,15 @@ PRETRAINED_NAME = "model.safetensors"  # of the weights in a folder that `AlignP
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)  # owner/name
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")  # of `hf_hub_download`
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CHANNELS = {  # of scaled latents: the named spaces that have so many
+    4: "sd15, sdxl, playground25",
+    12: "mochi",
+    16: "sd3, flux1, kandinsky5, glm-image, wan21, hunyuan-video, cogvideox, cogvideox-5b, easyanimate, cosmos1",
+    32: "sana, hunyuan-video-1.5",
+    48: "wan22",
+    64: "hunyuan-image, qwen-image-2.1",
+    128: "flux2, ltx, ltx2",
+}
 RANGES = {  # of an `AlignConfig`'s whole numbers; this tool writes no file with a number beyond them
     "latent_channels": (1, 8192),
     "out_channels": (1, 8192),
@@ -133,6 +142,42 @@ class LatentSpace:
         mean, std = self._moments(scaled)
         folded = scaled * std + mean
         return F.pixel_shuffle(folded, self.fold) if self.fold > 1 else folded
+
+    def from_pipeline(self, latents: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
+        """Scaled latents as a diffusers pipeline shapes them with `output_type="latent"` -> (B, channels, h, w).
+
+        Taken are (B, channels, h, w); with a frame (B, channels, 1, h, w), as Wan and other video models give them; channels
+        last (B, 1, h, w, channels), as Kandinsky 5 does; and packed tokens (B, h·w, channels), as FLUX.2 and LTX-Video do, or
+        of 2x2 latents (B, h/2·w/2, 4·channels), as FLUX.1 and Qwen-Image do. Tokens do not tell their grid: `size` is the
+        image's (height, width) in pixels. AlignError for another shape, more frames than one, or a size that does not fit.
+        """
+        shape = tuple(latents.shape)
+        if latents.ndim == 5 and shape[1] == self.channels:
+            self._require_one_frame(shape, shape[2])
+            return latents[:, :, 0]
+        if latents.ndim == 5 and shape[-1] == self.channels:
+            self._require_one_frame(shape, shape[1])
+            return latents[:, 0].permute(0, 3, 1, 2)
+        if latents.ndim != 3:
+            return latents
+        patch = {self.channels: 1, 4 * self.channels: 2}.get(shape[2])
+        if patch is None:
+            raise AlignError(
+                f"packed latents of shape {shape}: tokens of the space {self} have {self.channels} numbers, or 4 times"
+            )
+        if size is None:
+            raise AlignError(f"packed latents of shape {shape}: pass size=(height, width) of the image in pixels")
+        height, width = (side // (self.stride * patch) for side in size)
+        if height * width != shape[1] or any(side % (self.stride * patch) for side in size):
+            raise AlignError(
+                f"packed latents of shape {shape} do not belong to an image of {tuple(size)} px in the space {self}"
+            )
+        grid = latents.transpose(1, 2).reshape(shape[0], shape[2], height, width)
+        return F.pixel_shuffle(grid, patch) if patch > 1 else grid
+
+    def _require_one_frame(self, shape: tuple[int, ...], frames: int) -> None:
+        if frames != 1:
+            raise AlignError(f"latents of shape {shape} are {frames} frames of a video; pass a picture's, which are one frame")
 
     def _moments(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean, std = (torch.tensor(values, dtype=latents.dtype, device=latents.device) for values in (self.mean, self.std))
@@ -409,13 +454,19 @@ class AlignPipeline:
 
     @torch.no_grad()
     def translate(
-        self, latents: torch.Tensor | None = None, image: torch.Tensor | None = None, raw: bool = False
+        self,
+        latents: torch.Tensor | None = None,
+        image: torch.Tensor | None = None,
+        raw: bool = False,
+        size: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """VAE1's latents (B, C1, h, w) -> VAE2's latents (B, C2, h', w'), with the device and dtype of what came in.
 
         Args:
-            latents: VAE1's scaled latents, or with `raw` its raw latents.
+            latents: VAE1's scaled latents, in any shape that `LatentSpace.from_pipeline` takes; or with `raw` its raw latents,
+                with or without a dimension of one frame.
             image: float NCHW in [-1, 1]; modules that were trained with the image need it, the others ignore it.
+            size: (height, width) of the image in pixels, for packed latents.
             raw: raw latents in, raw latents out. AlignError where the file does not say what a space's raw latents are.
 
         The computation runs on the module's device and in the dtype of its weights.
@@ -431,6 +482,11 @@ class AlignPipeline:
         if raw:
             self._require_maps()
         if latents is not None:
+            if not raw:
+                latents = self.space1.from_pipeline(latents, size)
+            elif latents.ndim == 5:
+                self.space1._require_one_frame(tuple(latents.shape), latents.shape[2])
+                latents = latents[:, :, 0]
             self._require_channels(latents, raw)
             latents = self.space1.to_scaled(latents.float()) if raw else latents
         weight = self.module.out.weight
@@ -443,7 +499,8 @@ class AlignPipeline:
         """AlignError that names the space to which latents of another number of channels may belong."""
         own, other = (space.channels // (space.fold**2 if raw else 1) for space in (self.space1, self.space2))
         if latents.ndim == 4 and latents.shape[1] != own:
-            hint = ""
+            named = CHANNELS.get(latents.shape[1])
+            hint = f"; latents of {named} have {latents.shape[1]}" if named else ""
             if latents.shape[1] == other:
                 hint = f"; these look like latents of {self.space2}, which this module gives and does not take"
             raise AlignError(f"latents have {latents.shape[1]} channels; this module takes {own}: {self.space1}{hint}")

@@ -1,7 +1,7 @@
-"""The named latent spaces, their conventions, and the codec: one frozen VAE that speaks scaled latents.
+"""The codec: one frozen VAE that speaks scaled latents, and which named space they are of.
 
-Raw latents are what a VAE's encoder gives. Scaled latents are what diffusion models work in: `(raw - shift) * scale`, with one
-shift and scale per channel. Outside this file latents are scaled latents.
+Raw latents are what a VAE's encoder gives. Scaled latents are what diffusion models work in: `(fold(raw) - mean) / std`, with
+numbers for each channel. Outside this file latents are scaled latents.
 """
 
 from __future__ import annotations
@@ -9,46 +9,24 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from latents.vaes import FrozenVAE, raw_latents
+from latents.conventions import OwnMap
+from latents.families import FAMILIES, SPACES, Family, family_of, named_space, spaces_with, table_of_families
+from latents.vaes import FrozenVAE
 from runtime.device import is_out_of_memory, release_memory
-from utils import UserError, count_of, shown
+from utils import UserError, count_of
 from vae_align import LatentSpace
+
+__all__ = ["FAMILIES", "SPACES", "Codec", "good_image_size", "named_space", "recognised", "table_of_families"]
 
 log = logging.getLogger(__name__)
 
 CPU_PIXELS = 256 * 256  # image pixels that a VAE handles at once on a CPU
-PLAYGROUND_MEAN = (-1.6574, 1.886, -1.383, 2.5155)
-PLAYGROUND_STD = (8.4927, 5.9022, 6.5498, 5.2299)
-
-# The constants are those of the families' own VAE configs; ComfyUI's latent formats have the same numbers.
-SPACES = {
-    space.name: space
-    for space in (
-        LatentSpace.from_scale("sd15", 4, 8, 0.18215),
-        LatentSpace.from_scale("sdxl", 4, 8, 0.13025),
-        LatentSpace.from_scale("sd3", 16, 8, 1.5305, 0.0609),
-        LatentSpace.from_scale("flux1", 16, 8, 0.3611, 0.1159),
-        LatentSpace("playground25", 4, 8, PLAYGROUND_MEAN, tuple(value / 0.5 for value in PLAYGROUND_STD)),
-    )
-}
-# Tiny autoencoders give scaled latents, so their own scale is 1 and says nothing; these hub ids say which space it is.
-TINY_AUTOENCODERS = {
-    "madebyollin/taesd": "sd15",
-    "madebyollin/taesdxl": "sdxl",
-    "madebyollin/taesd3": "sd3",
-    "madebyollin/taef1": "flux1",
-}
-
-
-def named_space(name: str) -> LatentSpace:
-    """The latent space of that name; UserError lists the names."""
-    if name not in SPACES:
-        raise UserError(f"latent space {shown(name)}: unknown; choose from {', '.join(SPACES)}")
-    return SPACES[name]
+HUB_OWNER_OF_TINY = "madebyollin/"  # whose hub ids end in what `Family.tiny` lists
 
 
 def recognised(space: LatentSpace) -> LatentSpace:
@@ -57,7 +35,7 @@ def recognised(space: LatentSpace) -> LatentSpace:
 
 
 def _same_numbers(first: LatentSpace, second: LatentSpace) -> bool:
-    if (first.channels, first.stride, first.fold) != (second.channels, second.stride, second.fold):
+    if (first.channels, first.stride) != (second.channels, second.stride):
         return False
     numbers = zip((*first.mean, *first.std), (*second.mean, *second.std))
     return all(math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-6) for one, other in numbers)
@@ -75,14 +53,16 @@ class Codec:
         """`vae`: a `FrozenVAE` or a diffusers model; `path`, `subfolder`: where it came from; `space`: the latent space, or its
         name, of a VAE whose numbers do not tell. UserError if the VAE's shape or numbers contradict it."""
         self.vae = vae if isinstance(vae, FrozenVAE) else FrozenVAE.of_model(vae)
-        self._mean, self._scale = _own_map(self.vae)
-        self.space = self._settle_space(path, space)
-        self.channels = self.space.channels
-        self.stride = self.space.stride
+        self.channels = self.vae.channels
+        self.stride = self.vae.stride
+        family = self._wanted_family(path, space)
+        self._map_given = self._settle_map(family)
+        self.space = self._settle_space(family, space)
         self._images_at_once = None  # as many as come
         if path is not None:
             local = Path(path).expanduser()
-            path = str(local.resolve() if local.is_dir() else path)  # a relative folder means another one elsewhere
+            is_here = local.is_dir() or self.vae.folder == local
+            path = str(local.resolve() if is_here else path)  # a relative folder means another one elsewhere
         self.identity = {
             "path": path,
             "subfolder": subfolder,
@@ -92,29 +72,78 @@ class Codec:
             "space": self.space.to_dict(),
         }
 
-    def _settle_space(self, path, wanted) -> LatentSpace:
+    def _wanted_family(self, path, wanted) -> Family | None:
+        """The row of the space that was asked for, or that the place of the VAE's files tells. UserError if its shape is not
+        the VAE's."""
+        if isinstance(wanted, str):
+            family = family_of(wanted)
+        elif wanted is not None:
+            family = next((family for family in FAMILIES if family.name == wanted.name), None)
+        else:
+            told = self.vae.space_name or self.vae.convention.space
+            told = next((family for family in FAMILIES if family.name == told or _is_tiny(path, family)), None)
+            fits = told and (told.channels, told.stride) == (self.channels, self.stride)
+            return told if fits else None
+        shape, vae = family or wanted, self.vae
+        if (shape.channels, shape.stride) != (self.channels, self.stride):
+            fitting = [family.name for family in spaces_with(self.channels, self.stride)]
+            raise UserError(
+                f"{vae.where}: its latents have {self.channels} channels and stride {self.stride}, those of {shape.name} have "
+                f"{shape.channels} and {shape.stride}; spaces that fit: {', '.join(fitting) or 'none that is named'}"
+            )
+        return family
+
+    def _settle_map(self, family: Family | None) -> OwnMap | None:
+        """The VAE's map between raw and scaled latents, as far as its config or its family tells; None where the weights do."""
+        if not self.vae.has_own_map:
+            if family is None or family.space is None:
+                names = [each.name for each in spaces_with(self.channels, self.stride) if each.vae == self.vae.class_name]
+                raise UserError(
+                    f"{self.vae.where}: the file does not say how its latents are scaled; name its latent space: "
+                    f"{', '.join(names) or 'none with a name fits'}"
+                )
+            if self.vae.space_name not in (None, family.name):
+                raise UserError(
+                    f"{self.vae.where}: its scale and shift are those of {self.vae.space_name}, not of {family.name}"
+                )
+            return OwnMap(family.space.mean, family.space.std)
+        if self.vae.convention.space:
+            return None
+        own = self.vae.convention.own_map(self.vae, self.vae.config, self.channels)
+        if family and family.ignores_shift:
+            own = OwnMap((0.0,) * self.channels, own.std, own.fold)
+        return own
+
+    def _settle_space(self, family: Family | None, given) -> LatentSpace:
         """The space of this VAE's latents: the one that was asked for, or the named one that its numbers tell.
 
         A VAE whose own map does nothing gives scaled latents. For it the recorded map is the named space's, which hosts that
-        keep raw latents need; encoding and decoding do not use it.
+        keep raw latents need; encoding and decoding do not use it. Likewise for a VAE whose statistics are in its weights.
         """
-        channels, stride = self.vae.config["latent_channels"], self.vae.stride
-        std = [1 / value for value in _per_channel(self._scale, channels)]
-        own = LatentSpace(None, channels, stride, _per_channel(self._mean, channels), std)
-        if wanted is None:
-            tiny = TINY_AUTOENCODERS.get(str(path))
-            return SPACES[tiny] if tiny and not own.map_is_known else recognised(own)
-        wanted = named_space(wanted) if isinstance(wanted, str) else wanted
-        fitting = [name for name, space in SPACES.items() if (space.channels, space.stride) == (channels, stride)]
-        if (wanted.channels, wanted.stride) != (channels, stride):
-            raise UserError(
-                f"{self.vae.where}: its latents have {channels} channels and stride {stride}, those of {wanted.name} have "
-                f"{wanted.channels} and {wanted.stride}; spaces that fit: {', '.join(fitting) or 'none that is named'}"
-            )
-        if own.map_is_known and wanted.name and not _same_numbers(own, wanted):
+        own_map = self._map_given or OwnMap((0.0,) * self.channels, (1.0,) * self.channels)
+        own = LatentSpace(None, self.channels, self.stride, own_map.mean, own_map.std)
+        if family is None:
+            if isinstance(given, LatentSpace) and (given.name or not own.map_is_known):
+                return given
+            return recognised(own)
+        if family.space is None:
+            if not own.map_is_known:
+                raise UserError(
+                    f"{self.vae.where}: the numbers of {family.name} are in its own VAE's config, which this is not"
+                )
+            return replace(own, name=family.name)
+        if own.map_is_known and not _same_numbers(own, family.space):
+            if given is None:  # the name of a file is a hint, the VAE's own numbers are facts
+                return recognised(own)
             real = recognised(own).name or "a space without a name"
-            raise UserError(f"{self.vae.where}: its scale and shift are those of {real}, not of {wanted.name}")
-        return wanted if wanted.name else recognised(own)
+            raise UserError(f"{self.vae.where}: its scale and shift are those of {real}, not of {family.name}")
+        return family.space
+
+    @functools.cached_property
+    def _map(self) -> LatentSpace:
+        """The map between the VAE's own raw latents and scaled latents."""
+        own = self._map_given or self.vae.convention.own_map(self.vae, self.vae.config, self.channels)
+        return LatentSpace(None, self.channels, self.stride, own.mean, own.std, own.fold)
 
     def adopt_name_of(self, recorded: LatentSpace) -> None:
         """Take the named space that a checkpoint records of this VAE, if the VAE's own numbers do not tell one."""
@@ -136,17 +165,19 @@ class Codec:
         """
         if any(side % self.stride for side in images.shape[2:]):
             raise UserError(f"image of {tuple(images.shape[2:])} px: both sides must be multiples of {self.stride}")
-        raw = raw_latents(self._encode_parts(images), sample, generator)
-        return (raw.float() - self._on_device(self._mean)) * self._on_device(self._scale)
+        raw = self.vae.convention.raw_latents(self._encode_parts(images), sample, generator)
+        return self._map.to_scaled(raw.float())
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Scaled latents (B, channels, h, w) -> images (B, 3, h·stride, w·stride), float32, about [-1, 1], not clamped.
 
         Gradients flow to the latents; the VAE's own weights take none.
         """
-        raw = latents.float() / self._on_device(self._scale) + self._on_device(self._mean)
-        parts = self._parts(raw, stride=self.stride)
-        return torch.cat([self.vae.model.decode(self._input(part)).sample.float() for part in parts])
+        raw = self._map.to_raw(latents.float())
+        model, convention = self.vae.model, self.vae.convention
+        return torch.cat(
+            [convention.decode(model, self._input(part)).float() for part in self._parts(raw, self.vae.raw_stride)]
+        )
 
     def _encode_parts(self, images: torch.Tensor) -> list:
         """What the VAE makes of `images`, piece by piece. Where memory runs out it goes on with half as many at once, and
@@ -155,7 +186,7 @@ class Codec:
             pieces = images.split(self._images_at_once or max(1, len(images)))
             parts = [part for piece in pieces for part in self._parts(piece, stride=1)]
             try:
-                return [self.vae.model.encode(self._input(part)) for part in parts]
+                return [self.vae.convention.encode(self.vae.model, self._input(part)) for part in parts]
             except Exception as error:
                 largest = max(map(len, parts))
                 if not is_out_of_memory(error) or largest == 1:
@@ -167,6 +198,8 @@ class Codec:
     def _parts(self, tensor: torch.Tensor, stride: int):
         """`tensor` in the pieces in which the VAE runs fastest: whole, but on a CPU of at most `CPU_PIXELS` image pixels,
         since the features of a larger batch do not fit its cache (almost twice the time at 16 images of 256 px)."""
+        if self.vae.convention.one_by_one:
+            return tensor.split(1)
         if self.vae.device.type != "cpu":
             return [tensor]
         return tensor.split(max(1, CPU_PIXELS // (tensor.shape[2] * tensor.shape[3] * stride**2)))
@@ -174,46 +207,10 @@ class Codec:
     def _input(self, tensor):
         return tensor.to(self.vae.device, self.vae.dtype, memory_format=torch.channels_last)
 
-    def _on_device(self, numbers):
-        """A number as it is; one number per channel as a tensor that broadcasts over latents."""
-        if isinstance(numbers, float):
-            return numbers
-        return torch.tensor(numbers, device=self.vae.device).view(1, -1, 1, 1)
 
-
-def _own_map(vae: FrozenVAE) -> tuple:
-    """(mean, scale) of a VAE's `(raw - mean) * scale`: numbers, or tuples of one per channel. UserError for a bad config.
-
-    `latents_mean` and `latents_std`, where the config has them, are taken as diffusers' SDXL pipeline takes them:
-    `(raw - latents_mean) * scaling_factor / latents_std`.
-    """
-    config = vae.config
-    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
-    scale = 1.0 if scale is None else scale
-    shift = 0.0 if shift is None else shift
-    for name, value, low in (("scaling_factor", scale, 0), ("shift_factor", shift, -1e6)):
-        _require_number(vae, name, value, low)
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is None and std is None:
-        return float(shift), float(scale)
-    for name, values, low in (("latents_mean", mean, -1e6), ("latents_std", std, 0)):
-        if not isinstance(values, (list, tuple)) or len(values) != config["latent_channels"]:
-            raise UserError(
-                f"{vae.where}: {name} {shown(values)} of its config.json must be {config['latent_channels']} numbers, one for "
-                "each channel"
-            )
-        for value in values:
-            _require_number(vae, name, value, low)
-    return tuple(map(float, mean)), tuple(scale / value for value in std)
-
-
-def _require_number(vae, name, value, low):
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < 1e6:
-        raise UserError(f"{vae.where}: {name} {shown(value)} of its config.json must be a number above {low:g}")
-
-
-def _per_channel(numbers, channels: int) -> tuple:
-    return (numbers,) * channels if isinstance(numbers, float) else numbers
+def _is_tiny(path, family: Family) -> bool:
+    """Whether a hub id is that of the family's tiny autoencoder, whose own scale is 1 and says nothing."""
+    return str(path) in [HUB_OWNER_OF_TINY + name for name in family.tiny]
 
 
 def good_image_size(size: int, *strides: int) -> int:

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils import UserError, file_digest, hub_token, one_line, read_json, shown
-
-WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+from latents.conventions import CONVENTIONS
+from latents.sources import SINGLE_FILES, WEIGHT_FILES, Misfit, find_weights, shards_of, source_at
+from latents.tiny import find_tiny_files
+from utils import UserError, file_digest, hub_token, one_line
 
 
 def locate_vae(model_path: str, subfolder: str | None, cache_dir: str | None = None, label: str = "VAE") -> Path:
@@ -24,12 +24,22 @@ def locate_vae(model_path: str, subfolder: str | None, cache_dir: str | None = N
     places = [place for place in dict.fromkeys((subfolder or "", "")) if not Path(place).is_absolute()]
     if os.path.isdir(root):  # `Path.is_dir` fails for too long a name
         for place in places:
-            if (root / place / "config.json").is_file() and any((root / place / name).is_file() for name in WEIGHT_FILES):
+            if (root / place / "config.json").is_file() and find_weights(root / place):
+                return root / place
+        for place in places:
+            if (root / place).is_dir() and find_tiny_files(root / place, label):
                 return root / place
         looked = " or ".join(str(root / place) for place in places)
         raise UserError(f"{label} {model_path}: no VAE there (config.json and {WEIGHT_FILES[0]} in {looked})")
+    if os.path.isfile(root) and root.suffix in SINGLE_FILES:
+        return root
+    if os.path.isdir(root.parent) and find_tiny_files(root, label):
+        return root
     if os.path.exists(root) or model_path.count("/") != 1 or model_path.startswith((".", "~", "/")):
-        raise UserError(f"{label} {model_path}: neither a folder on this machine nor a hub id of the form owner/name")
+        raise UserError(
+            f"{label} {model_path}: neither a folder on this machine, nor a file of weights ({', '.join(SINGLE_FILES)}), nor "
+            "a hub id of the form owner/name"
+        )
     return _download_vae(model_path, places, cache_dir, label)
 
 
@@ -46,7 +56,9 @@ def _download_vae(repo: str, places: list[str], cache_dir: str | None, label: st
             for name in WEIGHT_FILES:
                 try:
                     config_file = fetch(place, "config.json", local)
-                    fetch(place, name, local)
+                    file = Path(fetch(place, name, local))
+                    for shard in shards_of(file):
+                        fetch(place, shard, local)
                     return Path(config_file).parent
                 except errors.RemoteEntryNotFoundError:
                     continue
@@ -83,60 +95,79 @@ def _download_vae(repo: str, places: list[str], cache_dir: str | None, label: st
 
 
 class FrozenVAE:
-    """One frozen diffusers autoencoder: evaluation mode, no gradients, `channels_last`. Its weights are read from disk
-    when something first asks for `model`.
+    """One frozen autoencoder: evaluation mode, no gradients, `channels_last`. Its weights are read from disk when something
+    first asks for `model`.
 
     Attributes:
-        config: of the model, with its class' defaults. class_name: such as "AutoencoderKL". stride: image pixels per latent.
+        config: of the model, with its class' defaults. class_name: such as "AutoencoderKL". convention: of that class.
+        raw_channels, raw_stride: of the latents that its encoder gives; channels, stride: of scaled latents, which differ where
+            the class folds (FLUX.2). Strides are image pixels per latent.
         device, dtype: where and in which precision the weights live; never float16, which the activations of some VAEs exceed.
         label: what messages call it, such as the flag that named it. folder: where its files are, or None.
+        space_name: the latent space that the files' names or content tell, or None. has_own_map: whether config or weights say
+            how raw latents are scaled; a single file in the original layout does not.
     """
 
-    def __init__(self, config, class_name: str, device, dtype: torch.dtype, label: str, folder: Path | None = None):
+    def __init__(self, config, class_name: str, raw_shape: tuple[int, int], device, dtype: torch.dtype, label: str):
         self.config = config
         self.class_name = class_name
+        self.convention = CONVENTIONS[class_name]
+        self.raw_channels, self.raw_stride = raw_shape
         self.device = torch.device(device)
         self.dtype = _without_float16(dtype, self.device)
         self.label = label
-        self.folder = folder
+        self.folder = None
+        self.space_name = None
+        self.has_own_map = True
+        self._source = None
         self._model = None
         self._parameters = 0
 
     @classmethod
     def of_model(cls, model: nn.Module, label: str = "VAE") -> FrozenVAE:
-        """Around a model that the caller has; it is frozen."""
+        """Around a model that the caller has; it is frozen. UserError for a class that this tool does not know."""
+        class_name = type(model).__name__
+        if class_name not in CONVENTIONS:
+            raise UserError(f"{label}: a {class_name}; known VAE classes are {', '.join(CONVENTIONS)}")
+        try:
+            with torch.device("meta"):
+                raw_shape = CONVENTIONS[class_name].measure(type(model).from_config(model.config))
+        except Exception as error:
+            raise UserError(f"{label}: a {class_name} that cannot be used ({one_line(error)})") from None
         parameter = next(model.parameters())
-        vae = cls(model.config, type(model).__name__, parameter.device, parameter.dtype, label)
-        vae._model = freeze(model.to(vae.dtype))
+        vae = cls(model.config, class_name, raw_shape, parameter.device, parameter.dtype, label)
+        vae._model = freeze(model if parameter.dtype == vae.dtype else model.to(vae.dtype))
         return vae
 
     @classmethod
-    def in_folder(cls, folder: Path, device, dtype: torch.dtype, label: str = "VAE") -> FrozenVAE:
-        """Around the files of a folder. UserError if its config.json does not describe a VAE that this tool knows."""
-        import diffusers
-
+    def in_place(cls, place: Path, device, dtype: torch.dtype, label: str = "VAE") -> FrozenVAE:
+        """Around the files of a folder, a single file, or the stem of a tiny autoencoder's two files. UserError if they do not
+        describe a VAE that this tool knows."""
+        source = source_at(place, label)
         try:
-            stored = read_json(folder / "config.json")
-            class_name = stored["_class_name"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{label} {folder}: its config.json cannot be read as a VAE's ({one_line(error)})") from None
-        if class_name not in VAE_CLASSES:
-            raise UserError(f"{label} {folder}: a {shown(class_name)}; known VAE classes are {', '.join(VAE_CLASSES)}")
-        try:
-            _check_sizes(stored)
             with torch.device("meta"):  # shapes and defaults without memory
-                plan = getattr(diffusers, class_name).from_config(stored)
-                _check_shapes(plan, image_stride(plan.config))
+                plan = source.vae_class.from_config(source.config)
+                raw_shape = CONVENTIONS[source.class_name].measure(plan)
         except Exception as error:  # whatever a hand-edited config makes the constructor raise
             reason = one_line(error)
-            raise UserError(f"{label} {folder}: its config.json does not describe a {class_name} ({reason})") from None
-        vae = cls(plan.config, class_name, device, dtype, label, folder)
+            raise UserError(f"{label} {place}: {source.what} does not describe a {source.class_name} ({reason})") from None
+        vae = cls(plan.config, source.class_name, raw_shape, device, dtype, label)
+        vae.folder, vae._source = place, source
+        vae.space_name, vae.has_own_map = source.space_name, source.has_own_map
         vae._parameters = sum(parameter.numel() for parameter in plan.parameters())
         return vae
 
     @property
+    def fold(self) -> int:
+        return self.convention.fold_of(self.config)
+
+    @property
+    def channels(self) -> int:
+        return self.raw_channels * self.fold**2
+
+    @property
     def stride(self) -> int:
-        return image_stride(self.config)
+        return self.raw_stride * self.fold
 
     @property
     def where(self) -> str:
@@ -145,9 +176,8 @@ class FrozenVAE:
 
     @property
     def files(self) -> list[Path]:
-        """The files that make the VAE what it is: its config and its weights."""
-        weights = next(self.folder / name for name in WEIGHT_FILES if (self.folder / name).is_file())
-        return [self.folder / "config.json", weights]
+        """The files that make the VAE what it is: its config, where it has one, and its weights."""
+        return self._source.files
 
     def digest(self) -> str:
         """SHA-256 of config and weights: of the files where there are any, else of the tensors."""
@@ -177,28 +207,15 @@ class FrozenVAE:
         return self._model
 
     def _read(self) -> nn.Module:
-        import diffusers
-
         try:
-            size = self.files[1].stat().st_size
+            size = sum(file.stat().st_size for file in self.files if file.suffix != ".json")
             if self._parameters > size:  # before memory is taken for what a config merely claims
                 raise ValueError(f"{self._parameters} of them are described, in a file of {size} bytes")
-            model, report = getattr(diffusers, self.class_name).from_pretrained(
-                self.folder,
-                torch_dtype=self.dtype,
-                low_cpu_mem_usage=False,
-                output_loading_info=True,
-                local_files_only=True,
-            )
+            return self._source.read(self.dtype)
+        except Misfit as error:
+            raise UserError(f"{self.where}: {error}") from None
         except Exception as error:  # truncated, wrong shapes, another kind of file: each library has its own error
             raise UserError(f"{self.where}: its weights cannot be loaded ({one_line(error)})") from None
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise UserError(f"{self.where}: {len(missing)} weights are missing, {missing[0]} first")
-        unused = sorted(name for name in report["unexpected_keys"] if name.startswith(("encoder.", "decoder.")))
-        if unused:  # a part of the network that its config leaves out
-            raise UserError(f"{self.where}: {len(unused)} weights have no place in its config, {unused[0]} first")
-        return model
 
     def to(self, device: str | torch.device) -> FrozenVAE:
         self.device = torch.device(device)
@@ -216,64 +233,29 @@ def _without_float16(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def raw_latents(encoded: list, sample: bool = False, generator: torch.Generator | None = None) -> torch.Tensor:
-    """The raw latents of what a VAE's `encode` returned for the pieces of a batch: the posterior mean, or with `sample` one
-    draw for the whole batch. A tiny autoencoder has no posterior and gives its latents as they are."""
-    if hasattr(encoded[0], "latents"):
-        return torch.cat([part.latents for part in encoded])
-    posterior = type(encoded[0].latent_dist)(torch.cat([part.latent_dist.parameters for part in encoded]))
-    return posterior.sample(generator=generator) if sample else posterior.mode()
-
-
-def image_stride(config) -> int:
-    """Image pixels per latent of a diffusers VAE, from its config."""
-    widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
-    return 2 ** (len(widths) - 1)
-
-
-def _check_sizes(config) -> None:
-    """ValueError for a config with numbers that no VAE has, and that would take the constructor hours or all memory."""
-    for name, value in config.items():
-        items = value if isinstance(value, list) else [value]
-        most = 64 if name in ("layers_per_block", "num_encoder_blocks", "num_decoder_blocks") else 1 << 16
-        if (len(items) > 12 and name.endswith("block_out_channels")) or any(
-            isinstance(item, (int, float)) and not abs(item) <= most for item in items
-        ):
-            raise ValueError(f"{name} {shown(value)}")
-    if config.get("latent_channels", 1) == 0:
-        raise ValueError("latent_channels 0")
-
-
-def _check_shapes(plan: nn.Module, stride: int) -> None:
-    """ValueError unless the VAE turns an RGB image into latents of its channels and stride, and those into an image. For a
-    model on the meta device, which computes shapes only."""
-    image = torch.empty(1, 3, 2 * stride, 2 * stride)
-    latents = raw_latents([plan.encode(image)])
-    if latents.shape != (1, plan.config["latent_channels"], 2, 2):
-        raise ValueError(f"its latents of a {2 * stride} px image are {tuple(latents.shape)}")
-    if plan.decode(latents).sample.shape != image.shape:
-        raise ValueError("it decodes to another size or number of channels than RGB")
-
-
 def _not_finite(model: nn.Module) -> str | None:
     """The name of a weight that holds NaN or infinity, or None."""
     return next((name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()), None)
 
 
 def freeze(vae: nn.Module) -> nn.Module:
-    """Evaluation mode, no gradients, `channels_last` (in bfloat16 on a CPU worth ten times the speed)."""
-    return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    """Evaluation mode, no gradients, `channels_last` (in bfloat16 on a CPU worth ten times the speed), which a VAE of frames
+    does not have."""
+    vae.eval().requires_grad_(False)
+    has_frames = any(parameter.ndim == 5 for parameter in vae.parameters())
+    return vae if has_frames else vae.to(memory_format=torch.channels_last)
 
 
 def load_vae_model(model_path, subfolder, cache_dir, device, dtype, label: str = "VAE") -> FrozenVAE:
-    """A frozen VAE from a folder or the hub, of the class that its own config.json names.
+    """A frozen VAE from a folder or the hub, of the class that its own config.json names; or from a single file in the original
+    layout, or a tiny autoencoder's two files.
 
     Args:
-        model_path: local folder or hub id; `subfolder` is looked for in it, then the folder itself.
+        model_path: local folder, file, stem of two files, or hub id; `subfolder` is looked for in it, then the folder itself.
         cache_dir: where the hub client keeps downloads; None is its own default.
         device, dtype: where and in which precision the weights will live; float16 becomes bfloat16 or float32.
         label: what error messages call it, such as the flag that named it.
 
     The hub client takes its token from HUGGINGFACE_TOKEN or HF_TOKEN and its proxy from HTTPS_PROXY. Raises UserError.
     """
-    return FrozenVAE.in_folder(locate_vae(str(model_path), subfolder, cache_dir, label), device, dtype, label)
+    return FrozenVAE.in_place(locate_vae(str(model_path), subfolder, cache_dir, label), device, dtype, label)

@@ -238,7 +238,7 @@ DAMAGE = {
     "truncated": (truncate, "weights cannot be loaded"),
     "wrong_shape": (reshape_a_weight, "decoder.conv_out.bias"),
     "empty_file": (write(WEIGHTS, b""), "weights cannot be loaded"),
-    "unknown_class": (edit_config(_class_name="AutoencoderKLWan"), "AutoencoderKLWan"),
+    "unknown_class": (edit_config(_class_name="UNet2DModel"), "UNet2DModel"),
     "levels_disagree": (edit_config(block_out_channels=[8, 8]), "config.json"),
     "channels_not_a_number": (edit_config(latent_channels="four"), "config.json"),
     "scale_not_a_number": (edit_config(scaling_factor="big"), "scaling_factor"),
