@@ -199,17 +199,6 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
     return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 
 
-def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The inverse of `pack`: what those families' pipelines give with `output_type="latent"`. `height`, `width`: of the
-    latents, an eighth of the picture's."""
-    if tokens.ndim != 3 or tokens.shape[2] % 4 or height % 2 or width % 2 or tokens.shape[1] * 4 != height * width:
-        raise AlignError(
-            f"packed latents of shape {tuple(tokens.shape)} are none of {height}x{width} latents; height and width count "
-            "latents, not pixels, and are even"
-        )
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The module
 

@@ -9,7 +9,7 @@ from conftest import ROOT, make_kl_vae, run_script
 
 from latents.spaces import SPACES
 from runtime.cli import MISTAKES
-from vae_align import AlignConfig, AlignModule, AlignPipeline, pack, unpack
+from vae_align import AlignConfig, AlignModule, AlignPipeline, pack
 
 PAGE = (ROOT / "integrations" / "diffusers.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -83,7 +83,7 @@ def test_the_printed_lines_work(source, pipelines, tmp_path, monkeypatch):
     """A recipe that fails as printed: packed where unpacked is taken, a size left out, a keyword of another pipeline."""
     module_from(source).save_pretrained(tmp_path / "assets" / "pretrained" / "taesd_to_taef1_latent.safetensors")
     monkeypatch.chdir(tmp_path)
-    names = {"AlignPipeline": AlignPipeline, "unpack": unpack, "prompt": "a lighthouse"}
+    names = {"AlignPipeline": AlignPipeline, "prompt": "a lighthouse"}
     names |= {"sd": pipelines[source], "flux": pipelines["flux"]}
     exec(BLOCKS[0], names)
     assert names["z"].shape == (1, 16, 8, 12) and names["picture"].size == (96, 64)
@@ -113,16 +113,13 @@ def test_packing_is_the_pipelines_own(pipelines):
     latents = torch.randn(2, 16, 8, 12)
     packed = pack(latents)
     assert torch.equal(packed, flux._pack_latents(latents, 2, 16, 8, 12))
-    assert torch.equal(unpack(packed, 8, 12), flux._unpack_latents(packed, 64, 96, 8))
-    assert torch.equal(unpack(packed, 8, 12), latents)
+    assert torch.equal(SPACES["flux1"].from_pipeline(packed, (64, 96)), latents)
 
 
 def test_what_cannot_be_packed_is_one_line():
-    """Pixels given for latents: a reshape that fails, or that fits by chance and mixes the picture."""
+    """A reshape that fails, or that fits by chance and mixes the picture."""
     with pytest.raises(MISTAKES, match="even h and w"):
         pack(torch.randn(1, 16, 7, 8))
-    with pytest.raises(MISTAKES, match="count latents, not pixels"):
-        unpack(torch.randn(1, 24, 64), 64, 96)
 
 
 def test_auto_model_loads_an_exported_folder(tmp_path):
