@@ -471,11 +471,12 @@ class Run:
         # a batch that is not finite itself says nothing about the module
         if self.last_inputs is not None and all(values.isfinite().all() for values in self.last_inputs.values()):
             with torch.no_grad():
-                sound = bool(self.module(**self.last_inputs).isfinite().all())
+                sound = bool(self.module(**self.last_inputs).float().square().sum().isfinite())  # as errors are measured
             if not sound:
+                kept = self.checkpoints.last or (self.checkpoints.best and self.checkpoints.best_path)
                 raise UserError(
                     f"the module's output is not finite at step {self.state.step}: lower --learning_rate or set --grad_clip 1; "
-                    + (f"the last checkpoint, {self.checkpoints.last}, was sound" if self.checkpoints.last else "none is saved")
+                    + (f"the last checkpoint is {kept}" if kept else "no checkpoint was written")
                 )
 
     def close(self) -> None:

@@ -418,4 +418,4 @@ def test_a_ruined_module_is_not_saved_as_the_last_good_one(flags, tmp_path):
     for content in (torch.load(path, weights_only=True) for path in (tmp_path / "ckpt").glob("*.pth")):
         module = AlignModule(AlignConfig.from_dict(content["align_config"]))
         module.load_state_dict(content["state_dict"])
-        assert module(image=torch.zeros(1, 3, 32, 32), latents=torch.zeros(1, 4, 4, 4)).isfinite().all()
+        assert module(image=torch.zeros(1, 3, 32, 32), latents=torch.zeros(1, 4, 4, 4)).square().sum().isfinite()
