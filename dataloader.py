@@ -48,6 +48,7 @@ PICTURES = frozenset({
 })  # fmt: skip
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 METADATA_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"iCCP", b"tIME", b"pHYs")
+SAMPLED = 32  # images that are looked at to say how many are small
 SYNSET = re.compile(r"n\d{8}$")  # the name of an ImageNet class folder
 ZOOM = 1.25  # training draws the short side between image_size and this multiple of it (at most the image's own)
 PATIENCE = 120.0  # seconds without a batch after which data workers are given up
@@ -328,17 +329,22 @@ def find_images(
 
 
 def load_hub_split(name: str, train: bool, label: str, cache_dir: str | None = None) -> HubImages:
-    """The training or evaluation split of hub data set `name`. UserError, which begins with `label`, if it has no images or
-    cannot be loaded."""
+    """The training or evaluation split of hub data set `name`, or `name:configuration`. UserError, which begins with `label`,
+    if it has no images or cannot be loaded."""
     import datasets
 
+    folder, colon, choice = name.partition(":")
     try:
-        splits = datasets.get_dataset_split_names(name, cache_dir=cache_dir, token=hub_token() or False)
+        if not colon:
+            choice = _only_configuration(name, label, cache_dir)
+        splits = datasets.get_dataset_split_names(folder, choice, cache_dir=cache_dir, token=hub_token() or False)
         wanted = ("train",) if train else ("validation", "val", "test")
         split = next((name for name in wanted if name in splits), splits[0])
         if split not in wanted:
             log.warning("%s %s: no %s split; using %s", label, name, wanted[0], split)
-        data = datasets.load_dataset(name, split=split, cache_dir=cache_dir, token=hub_token() or False)
+        data = datasets.load_dataset(folder, choice, split=split, cache_dir=cache_dir, token=hub_token() or False)
+    except UserError:
+        raise
     except Exception as error:  # the hub client's errors have no common base class
         raise UserError(
             f"{label} {name}: no such folder, and as a hub data set it could not be loaded ({one_line(error)}); "
@@ -352,6 +358,16 @@ def load_hub_split(name: str, train: bool, label: str, cache_dir: str | None = N
         log.info("%s %s: image columns %s; using %s", label, name, ", ".join(columns), column)
     data = data.select_columns([column])
     return HubImages(data if column == "image" else data.rename_column(column, "image"))
+
+
+def _only_configuration(name: str, label: str, cache_dir: str | None) -> str | None:
+    """The configuration of a hub data set that need not be chosen: its only one or its default. UserError names the others."""
+    import datasets
+
+    choices = datasets.get_dataset_config_names(name, cache_dir=cache_dir, token=hub_token() or False)
+    if len(choices) < 2 or "default" in choices:
+        return None
+    raise UserError(f"{label} {name}: it has several configurations; name one: {', '.join(f'{name}:{one}' for one in choices)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -421,6 +437,19 @@ class ImageDataset(Dataset):
             except UnreadableImage as error:
                 failure = error
         raise UserError(f"{label}: none of {len(self)} files can be read as an image; the last: {failure}")
+
+    def warn_of_small(self, label: str) -> None:
+        """Say how many of the images are smaller than `image_size` and will be enlarged, by a sample of their headers."""
+        looked_at = range(0, len(self), -(-len(self) // SAMPLED))
+        small = 0
+        for index in looked_at:
+            with contextlib.suppress(Exception), self.source.open(index) as image:
+                small += min(image.size) < self.image_size
+        if small:
+            log.warning(
+                "%s: %d of the %d images looked at are smaller than %d px; they are enlarged, which adds no detail",
+                label, small, len(looked_at), self.image_size,
+            )  # fmt: skip
 
     def crop(self, image: Image.Image, index: int, view: int) -> torch.Tensor:
         """View `view` of training image `index`: (3, S, S) uint8, a function of (seed, index, view)."""

@@ -16,7 +16,9 @@ in float32, which --precision float32 judges.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -39,7 +41,7 @@ from evaluation.verdict import verdict
 from latents.spaces import good_image_size
 from runtime.cli import Parser, claim_writable_folder, integer, naming, run, use_proxy
 from runtime.device import PRECISIONS, get_dtype, keep_freed_memory, memory_advice, resolve_device, resolve_precision
-from utils import UserError, atomic_file, count_of, one_line, plain_stem
+from utils import UserError, atomic_file, count_of, one_line, plain_stem, read_json
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +121,31 @@ def settings_of(args, argv: list[str], ladder, precision: str, trained_image_siz
     }
 
 
+def picture_name(index: int, path: str) -> str:
+    """The file name of an image's comparison picture."""
+    return f"{index:05d}_{plain_stem(path)}.png"
+
+
+def pictures_named(results: dict) -> set[str]:
+    """The file names of the pictures of an evaluation."""
+    return {picture_name(index, path) for index, path in zip(results["indices"], results["paths"])}
+
+
+def pictures_of(output_dir: Path) -> set[str]:
+    """The file names of the pictures of the older evaluation whose metrics.json is in `output_dir`."""
+    try:
+        return pictures_named(read_json(output_dir / "metrics.json"))
+    except (OSError, ValueError, KeyError, TypeError):  # none, or not written by this program
+        return set()
+
+
+def drop_pictures(output_dir: Path, names: set[str]) -> None:
+    """Delete the pictures of an older evaluation: beside this one's report they would pass for its own."""
+    for name in names:
+        with contextlib.suppress(OSError):
+            os.unlink(output_dir / name)
+
+
 def write_results(output_dir: Path, results: dict, html: str) -> None:
     """metrics.json, metrics.csv and report.html; UserError when the folder does not take them."""
     try:
@@ -164,14 +191,17 @@ def main(argv: list[str] | None = None) -> dict:
     require_memory(args.eval_batch_size, size, "--eval_batch_size")
     source = find_images(args.eval_data_dir, args.dataset_type, False, "--eval_data_dir", args.cache_dir)
     dataset = ImageDataset(source, size)
+    dataset.warn_of_small(f"--eval_data_dir {args.eval_data_dir}")
     loader = eval_loader(dataset, args.eval_batch_size, args.num_workers)
     log.info("%s at %d px from %s", count_of(len(dataset), "image"), size, args.eval_data_dir)
 
     # ---- judge
+    older = pictures_of(output_dir)
+
     def save_pictures(batch, made):
         sheets = comparison_sheets(batch["pixel_values"].to(device), made, ladder.captions, size)
         for sheet, path, index in zip(sheets, batch["path"], batch["index"].tolist()):
-            with atomic_file(output_dir / f"{index:05d}_{plain_stem(path)}.png") as file:
+            with atomic_file(output_dir / picture_name(index, path)) as file:
                 sheet.save(file, "PNG")
 
     with (
@@ -196,6 +226,7 @@ def main(argv: list[str] | None = None) -> dict:
         log.warning("left out: %s", message)
     strips = report_strips(ladder, dataset, results, args.eval_data_dir, args.num_samples)
     curves = read_curves(checkpoints[0].path, checkpoints[0].content)
+    drop_pictures(output_dir, older - (pictures_named(results) if args.save_visualizations else set()))
     write_results(output_dir, results, page.render(results, strips, curves))
     say(" ".join(results["verdict"]["sentences"]))
     say(f"{count_of(results['images'], 'image')} judged; report: {output_dir / 'report.html'}")

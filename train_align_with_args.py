@@ -24,6 +24,7 @@ import datetime
 import functools
 import logging
 import math
+import os
 import re
 import signal
 import tempfile
@@ -86,6 +87,8 @@ from vae_align import AlignConfig, AlignModule, read_checkpoint, spaces_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+LAUNCHER_VARIABLES = ("ACCELERATE_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_", "FSDP_")
 
 __all__ = ["get_dtype", "get_loss_function", "load_config", "load_vae_model"]  # part of this script's interface
 
@@ -325,6 +328,7 @@ def open_datasets(args: argparse.Namespace) -> tuple[dataloader.ImageDataset, da
         options = {"random_crop": True, "random_flip": args.random_flip, "seed": args.seed} if train else {}
         dataset = dataloader.ImageDataset(source, args.image_size, **options)
         dataset.require_readable(f"--{flag}_data_dir {folder}")
+        dataset.warn_of_small(f"--{flag}_data_dir {folder}")
         datasets.append(dataset)
     return tuple(datasets)
 
@@ -375,6 +379,15 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes", "on"):
+            raise UserError(
+                f"ACCELERATE_USE_{name}: a launcher's config asks for it, and this program does not run under it; run "
+                "`accelerate config` anew without it, or start with plain `python`"
+            )
+    for name in ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND"):  # flags and seed alone shape weights
+        if os.environ.pop(name, "1").lower() not in ("", "1", "no"):
+            log.warning("%s of the environment has no effect", name)
     device = torch.device(args.device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # Accelerate takes the current one
@@ -385,7 +398,15 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
             AcceleratorState._reset_state(reset_partial_state=earlier.device.type != device.type)
     # the others wait while the main process evaluates, or while another run builds the cache: longer than the usual ten minutes
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[patience])
+    try:
+        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[patience])
+    except (ImportError, ValueError, RuntimeError, KeyError) as error:  # variables that launchers set, and that do not fit
+        AcceleratorState._reset_state(reset_partial_state=True)
+        found = ", ".join(sorted(name for name in os.environ if name.startswith(LAUNCHER_VARIABLES))) or "none"
+        raise UserError(
+            f"the launcher's environment does not fit this program ({one_line(error)}); its variables: {found}; unset them, or "
+            "start with `accelerate launch`"
+        ) from None
 
 
 def seed_of_step(seed: int, step: int, process: int) -> int:
@@ -429,6 +450,7 @@ class Run:
         state: what goes on from step to step. module, optimizer: those of `state` as Accelerate prepared them.
         steps_per_epoch, end: the clock. batch_size: images of a step over all processes.
         checkpoints: where the run saves; writer: where it logs; claim: of its name (the last two None on a helper process).
+        last_inputs: of the module in the last step.
         images_per_second: since the last log entry, over all processes; evaluations and saving do not count.
     """
 
@@ -442,6 +464,20 @@ class Run:
     writer: RunLog | None
     claim: RunClaim | None
     images_per_second: float = 0.0
+    last_inputs: dict | None = None
+
+    def require_sound(self) -> None:
+        """UserError if what the module puts out is not finite: a checkpoint of it would pass for the last good one."""
+        # a batch that is not finite itself says nothing about the module
+        if self.last_inputs is not None and all(values.isfinite().all() for values in self.last_inputs.values()):
+            with torch.no_grad():
+                sound = bool(self.module(**self.last_inputs).float().square().sum().isfinite())  # as errors are measured
+            if not sound:
+                kept = self.checkpoints.last or (self.checkpoints.best and self.checkpoints.best_path)
+                raise UserError(
+                    f"the module's output is not finite at step {self.state.step}: lower --learning_rate or set --grad_clip 1; "
+                    + (f"the last checkpoint is {kept}" if kept else "no checkpoint was written")
+                )
 
     def close(self) -> None:
         """Write out what is logged, and let another process go on with this run."""
@@ -603,6 +639,7 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
             encoded = pipeline.encode_batch(batch, args.sample_posterior, generator, parts.objective.reads_images)
             learning_rate = state.optimizer.param_groups[0]["lr"]
             loss, grad_norm, ok = train_step(args, parts, run, *encoded)
+            run.last_inputs = encoded[0]
 
             # ---- log
             state.meter.add(loss, ok)
@@ -644,6 +681,7 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
 
 def save_checkpoint(args, run: Run) -> None:
     """Write everything that is known; the events first, so that a resumed run's logs lack no point."""
+    run.require_sound()
     run.writer.flush()
     path = run.checkpoints.save(run.state, run.state.step / run.steps_per_epoch)
     save_config(args, args.config_save_path or path.with_suffix(".json"))

@@ -54,9 +54,19 @@ def hub_token() -> str | None:
 
 
 def hub_tokens() -> list[str]:
-    """Every token that is set, without white space: an HTTP client quotes a header that contains a newline in its error."""
-    tokens = ("".join(os.environ.get(name, "").split()) for name in ("HUGGINGFACE_TOKEN", "HF_TOKEN"))
-    return [token for token in tokens if token]
+    """Every token that is set, then that of `hf auth login`, without white space: an HTTP client quotes a header that contains
+    a newline in its error."""
+    tokens = [os.environ.get(name, "") for name in ("HUGGINGFACE_TOKEN", "HF_TOKEN")]
+    return [token for token in ("".join(text.split()) for text in (*tokens, _login_token())) if token]
+
+
+def _login_token() -> str:
+    """The token that `hf auth login` has stored, or ""."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    place = os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or os.path.join(home, "token"))
+    with contextlib.suppress(OSError, ValueError):
+        return Path(place).read_text(encoding="utf-8")
+    return ""
 
 
 def proxy_passwords() -> list[str]:
@@ -65,7 +75,11 @@ def proxy_passwords() -> list[str]:
     A password of one or two letters is left out, since `without_secrets` would replace those letters in every message; the
     user part of the proxy's URL is replaced in any case.
     """
-    urls = (os.environ.get(name, "") for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"))
+    urls = (
+        os.environ.get(name, "")
+        for scheme in ("HTTP", "HTTPS", "ALL")
+        for name in (f"{scheme}_PROXY", f"{scheme.lower()}_proxy")
+    )
     typed = {url.rpartition("@")[0].rpartition("://")[2].partition(":")[2] for url in urls}
     return sorted((word for word in typed | {unquote(word) for word in typed} if len(word) > 2), key=len, reverse=True)
 

@@ -21,10 +21,12 @@ class FixedRungs:
     Attributes:
         images: a digest of the pixels that the rungs were measured on; "" before the first evaluation.
         figures: {rung: {metric: value}} of every rung but the trained module's.
+        unreadable: messages of the last evaluation, one for each image that could not be decoded.
     """
 
     images: str = ""
     figures: dict = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
 
     def evaluate(self, pipeline: PipelineWithVAEs, loader, dtype: torch.dtype) -> dict:
         """{rung: {metric: value}} of the whole ladder (see `ladder.evaluate`) on the images of `loader`.
@@ -33,11 +35,13 @@ class FixedRungs:
         """
         seen = _PixelDigest()
         if self.figures:
-            moved = evaluate(Ladder(pipeline, dtype, only=MOVED), loader, visit=seen)["ladder"]
+            results = evaluate(Ladder(pipeline, dtype, only=MOVED), loader, visit=seen)
+            self.unreadable, moved = results["unreadable"], results["ladder"]
             if seen.hexdigest() == self.images:
                 return self.figures | moved
             seen = _PixelDigest()
-        ladder = evaluate(Ladder(pipeline, dtype), loader, visit=seen)["ladder"]
+        results = evaluate(Ladder(pipeline, dtype), loader, visit=seen)
+        self.unreadable, ladder = results["unreadable"], results["ladder"]
         self.images = seen.hexdigest()
         self.figures = {rung: figures for rung, figures in ladder.items() if rung not in MOVED}
         return ladder

@@ -81,7 +81,10 @@ def _download_vae(repo: str, places: list[str], cache_dir: str | None, label: st
             f"{label} {repo}: a gated model; accept its licence on its hub page and set HUGGINGFACE_TOKEN"
         ) from None
     except errors.RepositoryNotFoundError:
-        raise UserError(f"{label} {repo}: no such model on the hub; if it is private or gated, set HUGGINGFACE_TOKEN") from None
+        raise UserError(
+            f"{label} {repo}: no such folder here, and no such model on the hub; if it is private or gated, set "
+            "HUGGINGFACE_TOKEN"
+        ) from None
     except Exception as error:  # offline, timeout, proxy down, disk full: the hub client has no common base for them
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
             raise UserError(

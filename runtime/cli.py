@@ -260,7 +260,7 @@ def claim_writable_file(path: str | os.PathLike, label: str) -> None:
 def use_proxy(url: str | None) -> None:
     """Send the hub client, and every library that reads the standard variables, through the proxy at `url`."""
     if url:
-        for name in ("HTTP_PROXY", "HTTPS_PROXY"):
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):  # an ALL_PROXY that is there would stop what it does not serve
             os.environ[name] = os.environ[name.lower()] = url
 
 

@@ -116,9 +116,9 @@ def test_batches_do_not_depend_on_workers(photo_folders, start_method):
 # Folders
 
 
-def touch_image(path, colour=RED):
+def touch_image(path, colour=RED, size=(8, 8)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8), colour).save(path, format="PNG")
+    Image.new("RGB", size, colour).save(path, format="PNG")
 
 
 def test_images_are_found_recursively_through_links_and_each_folder_once(tmp_path):
@@ -464,3 +464,40 @@ def test_an_iteration_that_nobody_finishes_costs_the_next_one_nothing(monkeypatc
     for _ in range(2):
         next(iter(loader))
         assert [batch[0, 0].item() for batch in loader] == list(range(10))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Choices in a data set
+
+
+def test_the_column_called_image_is_used_whatever_comes_before_it(tmp_path):
+    """Training on masks or conditioning pictures since they are the first column."""
+    import datasets
+
+    names = {"mask": "black", "conditioning_image": "blue", "image": "red"}
+    rows = {name: [{"bytes": encoded("PNG", Image.new("RGB", (8, 8), colour)), "path": None}] for name, colour in names.items()}
+    features = datasets.Features(dict.fromkeys(names, datasets.Image()))
+    folder = tmp_path / "masked photos"
+    folder.mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / "train.parquet"))
+    data = load_hub_split(str(folder), True, "--flag", str(tmp_path / "cache"))
+    assert ImageDataset(data, 8).open(0).getpixel((0, 0)) == RED
+
+
+def test_a_configuration_of_a_data_set_can_be_chosen(hub_folder, tmp_path):
+    """A data set that demands a choice which no flag can make."""
+    (hub_folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: full\n  data_files: train*\n- config_name: small\n  data_files: valid*\n---\n"
+    )
+    name, cache = str(hub_folder), str(tmp_path / "cache")
+    refusal(lambda: load_hub_split(name, True, "--flag", cache), f"{name}:full, {name}:small")
+    assert len(load_hub_split(f"{name}:small", True, "--flag", cache)) == 2
+
+
+def test_images_that_must_be_enlarged_are_counted(tmp_path, caplog):
+    """Thumbnails trained on and judged as if they had the detail of the size that is asked for."""
+    for number, side in enumerate((20, 20, 64)):
+        touch_image(tmp_path / f"{number}.png", RED, (side, side))
+    with caplog.at_level("WARNING"):
+        ImageDataset(list_images(tmp_path), 64).warn_of_small("--flag")
+    assert "--flag: 2 of the 3 images looked at are smaller than 64 px" in caplog.text

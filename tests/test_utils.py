@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from utils import atomic_file, next_stamp, one_line, write_json
+from utils import atomic_file, hub_token, next_stamp, one_line, write_json
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
@@ -147,3 +147,15 @@ def test_a_file_system_without_a_comfort_of_posix_takes_files(tmp_path, monkeypa
     monkeypatch.setattr(os, call, refuse)
     write_json(tmp_path / "a.json", 1)
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_the_token_of_a_login_counts_after_that_of_the_environment(tmp_path, monkeypatch):
+    """A user who has logged in as for every other tool, and is told that there is no such model."""
+    for name in ("HUGGINGFACE_TOKEN", "HF_TOKEN", "HF_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert hub_token() is None
+    (tmp_path / "token").write_text("hf_stored\n")
+    assert hub_token() == "hf_stored" and "hf_stored" not in one_line(ValueError("with hf_stored"))
+    monkeypatch.setenv("HF_TOKEN", "hf_set")
+    assert hub_token() == "hf_set"

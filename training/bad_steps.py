@@ -68,7 +68,7 @@ class BadSteps:
                 raise UserError(
                     f"the loss or its gradient was not finite in {self.in_a_row} steps in a row (--max_bad_steps), the last of "
                     f"them step {step} with {shown}: lower --learning_rate, set --grad_clip 1, or look at those files; "
-                    "the weights and the last checkpoint are unharmed"
+                    "judge the last checkpoint with eval_align.py before going on from it"
                 )
         return outcomes.count(False)
 

@@ -53,12 +53,21 @@ class RunLog:
         self.folder = Path(folder)
         self.step = step
         self.fixed = FixedRungs() if fixed is None else fixed
+        self._named = set()
         for name in (METRICS_FILE, TRAINING_FILE):
             drop_lines_after(self.folder / name, step)
         wait_for_a_new_second(self.folder)
         self._events = SummaryWriter(self.folder, purge_step=step + 1 if step else None)
         charts = {title: ["Multiline", [rf"eval_{metric}/({'|'.join(CHARTED)})"]] for title, metric in CHARTS.items()}
         self._events.add_custom_scalars({"ladder": charts})  # each draws the running curve among the level lines
+
+    def name_unreadable(self, messages: list[str]) -> None:
+        """Name each image that could not be decoded, once."""
+        for message in messages:
+            if message not in self._named:
+                self._named.add(message)
+                with logging_redirect_tqdm():
+                    log.warning("left out of the evaluation: %s", message)
 
     def add_scalar(self, tag: str, value: float) -> None:
         self._events.add_scalar(tag, value, self.step)
@@ -125,6 +134,7 @@ def evaluate_and_log(pipeline, eval_loader, writer: RunLog, epoch, args, dtype) 
     are measured anew when the evaluation images have changed. UserError when the module's output is not finite.
     """
     ladder = writer.fixed.evaluate(pipeline, eval_loader, dtype)
+    writer.name_unreadable(writer.fixed.unreadable)
     for rung, figures in ladder.items():
         for name in CHARTS.values():
             if figures[name] is not None:

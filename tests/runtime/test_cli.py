@@ -668,3 +668,37 @@ def test_a_config_in_another_encoding_is_refused_with_the_remedy(tmp_path):
         path = tmp_path / f"{encoding}.json"
         path.write_bytes('{"train_data_dir": "/data/训练图片"}'.encode(encoding))
         refusal(partial(load_config, path), path, "save it as UTF-8")
+
+
+def test_a_typed_proxy_wins_over_that_of_the_environment(monkeypatch):
+    """A proxy tool's ALL_PROXY=socks://… that ends every download though --proxy is right; its password in a message."""
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:7891/")
+    monkeypatch.setenv("all_proxy", "socks://127.0.0.1:7891/")
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "")
+    use_proxy("http://me:hidden@127.0.0.1:1")
+    assert {os.environ[name] for name in ("ALL_PROXY", "ALL_PROXY".lower())} == {"http://me:hidden@127.0.0.1:1"}
+    monkeypatch.setenv("ALL_PROXY", "socks5://me:veiled@127.0.0.1:1")
+    assert "veiled" not in str(UserError("cannot use veiled"))
+
+
+@pytest.mark.parametrize(
+    "name, value", [("ACCELERATE_USE_DEEPSPEED", "true"), ("ACCELERATE_USE_FSDP", "1"), ("WORLD_SIZE", "many")]
+)
+def test_a_launchers_environment_that_does_not_fit_is_one_line(monkeypatch, name, value):
+    """A traceback of a library that the user has never heard of, for a variable that a launcher has set."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv(name, value)
+    for other in ("RANK", "LOCAL_RANK") if name == "WORLD_SIZE" else ():
+        monkeypatch.setenv(other, "0")
+    args = parse_args(["--device", "cpu", "--precision", "float32"])
+    refusal(partial(train_script.create_accelerator, args), name)
+
+
+def test_the_environment_does_not_change_what_is_learnt(monkeypatch):
+    """A launcher's gradient accumulation that divides every gradient though flags and seed are the same."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    args = parse_args(["--device", "cpu", "--precision", "float32"])
+    assert train_script.create_accelerator(args).gradient_accumulation_steps == 1

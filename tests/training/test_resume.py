@@ -1,5 +1,6 @@
 """Runs that are interrupted and go on: the end must be bit for bit that of an uninterrupted run."""
 
+import itertools
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import torch
 from conftest import as_argv, run_script, tiny_flags
 from runs import LAUNCHER, QUIET, assert_same_tensors, results_of, start, tensors_of, tiny_of, train
 
+import dataloader
 import train_align_with_args as train_script
 from training import resume
 
@@ -319,3 +321,19 @@ def test_no_temporary_files_are_left(flags, tmp_path):
     """Half-written files that pile up beside the checkpoints."""
     train(flags, tmp_path, **QUIET, epochs=2, save_steps=1)
     assert not list(Path(tmp_path).rglob("*.tmp"))
+
+
+def test_a_lost_worker_ends_the_run_saved(flags, tmp_path, monkeypatch):
+    """Hours of training lost since the kernel has killed a process that decodes images."""
+    endless = train_script.endless
+
+    def until_lost(loader):
+        yield from itertools.islice(endless(loader), 2)
+        raise dataloader.WorkersLost("num_workers 2: a data worker has ended unexpectedly")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script, "endless", until_lost)
+        with pytest.raises(train_script.UserError, match=r"^--num_workers 2: .*saved in .*align_pipeline_.*--resume$"):
+            train(flags, tmp_path, **QUIET, max_train_steps=4)
+    assert results_of(tmp_path).last["step"] == 2
+    assert train(flags, tmp_path, **QUIET, max_train_steps=4, resume=True).last["step"] == 4

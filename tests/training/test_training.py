@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -397,3 +398,24 @@ def test_load_checkpoint_of_other_vaes_is_refused(flags, tmp_path, vae_folders):
     first = train(flags, tmp_path / "first", **SHORT)
     with pytest.raises(UserError, match="load_checkpoint"):
         main(as_argv({**flags, **SHORT, "vae2_path": vae_folders["kl4"], "load_checkpoint": first.checkpoints[-1]}))
+
+
+def test_an_evaluation_image_that_cannot_be_read_is_named_during_training(flags, tmp_path, photo_folders, caplog):
+    """Figures of three images under the name of four, without a word."""
+    folder = tmp_path / "eval"
+    shutil.copytree(photo_folders[1], folder)
+    (folder / "broken.jpg").write_bytes(b"x")
+    train(flags, tmp_path, eval_data_dir=folder, max_train_steps=4, visualize_frequency=0)
+    assert caplog.text.count("left out of the evaluation: ") == 1 and "broken.jpg" in caplog.text
+
+
+def test_a_ruined_module_is_not_saved_as_the_last_good_one(flags, tmp_path):
+    """A checkpoint whose output is not finite, said to be unharmed, from which --resume would go on."""
+    absurd = {"learning_rate": 1000, "warmup_steps": 0, "loss_weight": 1e6, "weight_decay": 1000}
+    with pytest.raises(UserError, match="not finite") as error:
+        train(flags, tmp_path, epochs=40, **{**QUIET, "save_steps": 1}, **absurd)
+    assert "unharmed" not in str(error.value)
+    for content in (torch.load(path, weights_only=True) for path in (tmp_path / "ckpt").glob("*.pth")):
+        module = AlignModule(AlignConfig.from_dict(content["align_config"]))
+        module.load_state_dict(content["state_dict"])
+        assert module(image=torch.zeros(1, 3, 32, 32), latents=torch.zeros(1, 4, 4, 4)).square().sum().isfinite()
