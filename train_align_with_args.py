@@ -470,8 +470,8 @@ class Run:
         """UserError if what the module puts out is not finite: a checkpoint of it would pass for the last good one."""
         # a batch that is not finite itself says nothing about the module
         if self.last_inputs is not None and all(values.isfinite().all() for values in self.last_inputs.values()):
-            with torch.no_grad():
-                sound = bool(self.module(**self.last_inputs).float().square().sum().isfinite())  # as errors are measured
+            with torch.no_grad():  # not through DDP, which would wait for the other processes: only the first one saves
+                sound = bool(self.state.module(**self.last_inputs).float().square().sum().isfinite())  # as errors are measured
             if not sound:
                 kept = self.checkpoints.last or (self.checkpoints.best and self.checkpoints.best_path)
                 raise UserError(
