@@ -1,5 +1,6 @@
 """Real parts, tiny in size: diffusers VAEs with random weights, image folders, and the two programs as subprocesses."""
 
+import contextlib
 import multiprocessing
 import os
 import subprocess
@@ -125,6 +126,24 @@ def tiny_flags(vae_folders, photo_folders, folder):
 @pytest.fixture
 def flags(vae_folders, photo_folders, tmp_path):
     return tiny_flags(vae_folders, photo_folders, tmp_path)
+
+
+@contextlib.contextmanager
+def own_environment():
+    """What is done to the environment within this context ends with it."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def environment_of_each_test():
+    """The program sets variables, such as a proxy's, and they are not to reach the next test."""
+    with own_environment():
+        yield
 
 
 def as_argv(flags):

@@ -1,13 +1,12 @@
 """A whole evaluation by eval_align.py, on images with hostile names, and results as the verdict takes them."""
 
 import json
-import os
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import as_argv, make_photo
+from conftest import as_argv, make_photo, own_environment
 
 import eval_align
 from latents.pipeline import PipelineWithVAEs
@@ -85,10 +84,8 @@ def judge_hostile_images(folder, vae_folders):
         "vae2_subfolder": "vae",
         "proxy": "http://user:secret@127.0.0.1:9",
     }
-    proxies = {name: os.environ.get(name) for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")}
-    results = eval_align.main(as_argv(flags))
-    for name, value in proxies.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    with own_environment():  # --proxy is not to reach other tests
+        results = eval_align.main(as_argv(flags))
     out = folder / "out"
     page = (out / "report.html").read_text(encoding="utf-8")
     return SimpleNamespace(out=out, results=results, metrics=read_json(out / "metrics.json"), page=page, flags=flags)

@@ -77,8 +77,6 @@ MISTAKES = {"vae1_path": PROXY, "train_data_dir": f"/none/{SECRETS['HF_TOKEN']}"
 def test_a_run_that_fails_shows_no_secret(flags, secret_config, tmp_path, monkeypatch, capfd, name):
     """A secret typed into the wrong flag, quoted by the message that refuses it."""
     monkeypatch.chdir(tmp_path)
-    for variable in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
-        monkeypatch.setenv(variable, "")  # the run sets them, and they are not to stay
     for variable, value in SECRETS.items():
         monkeypatch.setenv(variable, value)
     argv = ["--load_config", str(secret_config), *as_argv(flags | {name: MISTAKES[name]})]
