@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from latents.spaces import SPACES, named_space
+from latents.spaces import named_space
 from runtime.cli import run
 from utils import UserError, one_line, read_json, shown
 from vae_align import AlignPipeline, module_of, read_checkpoint, spaces_of
@@ -62,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser, vaes_required: bool) -> None:
         recorded = "" if vaes_required else " (default: what the checkpoint records)"
         path_help = f"hub id of VAE{number}, for those who judge the module{recorded}"
         parser.add_argument(f"--vae{number}_path", required=vaes_required, help=path_help)
-        space_help = "name of its latent space (default: what the checkpoint records)"
-        parser.add_argument(f"--vae{number}_space", choices=tuple(SPACES), help=space_help)
+        space_help = "name or alias of its latent space (default: what the checkpoint records)"
+        parser.add_argument(f"--vae{number}_space", help=space_help)
     parser.add_argument("--metrics", help="a metrics.json of eval_align.py about this checkpoint: its figures go along")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights; half the size in float16")
 
