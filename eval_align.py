@@ -45,7 +45,7 @@ from utils import UserError, atomic_file, count_of, one_line, plain_stem, read_j
 
 log = logging.getLogger(__name__)
 
-METRICS_FORMAT = "vae-align metrics 2"
+METRICS_FORMAT = "vae-align metrics 3"
 
 
 def build_parser() -> Parser:
@@ -157,8 +157,8 @@ def write_results(output_dir: Path, results: dict, html: str) -> None:
 def main(argv: list[str] | None = None) -> dict:
     """Judge and write the report; returns what metrics.json holds, whose keys are stable while `format` stays the same:
 
-    format: `METRICS_FORMAT`; images, unreadable, ladder, summary, per_image, paths: see `ladder.evaluate`, with the rungs of
-        further checkpoints ("aligned_2") behind the others;
+    format: `METRICS_FORMAT`; images, unreadable, ladder, summary, intervals, per_image, paths: see `ladder.evaluate`, with the
+        rungs of further checkpoints ("aligned_2") behind the others;
     indices: place of each image in the data set; image_size: px;
     checkpoint: the first one as it was given; checkpoints: [{row: its rung, name, path, run, step, epoch, config}];
     verdict: see `verdict.verdict`; left_out_metrics: {name: why it could not be measured};

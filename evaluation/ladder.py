@@ -225,9 +225,9 @@ def evaluate(
         images: how many were judged; unreadable: the messages of those that could not be.
         ladder: {rung: {label, caption: a short one, kind (see `Rung`), every metric of `metrics.METRICS`}}: means over images.
             What begins with `latent` is against VAE2's posterior mean; `psnr_vs_vae2`, `ssim_vs_vae2` and `colour_bias`
-            (signed 8-bit levels of
-            R, G, B) are against VAE2's own reconstruction; the others are against the original. None where undefined or
-            not measured. milliseconds, parameters and macs come with `costs` only.
+            (signed 8-bit levels of R, G, B) are against VAE2's own reconstruction; `detail` and the statistics of latents are
+            relative to VAE2's; the others are against the original. None where undefined or not measured. milliseconds,
+            parameters and macs come with `costs` only.
         summary: {rung: {metric: {mean, std, worst, worst_image}}}, see `summary.summarise`.
         intervals: {rung: {metric: half the width of its figure's 95% interval}}, as far as there is one.
         per_image: {rung: {metric: [value per image]}}; paths: the images' names in the same order.
