@@ -11,7 +11,6 @@ import torch
 from utils import UserError, one_line
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity names its download
-
 NETWORK_TIMEOUT = 10  # seconds for the first answer
 
 

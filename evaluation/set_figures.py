@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from evaluation.frechet import FeatureStatistics, frechet_distance
+from evaluation.power import power, radial_frequency, without_mean
 from evaluation.sample import Sample
 
 GROUPS = 10  # of images, that are left out in turn
@@ -124,10 +125,10 @@ def detail() -> SetFigure:
 
     def sums_of(levels):
         planes = levels.mean(dim=1)
-        power = _power(planes[:, None])[:, 0]
-        radius = _radius(planes.shape[-2:], power.device)
+        powers = _power(planes)
+        radius = radial_frequency(planes.shape[-2:])
         fine = (radius >= FINE) & (radius < 0.5)
-        return [(power[image][fine].sum(),) for image in range(len(power))]
+        return [(one[fine].sum(),) for one in powers]
 
     def relative(own, reference):
         return _ratio(own[0], reference[0])
@@ -136,17 +137,8 @@ def detail() -> SetFigure:
 
 
 def _power(planes: torch.Tensor) -> torch.Tensor:
-    """Planes (B, C, H, W) -> power of each frequency under a Hann window, the mean taken off; on the CPU, float64."""
-    planes = planes.cpu().double()
-    high, wide = planes.shape[-2:]
-    window = torch.hann_window(high, dtype=torch.float64)[:, None] * torch.hann_window(wide, dtype=torch.float64)
-    return torch.fft.fft2((planes - planes.mean(dim=(2, 3), keepdim=True)) * window).abs().square()
-
-
-def _radius(size, device) -> torch.Tensor:
-    """The radial frequency of each coefficient of a transform of that height and width, in cycles per sample."""
-    high, wide = (torch.fft.fftfreq(side, device=device) for side in size)
-    return torch.sqrt(high[:, None] ** 2 + wide[None, :] ** 2)
+    """Power of each frequency of planes (…, H, W), the mean taken off; on the CPU, float64, so that sums are exact enough."""
+    return power(without_mean(planes.cpu().double()))
 
 
 def _ratio(own: torch.Tensor, reference: torch.Tensor) -> float | None:
@@ -198,9 +190,9 @@ def latent_spectrum() -> SetFigure:
 
 def _latent_powers(figure: Callable) -> SetFigure:
     def sums_of(latents):
-        power = _power(latents).flatten(2)
-        bands = (_radius(latents.shape[-2:], power.device) * 2 * BANDS).long().flatten()
-        by_band = torch.stack([power[:, :, bands == band].sum(dim=2) for band in range(BANDS)], dim=1)
+        powers = _power(latents).flatten(2)
+        bands = (radial_frequency(latents.shape[-2:]) * 2 * BANDS).long().flatten()
+        by_band = torch.stack([powers[:, :, bands == band].sum(dim=2) for band in range(BANDS)], dim=1)
         return [(one,) for one in by_band]
 
     return SetFigure(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from evaluation.per_image import to_8bit
+from evaluation.power import power, radial_frequency, without_mean
 from evaluation.summary import finite
 
 SPECTRUM_BANDS = 24
@@ -19,14 +20,11 @@ class ErrorSpectrum:
 
     def __init__(self, size: int, rungs):
         bands = max(2, min(SPECTRUM_BANDS, size // 4))
-        across = torch.fft.fftfreq(size)
-        radius = torch.sqrt(across[:, None] ** 2 + across[None, :] ** 2)
+        radius = radial_frequency((size, size))
         self.band = (
             (radius * 2 * bands).long().clamp(max=bands).flatten()
         )  # the corners beyond 0.5 share the last band, which is not used
         self.band[0] = bands
-        window = torch.hann_window(size)
-        self.window = window[:, None] * window[None, :]
         self.frequencies = [(band + 0.5) / (2 * bands) for band in range(bands)]
         self.original = torch.zeros(bands + 1, dtype=torch.float64)
         self.errors = {rung: torch.zeros(bands + 1, dtype=torch.float64) for rung in rungs}
@@ -34,19 +32,15 @@ class ErrorSpectrum:
     def add(self, originals: torch.Tensor, pictures: dict) -> None:
         """Originals (B, 3, S, S) and {rung: pictures of the same shape}, in [-1, 1]."""
         originals = to_8bit(originals).mean(dim=1)
-        self.original += self._power(_without_mean(originals))
+        self.original += self._power(without_mean(originals))
         for rung in self.errors:
             self.errors[rung] += self._power(to_8bit(pictures[rung]).mean(dim=1) - originals)
 
     def _power(self, planes):
-        spectrum = torch.fft.fft2(planes * self.window.to(planes)).abs().square().sum(dim=0).flatten().cpu().double()
+        spectrum = power(planes).sum(dim=0).flatten().cpu().double()
         return torch.zeros_like(self.original).index_add_(0, self.band, spectrum)
 
     def result(self) -> dict:
         """{frequency: cycles per pixel at each band's middle, rows: {rung: error power / original's power, per band}}."""
-        rungs = {rung: finite((power / self.original)[:-1].tolist()) for rung, power in self.errors.items()}
+        rungs = {rung: finite((error / self.original)[:-1].tolist()) for rung, error in self.errors.items()}
         return {"frequency": self.frequencies, "rows": rungs}
-
-
-def _without_mean(planes: torch.Tensor) -> torch.Tensor:
-    return planes - planes.mean(dim=(1, 2), keepdim=True)
