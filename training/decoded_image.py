@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from evaluation.st_lpips import PerceptualDistance
 from latents.pipeline import PipelineWithVAEs, encoded_batches
 from latents.spaces import Codec
+from training.reencoded import Reencoded
 from training.window import Window, draw_window
 
 BIAS_RATE = 0.01  # of the remaining colour bias, per step: a hundred steps correct it, and as many are averaged over
@@ -73,39 +74,44 @@ class DecodedWindow:
     """What VAE2's decoder shows in a step's window. Each part is made once, and only if a term asks for it.
 
     Attributes, pictures (B, 3, H, W) in image values of the part of the window that is compared:
-        shown: the decoded aligned latents, with their gradient, not clamped. wanted: what they should look like.
-        visible, visible_wanted: both as a viewer sees them, clamped to [-1, 1].
+        shown: the decoded aligned latents, with their gradient, not clamped. wanted: what its pixels should be.
+        visible: what is shown as a viewer sees it, clamped to [-1, 1].
+        visible_wanted: what that should look like: `wanted`, or VAE1's picture where that has a share in it, since a mixture of
+            two pictures is none.
         vae2: what the decoder makes of VAE2's latents, clamped too.
         features, wanted_features, vae2_features: what the frozen network `eyes` sees in those three.
         decoder_features, wanted_decoder_features: what the decoder's stages put out, see `decoder_features`.
         bias: by how much the mean R, G and B of `shown` exceed those of the reference, (3,).
     """
 
-    def __init__(self, loss: DecodedImageLoss, aligned, target, images, step: int):
-        self._codec, self._eyes, self._target, self._shift = loss.codec, loss.eyes, target, loss.colours.shift
+    def __init__(self, loss: DecodedImageLoss, aligned, target, images, step: int, reencoded: Reencoded | None = None):
+        self._codec, self._eyes, self._target, self._shift = loss.codec, loss.eyes, target, loss.colours.shift.view(3, 1, 1)
+        self._reencoded = reencoded
         self._by_decoder = decoder_difference in (term for _, term in loss.terms)
         self.window = loss.window_of(aligned.shape[2:], step)
         self._inner = self.window.inner(loss.margin, self._codec.stride)
-        self.shown, self.decoder_features = self._decode(aligned)
-        self._reference = self._cut(images) if loss.reference == "original" else self._vae2[0]
-        self.wanted = self._reference + self._shift.view(3, 1, 1)
-        self.bias = _colour_bias(self.shown, self._reference)
-
-    def _cut(self, images):
-        return self.window.cut(images, self._codec.stride)[self._inner]
+        self.shown, self.decoder_features = self._decode(self.window.cut(aligned))
+        by_image = loss.reference == "original"
+        reference = self.window.cut(images, self._codec.stride)[self._inner] if by_image else self._vae2[0]
+        self.bias = _colour_bias(self.shown, reference)
+        self.wanted = self._seen_wanted = reference + self._shift
+        if reencoded:
+            self._seen_wanted = reencoded.picture_in(self.window)[self._inner] + self._shift
+            self.wanted = self.wanted.lerp(self._seen_wanted, loss.reencoded_share)
 
     def _decode(self, latents):
         with decoder_features(self._codec.vae.model, self._by_decoder) as features:
-            return self._codec.decode(self.window.cut(latents))[self._inner], features
+            return self._codec.decode(latents)[self._inner], features
 
     @cached_property
     @torch.no_grad()
     def _vae2(self):
-        return self._decode(self._target)
+        return self._decode(self.window.cut(self._target))
 
-    @property
+    @cached_property
+    @torch.no_grad()
     def wanted_decoder_features(self) -> list:
-        return self._vae2[1]
+        return self._decode(self._reencoded.latents_in(self.window))[1] if self._reencoded else self._vae2[1]
 
     @cached_property
     def visible(self) -> torch.Tensor:
@@ -113,7 +119,7 @@ class DecodedWindow:
 
     @cached_property
     def visible_wanted(self) -> torch.Tensor:
-        return self.wanted.clamp(-1, 1)
+        return self._seen_wanted.clamp(-1, 1)
 
     @cached_property
     def vae2(self) -> torch.Tensor:
@@ -175,6 +181,8 @@ class DecodedImageLoss:
         margin: latents at the window's edge that are decoded and not compared, since the decoder lacks their surroundings.
         terms: (weight, function of a `DecodedWindow`) each.
         eyes: the frozen network whose features terms look at, such as that of ST-LPIPS; None where no term does.
+        reencoded_share: of VAE1's picture in the reference of pixels, where a call is given `training.reencoded.Reencoded`. To
+            whatever looks at features or at whole pictures that picture is then the reference.
     """
 
     codec: Codec
@@ -185,14 +193,22 @@ class DecodedImageLoss:
     margin: int = 1
     terms: Sequence[tuple[float, Callable]] = ((1.0, pixel_difference("l1")),)
     eyes: PerceptualDistance | None = None
+    reencoded_share: float = 0.0
 
     def __post_init__(self):
         self.colours = ColourReference(self.codec.vae.device)
 
-    def __call__(self, aligned: torch.Tensor, target: torch.Tensor, images: torch.Tensor | None, step: int):
+    def __call__(
+        self,
+        aligned: torch.Tensor,
+        target: torch.Tensor,
+        images: torch.Tensor | None,
+        step: int,
+        reencoded: Reencoded | None = None,
+    ):
         """Aligned and target latents (B, C, h, w), images (B, 3, H, W) in [-1, 1], all on the codec's device -> (the loss, a
         scalar; the `DecodedWindow` of what was decoded). The window depends on (seed, step) alone."""
-        window = DecodedWindow(self, aligned, target, images, step)
+        window = DecodedWindow(self, aligned, target, images, step, reencoded)
         loss = aligned.new_zeros(())
         for weight, term in self.terms:
             loss = loss + weight * term(window)

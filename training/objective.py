@@ -23,6 +23,8 @@ from training.decoded_image import (
     pixel_difference,
 )
 from training.discriminators import JUDGED_STAGES, LatentDiscriminator, PictureDiscriminator
+from training.reencoded import Reencoder
+from training.window import draw_window
 from utils import UserError
 
 PERCEPTUAL_LOSSES = ("decoder", "lpips", "stlpips")  # what --perceptual_loss offers
@@ -60,6 +62,8 @@ class Objective:
     def __init__(self, pipeline: PipelineWithVAEs, args: argparse.Namespace):
         self.latent_loss = get_loss_function(args.loss_type)
         self.latent_weight = args.loss_weight
+        self.reencode = _reencoder(pipeline, args)
+        self._window = {"side": args.decoder_loss_window, "items": args.decoder_loss_batch, "seed": args.seed}
         self.decoded = _decoded_loss(pipeline, args) if decodes_pictures(args) else None
         self.reads_images = reads_images(args)
         self.adversaries = _adversaries(pipeline, args, self.decoded)
@@ -67,10 +71,13 @@ class Objective:
     def __call__(self, aligned: torch.Tensor, target: torch.Tensor, inputs: dict, images: torch.Tensor | None, step: int):
         """Aligned and target latents (B, C, h, w), what the module was given, images (B, 3, H, W) or None where `reads_images`
         is false -> (the loss, a scalar; what `after_step` is to be given)."""
-        loss = self.latent_weight * self.latent_loss(aligned, target)
+        reencoded = None
+        if self.reencode:
+            reencoded = self.reencode(inputs["latents"], draw_window(aligned.shape[2:], step=step, **self._window))
+        loss = self.latent_weight * self._latent_loss(aligned, target, reencoded)
         seen, window = Seen(), None
         if self.decoded:
-            decoded_loss, window = self.decoded(aligned, target, images, step)
+            decoded_loss, window = self.decoded(aligned, target, images, step, reencoded)
             loss, seen.colour_bias = loss + decoded_loss, window.bias
         for name, adversary in self.adversaries.items():
             if adversary.plays(step):
@@ -79,6 +86,10 @@ class Objective:
                 loss = loss + term
                 seen.rounds.append(Round(adversary, real, [tensor.detach() for tensor in made], term))
         return loss, seen
+
+    def _latent_loss(self, aligned, target, reencoded):
+        loss = self.latent_loss(aligned, target)
+        return loss.lerp(self.latent_loss(*reencoded.known(aligned)), self.reencode.weight) if reencoded else loss
 
     def begin_at_once(self) -> None:
         """Have what begins later in a run begin with its first step, so that a trial of a few steps takes what others take."""
@@ -139,7 +150,19 @@ def _decoded_loss(pipeline, args):
         seed=args.seed,
         terms=_terms(args, pipeline.device),
         eyes=_eyes(args, codec),
+        reencoded_share=args.reencode_target,
     )
+
+
+def _reencoder(pipeline, args) -> Reencoder | None:
+    if not args.reencode_target:
+        return None
+    if not pipeline.uses_latents:
+        raise UserError(
+            f"--reencode_target {args.reencode_target:g}: the module does not see VAE1's latents, which are re-encoded; "
+            "add latent to --input_types"
+        )
+    return Reencoder(pipeline.codec1, pipeline.codec2, args.reencode_target)
 
 
 def _terms(args, device) -> list[tuple]:
