@@ -82,8 +82,9 @@ from training.resume import (
 )
 from training.schedule import is_due, save_is_due, setup_scheduler, total_steps
 from training.state import LossMeter, TrainingState
+from training.vae_start import start_from_vaes
 from utils import UserError, count_of, one_line, write_json
-from vae_align import AlignConfig, AlignModule, read_checkpoint, spaces_of
+from vae_align import ARCHITECTURES, AlignConfig, AlignModule, read_checkpoint, spaces_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -138,8 +139,11 @@ def build_parser() -> Parser:
     group.add_argument(
         "--input_types", nargs="+", choices=("image", "latent"), default=["image", "latent"], help="what goes in"
     )
-    group.add_argument("--init", choices=("ridge", "random"), default="ridge",
-                       help="ridge: start at the closed-form linear map (latent inputs only); random: anywhere")  # fmt: skip
+    group.add_argument("--architecture", choices=ARCHITECTURES, default="plain",
+                       help="plain: residual blocks on VAE2's grid; tiny: the stages of tiny autoencoders")  # fmt: skip
+    group.add_argument("--init", choices=("ridge", "vaes", "random"), default="ridge",
+                       help="ridge: start at the closed-form linear map (latent inputs only); vaes: at VAE1's decoder and "
+                       "VAE2's encoder (tiny autoencoders, --architecture tiny); random: anywhere")  # fmt: skip
     group.add_argument("--load_checkpoint", help="start from this checkpoint's weights; the architecture comes with them")
 
     group = parser.add_argument_group("data")
@@ -246,7 +250,7 @@ def config_dict(args: argparse.Namespace) -> dict:
 def adopt_architecture(args: argparse.Namespace, start: Start) -> None:
     """Set the module's flags to those of the checkpoint whose weights a new run takes; UserError if a typed one contradicts."""
     config = AlignConfig.from_dict(start.content["align_config"])
-    for name in ("input_types", "hidden_channels", "num_blocks", "downsample_times"):
+    for name in ("input_types", "architecture", "hidden_channels", "num_blocks", "downsample_times"):
         value, given = getattr(config, name), getattr(args, name)
         if isinstance(value, tuple):
             value, given = list(value), sorted(set(given))
@@ -284,6 +288,7 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace, start: Start | N
         adopt_architecture(args, start)
     config = AlignConfig(
         input_types=tuple(args.input_types),
+        architecture=args.architecture,
         hidden_channels=args.hidden_channels,
         num_blocks=args.num_blocks,
         downsample_times=args.downsample_times,
@@ -499,6 +504,8 @@ def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
                 fit_ridge(pipeline, train_loader, accelerator)
                 if args.init == "ridge":
                     pipeline.module.start_from_ridge()
+            if args.init == "vaes" and not start:
+                log.info(start_from_vaes(pipeline))
             objective.before_first_step(pipeline, train_loader, accelerator)
 
     optimizer = setup_optimizer(pipeline, args)
