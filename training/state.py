@@ -8,6 +8,7 @@ import torch
 
 from evaluation.fixed_rungs import FixedRungs
 from training.bad_steps import BadSteps
+from training.budget import Budget
 from training.objective import Objective
 from utils import UserError, one_line
 from vae_align import AlignModule
@@ -50,7 +51,8 @@ class TrainingState:
     Attributes:
         module: the `AlignModule` that the optimizer moves; average: its running average, or None.
         optimizer, scheduler: as torch has them; scaler: the gradient scaler of float16, or None.
-        data: what the order of the training images depends on, see `resume.data_order` and `resume.names_digest`.
+        budget: when the run ends. data: what the order of the training images depends on, see `resume.data_order` and
+            `resume.names_digest`.
         step: optimizer steps done; metrics: the ladder of the newest evaluation, {rung: {metric: value}}.
         fixed: the rungs that training cannot move, as they were measured.
     """
@@ -63,6 +65,7 @@ class TrainingState:
     bad_steps: BadSteps
     objective: Objective
     meter: LossMeter
+    budget: Budget
     data: dict
     step: int = 0
     metrics: dict = field(default_factory=dict)
@@ -86,6 +89,7 @@ class TrainingState:
             **self.objective.state_dict(),
             **self.data,
             **self.meter.state_dict(),
+            "budget": self.budget.state_dict(),
             "fixed": self.fixed.state_dict(),
             **self.bad_steps.state_dict(),
         }
@@ -97,6 +101,7 @@ class TrainingState:
             self._restore(training["state"])
             self.objective.load_state_dict(training)
             self.meter.load_state_dict(training)
+            self.budget.load_state_dict(training["budget"])
             self.fixed.load_state_dict(training["fixed"])
             self.bad_steps.load_state_dict(training)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
