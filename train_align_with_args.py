@@ -61,6 +61,7 @@ from runtime.device import (
 )
 from runtime.interrupts import StopRequest
 from training.bad_steps import BadSteps
+from training.budget import Budget, time_of_day
 from training.checkpoints import BEST_METRICS, RunCheckpoints
 from training.claims import RunClaim
 from training.decoded_image import KINDS
@@ -167,6 +168,9 @@ def build_parser() -> Parser:
     group.add_argument(
         "--max_train_steps", type=integer(0), default=0, help="stop after this many optimizer steps; 0: no limit"
     )
+    group.add_argument("--minutes", type=real(0), default=0.0,
+                       help="of training, with evaluations and saving, in place of --epochs, whose schedule is then "
+                       "laid out over them; 0: by --epochs")  # fmt: skip
     group.add_argument("--warmup_steps", type=integer(0), default=100, help="steps of linear learning-rate warm-up; 0: none")
     group.add_argument("--device", default="cuda", help="cuda, cuda:N, mps or cpu; the default falls back to what there is")
     group.add_argument(
@@ -464,7 +468,7 @@ class Run:
 
     Attributes:
         state: what goes on from step to step. module, optimizer: those of `state` as Accelerate prepared them.
-        steps_per_epoch, end: the clock. batch_size: images of a step over all processes.
+        steps_per_epoch: of the clock. batch_size: images of a step over all processes.
         checkpoints: where the run saves; writer: where it logs; claim: of its name (the last two None on a helper process).
         last_inputs: of the module in the last step.
         images_per_second: since the last log entry, over all processes; evaluations and saving do not count.
@@ -474,13 +478,17 @@ class Run:
     module: torch.nn.Module
     optimizer: torch.optim.Optimizer
     steps_per_epoch: int
-    end: int
     batch_size: int
     checkpoints: RunCheckpoints
     writer: RunLog | None
     claim: RunClaim | None
     images_per_second: float = 0.0
     last_inputs: dict | None = None
+
+    @property
+    def end(self) -> int:
+        """The step after which the run ends, as far as is known."""
+        return self.state.budget.end
 
     def require_sound(self) -> None:
         """UserError if what the module puts out is not finite: a checkpoint of it would pass for the last good one."""
@@ -525,15 +533,17 @@ def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
     if average:
         pipeline.module = average  # what is judged and saved
     module, prepared_optimizer = accelerator.prepare(trained, optimizer)
+    budget = Budget(total_steps(args, len(train_loader)), args.minutes)
     state = TrainingState(
         module=trained,
         average=average,
         optimizer=optimizer,
-        scheduler=setup_scheduler(optimizer, args, len(train_loader)),
+        scheduler=setup_scheduler(optimizer, args, len(train_loader), budget),
         scaler=accelerator.scaler,
         bad_steps=BadSteps(args.max_bad_steps, accelerator),
         objective=objective,
         meter=Meter(accelerator.device),
+        budget=budget,
         data=data,
     )
     claim = RunClaim(args.log_dir, args.save_dir, resumed["run"] if resumed else None) if accelerator.is_main_process else None
@@ -553,7 +563,6 @@ def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
         module=torch.compile(module) if args.compile else module,
         optimizer=prepared_optimizer,
         steps_per_epoch=len(train_loader),
-        end=total_steps(args, len(train_loader)),
         batch_size=train_loader.batch_sampler.batch_size * accelerator.num_processes,
         checkpoints=checkpoints,
         writer=RunLog(Path(args.log_dir) / name, state.step, state.fixed) if claim else None,
@@ -595,7 +604,8 @@ def train_align_pipeline(
         run.close()
     if stopped and state.step < run.end:
         if writer:
-            print(f"stopped at step {state.step} of {run.end}, saved in {run.checkpoints.last}")
+            of_all = f" of {run.end}" if state.budget.known else ""
+            print(f"stopped at step {state.step}{of_all}, saved in {run.checkpoints.last}")
             print("to go on: the same command with --resume")
         raise SystemExit(128 + stopped)
     if not writer:
@@ -615,10 +625,13 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
     resumed = parts.start is not None and parts.start.resumed
 
     with StopRequest() as stop, memory_advice("training", **memory_flags(args)):
-        bar = tqdm(total=run.end, initial=state.step, desc="train", unit="step", disable=not main_process)
+        bar = tqdm(initial=state.step, desc="train", unit="step", disable=not main_process)
+        state.budget.start(state.step)
         clock, clocked_step = time.perf_counter(), state.step
         while True:
             # ---- where we are: the clock is the step, epochs are counted from it
+            state.budget.look(state.step, accelerator)
+            bar.total = run.end if state.budget.known else None
             epoch = state.step / run.steps_per_epoch
             last = state.step == run.end
             due = functools.partial(is_due, epoch, last)
@@ -648,7 +661,10 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
                 accelerator.wait_for_everyone()  # a launcher ends the others when the first one leaves
             if last or stopped:
                 break
-            clock += time.perf_counter() - paused  # images/s is the training's own
+            pause = time.perf_counter() - paused
+            clock += pause  # images/s is the training's own
+            if news and (due(args.eval_frequency) or due(args.visualize_frequency)):
+                state.budget.note_evaluation(pause)
 
             # ---- one step
             batch = next(batches)
@@ -688,7 +704,10 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
                         images_per_second=run.images_per_second,
                         skipped_steps=state.bad_steps.total,
                     )
-                    bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{run.images_per_second:.1f}")
+                    left = state.budget.seconds_left(state.step, run.batch_size / run.images_per_second)
+                    bar.set_postfix(
+                        loss=f"{mean_loss:.4f}", images_per_s=f"{run.images_per_second:.1f}", ends=time_of_day(left)
+                    )
             bar.update()
     bar.close()
     if main_process and last:
@@ -754,9 +773,13 @@ def description_of(args, parts: Parts, run: Run) -> str:
     """A line about a run that begins: what it trains, for how long, and where."""
     accelerator = parts.accelerator
     parameters = sum(parameter.numel() for parameter in run.state.judged.parameters())
+    length = (
+        f"{run.end} steps of {count_of(run.batch_size, 'image')} in {count_of(-(-run.end // run.steps_per_epoch), 'epoch')}"
+    )
+    if args.minutes:
+        length = f"{args.minutes:g} minutes of {count_of(run.batch_size, 'image')} a step"
     return (
-        f"{' + '.join(parts.pipeline.config.input_types)} inputs, {parameters / 1e6:.2f} M parameters, {run.end} steps of "
-        f"{count_of(run.batch_size, 'image')} in {count_of(-(-run.end // run.steps_per_epoch), 'epoch')} on "
+        f"{' + '.join(parts.pipeline.config.input_types)} inputs, {parameters / 1e6:.2f} M parameters, {length} on "
         f"{accelerator.device} in {args.precision} channels_last, {count_of(accelerator.num_processes, 'process')}"
     )
 
@@ -773,7 +796,7 @@ def dry_run(args: argparse.Namespace, parts: Parts, datasets, generator: torch.G
     parts.objective.begin_at_once()
     views = args.cache_views if args.cache_latents else 0
     with tempfile.TemporaryDirectory() as folder:
-        changes = {"max_train_steps": 2, "log_frequency": 1, "config_save_path": "", "cache_latents": False}
+        changes = {"max_train_steps": 2, "minutes": 0.0, "log_frequency": 1, "config_save_path": "", "cache_latents": False}
         changes |= {"eval_frequency": min(args.eval_frequency, 1), "log_dir": folder, "save_dir": folder}
         rehearsed = argparse.Namespace(**(vars(args) | changes))
         train_loader, eval_loader = create_data_loaders(rehearsed, accelerator=accelerator, datasets=datasets)
@@ -798,8 +821,14 @@ def dry_run(args: argparse.Namespace, parts: Parts, datasets, generator: torch.G
     if stopped:
         raise SystemExit(128 + stopped)
     if run.writer:
+        seconds_per_step = run.batch_size / run.images_per_second
+        seconds_to_evaluate = len(eval_loader) * judged.seconds[-1] if judged.seconds else 0.0
+        between = args.eval_frequency * len(train_loader)  # steps from one evaluation to the next
         steps = total_steps(args, len(train_loader))
-        evaluations = 1 + -(-steps // (args.eval_frequency * len(train_loader))) if args.eval_frequency else 0
+        if args.minutes:
+            average = seconds_per_step + (seconds_to_evaluate / between if between else 0.0)
+            steps = min(steps, max(1, int(60 * args.minutes / average)))
+        evaluations = 1 + -(-steps // between) if between else 0
         plan = Plan(
             steps=steps,
             steps_per_epoch=len(train_loader),
@@ -810,9 +839,9 @@ def dry_run(args: argparse.Namespace, parts: Parts, datasets, generator: torch.G
             view_bytes=view_bytes,
             checkpoint_bytes=checkpoint_bytes,
             evaluations=evaluations,
-            seconds_per_step=run.batch_size / run.images_per_second,
+            seconds_per_step=seconds_per_step,
             seconds_to_encode=seconds_to_encode,
-            seconds_to_evaluate=len(eval_loader) * judged.seconds[-1] if judged.seconds else 0.0,
+            seconds_to_evaluate=seconds_to_evaluate,
             peak_memory=peak_memory(accelerator.device),
         )
         print(plan.text())
@@ -839,11 +868,16 @@ def find_start(args: argparse.Namespace) -> Start | None:
 
 def is_finished(args: argparse.Namespace, start: Start) -> bool:
     """Whether the run that --resume means has come to its end; either way it says where the run stands."""
-    step, end = start.content["step"], total_steps(args, start.content["training"]["order"]["steps_per_epoch"])
-    if step >= end:
-        print(f"already finished: {start.path} stands at step {step} of {end}; to train on, give more --epochs")
+    step, training = start.content["step"], start.content["training"]
+    budget = Budget(total_steps(args, training["order"]["steps_per_epoch"]), args.minutes)
+    budget.load_state_dict(training["budget"])
+    where = f"step {step} of {budget.end}" if budget.known else f"step {step}"
+    if budget.is_over(step):
+        more = "--minutes" if args.minutes else "--epochs"
+        print(f"already finished: {start.path} stands at {where}; to train on, give more {more}")
         return True
-    log.info("going on from %s, step %d of %d", start.path, step, end)
+    left = f", {budget.seconds_left(step, 0) / 60:.1f} minutes left" if args.minutes else ""
+    log.info("going on from %s, %s%s", start.path, where, left)
     return False
 
 
