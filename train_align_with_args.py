@@ -66,6 +66,7 @@ from training.decoded_image import KINDS
 from training.dry_run import FewBatches, Plan, first_batches
 from training.linear_start import fit_ridge
 from training.log import RunLog, evaluate_and_log, log_hparams, log_model_stats, print_results, visualize_results
+from training.meter import Meter
 from training.muon import Muon
 from training.objective import PERCEPTUAL_LOSSES, Objective, needs_pixels
 from training.preflight import claim_outputs, warn_of_odd_flags
@@ -80,9 +81,10 @@ from training.resume import (
     require_same_vaes,
 )
 from training.schedule import is_due, save_is_due, setup_scheduler, total_steps
-from training.state import LossMeter, TrainingState
+from training.state import TrainingState
+from training.vae_start import start_from_vaes
 from utils import UserError, count_of, one_line, write_json
-from vae_align import AlignConfig, AlignModule, read_checkpoint, spaces_of
+from vae_align import ARCHITECTURES, AlignConfig, AlignModule, read_checkpoint, spaces_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -135,8 +137,11 @@ def build_parser() -> Parser:
     group.add_argument(
         "--input_types", nargs="+", choices=("image", "latent"), default=["image", "latent"], help="what goes in"
     )
-    group.add_argument("--init", choices=("ridge", "random"), default="ridge",
-                       help="ridge: start at the closed-form linear map (latent inputs only); random: anywhere")  # fmt: skip
+    group.add_argument("--architecture", choices=ARCHITECTURES, default="plain",
+                       help="plain: residual blocks on VAE2's grid; tiny: the stages of tiny autoencoders")  # fmt: skip
+    group.add_argument("--init", choices=("ridge", "vaes", "random"), default="ridge",
+                       help="ridge: start at the closed-form linear map (latent inputs only); vaes: at VAE1's decoder and "
+                       "VAE2's encoder (tiny autoencoders, --architecture tiny); random: anywhere")  # fmt: skip
     group.add_argument("--load_checkpoint", help="start from this checkpoint's weights; the architecture comes with them")
 
     group = parser.add_argument_group("data")
@@ -189,6 +194,8 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("loss")
     group.add_argument("--loss_type", choices=LOSSES, default="mse", help="between aligned and VAE2's scaled latents")
     group.add_argument("--loss_weight", type=real(0, 1e6, above=True), default=1.0, help="factor of the loss")
+    group.add_argument("--reencode_target", type=real(0, 0.999), default=0.0,
+                       help="share of decode + re-encode in what latents and decoded image should be; 0: none")  # fmt: skip
     group.add_argument("--decoder_loss_weight", type=real(0, 1e6), default=0.0,
                        help="factor of a loss on the image that VAE2 decodes; 0: none")  # fmt: skip
     group.add_argument("--decoder_loss_type", choices=KINDS, default="l1", help="between that image and the reference")
@@ -197,9 +204,17 @@ def build_parser() -> Parser:
                        help="side of the random window that is decoded, latents; 0: the whole image")  # fmt: skip
     group.add_argument("--decoder_loss_reference", choices=("original", "vae2"), default="original",
                        help="what it should look like: the image in VAE2's colours, or VAE2's reconstruction")  # fmt: skip
-    group.add_argument("--perceptual_loss", choices=tuple(PERCEPTUAL_LOSSES), default="decoder",
+    group.add_argument("--perceptual_loss", choices=PERCEPTUAL_LOSSES, default="decoder",
                        help="on the decoded image too: the decoder's features, LPIPS, or ST-LPIPS (AlexNet)")  # fmt: skip
     group.add_argument("--perceptual_loss_weight", type=real(0, 1e6), default=0.0, help="factor of that loss; 0: none")
+    group.add_argument("--adversarial_weight", type=real(0, 1e6), default=0.0,
+                       help="factor of what a discriminator says to the decoded image; 0: none")  # fmt: skip
+    group.add_argument("--latent_adversarial_weight", type=real(0, 1e6), default=0.0,
+                       help="factor of what a discriminator says to the latents, beside VAE1's; 0: none")  # fmt: skip
+    group.add_argument("--adversarial_lr", type=real(0, 1e3), default=3e-4, help="learning rate of the discriminators")
+    group.add_argument("--adversarial_start_step", type=integer(0), default=500, help="step at which discriminators begin")
+    group.add_argument("--adversarial_warmup_steps", type=integer(0), default=500,
+                       help="steps from there in which their factor grows to its value; 0: at once")  # fmt: skip
     group.add_argument("--decoder_loss_path", help="a cheaper VAE of VAE2's latent space to decode with: folder or hub id")
     group.add_argument("--decoder_loss_subfolder", default="vae", help="where that VAE is in its folder")
 
@@ -246,7 +261,7 @@ def config_dict(args: argparse.Namespace) -> dict:
 def adopt_architecture(args: argparse.Namespace, start: Start) -> None:
     """Set the module's flags to those of the checkpoint whose weights a new run takes; UserError if a typed one contradicts."""
     config = AlignConfig.from_dict(start.content["align_config"])
-    for name in ("input_types", "hidden_channels", "num_blocks", "downsample_times"):
+    for name in ("input_types", "architecture", "hidden_channels", "num_blocks", "downsample_times"):
         value, given = getattr(config, name), getattr(args, name)
         if isinstance(value, tuple):
             value, given = list(value), sorted(set(given))
@@ -284,6 +299,7 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace, start: Start | N
         adopt_architecture(args, start)
     config = AlignConfig(
         input_types=tuple(args.input_types),
+        architecture=args.architecture,
         hidden_channels=args.hidden_channels,
         num_blocks=args.num_blocks,
         downsample_times=args.downsample_times,
@@ -468,6 +484,8 @@ def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
                 fit_ridge(pipeline, train_loader, accelerator)
                 if args.init == "ridge":
                     pipeline.module.start_from_ridge()
+            if args.init == "vaes" and not start:
+                log.info(start_from_vaes(pipeline))
             objective.before_first_step(pipeline, train_loader, accelerator)
 
     optimizer = setup_optimizer(pipeline, args)
@@ -485,7 +503,7 @@ def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
         scaler=accelerator.scaler,
         bad_steps=BadSteps(args.max_bad_steps, accelerator),
         objective=objective,
-        meter=LossMeter(accelerator.device),
+        meter=Meter(accelerator.device),
         budget=budget,
         data=data,
     )
@@ -629,6 +647,7 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
             if state.step == 1 or state.step % args.log_frequency == 0 or state.step == run.end:
                 skipped = state.bad_steps.read()
                 mean_loss = state.meter.read(accelerator)
+                terms = parts.objective.read(accelerator)
                 now = time.perf_counter()
                 run.images_per_second = (state.step - clocked_step) * run.batch_size / (now - clock)
                 clock, clocked_step = now, state.step
@@ -642,6 +661,7 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
                     writer.log_training(
                         loss=mean_loss,
                         learning_rate=learning_rate,
+                        terms=terms,
                         grad_norm=float(grad_norm) if ok else math.nan,
                         images_per_second=run.images_per_second,
                         skipped_steps=state.bad_steps.total,
@@ -679,7 +699,7 @@ def train_step(args, parts: Parts, run: Run, inputs: dict, target: torch.Tensor,
     aligned = run.module(**inputs).float()
 
     # loss
-    loss, seen = parts.objective(aligned, target, images, state.step)
+    loss, seen = parts.objective(aligned, target, inputs, images, state.step)
 
     # backward
     run.optimizer.zero_grad(set_to_none=True)
@@ -735,6 +755,7 @@ def dry_run(args: argparse.Namespace, parts: Parts, datasets, generator: torch.G
     What the loop writes goes into a temporary folder. With a latent cache the steps get latents that were encoded before.
     """
     accelerator, pipeline = parts.accelerator, parts.pipeline
+    parts.objective.begin_at_once()
     views = args.cache_views if args.cache_latents else 0
     with tempfile.TemporaryDirectory() as folder:
         changes = {"max_train_steps": 2, "minutes": 0.0, "log_frequency": 1, "config_save_path": "", "cache_latents": False}

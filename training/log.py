@@ -90,13 +90,15 @@ class RunLog:
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.step} | values, allow_nan=False) + "\n")
 
-    def log_training(self, loss: float, learning_rate: float, **more: float) -> None:
-        """A log entry of the training: scalars `train/…` and a line in training.jsonl. What is not finite is left out."""
-        scalars = {"loss": loss, "learning_rate": learning_rate} | more
+    def log_training(self, loss: float, learning_rate: float, terms: dict[str, float] | None = None, **more: float) -> None:
+        """A log entry of the training: scalars `train/…`, and but for `more` a line in training.jsonl. What is not finite is
+        left out. `terms`: figures of parts of the loss, by name."""
+        terms = {name: value for name, value in (terms or {}).items() if math.isfinite(value)}
+        scalars = {"loss": loss, "learning_rate": learning_rate} | terms | more
         for name, value in scalars.items():
             if math.isfinite(value):
                 self.add_scalar(f"train/{name}", value)
-        self.add_line(TRAINING_FILE, loss=loss if math.isfinite(loss) else None, learning_rate=learning_rate)
+        self.add_line(TRAINING_FILE, loss=loss if math.isfinite(loss) else None, learning_rate=learning_rate, **terms)
 
     def flush(self) -> None:
         self._events.flush()

@@ -160,6 +160,7 @@ def require_training(content: dict, path) -> None:
             and isinstance(training["files"], str)
             and training["colours"].keys() in ({}.keys(), {"vae2_bias", "shift"})
             and all(colours.shape == (3,) for colours in training["colours"].values())
+            and isinstance(training.get("adversaries", {}), dict)
             and training["budget"].keys() == Budget(0).state_dict().keys()
             and training["state"].keys() == {"weights", "optimizer", "scheduler", "scaler"}
         )  # fmt: skip
