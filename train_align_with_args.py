@@ -20,11 +20,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import functools
 import logging
 import math
-import os
 import re
 import signal
 import tempfile
@@ -49,7 +47,6 @@ from latents.vaes import load_vae_model
 from losses import LOSSES, get_loss_function
 from runtime.cli import Parser, integer, load_config, naming, real, run, use_proxy
 from runtime.device import (
-    ACCELERATE_NAMES,
     PRECISIONS,
     get_dtype,
     keep_freed_memory,
@@ -60,6 +57,7 @@ from runtime.device import (
     resolve_precision,
 )
 from runtime.interrupts import StopRequest
+from runtime.processes import create_accelerator
 from training.bad_steps import BadSteps
 from training.budget import Budget, time_of_day
 from training.checkpoints import BEST_METRICS, RunCheckpoints
@@ -90,8 +88,6 @@ from vae_align import ARCHITECTURES, AlignConfig, AlignModule, read_checkpoint, 
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-LAUNCHER_VARIABLES = ("ACCELERATE_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_", "FSDP_")
 
 __all__ = ["get_dtype", "get_loss_function", "load_config", "load_vae_model"]  # part of this script's interface
 
@@ -370,7 +366,7 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
         train_loader = cached_loader
     return (
         train_loader(train_set, args.train_batch_size, args.num_workers, args.seed, views=args.cache_views, **place),
-        dataloader.eval_loader(eval_set, args.eval_batch_size, args.num_workers),
+        dataloader.eval_loader(eval_set, args.eval_batch_size, args.num_workers, **place),
     )
 
 
@@ -392,41 +388,6 @@ def update_average(average: AlignModule, module: AlignModule, decay: float, step
     that short runs are averaged too. (torch's `AveragedModel` keeps its count on the device and waits for it in every step.)"""
     decay = min(decay, step / (10 + step)) if step > 1 else 0.0
     torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
-
-
-def create_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Accelerate's view of this process: its device, precision and place among the others."""
-    from accelerate import Accelerator, InitProcessGroupKwargs
-    from accelerate.state import AcceleratorState
-
-    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes", "on"):
-            raise UserError(
-                f"ACCELERATE_USE_{name}: a launcher's config asks for it, and this program does not run under it; run "
-                "`accelerate config` anew without it, or start with plain `python`"
-            )
-    for name in ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND"):  # flags and seed alone shape weights
-        if os.environ.pop(name, "1").lower() not in ("", "1", "no"):
-            log.warning("%s of the environment has no effect", name)
-    device = torch.device(args.device)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # Accelerate takes the current one
-    precision = ACCELERATE_NAMES[get_dtype(args.precision)]
-    if AcceleratorState._shared_state:  # of an earlier run in this interpreter, which may have had another device or precision
-        earlier = AcceleratorState()
-        if (earlier.mixed_precision, earlier.device.type) != (precision, device.type):
-            AcceleratorState._reset_state(reset_partial_state=earlier.device.type != device.type)
-    # the others wait while the main process evaluates, or while another run builds the cache: longer than the usual ten minutes
-    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))
-    try:
-        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[patience])
-    except (ImportError, ValueError, RuntimeError, KeyError) as error:  # variables that launchers set, and that do not fit
-        AcceleratorState._reset_state(reset_partial_state=True)
-        found = ", ".join(sorted(name for name in os.environ if name.startswith(LAUNCHER_VARIABLES))) or "none"
-        raise UserError(
-            f"the launcher's environment does not fit this program ({one_line(error)}); its variables: {found}; unset them, or "
-            "start with `accelerate launch`"
-        ) from None
 
 
 def seed_of_step(seed: int, step: int, process: int) -> int:
@@ -579,7 +540,7 @@ def train_align_pipeline(
         args: as from `parse_args`, with device and precision resolved.
         train_loader: batches with `pixel_values` and `path`, forever or epoch by epoch; its length is the steps in an epoch,
             its `batch_sampler` knows its `batch_size`.
-        eval_loader: one pass over the evaluation images.
+        eval_loader: one pass over this process's share of the evaluation images.
         generator: draws posterior samples under --sample_posterior; seeded anew for each step.
         parts: as from `build_parts`, which is called if None.
 
@@ -636,7 +597,7 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
             last = state.step == run.end
             due = functools.partial(is_due, epoch, last)
             # the checkpoint that a resumed run starts from was written after everything that was due at its step
-            news = main_process and not (resumed and state.step == first_step)
+            news = not (resumed and state.step == first_step)
             saved = not news
             paused = time.perf_counter()
             if writer:
@@ -644,15 +605,16 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
 
             # ---- evaluate, visualise, save
             if news and due(args.eval_frequency):
-                state.metrics = evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype)
-                run.checkpoints.save_if_best(state, epoch)
-                log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype)
-            if news and due(args.visualize_frequency):
+                state.metrics = evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype, accelerator, state.fixed)
+                if main_process:
+                    run.checkpoints.save_if_best(state, epoch)
+                    log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype)
+            if news and main_process and due(args.visualize_frequency):
                 visualize_results(pipeline, eval_loader, writer, epoch, args, dtype)
-            if news and save_is_due(state.step, epoch, last, args):
+            if news and main_process and save_is_due(state.step, epoch, last, args):
                 save_checkpoint(args, run)
                 saved = True
-            if state.step % run.steps_per_epoch == 0 or last:
+            if last:
                 accelerator.wait_for_everyone()
             stopped = stop.agreed(accelerator, state.step)
             if stopped and main_process and not saved:

@@ -1,5 +1,7 @@
 """Two real processes on the CPU against one process with the same global batch."""
 
+import json
+
 import pytest
 import torch
 from conftest import as_argv, run_script, tiny_flags
@@ -51,6 +53,16 @@ def test_loss_follows_the_single_process_run_of_the_same_global_batch(pair):
     assert list(losses[1].values()) == pytest.approx(list(losses[0].values()), rel=1e-3)
     norms = [dict(run.scalars["train/grad_norm"]) for run in (one, two)]
     assert list(norms[1].values()) == pytest.approx(list(norms[0].values()), rel=1e-2)
+
+
+def test_both_processes_judge_and_find_what_one_finds_to_the_last_digit(pair):
+    """Images that are judged twice or by nobody, sums in another order: what the module's weights do not enter is the same."""
+    one, two, _ = pair
+    lines = [(run.event_files[0].parent / "metrics.jsonl").read_text().splitlines() for run in (one, two)]
+    for alone, together in zip(*([json.loads(line)["ladder"] for line in each] for each in lines)):
+        for rung in ("vae1", "vae2", "reencode", "untrained"):
+            assert alone[rung] == together[rung]
+        assert together["aligned"]["psnr"] == pytest.approx(alone["aligned"]["psnr"], rel=1e-3)
 
 
 def test_final_weights_follow_the_single_process_run(pair):
