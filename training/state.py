@@ -8,6 +8,7 @@ import torch
 
 from evaluation.fixed_rungs import FixedRungs
 from training.bad_steps import BadSteps
+from training.budget import Budget
 from training.meter import Meter
 from training.objective import Objective
 from training.restore import load_optimizer, on_cpu
@@ -22,6 +23,7 @@ class TrainingState:
     Attributes:
         module: the `AlignModule` that the optimizer moves; average: its running average, or None.
         optimizer, scheduler: as torch has them; scaler: the gradient scaler of float16, or None.
+        budget: when the run ends.
         data: what the order of the training images depends on, see `resume.data_order` and `resume.names_digest`.
         meter: the training loss since the last log entry.
         step: optimizer steps done; metrics: the ladder of the newest evaluation, {rung: {metric: value}}.
@@ -36,6 +38,7 @@ class TrainingState:
     bad_steps: BadSteps
     objective: Objective
     meter: Meter
+    budget: Budget
     data: dict
     step: int = 0
     metrics: dict = field(default_factory=dict)
@@ -59,6 +62,7 @@ class TrainingState:
             **self.objective.state_dict(),
             **self.data,
             **self.meter.state_dict(),
+            "budget": self.budget.state_dict(),
             "fixed": self.fixed.state_dict(),
             **self.bad_steps.state_dict(),
         }
@@ -70,6 +74,7 @@ class TrainingState:
             self._restore(training["state"])
             self.objective.load_state_dict(training)
             self.meter.load_state_dict(training)
+            self.budget.load_state_dict(training["budget"])
             self.fixed.load_state_dict(training["fixed"])
             self.bad_steps.load_state_dict(training)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
