@@ -57,7 +57,7 @@ from runtime.device import (
     resolve_precision,
 )
 from runtime.interrupts import StopRequest
-from runtime.processes import create_accelerator
+from runtime.processes import create_accelerator, gathered
 from training.bad_steps import BadSteps
 from training.budget import Budget, time_of_day
 from training.checkpoints import BEST_METRICS, RunCheckpoints
@@ -82,6 +82,7 @@ from training.resume import (
 )
 from training.schedule import is_due, save_is_due, setup_scheduler, total_steps
 from training.state import TrainingState
+from training.stream import StreamDataset, open_stream, stream_loader
 from training.vae_start import start_from_vaes
 from utils import UserError, count_of, one_line, write_json
 from vae_align import ARCHITECTURES, AlignConfig, AlignModule, read_checkpoint, spaces_of
@@ -153,6 +154,12 @@ def build_parser() -> Parser:
     group.add_argument("--eval_batch_size", type=integer(1, 65536), default=4, help="images per evaluation batch")
     group.add_argument("--num_workers", type=integer(0, 256), default=4, help="processes that decode images; 0: none")
     group.add_argument("--image_size", type=integer(1, 16384), default=256, help="side of the square crops, px")
+    parser.add_switch(group, "streaming", False, "--train_data_dir names .tar shards (path, glob or URL) or a 🤗 data set, "
+                      "which are read as they are needed, without a latent cache")  # fmt: skip
+    group.add_argument("--shuffle_buffer", type=integer(1), default=1000,
+                       help="images that a process takes from a stream at a time and shuffles; 1: as they come")  # fmt: skip
+    group.add_argument("--epoch_images", type=integer(0), default=0,
+                       help="images of a stream that count as an epoch; 0: as many as it says it has, or 10000")  # fmt: skip
     parser.add_switch(group, "random_flip", True, "mirror half of the training images")
     parser.add_switch(group, "cache_latents", True, "encode each training image once and keep its latents on disk")
     group.add_argument("--cache_views", type=integer(1, 1000), default=4, help="random crops and flips per training image")
@@ -339,7 +346,10 @@ def open_datasets(args: argparse.Namespace) -> tuple[dataloader.ImageDataset, da
     if needs_pixels(args) or not args.cache_latents:
         dataloader.require_memory(args.train_batch_size, args.image_size, "--train_batch_size")
     datasets = []
-    for flag, folder, train in (("train", args.train_data_dir, True), ("eval", args.eval_data_dir, False)):
+    wanted = (("train", args.train_data_dir, True), ("eval", args.eval_data_dir, False))
+    if args.streaming:
+        datasets.append(open_streaming_set(args))
+    for flag, folder, train in wanted[len(datasets) :]:
         source = dataloader.find_images(folder, args.dataset_type, train, f"--{flag}_data_dir", args.cache_dir)
         options = {"random_crop": True, "random_flip": args.random_flip, "seed": args.seed} if train else {}
         dataset = dataloader.ImageDataset(source, args.image_size, **options)
@@ -349,15 +359,28 @@ def open_datasets(args: argparse.Namespace) -> tuple[dataloader.ImageDataset, da
     return tuple(datasets)
 
 
+def open_streaming_set(args: argparse.Namespace) -> StreamDataset:
+    """The training set as a stream."""
+    stream = open_stream(args.train_data_dir, "--train_data_dir", args.cache_dir)
+    dataset = StreamDataset(stream, args.image_size, args.random_flip, args.seed, args.epoch_images)
+    dataset.look_at_first(f"--train_data_dir {args.train_data_dir}")
+    return dataset
+
+
 def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelerator=None, datasets=None):
     """(training loader, evaluation loader) of this process, over `datasets` as from `open_datasets`, which is called if None.
 
-    With --cache_latents and both VAEs, training batches come from the latent cache, which is built first where it is not
-    complete; otherwise they are decoded as they are drawn. The training loader is endless and its length is the number of
-    steps in an epoch; both give dicts with `pixel_values` (B, 3, S, S) in [-1, 1] or the latents in its place.
+    With --streaming the training images are read as they come. With --cache_latents and both VAEs, training batches come from
+    the latent cache, which is built first where it is not complete; otherwise they are decoded as they are drawn. The training
+    loader is endless and its length is the number of steps in an epoch; both give dicts with `pixel_values` (B, 3, S, S) in
+    [-1, 1] or the latents in its place.
     """
     train_set, eval_set = datasets or open_datasets(args)
     place = {"rank": accelerator.process_index, "world": accelerator.num_processes} if accelerator else {}
+    judged_images = dataloader.eval_loader(eval_set, args.eval_batch_size, args.num_workers, **place)
+    if args.streaming:
+        options = (args.train_batch_size, args.num_workers, args.seed, args.shuffle_buffer)
+        return stream_loader(train_set, *options, **place), judged_images
     train_loader = dataloader.train_loader
     if args.cache_latents and vae1 is not None and vae2 is not None:
         options = CacheOptions(args.latent_cache_dir, args.cache_views, needs_pixels(args), args.sample_posterior)
@@ -366,7 +389,7 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
         train_loader = cached_loader
     return (
         train_loader(train_set, args.train_batch_size, args.num_workers, args.seed, views=args.cache_views, **place),
-        dataloader.eval_loader(eval_set, args.eval_batch_size, args.num_workers, **place),
+        judged_images,
     )
 
 
@@ -478,6 +501,9 @@ def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
     data = {"order": data_order(train_loader, accelerator.num_processes), "files": names_digest(image_files(train_loader))}
     if resumed:
         require_same_order(resumed["training"]["order"], data["order"])
+        places = resumed["training"]["places"]
+        with naming("--train_data_dir"):
+            train_loader.batch_sampler.go_on(resumed["step"], places and places[accelerator.process_index])
     else:
         with memory_advice("looking at the first images", **memory_flags(args)):
             if pipeline.uses_latents and not start:
@@ -516,7 +542,6 @@ def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
         except UserError as error:
             raise UserError(f"--resume {start.path}: {error}") from None
         checkpoints.load_state_dict(resumed["training"], start.path)
-        train_loader.batch_sampler.first_step = state.step
         if resumed["config"].get("eval_data_dir") != args.eval_data_dir:
             state.metrics = {}
     return Run(
@@ -548,15 +573,17 @@ def train_align_pipeline(
     """
     parts = parts or build_parts(args, vae1, vae2)
     run = prepare_run(args, parts, train_loader)
-    state, writer = run.state, run.writer
+    accelerator, state, writer = parts.accelerator, run.state, run.writer
     if writer:
         log.info("%s", description_of(args, parts, run))
     try:
         try:
             stopped = training_loop(args, parts, run, train_loader, eval_loader, generator)
         except dataloader.WorkersLost as error:
-            if not writer:
-                raise
+            sampler = train_loader.batch_sampler
+            if not writer or (accelerator.num_processes > 1 and sampler.state_after(state.step)):
+                raise  # the places of the other processes in their streams are not known here
+            note_places(state, sampler, None)
             save_checkpoint(args, run)
             raise UserError(f"--{error}; saved in {run.checkpoints.last}; go on with the same command and --resume") from None
         if writer and state.step == run.end and state.metrics:
@@ -611,14 +638,18 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
                     log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype)
             if news and main_process and due(args.visualize_frequency):
                 visualize_results(pipeline, eval_loader, writer, epoch, args, dtype)
-            if news and main_process and save_is_due(state.step, epoch, last, args):
-                save_checkpoint(args, run)
+            if news and save_is_due(state.step, epoch, last, args):
+                note_places(state, train_loader.batch_sampler, accelerator)
+                if main_process:
+                    save_checkpoint(args, run)
                 saved = True
             if last:
                 accelerator.wait_for_everyone()
             stopped = stop.agreed(accelerator, state.step)
-            if stopped and main_process and not saved:
-                save_checkpoint(args, run)
+            if stopped and not saved:
+                note_places(state, train_loader.batch_sampler, accelerator)
+                if main_process:
+                    save_checkpoint(args, run)
             if stopped:
                 accelerator.wait_for_everyone()  # a launcher ends the others when the first one leaves
             if last or stopped:
@@ -678,6 +709,12 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
         if state.bad_steps.total:
             log.warning("%s skipped: loss or gradient not finite", count_of(state.bad_steps.total, "step"))
     return stopped
+
+
+def note_places(state: TrainingState, sampler, accelerator) -> None:
+    """Remember where each process is in its stream of training images; all processes call this together."""
+    place = sampler.state_after(state.step)
+    state.places = None if place is None else gathered(place, accelerator)
 
 
 def save_checkpoint(args, run: Run) -> None:
@@ -854,6 +891,9 @@ def main(argv: list[str] | None = None) -> None:
     resumed = start is not None and start.resumed
     if resumed and is_finished(args, start):
         return
+    if args.streaming and args.cache_latents:
+        log.info("--streaming: images are encoded as they come, there is no latent cache")
+        args.cache_latents = False
     claim_outputs(args)
     if args.compile:
         with naming("--compile"):

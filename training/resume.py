@@ -161,6 +161,7 @@ def require_training(content: dict, path) -> None:
             and training["colours"].keys() in ({}.keys(), {"vae2_bias", "shift"})
             and all(colours.shape == (3,) for colours in training["colours"].values())
             and isinstance(training.get("adversaries", {}), dict)
+            and (training["places"] is None or len(training["places"]) == order["processes"])
             and training["budget"].keys() == Budget(0).state_dict().keys()
             and training["state"].keys() == {"weights", "optimizer", "scheduler", "scaler"}
         )  # fmt: skip
