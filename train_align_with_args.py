@@ -70,6 +70,7 @@ from training.meter import Meter
 from training.muon import Muon
 from training.objective import PERCEPTUAL_LOSSES, Objective, needs_pixels
 from training.preflight import claim_outputs, warn_of_odd_flags
+from training.profile import StepProfile
 from training.resume import (
     Start,
     adopt_flags,
@@ -229,6 +230,8 @@ def build_parser() -> Parser:
     group.add_argument("--log_dir", default="runs", help="TensorBoard logs; each run gets a folder of its own in it")
     group.add_argument("--save_dir", default="ckpt_align", help="checkpoints, each beside its config")
     group.add_argument("--log_frequency", type=integer(1), default=10, help="steps between log entries")
+    group.add_argument("--profile", type=integer(0, 1000), default=0,
+                       help="steps whose time is taken part by part, soon after the start; 0: none")  # fmt: skip
     group.add_argument("--eval_frequency", type=integer(0), default=1, help="epochs between evaluations; 0: never")
     group.add_argument("--save_frequency", type=integer(0), default=1, help="epochs between checkpoints; 0: only at the end")
     group.add_argument("--save_steps", type=integer(0), default=0, help="also a checkpoint every so many steps; 0: none")
@@ -455,7 +458,9 @@ class Run:
         steps_per_epoch: of the clock. batch_size: images of a step over all processes.
         checkpoints: where the run saves; writer: where it logs; claim: of its name (the last two None on a helper process).
         last_inputs: of the module in the last step.
+        profile: of a few of its steps.
         images_per_second: since the last log entry, over all processes; evaluations and saving do not count.
+        images, seconds: trained on in this session, and what that took.
     """
 
     state: TrainingState
@@ -466,13 +471,27 @@ class Run:
     checkpoints: RunCheckpoints
     writer: RunLog | None
     claim: RunClaim | None
+    profile: StepProfile
     images_per_second: float = 0.0
+    images: int = 0
+    seconds: float = 0.0
     last_inputs: dict | None = None
 
     @property
     def end(self) -> int:
         """The step after which the run ends, as far as is known."""
         return self.state.budget.end
+
+    def speed(self) -> str:
+        """How fast this session trained and, where that was profiled, where the time went: a line each."""
+        lines = [f"trained at {self.images / self.seconds:.1f} images/s"] if self.seconds else []
+        return "\n".join([*lines, *filter(None, [self.profile.text()])])
+
+    def note_pace(self, steps: int, seconds: float) -> None:
+        """So many steps took so many seconds."""
+        self.images_per_second = steps * self.batch_size / seconds
+        self.images += steps * self.batch_size
+        self.seconds += seconds
 
     def require_sound(self) -> None:
         """UserError if what the module puts out is not finite: a checkpoint of it would pass for the last good one."""
@@ -552,6 +571,7 @@ def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
         batch_size=train_loader.batch_sampler.batch_size * accelerator.num_processes,
         checkpoints=checkpoints,
         writer=RunLog(Path(args.log_dir) / name, state.step, state.fixed) if claim else None,
+        profile=StepProfile(args.profile, state.step, accelerator.device, Path(args.log_dir) / name if claim else None),
         claim=claim,
     )
 
@@ -598,7 +618,7 @@ def train_align_pipeline(
         raise SystemExit(128 + stopped)
     if not writer:
         return None
-    print_results(run.checkpoints, state.metrics, state.step, args)
+    print_results(run.checkpoints, state.metrics, state.step, args, run.speed())
     return run.checkpoints.last
 
 
@@ -660,7 +680,10 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
                 state.budget.note_evaluation(pause)
 
             # ---- one step
+            run.profile.begin(state.step)
+            run.profile.enter("data")
             batch = next(batches)
+            run.profile.enter("encoding")
             if args.sample_posterior:
                 generator.manual_seed(seed_of_step(args.seed, state.step, accelerator.process_index))
             encoded = pipeline.encode_batch(batch, args.sample_posterior, generator, parts.objective.reads_images)
@@ -669,6 +692,7 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
             run.last_inputs = encoded[0]
 
             # ---- log
+            run.profile.enter("logging")
             state.meter.add(loss, ok)
             state.bad_steps.note(ok, state.step, batch["path"])
             for message in set(batch.get("unreadable", ())) - unreadable:
@@ -680,7 +704,7 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
                 mean_loss = state.meter.read(accelerator)
                 terms = parts.objective.read(accelerator)
                 now = time.perf_counter()
-                run.images_per_second = (state.step - clocked_step) * run.batch_size / (now - clock)
+                run.note_pace(state.step - clocked_step, now - clock)
                 clock, clocked_step = now, state.step
                 if main_process:
                     if skipped:
@@ -702,7 +726,11 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
                         loss=f"{mean_loss:.4f}", images_per_s=f"{run.images_per_second:.1f}", ends=time_of_day(left)
                     )
             bar.update()
+            run.profile.enter(None)
     bar.close()
+    run.profile.close()
+    for part, share in run.profile.shares.items():
+        writer.add_scalar(f"profile/{part}", share)
     if main_process and last:
         if unreadable:
             log.warning("%s left out during training", count_of(len(unreadable), "unreadable image"))
@@ -733,9 +761,12 @@ def train_step(args, parts: Parts, run: Run, inputs: dict, target: torch.Tensor,
     accelerator, state = parts.accelerator, run.state
 
     # align
+    run.profile.enter("module")
     aligned = run.module(**inputs).float()
+    run.profile.watch(aligned)
 
     # loss
+    run.profile.enter("decoding")
     loss, seen = parts.objective(aligned, target, inputs, images, state.step)
 
     # backward
@@ -743,6 +774,7 @@ def train_step(args, parts: Parts, run: Run, inputs: dict, target: torch.Tensor,
     accelerator.backward(loss)
 
     # clip
+    run.profile.enter("optimizer")
     grad_norm = accelerator.clip_grad_norm_(run.module.parameters(), args.grad_clip or math.inf)
 
     # step
