@@ -137,10 +137,26 @@ def file_list_digest(paths: list[str]) -> str:
     return digest.hexdigest()
 
 
-def without_metadata(path: str) -> io.BytesIO | None:
+def open_image(file: str | io.BytesIO) -> Image.Image:
+    """The picture in a file, by path or as bytes, not yet decoded. An exception of Pillow's if it is none."""
+    try:
+        image = Image.open(file, formats=readable_formats())
+        if image.format == "PNG":
+            image.load()  # texts may stand behind the pixels
+        return image
+    except (ValueError, UnidentifiedImageError):
+        plain = without_metadata(file)
+        if plain is None:
+            raise
+        with contextlib.suppress(Exception):
+            return Image.open(plain, formats=("PNG",))
+        raise
+
+
+def without_metadata(file: str | io.BytesIO) -> io.BytesIO | None:
     """A PNG without the chunks that are no picture; None for any other file. Pillow refuses a PNG whose texts are longer than
     it likes, such as the workflow that made the picture."""
-    with open(path, "rb") as file:
+    with open(file, "rb") if isinstance(file, str) else io.BytesIO(file.getvalue()) as file:
         if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
             return None
         content = file.read()
@@ -256,18 +272,7 @@ class ImageFiles:
         """The image of that index, not yet decoded."""
         path = self.paths[index]
         require_regular(path)
-        try:
-            image = Image.open(path, formats=readable_formats())
-            if image.format == "PNG":
-                image.load()  # texts may stand behind the pixels
-            return image
-        except (ValueError, UnidentifiedImageError):
-            plain = without_metadata(path)
-            if plain is None:
-                raise
-            with contextlib.suppress(Exception):
-                return Image.open(plain, formats=("PNG",))
-            raise
+        return open_image(path)
 
     def name(self, index: int) -> str:
         """What messages and results call that image."""
@@ -322,7 +327,8 @@ def find_images(
             raise UserError(f"{label} {folder}: no image there (searched recursively for every format that Pillow reads)")
         return ImageFiles(paths)
     if os.path.exists(folder):
-        raise UserError(f"{label} {folder}: a file; name the folder that holds the images")
+        tar = "; shards are read by streaming" if folder.endswith(".tar") else ""
+        raise UserError(f"{label} {folder}: a file; name the folder that holds the images{tar}")
     if dataset_type == "imagenet" and folder.count("/") == 1 and not folder.startswith((".", "/", "~")):
         return load_hub_split(folder, train, label, cache_dir)
     raise UserError(f"{label} {folder}: no such folder")
@@ -331,6 +337,13 @@ def find_images(
 def load_hub_split(name: str, train: bool, label: str, cache_dir: str | None = None) -> HubImages:
     """The training or evaluation split of hub data set `name`, or `name:configuration`. UserError, which begins with `label`,
     if it has no images or cannot be loaded."""
+    data, column = hub_split(name, train, label, cache_dir)
+    return HubImages(data if column == "image" else data.rename_column(column, "image"))
+
+
+def hub_split(name: str, train: bool, label: str, cache_dir: str | None = None, streaming: bool = False):
+    """(a split as in `load_hub_split` with its image column alone, that column's name). With `streaming` nothing is downloaded
+    before it is read, and the images are encoded ones, {bytes, path}."""
     import datasets
 
     folder, colon, choice = name.partition(":")
@@ -342,7 +355,9 @@ def load_hub_split(name: str, train: bool, label: str, cache_dir: str | None = N
         split = next((name for name in wanted if name in splits), splits[0])
         if split not in wanted:
             log.warning("%s %s: no %s split; using %s", label, name, wanted[0], split)
-        data = datasets.load_dataset(folder, choice, split=split, cache_dir=cache_dir, token=hub_token() or False)
+        data = datasets.load_dataset(
+            folder, choice, split=split, cache_dir=cache_dir, token=hub_token() or False, streaming=streaming
+        )
     except UserError:
         raise
     except Exception as error:  # the hub client's errors have no common base class
@@ -350,14 +365,22 @@ def load_hub_split(name: str, train: bool, label: str, cache_dir: str | None = N
             f"{label} {name}: no such folder, and as a hub data set it could not be loaded ({one_line(error)}); "
             "a gated one needs HUGGINGFACE_TOKEN"
         ) from None
-    columns = [column for column, feature in data.features.items() if isinstance(feature, datasets.Image)]
+    column = image_column(data.features, f"{label} {name}")
+    data = data.select_columns([column])
+    return (data.cast_column(column, datasets.Image(decode=False)) if streaming else data), column
+
+
+def image_column(features: dict | None, label: str) -> str:
+    """The name of the column that holds the images; UserError, which begins with `label`, if none does."""
+    import datasets
+
+    columns = [column for column, feature in (features or {}).items() if isinstance(feature, datasets.Image)]
     if not columns:
-        raise UserError(f"{label} {name}: this data set has no image column")
+        raise UserError(f"{label}: this data set has no image column")
     column = next((name for name in ("image", "img", "jpg", "png", "picture", "photo") if name in columns), columns[0])
     if len(columns) > 1:
-        log.info("%s %s: image columns %s; using %s", label, name, ", ".join(columns), column)
-    data = data.select_columns([column])
-    return HubImages(data if column == "image" else data.rename_column(column, "image"))
+        log.info("%s: image columns %s; using %s", label, ", ".join(columns), column)
+    return column
 
 
 def _only_configuration(name: str, label: str, cache_dir: str | None) -> str | None:
@@ -524,6 +547,13 @@ class EpochSampler(Sampler):
     def __len__(self):
         return self.steps_per_epoch
 
+    def state_after(self, step: int) -> None:
+        """What is to be remembered after `step` steps: nothing, the place in the order is a function of the step."""
+
+    def go_on(self, step: int, place: None) -> None:
+        """Let the next iteration begin after `step` steps."""
+        self.first_step = step
+
     def epoch_items(self, epoch: int) -> np.ndarray:
         """The (index, view) pairs of an epoch over all processes, a whole number of global batches: (pairs, 2) int64."""
         draw = np.random.default_rng((self.seed, epoch))
@@ -581,7 +611,8 @@ def eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int, rank: 
 
 
 class WorkersLost(UserError):
-    """No further batch will come: a data worker has died, stands still, or could not be started."""
+    """No further batch will come: a data worker has died, stands still, or could not be started, or a stream has ended. Begins
+    with the setting that it is about."""
 
 
 class WorkerLoader(DataLoader):
@@ -613,6 +644,8 @@ class WorkerLoader(DataLoader):
                 batch = next(batches)
             except StopIteration:
                 return
+            except WorkersLost:  # no worker's: raised here, where the order of the images is drawn
+                raise
             except UserError as error:  # torch puts the worker's traceback into its message
                 raise UserError(str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]) from None
             except RuntimeError as error:

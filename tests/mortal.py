@@ -70,7 +70,8 @@ def half_a_chunk(cache, chunk, rows, left_out):
 
 
 def main():
-    where, count, argv = sys.argv[1], int(sys.argv[2]), sys.argv[4:]
+    where, count, argv = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+    argv = argv[1:] if argv[0] == "--" else argv  # a launcher keeps it for itself
     if where == "checkpoint":
         torch.save = at(count, torch.save, before=half_a_checkpoint)
     elif where == "rename":
