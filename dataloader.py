@@ -590,6 +590,24 @@ class EpochSampler(Sampler):
             step += self.steps_per_epoch - offset
 
 
+@dataclass(eq=False)
+class BatchesInOrder(Sampler):
+    """The batches of one pass over `length` images that are one process's: `rank`, `rank` + `world`, … Whole batches are
+    shared out, so that an image has the same neighbours, and to the last digit the same results, on one process or many."""
+
+    length: int
+    batch_size: int
+    rank: int = 0
+    world: int = 1
+
+    def __len__(self):
+        return len(range(self.rank, -(-self.length // self.batch_size), self.world))
+
+    def __iter__(self):
+        for start in range(self.rank * self.batch_size, self.length, self.world * self.batch_size):
+            yield list(range(start, min(start + self.batch_size, self.length)))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Loaders
 
@@ -601,9 +619,12 @@ def train_loader(dataset, batch_size: int, num_workers: int, seed: int, views=0,
     return WorkerLoader(dataset, batch_sampler=sampler, **loader_options(num_workers))
 
 
-def eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int) -> DataLoader:
-    """One pass over the evaluation images, in order."""
-    return WorkerLoader(dataset, batch_size=batch_size, shuffle=False, **loader_options(num_workers))
+def eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int, rank: int = 0, world: int = 1) -> DataLoader:
+    """One pass over the evaluation images, in order; of `world` processes, number `rank` has every `world`-th batch from its
+    own on."""
+    return WorkerLoader(
+        dataset, batch_sampler=BatchesInOrder(len(dataset), batch_size, rank, world), **loader_options(num_workers)
+    )
 
 
 class WorkersLost(UserError):

@@ -9,6 +9,9 @@ between the same two VAEs are judged side by side; the verdict is about the firs
 8-bit values and then averaged. The modules run under autocast to --precision, in which they were trained; `translate` computes
 in float32, which --precision float32 judges.
 
+    # several GPUs or processes share the images, and find the same figures
+    accelerate launch eval_align.py --checkpoint ckpt_align --eval_data_dir eval_images
+
     # a module trained on tiny autoencoders, judged with the full VAEs of the same two latent spaces
     python eval_align.py --checkpoint ckpt_align --eval_data_dir eval_images --vae1_path sd-legacy/stable-diffusion-v1-5 \\
         --vae2_path black-forest-labs/FLUX.1-dev --vae1_subfolder vae --vae2_subfolder vae
@@ -41,6 +44,7 @@ from evaluation.verdict import verdict
 from latents.spaces import good_image_size
 from runtime.cli import Parser, claim_writable_folder, integer, naming, run, use_proxy
 from runtime.device import PRECISIONS, get_dtype, keep_freed_memory, memory_advice, resolve_device, resolve_precision
+from runtime.processes import create_accelerator
 from utils import UserError, atomic_file, count_of, one_line, plain_stem, read_json
 
 log = logging.getLogger(__name__)
@@ -174,12 +178,18 @@ def main(argv: list[str] | None = None) -> dict:
     with naming("--device"):
         device = resolve_device(args.device, "device" in args.typed_flags)
     keep_freed_memory(device)
+    args.device = str(device)
 
     # ---- load
     contents = read_checkpoints(args.checkpoint)
     trained = contents[0][1]["config"]
-    precision = resolve_precision(args.precision or trained.get("precision", "bfloat16"), device, args.precision is not None)
+    wanted = args.precision or trained.get("precision", "bfloat16")
+    args.precision = precision = resolve_precision(wanted, device, args.precision is not None)
     dtype = get_dtype(precision)
+    accelerator = create_accelerator(args)
+    device, main_process = accelerator.device, accelerator.is_main_process
+    if not main_process:
+        logging.getLogger().setLevel(logging.ERROR)  # what one process says is enough
     places = {place: getattr(args, place) for place in PLACES}
     checkpoints = open_checkpoints(
         contents, places, device, dtype, args.cache_dir, ("--checkpoint", "--vae1_path", "--vae2_path")
@@ -192,7 +202,8 @@ def main(argv: list[str] | None = None) -> dict:
     source = find_images(args.eval_data_dir, args.dataset_type, False, "--eval_data_dir", args.cache_dir)
     dataset = ImageDataset(source, size)
     dataset.warn_of_small(f"--eval_data_dir {args.eval_data_dir}")
-    loader = eval_loader(dataset, args.eval_batch_size, args.num_workers)
+    place = (accelerator.process_index, accelerator.num_processes)
+    loader = eval_loader(dataset, args.eval_batch_size, args.num_workers, *place)
     log.info("%s at %d px from %s", count_of(len(dataset), "image"), size, args.eval_data_dir)
 
     # ---- judge
@@ -209,7 +220,10 @@ def main(argv: list[str] | None = None) -> dict:
         memory_advice("evaluating", eval_batch_size=args.eval_batch_size, image_size=size, precision=precision),
     ):
         measures = Measures(args.metrics, size, device)
-        results = judge(ladder, loader, measures, size, save_pictures if args.save_visualizations else None)
+        visit = save_pictures if args.save_visualizations else None  # each process those of its own images
+        results = judge(ladder, loader, measures, size, visit, accelerator)
+    if not main_process:
+        return results
     results |= {
         "format": METRICS_FORMAT,
         "checkpoint": str(args.checkpoint[0]),

@@ -20,11 +20,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import functools
 import logging
 import math
-import os
 import re
 import signal
 import tempfile
@@ -49,7 +47,6 @@ from latents.vaes import load_vae_model
 from losses import LOSSES, get_loss_function
 from runtime.cli import Parser, integer, load_config, naming, real, run, use_proxy
 from runtime.device import (
-    ACCELERATE_NAMES,
     PRECISIONS,
     get_dtype,
     keep_freed_memory,
@@ -60,13 +57,16 @@ from runtime.device import (
     resolve_precision,
 )
 from runtime.interrupts import StopRequest
+from runtime.processes import create_accelerator
 from training.bad_steps import BadSteps
+from training.budget import Budget, time_of_day
 from training.checkpoints import BEST_METRICS, RunCheckpoints
 from training.claims import RunClaim
 from training.decoded_image import KINDS
 from training.dry_run import FewBatches, Plan, first_batches
 from training.linear_start import fit_ridge
 from training.log import RunLog, evaluate_and_log, log_hparams, log_model_stats, print_results, visualize_results
+from training.meter import Meter
 from training.muon import Muon
 from training.objective import PERCEPTUAL_LOSSES, Objective, needs_pixels
 from training.preflight import claim_outputs, warn_of_odd_flags
@@ -81,14 +81,13 @@ from training.resume import (
     require_same_vaes,
 )
 from training.schedule import is_due, save_is_due, setup_scheduler, total_steps
-from training.state import LossMeter, TrainingState
+from training.state import TrainingState
+from training.vae_start import start_from_vaes
 from utils import UserError, count_of, one_line, write_json
-from vae_align import AlignConfig, AlignModule, read_checkpoint, spaces_of
+from vae_align import ARCHITECTURES, AlignConfig, AlignModule, read_checkpoint, spaces_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-LAUNCHER_VARIABLES = ("ACCELERATE_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_", "FSDP_")
 
 __all__ = ["get_dtype", "get_loss_function", "load_config", "load_vae_model"]  # part of this script's interface
 
@@ -138,8 +137,11 @@ def build_parser() -> Parser:
     group.add_argument(
         "--input_types", nargs="+", choices=("image", "latent"), default=["image", "latent"], help="what goes in"
     )
-    group.add_argument("--init", choices=("ridge", "random"), default="ridge",
-                       help="ridge: start at the closed-form linear map (latent inputs only); random: anywhere")  # fmt: skip
+    group.add_argument("--architecture", choices=ARCHITECTURES, default="plain",
+                       help="plain: residual blocks on VAE2's grid; tiny: the stages of tiny autoencoders")  # fmt: skip
+    group.add_argument("--init", choices=("ridge", "vaes", "random"), default="ridge",
+                       help="ridge: start at the closed-form linear map (latent inputs only); vaes: at VAE1's decoder and "
+                       "VAE2's encoder (tiny autoencoders, --architecture tiny); random: anywhere")  # fmt: skip
     group.add_argument("--load_checkpoint", help="start from this checkpoint's weights; the architecture comes with them")
 
     group = parser.add_argument_group("data")
@@ -162,6 +164,9 @@ def build_parser() -> Parser:
     group.add_argument(
         "--max_train_steps", type=integer(0), default=0, help="stop after this many optimizer steps; 0: no limit"
     )
+    group.add_argument("--minutes", type=real(0), default=0.0,
+                       help="of training, with evaluations and saving, in place of --epochs, whose schedule is then "
+                       "laid out over them; 0: by --epochs")  # fmt: skip
     group.add_argument("--warmup_steps", type=integer(0), default=100, help="steps of linear learning-rate warm-up; 0: none")
     group.add_argument("--device", default="cuda", help="cuda, cuda:N, mps or cpu; the default falls back to what there is")
     group.add_argument(
@@ -189,6 +194,8 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("loss")
     group.add_argument("--loss_type", choices=LOSSES, default="mse", help="between aligned and VAE2's scaled latents")
     group.add_argument("--loss_weight", type=real(0, 1e6, above=True), default=1.0, help="factor of the loss")
+    group.add_argument("--reencode_target", type=real(0, 0.999), default=0.0,
+                       help="share of decode + re-encode in what latents and decoded image should be; 0: none")  # fmt: skip
     group.add_argument("--decoder_loss_weight", type=real(0, 1e6), default=0.0,
                        help="factor of a loss on the image that VAE2 decodes; 0: none")  # fmt: skip
     group.add_argument("--decoder_loss_type", choices=KINDS, default="l1", help="between that image and the reference")
@@ -197,9 +204,17 @@ def build_parser() -> Parser:
                        help="side of the random window that is decoded, latents; 0: the whole image")  # fmt: skip
     group.add_argument("--decoder_loss_reference", choices=("original", "vae2"), default="original",
                        help="what it should look like: the image in VAE2's colours, or VAE2's reconstruction")  # fmt: skip
-    group.add_argument("--perceptual_loss", choices=tuple(PERCEPTUAL_LOSSES), default="decoder",
+    group.add_argument("--perceptual_loss", choices=PERCEPTUAL_LOSSES, default="decoder",
                        help="on the decoded image too: the decoder's features, LPIPS, or ST-LPIPS (AlexNet)")  # fmt: skip
     group.add_argument("--perceptual_loss_weight", type=real(0, 1e6), default=0.0, help="factor of that loss; 0: none")
+    group.add_argument("--adversarial_weight", type=real(0, 1e6), default=0.0,
+                       help="factor of what a discriminator says to the decoded image; 0: none")  # fmt: skip
+    group.add_argument("--latent_adversarial_weight", type=real(0, 1e6), default=0.0,
+                       help="factor of what a discriminator says to the latents, beside VAE1's; 0: none")  # fmt: skip
+    group.add_argument("--adversarial_lr", type=real(0, 1e3), default=3e-4, help="learning rate of the discriminators")
+    group.add_argument("--adversarial_start_step", type=integer(0), default=500, help="step at which discriminators begin")
+    group.add_argument("--adversarial_warmup_steps", type=integer(0), default=500,
+                       help="steps from there in which their factor grows to its value; 0: at once")  # fmt: skip
     group.add_argument("--decoder_loss_path", help="a cheaper VAE of VAE2's latent space to decode with: folder or hub id")
     group.add_argument("--decoder_loss_subfolder", default="vae", help="where that VAE is in its folder")
 
@@ -246,7 +261,7 @@ def config_dict(args: argparse.Namespace) -> dict:
 def adopt_architecture(args: argparse.Namespace, start: Start) -> None:
     """Set the module's flags to those of the checkpoint whose weights a new run takes; UserError if a typed one contradicts."""
     config = AlignConfig.from_dict(start.content["align_config"])
-    for name in ("input_types", "hidden_channels", "num_blocks", "downsample_times"):
+    for name in ("input_types", "architecture", "hidden_channels", "num_blocks", "downsample_times"):
         value, given = getattr(config, name), getattr(args, name)
         if isinstance(value, tuple):
             value, given = list(value), sorted(set(given))
@@ -284,6 +299,7 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace, start: Start | N
         adopt_architecture(args, start)
     config = AlignConfig(
         input_types=tuple(args.input_types),
+        architecture=args.architecture,
         hidden_channels=args.hidden_channels,
         num_blocks=args.num_blocks,
         downsample_times=args.downsample_times,
@@ -350,7 +366,7 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
         train_loader = cached_loader
     return (
         train_loader(train_set, args.train_batch_size, args.num_workers, args.seed, views=args.cache_views, **place),
-        dataloader.eval_loader(eval_set, args.eval_batch_size, args.num_workers),
+        dataloader.eval_loader(eval_set, args.eval_batch_size, args.num_workers, **place),
     )
 
 
@@ -372,41 +388,6 @@ def update_average(average: AlignModule, module: AlignModule, decay: float, step
     that short runs are averaged too. (torch's `AveragedModel` keeps its count on the device and waits for it in every step.)"""
     decay = min(decay, step / (10 + step)) if step > 1 else 0.0
     torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
-
-
-def create_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Accelerate's view of this process: its device, precision and place among the others."""
-    from accelerate import Accelerator, InitProcessGroupKwargs
-    from accelerate.state import AcceleratorState
-
-    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes", "on"):
-            raise UserError(
-                f"ACCELERATE_USE_{name}: a launcher's config asks for it, and this program does not run under it; run "
-                "`accelerate config` anew without it, or start with plain `python`"
-            )
-    for name in ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND"):  # flags and seed alone shape weights
-        if os.environ.pop(name, "1").lower() not in ("", "1", "no"):
-            log.warning("%s of the environment has no effect", name)
-    device = torch.device(args.device)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # Accelerate takes the current one
-    precision = ACCELERATE_NAMES[get_dtype(args.precision)]
-    if AcceleratorState._shared_state:  # of an earlier run in this interpreter, which may have had another device or precision
-        earlier = AcceleratorState()
-        if (earlier.mixed_precision, earlier.device.type) != (precision, device.type):
-            AcceleratorState._reset_state(reset_partial_state=earlier.device.type != device.type)
-    # the others wait while the main process evaluates, or while another run builds the cache: longer than the usual ten minutes
-    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))
-    try:
-        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[patience])
-    except (ImportError, ValueError, RuntimeError, KeyError) as error:  # variables that launchers set, and that do not fit
-        AcceleratorState._reset_state(reset_partial_state=True)
-        found = ", ".join(sorted(name for name in os.environ if name.startswith(LAUNCHER_VARIABLES))) or "none"
-        raise UserError(
-            f"the launcher's environment does not fit this program ({one_line(error)}); its variables: {found}; unset them, or "
-            "start with `accelerate launch`"
-        ) from None
 
 
 def seed_of_step(seed: int, step: int, process: int) -> int:
@@ -448,7 +429,7 @@ class Run:
 
     Attributes:
         state: what goes on from step to step. module, optimizer: those of `state` as Accelerate prepared them.
-        steps_per_epoch, end: the clock. batch_size: images of a step over all processes.
+        steps_per_epoch: of the clock. batch_size: images of a step over all processes.
         checkpoints: where the run saves; writer: where it logs; claim: of its name (the last two None on a helper process).
         last_inputs: of the module in the last step.
         images_per_second: since the last log entry, over all processes; evaluations and saving do not count.
@@ -458,13 +439,17 @@ class Run:
     module: torch.nn.Module
     optimizer: torch.optim.Optimizer
     steps_per_epoch: int
-    end: int
     batch_size: int
     checkpoints: RunCheckpoints
     writer: RunLog | None
     claim: RunClaim | None
     images_per_second: float = 0.0
     last_inputs: dict | None = None
+
+    @property
+    def end(self) -> int:
+        """The step after which the run ends, as far as is known."""
+        return self.state.budget.end
 
     def require_sound(self) -> None:
         """UserError if what the module puts out is not finite: a checkpoint of it would pass for the last good one."""
@@ -499,6 +484,8 @@ def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
                 fit_ridge(pipeline, train_loader, accelerator)
                 if args.init == "ridge":
                     pipeline.module.start_from_ridge()
+            if args.init == "vaes" and not start:
+                log.info(start_from_vaes(pipeline))
             objective.before_first_step(pipeline, train_loader, accelerator)
 
     optimizer = setup_optimizer(pipeline, args)
@@ -507,15 +494,17 @@ def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
     if average:
         pipeline.module = average  # what is judged and saved
     module, prepared_optimizer = accelerator.prepare(trained, optimizer)
+    budget = Budget(total_steps(args, len(train_loader)), args.minutes)
     state = TrainingState(
         module=trained,
         average=average,
         optimizer=optimizer,
-        scheduler=setup_scheduler(optimizer, args, len(train_loader)),
+        scheduler=setup_scheduler(optimizer, args, len(train_loader), budget),
         scaler=accelerator.scaler,
         bad_steps=BadSteps(args.max_bad_steps, accelerator),
         objective=objective,
-        meter=LossMeter(accelerator.device),
+        meter=Meter(accelerator.device),
+        budget=budget,
         data=data,
     )
     claim = RunClaim(args.log_dir, args.save_dir, resumed["run"] if resumed else None) if accelerator.is_main_process else None
@@ -535,7 +524,6 @@ def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
         module=torch.compile(module) if args.compile else module,
         optimizer=prepared_optimizer,
         steps_per_epoch=len(train_loader),
-        end=total_steps(args, len(train_loader)),
         batch_size=train_loader.batch_sampler.batch_size * accelerator.num_processes,
         checkpoints=checkpoints,
         writer=RunLog(Path(args.log_dir) / name, state.step, state.fixed) if claim else None,
@@ -552,7 +540,7 @@ def train_align_pipeline(
         args: as from `parse_args`, with device and precision resolved.
         train_loader: batches with `pixel_values` and `path`, forever or epoch by epoch; its length is the steps in an epoch,
             its `batch_sampler` knows its `batch_size`.
-        eval_loader: one pass over the evaluation images.
+        eval_loader: one pass over this process's share of the evaluation images.
         generator: draws posterior samples under --sample_posterior; seeded anew for each step.
         parts: as from `build_parts`, which is called if None.
 
@@ -577,7 +565,8 @@ def train_align_pipeline(
         run.close()
     if stopped and state.step < run.end:
         if writer:
-            print(f"stopped at step {state.step} of {run.end}, saved in {run.checkpoints.last}")
+            of_all = f" of {run.end}" if state.budget.known else ""
+            print(f"stopped at step {state.step}{of_all}, saved in {run.checkpoints.last}")
             print("to go on: the same command with --resume")
         raise SystemExit(128 + stopped)
     if not writer:
@@ -597,15 +586,18 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
     resumed = parts.start is not None and parts.start.resumed
 
     with StopRequest() as stop, memory_advice("training", **memory_flags(args)):
-        bar = tqdm(total=run.end, initial=state.step, desc="train", unit="step", disable=not main_process)
+        bar = tqdm(initial=state.step, desc="train", unit="step", disable=not main_process)
+        state.budget.start(state.step)
         clock, clocked_step = time.perf_counter(), state.step
         while True:
             # ---- where we are: the clock is the step, epochs are counted from it
+            state.budget.look(state.step, accelerator)
+            bar.total = run.end if state.budget.known else None
             epoch = state.step / run.steps_per_epoch
             last = state.step == run.end
             due = functools.partial(is_due, epoch, last)
             # the checkpoint that a resumed run starts from was written after everything that was due at its step
-            news = main_process and not (resumed and state.step == first_step)
+            news = not (resumed and state.step == first_step)
             saved = not news
             paused = time.perf_counter()
             if writer:
@@ -613,15 +605,16 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
 
             # ---- evaluate, visualise, save
             if news and due(args.eval_frequency):
-                state.metrics = evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype)
-                run.checkpoints.save_if_best(state, epoch)
-                log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype)
-            if news and due(args.visualize_frequency):
+                state.metrics = evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype, accelerator, state.fixed)
+                if main_process:
+                    run.checkpoints.save_if_best(state, epoch)
+                    log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype)
+            if news and main_process and due(args.visualize_frequency):
                 visualize_results(pipeline, eval_loader, writer, epoch, args, dtype)
-            if news and save_is_due(state.step, epoch, last, args):
+            if news and main_process and save_is_due(state.step, epoch, last, args):
                 save_checkpoint(args, run)
                 saved = True
-            if state.step % run.steps_per_epoch == 0 or last:
+            if last:
                 accelerator.wait_for_everyone()
             stopped = stop.agreed(accelerator, state.step)
             if stopped and main_process and not saved:
@@ -630,7 +623,10 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
                 accelerator.wait_for_everyone()  # a launcher ends the others when the first one leaves
             if last or stopped:
                 break
-            clock += time.perf_counter() - paused  # images/s is the training's own
+            pause = time.perf_counter() - paused
+            clock += pause  # images/s is the training's own
+            if news and (due(args.eval_frequency) or due(args.visualize_frequency)):
+                state.budget.note_evaluation(pause)
 
             # ---- one step
             batch = next(batches)
@@ -651,6 +647,7 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
             if state.step == 1 or state.step % args.log_frequency == 0 or state.step == run.end:
                 skipped = state.bad_steps.read()
                 mean_loss = state.meter.read(accelerator)
+                terms = parts.objective.read(accelerator)
                 now = time.perf_counter()
                 run.images_per_second = (state.step - clocked_step) * run.batch_size / (now - clock)
                 clock, clocked_step = now, state.step
@@ -664,11 +661,15 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
                     writer.log_training(
                         loss=mean_loss,
                         learning_rate=learning_rate,
+                        terms=terms,
                         grad_norm=float(grad_norm) if ok else math.nan,
                         images_per_second=run.images_per_second,
                         skipped_steps=state.bad_steps.total,
                     )
-                    bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{run.images_per_second:.1f}")
+                    left = state.budget.seconds_left(state.step, run.batch_size / run.images_per_second)
+                    bar.set_postfix(
+                        loss=f"{mean_loss:.4f}", images_per_s=f"{run.images_per_second:.1f}", ends=time_of_day(left)
+                    )
             bar.update()
     bar.close()
     if main_process and last:
@@ -698,7 +699,7 @@ def train_step(args, parts: Parts, run: Run, inputs: dict, target: torch.Tensor,
     aligned = run.module(**inputs).float()
 
     # loss
-    loss, seen = parts.objective(aligned, target, images, state.step)
+    loss, seen = parts.objective(aligned, target, inputs, images, state.step)
 
     # backward
     run.optimizer.zero_grad(set_to_none=True)
@@ -734,9 +735,13 @@ def description_of(args, parts: Parts, run: Run) -> str:
     """A line about a run that begins: what it trains, for how long, and where."""
     accelerator = parts.accelerator
     parameters = sum(parameter.numel() for parameter in run.state.judged.parameters())
+    length = (
+        f"{run.end} steps of {count_of(run.batch_size, 'image')} in {count_of(-(-run.end // run.steps_per_epoch), 'epoch')}"
+    )
+    if args.minutes:
+        length = f"{args.minutes:g} minutes of {count_of(run.batch_size, 'image')} a step"
     return (
-        f"{' + '.join(parts.pipeline.config.input_types)} inputs, {parameters / 1e6:.2f} M parameters, {run.end} steps of "
-        f"{count_of(run.batch_size, 'image')} in {count_of(-(-run.end // run.steps_per_epoch), 'epoch')} on "
+        f"{' + '.join(parts.pipeline.config.input_types)} inputs, {parameters / 1e6:.2f} M parameters, {length} on "
         f"{accelerator.device} in {args.precision} channels_last, {count_of(accelerator.num_processes, 'process')}"
     )
 
@@ -750,9 +755,10 @@ def dry_run(args: argparse.Namespace, parts: Parts, datasets, generator: torch.G
     What the loop writes goes into a temporary folder. With a latent cache the steps get latents that were encoded before.
     """
     accelerator, pipeline = parts.accelerator, parts.pipeline
+    parts.objective.begin_at_once()
     views = args.cache_views if args.cache_latents else 0
     with tempfile.TemporaryDirectory() as folder:
-        changes = {"max_train_steps": 2, "log_frequency": 1, "config_save_path": "", "cache_latents": False}
+        changes = {"max_train_steps": 2, "minutes": 0.0, "log_frequency": 1, "config_save_path": "", "cache_latents": False}
         changes |= {"eval_frequency": min(args.eval_frequency, 1), "log_dir": folder, "save_dir": folder}
         rehearsed = argparse.Namespace(**(vars(args) | changes))
         train_loader, eval_loader = create_data_loaders(rehearsed, accelerator=accelerator, datasets=datasets)
@@ -777,8 +783,14 @@ def dry_run(args: argparse.Namespace, parts: Parts, datasets, generator: torch.G
     if stopped:
         raise SystemExit(128 + stopped)
     if run.writer:
+        seconds_per_step = run.batch_size / run.images_per_second
+        seconds_to_evaluate = len(eval_loader) * judged.seconds[-1] if judged.seconds else 0.0
+        between = args.eval_frequency * len(train_loader)  # steps from one evaluation to the next
         steps = total_steps(args, len(train_loader))
-        evaluations = 1 + -(-steps // (args.eval_frequency * len(train_loader))) if args.eval_frequency else 0
+        if args.minutes:
+            average = seconds_per_step + (seconds_to_evaluate / between if between else 0.0)
+            steps = min(steps, max(1, int(60 * args.minutes / average)))
+        evaluations = 1 + -(-steps // between) if between else 0
         plan = Plan(
             steps=steps,
             steps_per_epoch=len(train_loader),
@@ -789,9 +801,9 @@ def dry_run(args: argparse.Namespace, parts: Parts, datasets, generator: torch.G
             view_bytes=view_bytes,
             checkpoint_bytes=checkpoint_bytes,
             evaluations=evaluations,
-            seconds_per_step=run.batch_size / run.images_per_second,
+            seconds_per_step=seconds_per_step,
             seconds_to_encode=seconds_to_encode,
-            seconds_to_evaluate=len(eval_loader) * judged.seconds[-1] if judged.seconds else 0.0,
+            seconds_to_evaluate=seconds_to_evaluate,
             peak_memory=peak_memory(accelerator.device),
         )
         print(plan.text())
@@ -818,11 +830,16 @@ def find_start(args: argparse.Namespace) -> Start | None:
 
 def is_finished(args: argparse.Namespace, start: Start) -> bool:
     """Whether the run that --resume means has come to its end; either way it says where the run stands."""
-    step, end = start.content["step"], total_steps(args, start.content["training"]["order"]["steps_per_epoch"])
-    if step >= end:
-        print(f"already finished: {start.path} stands at step {step} of {end}; to train on, give more --epochs")
+    step, training = start.content["step"], start.content["training"]
+    budget = Budget(total_steps(args, training["order"]["steps_per_epoch"]), args.minutes)
+    budget.load_state_dict(training["budget"])
+    where = f"step {step} of {budget.end}" if budget.known else f"step {step}"
+    if budget.is_over(step):
+        more = "--minutes" if args.minutes else "--epochs"
+        print(f"already finished: {start.path} stands at {where}; to train on, give more {more}")
         return True
-    log.info("going on from %s, step %d of %d", start.path, step, end)
+    left = f", {budget.seconds_left(step, 0) / 60:.1f} minutes left" if args.minutes else ""
+    log.info("going on from %s, %s%s", start.path, where, left)
     return False
 
 

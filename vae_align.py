@@ -36,6 +36,8 @@ CHECKPOINT_FORMAT = "vae-align"
 FORMAT_NUMBER = 1  # of both kinds of file; files without a number are older and read the same
 CHECKPOINT_PREFIX = "align_pipeline"
 PRETRAINED_NAME = "model.safetensors"  # of the weights in a folder that `AlignPipeline.save_pretrained` writes
+ARCHITECTURES = ("plain", "tiny")  # residual blocks on VAE2's grid; the stages of tiny autoencoders, finer grids included
+STAGE_BLOCKS = 3  # of a tiny autoencoder, at each grid
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)  # owner/name
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")  # of `hf_hub_download`
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -208,7 +210,8 @@ class AlignConfig:
     """Everything that shapes an `AlignModule`.
 
     `latent_channels` and `latent_stride` are VAE1's, `out_channels` and `out_stride` VAE2's (stride: image pixels per
-    latent). The image branch halves `downsample_times` times and starts at a fraction of `hidden_channels`.
+    latent). The image branch halves `downsample_times` times. `architecture` says what the branches and blocks are made of:
+    see `ARCHITECTURES`.
     """
 
     input_types: tuple[str, ...] = ("image", "latent")
@@ -219,6 +222,7 @@ class AlignConfig:
     downsample_times: int = 3
     latent_stride: int = 8
     out_stride: int = 8
+    architecture: str = "plain"
 
     def __post_init__(self):
         types = tuple(kind for kind in ("image", "latent") if kind in self.input_types)
@@ -227,6 +231,10 @@ class AlignConfig:
         object.__setattr__(self, "input_types", types)
         for name, (low, high) in RANGES.items():
             _require_whole(name, getattr(self, name), low, high)
+        if self.architecture not in ARCHITECTURES:
+            raise AlignError(f"architecture {_shown(self.architecture)}: choose from {', '.join(ARCHITECTURES)}")
+        if self.architecture == "tiny" and "image" in types and self.downsample_times == 0:
+            raise AlignError("downsample_times 0: an image branch of architecture tiny halves at least once")
         if max(self.latent_stride, self.out_stride) % min(self.latent_stride, self.out_stride):
             raise AlignError(f"strides {self.latent_stride} and {self.out_stride}: one must be a multiple of the other")
 
@@ -268,16 +276,91 @@ class ImageBranch(nn.Sequential):
         super().__init__(*layers)
 
 
+class StageBlock(nn.Module):
+    """relu(x + conv(relu(conv(relu(conv(x)))))): the block of tiny autoencoders (TAESD), whose weights it can take."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Sequential(*_with_relu(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3)))
+
+    def forward(self, x):
+        return F.relu(x + self.conv(x))
+
+
+class Clamp(nn.Module):
+    """3 · tanh(x / 3), as tiny autoencoders' decoders do: latents beyond ±3 are noise to them."""
+
+    def forward(self, x):
+        return torch.tanh(x / 3) * 3
+
+
+class LatentStages(nn.Sequential):
+    """Latents -> features on the same grid, by way of one twice as fine, where a decoder puts texture in.
+
+    The first layers are those of a tiny autoencoder's decoder up to half the latents' stride (3 blocks at each of the two
+    grids), then come `num_blocks` blocks that lead over to the encoder of the other, and its convolution back.
+    """
+
+    def __init__(self, in_channels: int, hidden_channels: int, num_blocks: int):
+        super().__init__(
+            Clamp(),
+            nn.Conv2d(in_channels, hidden_channels, 3, padding=1),
+            nn.ReLU(),
+            *_stage_blocks(hidden_channels),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1, bias=False),
+            *_stage_blocks(hidden_channels),
+            *_stage_blocks(hidden_channels, num_blocks),
+            _halving(hidden_channels),
+        )
+
+
+class ImageStages(nn.Sequential):
+    """Image -> features, halved `downsample_times` times as a tiny autoencoder's encoder does it; cheaper where the grid is
+    finest: no convolution runs at full resolution, and one block at half."""
+
+    def __init__(self, hidden_channels: int, downsample_times: int):
+        layers = [nn.PixelUnshuffle(2), nn.Conv2d(12, hidden_channels, 3, padding=1), nn.ReLU()]
+        layers += [nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1)]
+        for halved in range(1, downsample_times):
+            layers += [*_stage_blocks(hidden_channels, 1 if halved == 1 else STAGE_BLOCKS), _halving(hidden_channels)]
+        super().__init__(*layers)
+
+
+def _stage_blocks(channels: int, count: int = STAGE_BLOCKS) -> list[nn.Module]:
+    return [StageBlock(channels) for _ in range(count)]
+
+
+def _halving(channels: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False)
+
+
+def _with_relu(layers) -> list[nn.Module]:
+    """The layers with a ReLU between each two."""
+    return [part for layer in layers for part in (nn.ReLU(), layer)][1:]
+
+
 class AlignModule(nn.Module):
     """VAE1's latents, the image, or both -> VAE2's latents. All latents are scaled latents.
+
+    Architecture "plain":
 
         z1 (B, C1, H/s1, W/s1) ──┬────────────────────── linear 3x3 ──────────────────────┐
                                  └─ conv 3x3 ─┐                                           │
                                               + ── num_blocks residual blocks ── conv ──── + ── z2 (B, C2, H/s2, W/s2)
         image (B, 3, H, W) ── ImageBranch ────┘
 
+    Architecture "tiny", made of a tiny autoencoder's parts, whose weights can be its start (`training/vae_start.py`):
+
+        z1 alone ── LatentStages ─────┐
+        z1 beside an image ─ conv 3x3 ┤
+                                      + ── 3 stage blocks ── conv ── z2
+        image ── ImageStages ─────────┘
+
+    There `num_blocks` counts further blocks: on the finer grid of LatentStages; beside an image, after the three.
+
     Convolutions only and no batch statistics: any size and aspect ratio, the same in training and in use. The buffers
-    `ridge_weight` and `ridge_bias` keep the closed-form linear map that `start_from_ridge` was given.
+    `ridge_weight` and `ridge_bias` keep the closed-form linear map that `remember_ridge` was given.
 
     `forward` computes and checks nothing, so that exporters can trace it with sizes left open; `check_inputs` says in words
     what does not fit.
@@ -286,29 +369,37 @@ class AlignModule(nn.Module):
     def __init__(self, config: AlignConfig):
         super().__init__()
         self.config = config
-        hidden = config.hidden_channels
+        plain, hidden = config.architecture == "plain", config.hidden_channels
         if "latent" in config.input_types:
             # a finer VAE1 grid is folded into channels, which loses nothing; a coarser one is repeated
             self.fold = max(1, config.out_stride // config.latent_stride)
             folded = config.latent_channels * self.fold**2
-            self.linear = nn.Conv2d(folded, config.out_channels, 3, padding=1)
-            self.latent_in = nn.Conv2d(folded, hidden, 3, padding=1)
-            self.register_buffer("ridge_weight", torch.zeros_like(self.linear.weight))
-            self.register_buffer("ridge_bias", torch.zeros_like(self.linear.bias))
+            if plain:
+                self.linear = nn.Conv2d(folded, config.out_channels, 3, padding=1)
+            if plain or "image" in config.input_types:
+                self.latent_in = nn.Conv2d(folded, hidden, 3, padding=1)
+            else:
+                self.latent_in = LatentStages(folded, hidden, config.num_blocks)
+            self.register_buffer("ridge_weight", torch.zeros(config.out_channels, folded, 3, 3))
+            self.register_buffer("ridge_bias", torch.zeros(config.out_channels))
         if "image" in config.input_types:
-            self.image_in = ImageBranch(hidden, config.downsample_times)
-        self.blocks = nn.Sequential(*(ResidualBlock(hidden) for _ in range(config.num_blocks)))
+            self.image_in = (ImageBranch if plain else ImageStages)(hidden, config.downsample_times)
+        if plain:
+            self.blocks = nn.Sequential(*(ResidualBlock(hidden) for _ in range(config.num_blocks)), nn.SiLU())
+        else:
+            between = config.num_blocks if "image" in config.input_types else 0
+            self.blocks = nn.Sequential(*_stage_blocks(hidden, between + STAGE_BLOCKS))
         self.out = nn.Conv2d(hidden, config.out_channels, 3, padding=1)
 
     def forward(self, latents: torch.Tensor | None = None, image: torch.Tensor | None = None) -> torch.Tensor:
-        hidden, skip = 0, 0
+        hidden = 0
         if "latent" in self.config.input_types:
             latents = self.on_output_grid(latents)
-            skip = self.linear(latents)
             hidden = self.latent_in(latents)
         if "image" in self.config.input_types:
             hidden = hidden + self._features_on_output_grid(image)
-        return skip + self.out(F.silu(self.blocks(hidden)))
+        aligned = self.out(self.blocks(hidden))
+        return aligned + self.linear(latents) if hasattr(self, "linear") else aligned
 
     def _features_on_output_grid(self, image: torch.Tensor) -> torch.Tensor:
         """The image's features, at VAE2's stride. Which operation leads there depends on the config alone, and no size is
@@ -363,8 +454,11 @@ class AlignModule(nn.Module):
 
     def hidden_weights(self) -> list[nn.Parameter]:
         """The weights of the convolutions of blocks and image branch, which an optimizer may treat as matrices."""
-        parts = [self.image_in, self.blocks] if "image" in self.config.input_types else [self.blocks]
-        return [layer.weight for part in parts for layer in part.modules() if isinstance(layer, nn.Conv2d)]
+        layers = [*self.blocks.modules()]
+        for branch in (getattr(self, "latent_in", None), getattr(self, "image_in", None)):
+            if isinstance(branch, nn.Sequential):
+                layers += branch.modules()
+        return [layer.weight for layer in layers if isinstance(layer, nn.Conv2d)]
 
     def remember_ridge(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         """Keep the closed-form linear map (a 3x3 convolution's weight and bias) beside the weights."""
@@ -374,7 +468,9 @@ class AlignModule(nn.Module):
     @torch.no_grad()
     def start_from_ridge(self) -> None:
         """Set the linear path to the remembered closed-form map and the deep path to zero: training starts where linear
-        methods end."""
+        methods end. Nothing in architecture tiny, which has no linear path."""
+        if not hasattr(self, "linear"):
+            return
         self.linear.weight.copy_(self.ridge_weight)
         self.linear.bias.copy_(self.ridge_bias)
         nn.init.zeros_(self.out.weight)

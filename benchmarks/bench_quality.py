@@ -3,8 +3,7 @@
     python benchmarks/bench_quality.py --vae1 PATH --vae2 PATH --train_data_dir FOLDER --eval_data_dir FOLDER \\
         --input_types latent --minutes 20
 
-Uses the recipe that config/ ships for those inputs. The latent cache is built first; a few steps measure the machine's
-pace, from which the number of epochs follows, so that the learning rate comes to rest when the time is up. Prints the
+Uses the recipe that config/ ships for those inputs, with --minutes of training; the latent cache is built first. Prints the
 ladder and one JSON line last. `--set flag=value` changes the recipe.
 """
 
@@ -23,18 +22,11 @@ from latents.vaes import load_vae_model
 from runtime.device import get_dtype
 from utils import write_json
 
-PACE_STEPS = 40
 KEPT = (
     "latent_mse", "psnr", "ssim", "psnr_vs_vae2", "st_lpips_vgg", "st_lpips_alex", "texture", "detail", "latent_variance",
     "latent_variance_by_channel", "colour_bias", "macs",
 )  # fmt: skip
 METRICS = ("ssim", "st_lpips", "texture")
-
-
-def run(args, vaes, loaders):
-    start = time.perf_counter()
-    checkpoint = train.train_align_pipeline(args, *vaes, *loaders, torch.Generator(args.device).manual_seed(args.seed))
-    return checkpoint, time.perf_counter() - start
 
 
 def main():
@@ -57,7 +49,7 @@ def main():
             **{
                 "vae1_path": options.vae1, "vae2_path": options.vae2, "latent_cache_dir": options.latent_cache_dir,
                 "train_data_dir": options.train_data_dir, "eval_data_dir": options.eval_data_dir, "num_workers": 2,
-                "eval_batch_size": 10, "log_dir": folder, "save_dir": folder,
+                "eval_batch_size": 10, "log_dir": folder, "save_dir": options.save_dir or folder, "minutes": options.minutes,
             } | changes,
         )  # fmt: skip
         args.eval_frequency = args.visualize_frequency = args.save_frequency = 0
@@ -67,16 +59,9 @@ def main():
             load_vae_model(args.vae2_path, args.vae2_subfolder, None, args.device, dtype, "--vae2"),
         ]
         loaders = train.create_data_loaders(args, *vaes)
-
-        # the pace: two runs of different length, so that what a run does once drops out
-        paces = []
-        for steps in (2, 2 + PACE_STEPS):
-            args.max_train_steps, args.epochs = steps, 10**6
-            paces.append(run(args, vaes, loaders)[1])
-        seconds_per_step = (paces[1] - paces[0]) / PACE_STEPS
-        args.max_train_steps = max(1, int(60 * options.minutes / seconds_per_step))
-        args.save_dir = options.save_dir or folder
-        checkpoint, seconds = run(args, vaes, loaders)
+        start = time.perf_counter()
+        checkpoint = train.train_align_pipeline(args, *vaes, *loaders, torch.Generator(args.device).manual_seed(args.seed))
+        seconds = time.perf_counter() - start
 
         pipeline = PipelineWithVAEs.from_checkpoint(checkpoint, *vaes)
         measures = Measures(METRICS, args.image_size, pipeline.device)
@@ -85,7 +70,8 @@ def main():
             write_json(checkpoint.with_suffix(".metrics.json"), results)
     print(tables.ladder_table(results))
     ladder = {rung: {name: figures.get(name) for name in KEPT} for rung, figures in results["ladder"].items() if rung != "vae1"}
-    print_result({"minutes": seconds / 60, "steps": args.max_train_steps, "images": results["images"], "ladder": ladder})
+    steps = pipeline.progress["step"]
+    print_result({"minutes": seconds / 60, "steps": steps, "images": results["images"], "ladder": ladder})
 
 
 if __name__ == "__main__":

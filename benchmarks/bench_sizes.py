@@ -47,7 +47,10 @@ def main():
     pipeline = PipelineWithVAEs.from_checkpoint(args.checkpoint, args.vae1_path, args.vae2_path)
     result = {"images": len(photos)}
     for name, (width, height) in SIZES.items():
-        batches = [{"pixel_values": centre(photo, width, height), "path": ["photo"], "unreadable": []} for photo in photos]
+        batches = [
+            {"pixel_values": centre(photo, width, height), "index": torch.tensor([index]), "path": ["photo"], "unreadable": []}
+            for index, photo in enumerate(photos)
+        ]
         ladder = evaluate(Ladder(pipeline, torch.float32, only=RUNGS), batches)["ladder"]
         psnr = {rung: ladder[rung]["psnr"] for rung in RUNGS}
         above = psnr["aligned"] - psnr["reencode"]

@@ -10,6 +10,7 @@ import torch
 from evaluation.ladder import Ladder, evaluate
 from evaluation.per_image import to_8bit
 from latents.pipeline import PipelineWithVAEs
+from runtime.processes import gathered
 
 MOVED = ("aligned",)  # the rungs that training moves
 
@@ -28,21 +29,22 @@ class FixedRungs:
     figures: dict = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
 
-    def evaluate(self, pipeline: PipelineWithVAEs, loader, dtype: torch.dtype) -> dict:
+    def evaluate(self, pipeline: PipelineWithVAEs, loader, dtype: torch.dtype, accelerator=None) -> dict:
         """{rung: {metric: value}} of the whole ladder (see `ladder.evaluate`) on the images of `loader`.
 
-        The first call measures every rung; the next ones only the module, as long as the pixels are the same.
+        The first call measures every rung; the next ones only the module, as long as the pixels are the same. With an
+        `accelerator` its processes do so together, each on its share of the images.
         """
         seen = _PixelDigest()
         if self.figures:
-            results = evaluate(Ladder(pipeline, dtype, only=MOVED), loader, visit=seen)
+            results = evaluate(Ladder(pipeline, dtype, only=MOVED), loader, visit=seen, accelerator=accelerator)
             self.unreadable, moved = results["unreadable"], results["ladder"]
-            if seen.hexdigest() == self.images:
+            if seen.hexdigest(accelerator) == self.images:
                 return self.figures | moved
             seen = _PixelDigest()
-        results = evaluate(Ladder(pipeline, dtype), loader, visit=seen)
+        results = evaluate(Ladder(pipeline, dtype), loader, visit=seen, accelerator=accelerator)
         self.unreadable, ladder = results["unreadable"], results["ladder"]
-        self.images = seen.hexdigest()
+        self.images = seen.hexdigest(accelerator)
         self.figures = {rung: figures for rung, figures in ladder.items() if rung not in MOVED}
         return ladder
 
@@ -56,14 +58,20 @@ class FixedRungs:
 
 
 class _PixelDigest:
-    """A digest of the images of every batch that it is called with; it does not depend on the batch size."""
+    """A digest of the images of every batch that it is called with; it depends neither on the batch size nor on which process
+    had which batch."""
 
     def __init__(self):
-        self._digest = hashlib.blake2b(digest_size=16)
+        self._of_each_image = []
 
     def __call__(self, batch: dict, made: dict) -> None:
-        for image in to_8bit(batch["pixel_values"]).to(torch.uint8):
-            self._digest.update(repr(tuple(image.shape)).encode() + image.contiguous().cpu().numpy().tobytes())
+        for index, image in zip(batch["index"].tolist(), to_8bit(batch["pixel_values"]).to(torch.uint8)):
+            content = repr(tuple(image.shape)).encode() + image.contiguous().cpu().numpy().tobytes()
+            self._of_each_image.append((index, hashlib.blake2b(content, digest_size=16).digest()))
 
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()
+    def hexdigest(self, accelerator=None) -> str:
+        """Of the images of all processes."""
+        digest = hashlib.blake2b(digest_size=16)
+        for _, of_image in sorted(image for images in gathered(self._of_each_image, accelerator) for image in images):
+            digest.update(of_image)
+        return digest.hexdigest()

@@ -1,27 +1,25 @@
-"""The Fréchet distance between two sets of features, from running sums."""
+"""The Fréchet distance between two sets of features, from sums over them."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
 
-class FeatureStatistics:
-    """Running mean and covariance of feature vectors: memory that does not grow with their number.
+class FeatureSums(NamedTuple):
+    """Sums over feature vectors: their number, their sum (F) and the sum of their outer products (F, F), float64. Memory does
+    not grow with the number of vectors."""
 
-    Attributes: count of the vectors; their sum (F) and the sum of their outer products (F, F), float64.
-    """
+    count: torch.Tensor | int
+    sum: torch.Tensor
+    products: torch.Tensor
 
-    def __init__(self, count: int = 0, total: torch.Tensor | int = 0, products: torch.Tensor | int = 0):
-        self.count = count
-        self.sum = total
-        self.products = products
-
-    def add(self, features: torch.Tensor) -> None:
-        """Features (B, F)."""
+    @classmethod
+    def of(cls, features: torch.Tensor) -> FeatureSums:
+        """Of features (B, F)."""
         features = features.cpu().double()
-        self.count += len(features)
-        self.sum = self.sum + features.sum(dim=0)
-        self.products = self.products + features.T @ features
+        return cls(len(features), features.sum(dim=0), features.T @ features)
 
     def mean_and_covariance(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean (F) and covariance (F, F), over n - 1, in float64."""
@@ -29,9 +27,10 @@ class FeatureStatistics:
         return mean, (self.products - self.count * torch.outer(mean, mean)) / (self.count - 1)
 
 
-def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float | None:
-    """|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½) of two sets of features (Heusel et al. 2017); None for fewer than two vectors."""
-    if min(first.count, second.count) < 2:
+def frechet_distance(first: FeatureSums, second: FeatureSums) -> float | None:
+    """|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½) of two sets of features (Heusel et al. 2017); None for fewer than two vectors,
+    or features that are not finite."""
+    if min(first.count, second.count) < 2 or not (first.products.isfinite().all() and second.products.isfinite().all()):
         return None
     mean1, covariance1 = first.mean_and_covariance()
     mean2, covariance2 = second.mean_and_covariance()

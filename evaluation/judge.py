@@ -90,31 +90,31 @@ def ladder_of(checkpoints: list[JudgedCheckpoint], dtype: torch.dtype) -> Ladder
     return Ladder(main.pipeline, dtype, {other.label: other.pipeline for other in others})
 
 
-def judge(ladder: Ladder, loader, measures: Measures, image_size: int, visit=None) -> dict:
+def judge(ladder: Ladder, loader, measures: Measures, image_size: int, visit=None, accelerator=None) -> dict:
     """`evaluate` with costs, and beside what it returns: `spectrum` (see `ErrorSpectrum.result`), `histograms` (see
-    `LatentHistograms.result`), `indices` of the images in the data set, and `left_out_metrics` {name: why}.
+    `LatentHistograms.result`), and `left_out_metrics` {name: why}.
 
     Args:
-        image_size: side of the images, px. visit: see `evaluate`.
+        image_size: side of the images, px. visit, accelerator: see `evaluate`.
     """
     device = ladder.pipeline.device
     modules = [name for name, rung in ladder.rungs.items() if rung.kind == "aligned"]
     spectrum = ErrorSpectrum(image_size, ["vae2", "reencode", *modules])
     histograms = LatentHistograms(["vae2", *modules])
-    indices = []
 
     def look(batch, made):
-        indices.extend(batch["index"].tolist())
-        spectrum.add(batch["pixel_values"].to(device), {rung: made[rung].picture for rung in spectrum.errors})
+        spectrum.add(batch["pixel_values"].to(device), {rung: made[rung].picture for rung in spectrum.rungs})
         histograms.add({rung: made[rung].latents for rung in histograms.rungs})
         if visit:
             visit(batch, made)
 
     for name, why in measures.left_out.items():
         log.warning("%s is left out: %s", name, why)
-    results = evaluate(ladder, loader, measures, look, costs=True)
+    results = evaluate(ladder, loader, measures, look, costs=True, accelerator=accelerator)
+    spectrum.gather(accelerator)
+    histograms.gather(accelerator)
     charts = {"spectrum": spectrum.result(), "histograms": histograms.result()}
-    return results | charts | {"indices": indices, "left_out_metrics": measures.left_out}
+    return results | charts | {"left_out_metrics": measures.left_out}
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ A library: it knows no command line and writes no file.
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from evaluation.summary import finite, mean_and_interval, mean_of, summarise
 from latents.pipeline import PipelineWithVAEs
 from latents.spaces import Codec
 from runtime.device import autocast
+from runtime.processes import gathered, is_main
 from utils import UserError
 from vae_align import AlignModule
 
@@ -212,14 +214,18 @@ def evaluate(
     visit: Callable[[dict, dict[str, Reconstruction]], None] | None = None,
     costs: bool = False,
     show_progress: bool = True,
+    accelerator=None,
 ) -> dict:
     """Judge every rung of `ladder` on every image of `loader`. UserError when not one image could be read.
 
+    Several processes judge a set together: each calls this with its `accelerator` and its share of the batches (see
+    `dataloader.eval_loader`), and each gets the figures of the whole set, to the last digit those of one process.
+
     Args:
-        loader: batches {pixel_values (B, 3, H, W) in [-1, 1], path, unreadable}, see `dataloader.eval_loader`.
+        loader: batches {pixel_values (B, 3, H, W) in [-1, 1], index, path, unreadable}, see `dataloader.eval_loader`.
         measures: which metrics beyond the plain ones; by default SSIM alone. Good for one evaluation.
         visit: called with (batch, what `Ladder.reconstruct` returned) for each batch, for pictures and for what is summed up.
-        costs: also measure what each rung costs (see `Ladder.costs`), at the size of the last batch.
+        costs: also measure what each rung costs (see `Ladder.costs`), at the size of the last batch, on the main process.
 
     Returns a dict of plain values:
         images: how many were judged; unreadable: the messages of those that could not be.
@@ -230,33 +236,30 @@ def evaluate(
             parameters and macs come with `costs` only.
         summary: {rung: {metric: {mean, std, worst, worst_image}}}, see `summary.summarise`.
         intervals: {rung: {metric: half the width of its figure's 95% interval}}, as far as there is one.
-        per_image: {rung: {metric: [value per image]}}; paths: the images' names in the same order.
+        per_image: {rung: {metric: [value per image]}}; paths: the images' names in the same order; indices: their places.
     """
     measures = measures or Measures()
-    values = {name: {} for name in ladder.rungs}
-    paths = []
-    unreadable = []
     module = ladder.pipeline.module
     was_training = module.training
     module.eval()
+    judged = []
+    show_progress = show_progress and is_main(accelerator)
     for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not show_progress):
-        unreadable += batch["unreadable"]
-        if not batch["path"]:
-            continue
-        images = batch["pixel_values"].to(ladder.pipeline.device)
-        made = ladder.reconstruct(images)
-        samples = _samples(ladder, images, made)
-        for name, sample in samples.items():
-            for metric, per_image in measures.of_each_image(sample).items():
-                values[name].setdefault(metric, []).extend(per_image)
-            measures.add(name, sample)
-        paths += batch["path"]
-        if visit:
-            visit(batch, made)
+        judged.append(_judge_batch(ladder, batch, measures, visit))
+    judged = _in_order(gathered(judged, accelerator))
+    measures.gather(accelerator)
+    unreadable = [message for batch in judged for message in batch.unreadable]
+    paths = [path for batch in judged for path in batch.paths]
     if not paths:
         raise UserError(f"no image could be evaluated; the last failure: {(unreadable or ['the folder is empty'])[-1]}")
+    values = {name: {} for name in ladder.rungs}
+    for batch in judged:
+        for name, metrics in batch.values.items():
+            for metric, per_image in metrics.items():
+                values[name].setdefault(metric, []).extend(per_image)
     figures = _means(ladder, values, measures)
-    for name, cost in ladder.costs(images.shape[-1]).items() if costs else ():
+    image_size = [batch.image_size for batch in judged if batch.paths][-1]
+    for name, cost in ladder.costs(image_size).items() if costs and is_main(accelerator) else ():
         figures[name] |= cost
     module.train(was_training)
     return {
@@ -267,16 +270,42 @@ def evaluate(
         "intervals": _intervals(values, measures),
         "per_image": finite(values),
         "paths": paths,
+        "indices": [index for batch in judged for index in batch.indices],
     }
 
 
-def _samples(ladder: Ladder, images: torch.Tensor, made: dict[str, Reconstruction]) -> dict[str, Sample]:
-    target = made["vae2"]
-    samples = {}
-    for name, rung in ladder.rungs.items():
-        latents = None if rung.kind == "vae1" else made[name].latents
-        samples[name] = Sample(images, made[name].picture, latents, target.picture, target.latents)
-    return samples
+@dataclass
+class JudgedBatch:
+    """What is kept of a batch, as plain values: names, places in the set and width of its images, messages of those that could
+    not be read, and {rung: {metric: [value per image]}}."""
+
+    paths: list[str]
+    indices: list[int]
+    image_size: int
+    unreadable: list[str]
+    values: dict
+
+
+def _judge_batch(ladder: Ladder, batch: dict, measures: Measures, visit) -> JudgedBatch:
+    values = {}
+    if batch["path"]:
+        images = batch["pixel_values"].to(ladder.pipeline.device)
+        made = ladder.reconstruct(images)
+        target, index = made["vae2"], tuple(batch["index"].tolist())
+        for name, rung in ladder.rungs.items():
+            latents = None if rung.kind == "vae1" else made[name].latents
+            sample = Sample(images, made[name].picture, latents, target.picture, target.latents, index)
+            values[name] = measures.of_each_image(sample)
+            measures.add(name, sample)
+        if visit:
+            visit(batch, made)
+    return JudgedBatch(batch["path"], batch["index"].tolist(), batch["pixel_values"].shape[-1], batch["unreadable"], values)
+
+
+def _in_order(of_each_process: list[list[JudgedBatch]]) -> list[JudgedBatch]:
+    """The batches of all processes in the order of the set: of P processes, number r has the batches r, r + P, …"""
+    turns = itertools.zip_longest(*of_each_process)
+    return [batch for turn in turns for batch in turn if batch is not None]
 
 
 def _means(ladder: Ladder, values: dict, measures: Measures) -> dict:

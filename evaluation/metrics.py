@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 
 from evaluation import per_image, set_figures
-from evaluation.frechet import FeatureStatistics, frechet_distance
+from evaluation.exact_sum import ExactSums
+from evaluation.frechet import FeatureSums, frechet_distance
 from evaluation.networks import inception_network, lpips_network
 from evaluation.sample import Sample
 from evaluation.st_lpips import SMALLEST_SIDE, st_lpips
@@ -41,6 +42,9 @@ class SetMeasure(Protocol):
 
     def add(self, name: str, sample: Sample) -> None:
         """Take note of what the rung `name` made of a batch."""
+
+    def gather(self, accelerator) -> None:
+        """Bring together what all processes have taken note of."""
 
     def result(self) -> dict[str, float | list | None]:
         """{rung: value over all batches}; None where undefined."""
@@ -176,18 +180,22 @@ class FrechetToOriginals:
 
     def __init__(self, features: Callable[[torch.Tensor], torch.Tensor]):
         self.features = features
-        self.originals = FeatureStatistics()
-        self.rungs = {}
+        self.sums = ExactSums()  # by rung
         self._counted = None
 
     def add(self, name: str, sample: Sample) -> None:
         if self._counted is not sample.original:  # all rungs of a batch share the originals
             self._counted = sample.original
-            self.originals.add(self.features(sample.original_levels))
-        self.rungs.setdefault(name, FeatureStatistics()).add(self.features(sample.levels))
+            self.sums.add(set_figures.REFERENCE, FeatureSums.of(self.features(sample.original_levels)))
+        self.sums.add(name, FeatureSums.of(self.features(sample.levels)))
+
+    def gather(self, accelerator) -> None:
+        self.sums.gather(accelerator)
 
     def result(self) -> dict[str, float | None]:
-        return {name: frechet_distance(statistics, self.originals) for name, statistics in self.rungs.items()}
+        sums = {name: FeatureSums(*self.sums.total([name])) for name in self.sums.added}
+        originals = sums.pop(set_figures.REFERENCE, None)
+        return {name: frechet_distance(of_rung, originals) for name, of_rung in sums.items()}
 
     def intervals(self) -> dict[str, float | None]:
         return {}
@@ -317,6 +325,11 @@ class Measures:
         for name, measure in self._of_the_set.items():
             if sample.latents is not None or not METRICS[name].of_latents:
                 measure.add(rung, sample)
+
+    def gather(self, accelerator) -> None:
+        """Bring together what all processes have taken note of."""
+        for name in sorted(self._of_the_set):
+            self._of_the_set[name].gather(accelerator)
 
     def of_the_set(self) -> dict[str, dict[str, float | list | None]]:
         """{metric: {rung: value over all images}}."""

@@ -6,9 +6,10 @@ import torch
 
 
 def power(planes: torch.Tensor) -> torch.Tensor:
-    """The power of each frequency of planes (…, H, W), under a Hann window."""
+    """The power of each frequency of planes (…, H, W), under a Hann window. All frequencies together give the sum of squares
+    of what is under the window (Parseval)."""
     high, wide = (torch.hann_window(side, dtype=planes.dtype, device=planes.device) for side in planes.shape[-2:])
-    return torch.fft.fft2(planes * (high[:, None] * wide[None, :])).abs().square()
+    return torch.fft.fft2(planes * (high[:, None] * wide[None, :]), norm="ortho").abs().square()
 
 
 def radial_frequency(size: tuple[int, int]) -> torch.Tensor:

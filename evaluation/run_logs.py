@@ -1,8 +1,9 @@
 """What a training run left in its log folder: the evaluations' ladders and the loss, for the curves of the report.
 
 A run appends JSON lines to two files: {"step", "epoch", "ladder": {rung: {metric: value}}} for each evaluation to
-metrics.jsonl, and {"step", "loss", "learning_rate"} for each log entry to training.jsonl, which older runs lack. Whatever is
-missing or damaged is left out: a report must not fail for want of a log.
+metrics.jsonl, and {"step", "loss", "learning_rate"} for each log entry to training.jsonl, which older runs lack. With a
+discriminator the latter also hold "adversarial", "discriminator_loss" and "discriminator_accuracy", or the same after "latent_"
+where it judges latents. Whatever is missing or damaged is left out: a report must not fail for want of a log.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ class Sample:
         picture: what the rung's latents decode to, (B, 3, H, W), about [-1, 1].
         latents: the rung's scaled latents (B, C, h, w) in VAE2's space; None for VAE1's own, which are in another space.
         vae2_picture, vae2_latents: VAE2's own reconstruction, and its posterior mean.
+        index: place of each image in the set.
     """
 
     original: torch.Tensor
@@ -26,6 +27,7 @@ class Sample:
     latents: torch.Tensor | None
     vae2_picture: torch.Tensor
     vae2_latents: torch.Tensor
+    index: tuple[int, ...]
 
     @functools.cached_property
     def levels(self) -> torch.Tensor:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from evaluation.frechet import FeatureStatistics, frechet_distance
+from evaluation.exact_sum import ExactSums
+from evaluation.frechet import FeatureSums, frechet_distance
 from evaluation.power import power, radial_frequency, without_mean
 from evaluation.sample import Sample
 
@@ -15,12 +16,14 @@ GROUPS = 10  # of images, that are left out in turn
 FINE = 0.25  # cycles per pixel from which on detail is fine: at most 4 pixels a cycle
 BANDS = 8  # of the latents' spectrum, from 0 to 0.5 cycles per latent
 TEXTURE_STAGES = 3  # of VGG: strides 1, 2 and 4
+REFERENCE = ""  # no rung's name
 
 
 class SetFigure:
     """A `metrics.SetMeasure`: a figure of the sums over a rung's images and of the sums over what these are held against.
 
-    The interval is the jackknife's (Efron & Tibshirani 1993, chapter 11). The images are dealt to `GROUPS` groups in turn, and
+    The sums are exact (`ExactSums`), so that neither batches nor processes change a digit of the figure. The interval is the
+    jackknife's (Efron & Tibshirani 1993, chapter 11). The images are dealt to `GROUPS` groups by their place in the set, and
     the figure is computed without each group g of G: 1.96 · sqrt((G - 1)/G · Σ (f_g - mean f)²).
 
     Args:
@@ -33,44 +36,46 @@ class SetFigure:
         self.own = own
         self.reference = reference
         self.figure = figure
-        self.groups = {}
-        self.counts = {}
-        self._batch = (None, [])
+        self.sums = ExactSums()  # by (rung, group); what the rungs are held against by (REFERENCE, group)
+        self._referred = None
 
     def add(self, name: str, sample: Sample) -> None:
-        if self._batch[0] is not sample.original:  # all rungs of a batch share what they are held against
-            self._batch = (sample.original, self.reference(sample))
-        groups = self.groups.setdefault(name, {})
-        for own, reference in zip(self.own(sample), self._batch[1]):
-            place = self.counts[name] = self.counts.get(name, -1) + 1
-            group = place % GROUPS
-            groups[group] = _added(groups[group], (own, reference)) if group in groups else (own, reference)
+        if self._referred is not sample.original:  # all rungs of a batch share what they are held against
+            self._referred = sample.original
+            self._add(REFERENCE, sample, self.reference(sample))
+        self._add(name, sample, self.own(sample))
+
+    def _add(self, name, sample, of_each_image):
+        for index, values in zip(sample.index, of_each_image):
+            self.sums.add((name, index % GROUPS), values)
+
+    def gather(self, accelerator) -> None:
+        self.sums.gather(accelerator)
 
     def result(self) -> dict[str, float | list | None]:
-        return {name: self.figure(*_sum(list(groups.values()))) for name, groups in self.groups.items()}
+        return {name: self._figure(name, groups) for name, groups in self._groups().items()}
 
     def intervals(self) -> dict[str, float | None]:
-        return {name: self._interval(list(groups.values())) for name, groups in self.groups.items()}
+        return {name: self._interval(name, groups) for name, groups in self._groups().items()}
 
-    def _interval(self, groups: list) -> float | None:
+    def _groups(self) -> dict[str, list[int]]:
+        groups = {}
+        for name, group in self.sums.added:
+            if name != REFERENCE:
+                groups.setdefault(name, []).append(group)
+        return groups
+
+    def _figure(self, name, groups):
+        return self.figure(*(self.sums.total((of, group) for group in groups) for of in (name, REFERENCE)))
+
+    def _interval(self, name, groups: list) -> float | None:
         if len(groups) < 2:
             return None
-        without = [self.figure(*_sum(groups[:place] + groups[place + 1 :])) for place in range(len(groups))]
+        without = [self._figure(name, [group for group in groups if group != left_out]) for left_out in groups]
         if any(not isinstance(figure, float) for figure in without):
             return None
         mean = math.fsum(without) / len(without)
         return 1.96 * math.sqrt((len(groups) - 1) / len(groups) * math.fsum((figure - mean) ** 2 for figure in without))
-
-
-def _added(first: tuple, second: tuple) -> tuple:
-    return tuple(tuple(a + b for a, b in zip(one, other)) for one, other in zip(first, second))
-
-
-def _sum(pairs: list) -> tuple:
-    total = pairs[0]
-    for pair in pairs[1:]:
-        total = _added(total, pair)
-    return total
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -95,18 +100,13 @@ def texture(features: Callable[[torch.Tensor], list[torch.Tensor]]) -> SetFigure
 
 def _statistics(stages: list[torch.Tensor]) -> tuple:
     """Of one image's stages (C, h, w): for each the number of positions, and the sums of their vectors and of products."""
-    sums = []
-    for stage in stages:
-        statistics = FeatureStatistics()
-        statistics.add(stage.flatten(1).T)
-        sums += [statistics.count, statistics.sum, statistics.products]
-    return tuple(sums)
+    return tuple(number for stage in stages for number in FeatureSums.of(stage.flatten(1).T))
 
 
 def _texture_distance(own: tuple, reference: tuple) -> float | None:
     shares = []
     for stage in range(0, len(own), 3):
-        pictures, originals = (FeatureStatistics(*sums[stage : stage + 3]) for sums in (own, reference))
+        pictures, originals = (FeatureSums(*sums[stage : stage + 3]) for sums in (own, reference))
         distance = frechet_distance(pictures, originals)
         variance = originals.mean_and_covariance()[1].trace().item()
         if distance is None or not variance > 0:

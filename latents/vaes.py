@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -97,6 +99,30 @@ def _download_vae(repo: str, places: list[str], cache_dir: str | None, label: st
     raise UserError(f"{label} {repo}: this hub model has no VAE in {' or '.join(repr(place) for place in places)}")
 
 
+@dataclass(frozen=True)
+class Described:
+    """What a config says of a model: the config with its class' defaults, (channels, stride) of raw latents, and how many
+    parameters it has."""
+
+    config: dict
+    raw_shape: tuple[int, int]
+    parameters: int
+
+
+_DESCRIBED: dict[tuple[type, str], Described] = {}  # to find out takes half a second, and a run opens a VAE more than once
+
+
+def _described(vae_class: type, config) -> Described:
+    """What `config` describes, without memory for weights. Raises whatever a hand-edited one makes the constructor raise."""
+    key = vae_class, json.dumps(config, sort_keys=True, default=repr)
+    if key not in _DESCRIBED:
+        with torch.device("meta"):
+            plan = vae_class.from_config(config)
+            raw_shape = CONVENTIONS[vae_class.__name__].measure(plan)
+        _DESCRIBED[key] = Described(plan.config, raw_shape, sum(parameter.numel() for parameter in plan.parameters()))
+    return _DESCRIBED[key]
+
+
 class FrozenVAE:
     """One frozen autoencoder: evaluation mode, no gradients, `channels_last`. Its weights are read from disk when something
     first asks for `model`.
@@ -133,8 +159,7 @@ class FrozenVAE:
         if class_name not in CONVENTIONS:
             raise UserError(f"{label}: a {class_name}; known VAE classes are {', '.join(CONVENTIONS)}")
         try:
-            with torch.device("meta"):
-                raw_shape = CONVENTIONS[class_name].measure(type(model).from_config(model.config))
+            raw_shape = _described(type(model), model.config).raw_shape
         except Exception as error:
             raise UserError(f"{label}: a {class_name} that cannot be used ({one_line(error)})") from None
         parameter = next(model.parameters())
@@ -148,16 +173,14 @@ class FrozenVAE:
         describe a VAE that this tool knows."""
         source = source_at(place, label)
         try:
-            with torch.device("meta"):  # shapes and defaults without memory
-                plan = source.vae_class.from_config(source.config)
-                raw_shape = CONVENTIONS[source.class_name].measure(plan)
+            described = _described(source.vae_class, source.config)
         except Exception as error:  # whatever a hand-edited config makes the constructor raise
             reason = one_line(error)
             raise UserError(f"{label} {place}: {source.what} does not describe a {source.class_name} ({reason})") from None
-        vae = cls(plan.config, source.class_name, raw_shape, device, dtype, label)
+        vae = cls(described.config, source.class_name, described.raw_shape, device, dtype, label)
         vae.folder, vae._source = place, source
         vae.space_name, vae.has_own_map = source.space_name, source.has_own_map
-        vae._parameters = sum(parameter.numel() for parameter in plan.parameters())
+        vae._parameters = described.parameters
         return vae
 
     @property

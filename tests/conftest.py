@@ -1,11 +1,13 @@
 """Real parts, tiny in size: diffusers VAEs with random weights, image folders, and the two programs as subprocesses."""
 
 import contextlib
+import json
 import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import hypothesis
 import numpy as np
@@ -115,6 +117,7 @@ def tiny_flags(vae_folders, photo_folders, folder):
         "num_workers": 0,
         "warmup_steps": 2,
         "log_frequency": 1,
+        "num_visualize_samples": 1,
         "device": "cpu",
         "precision": "float32",
         "latent_cache_dir": Path(folder) / "cache",
@@ -173,16 +176,49 @@ def run_script(script, *argv, launcher=(), check=True, env=None, cwd=None, timeo
     return result
 
 
+FORKS = """
+import json, os, runpy, sys
+script, folder, *module = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(script))
+for name in module:
+    __import__(name)
+for number, argv in enumerate(json.load(sys.stdin)):
+    if os.fork():
+        print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+        continue
+    for stream, kind in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{number}.{kind}", os.O_CREAT | os.O_WRONLY), stream)
+    sys.argv = [script, *argv]
+    runpy.run_path(script, run_name="__main__")
+    break
+"""
+
+
+def run_each(script, argvs, cwd, *modules):
+    """[CompletedProcess] of the script with each of these arguments: processes of their own, forked from one that has imported
+    `modules`, since the imports take longer than what such a run does. Not for runs that compute."""
+    folder = Path(cwd) / "printed"
+    folder.mkdir()
+    forks = [sys.executable, "-c", FORKS, str(ROOT / script), str(folder), *modules]
+    given, env = json.dumps([list(map(str, argv)) for argv in argvs]), child_environment()
+    codes = subprocess.run(forks, input=given, stdout=subprocess.PIPE, text=True, env=env, cwd=cwd, timeout=600).stdout.split()
+    printed = [[(folder / f"{number}.{kind}").read_text() for kind in ("out", "err")] for number in range(len(argvs))]
+    return [subprocess.CompletedProcess(argv, int(code), *texts) for argv, code, texts in zip(argvs, codes, printed)]
+
+
 def read_scalars(log_dir):
-    """{tag: [(step, value), …]} of the runs below `log_dir`, as TensorBoard shows them: a folder's event files are one log."""
+    """{tag: [(step, value), …]} of the runs below `log_dir`, as TensorBoard shows them: a folder's event files are one log.
+    Checksums are not compared: they are computed in Python, a second for the pictures of one run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 
     scalars = {}
-    for folder in sorted({file.parent for file in Path(log_dir).rglob("events.out.tfevents.*")}):
-        events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-        events.Reload()
-        for tag in events.Tags()["scalars"]:
-            scalars.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
+    with mock.patch.object(pywrap_tensorflow, "masked_crc32c", lambda data: mock.ANY):
+        for folder in sorted({file.parent for file in Path(log_dir).rglob("events.out.tfevents.*")}):
+            events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+            events.Reload()
+            for tag in events.Tags()["scalars"]:
+                scalars.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
     return scalars
 
 

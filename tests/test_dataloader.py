@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 import dataloader
 from dataloader import (
+    BatchesInOrder,
     EpochSampler,
     HubImages,
     ImageDataset,
@@ -55,6 +56,17 @@ def test_every_image_is_seen_in_every_epoch_in_batches_of_one_size(length, batch
         counts = np.bincount([index for index, _ in seen], minlength=length)
         assert counts.min() >= 1 and counts.max() - counts.min() <= 1 and len(counts) == length
         assert all(0 <= view < views if views else view == epoch for _, view in seen)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("length", [1, 8, 11])
+def test_evaluation_batches_are_shared_out_whole(length, world):
+    """An image that two processes judge, or none; a batch of other images than one process would have."""
+    whole = list(BatchesInOrder(length, 4))
+    shares = [BatchesInOrder(length, 4, rank, world) for rank in range(world)]
+    assert [len(share) for share in shares] == [len(list(share)) for share in shares]
+    assert [list(share) for share in shares] == [whole[rank::world] for rank in range(world)]
+    assert [index for batch in whole for index in batch] == list(range(length))
 
 
 @pytest.mark.parametrize("views", [0, 4])

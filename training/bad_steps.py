@@ -10,6 +10,19 @@ SHOWN_FILES = 8
 KEPT_STEPS = 100  # outcomes that may wait on the device before they are read
 
 
+def leave_out(optimizer: torch.optim.Optimizer, ok: torch.Tensor) -> None:
+    """Have the next `optimizer.step()` do nothing unless `ok`.
+
+    torch's gradient scaler tells a fused optimizer by the attribute `found_inf` to leave weights, moments and step count as
+    they are; the same attribute is set here. An optimizer that is not fused, on a device without the kernel, does not read
+    it: its gradients are dropped instead, which waits for the device.
+    """
+    if all(group.get("fused", True) for group in optimizer.param_groups):
+        optimizer.found_inf = (~ok).float()
+    elif not ok:
+        optimizer.zero_grad(set_to_none=True)
+
+
 class BadSteps:
     """Masks and counts bad steps without waiting for the device at every step.
 
@@ -30,20 +43,12 @@ class BadSteps:
         self._pending = []
 
     def mask(self, optimizer: torch.optim.Optimizer, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
-        """Have the next `optimizer.step()` do nothing if this loss or gradient norm is not finite; returns whether it is.
-
-        torch's gradient scaler tells a fused optimizer by the attribute `found_inf` to leave weights, moments and step count as
-        they are; the same attribute is set here. An optimizer that is not fused, on a device without the kernel, does not read
-        it: its gradients are dropped instead, which waits for the device.
-        """
+        """Have the next `optimizer.step()` do nothing if this loss or gradient norm is not finite; returns whether it is."""
         ok = loss.detach().isfinite() & grad_norm.isfinite().to(loss.device)
         if self.accelerator.num_processes > 1:  # gradients are shared, a loss is each process's own
             ok = self.accelerator.reduce(ok.float(), "sum") >= self.accelerator.num_processes - 0.5
         if self.accelerator.scaler is None:
-            if all(group.get("fused", True) for group in optimizer.param_groups):
-                optimizer.found_inf = (~ok).float()
-            elif not ok:
-                optimizer.zero_grad(set_to_none=True)
+            leave_out(optimizer, ok)
         return ok
 
     def note(self, ok: torch.Tensor, step: int, files: list[str]) -> None:

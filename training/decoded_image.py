@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
+from evaluation.st_lpips import PerceptualDistance
 from latents.pipeline import PipelineWithVAEs, encoded_batches
 from latents.spaces import Codec
+from training.reencoded import Reencoded
+from training.window import Window, draw_window
 
 BIAS_RATE = 0.01  # of the remaining colour bias, per step: a hundred steps correct it, and as many are averaged over
 LARGEST_CORRECTION = 8 / 127.5  # eight 8-bit levels: a bias that no correction moves must not shift the reference without end
@@ -67,9 +70,106 @@ class ColourReference:
         self.shift = shift
 
 
+class DecodedWindow:
+    """What VAE2's decoder shows in a step's window. Each part is made once, and only if a term asks for it.
+
+    Attributes, pictures (B, 3, H, W) in image values of the part of the window that is compared:
+        shown: the decoded aligned latents, with their gradient, not clamped. wanted: what its pixels should be.
+        visible: what is shown as a viewer sees it, clamped to [-1, 1].
+        visible_wanted: what that should look like: `wanted`, or VAE1's picture where that has a share in it, since a mixture of
+            two pictures is none.
+        vae2: what the decoder makes of VAE2's latents, clamped too.
+        features, wanted_features, vae2_features: what the frozen network `eyes` sees in those three.
+        decoder_features, wanted_decoder_features: what the decoder's stages put out, see `decoder_features`.
+        bias: by how much the mean R, G and B of `shown` exceed those of the reference, (3,).
+    """
+
+    def __init__(self, loss: DecodedImageLoss, aligned, target, images, step: int, reencoded: Reencoded | None = None):
+        self._codec, self._eyes, self._target, self._shift = loss.codec, loss.eyes, target, loss.colours.shift.view(3, 1, 1)
+        self._reencoded = reencoded
+        self._by_decoder = decoder_difference in (term for _, term in loss.terms)
+        self.window = loss.window_of(aligned.shape[2:], step)
+        self._inner = self.window.inner(loss.margin, self._codec.stride)
+        self.shown, self.decoder_features = self._decode(self.window.cut(aligned))
+        by_image = loss.reference == "original"
+        reference = self.window.cut(images, self._codec.stride)[self._inner] if by_image else self._vae2[0]
+        self.bias = _colour_bias(self.shown, reference)
+        self.wanted = self._seen_wanted = reference + self._shift
+        if reencoded:
+            self._seen_wanted = reencoded.picture_in(self.window)[self._inner] + self._shift
+            self.wanted = self.wanted.lerp(self._seen_wanted, loss.reencoded_share)
+
+    def _decode(self, latents):
+        with decoder_features(self._codec.vae.model, self._by_decoder) as features:
+            return self._codec.decode(latents)[self._inner], features
+
+    @cached_property
+    @torch.no_grad()
+    def _vae2(self):
+        return self._decode(self.window.cut(self._target))
+
+    @cached_property
+    @torch.no_grad()
+    def wanted_decoder_features(self) -> list:
+        return self._decode(self._reencoded.latents_in(self.window))[1] if self._reencoded else self._vae2[1]
+
+    @cached_property
+    def visible(self) -> torch.Tensor:
+        return self.shown.clamp(-1, 1)
+
+    @cached_property
+    def visible_wanted(self) -> torch.Tensor:
+        return self._seen_wanted.clamp(-1, 1)
+
+    @cached_property
+    def vae2(self) -> torch.Tensor:
+        return self._vae2[0].clamp(-1, 1)
+
+    @cached_property
+    def features(self) -> list[torch.Tensor]:
+        return self._eyes.features(self.visible)
+
+    @cached_property
+    @torch.no_grad()
+    def wanted_features(self) -> list[torch.Tensor]:
+        return self._eyes.features(self.visible_wanted)
+
+    @cached_property
+    @torch.no_grad()
+    def vae2_features(self) -> list[torch.Tensor]:
+        return self._eyes.features(self.vae2)
+
+    def eyes_distance(self) -> torch.Tensor:
+        """How far apart `eyes` find what is shown and what is wanted: (B,)."""
+        return self._eyes.distance(self.features, self.wanted_features)
+
+
+# Terms: functions (DecodedWindow) -> scalar. Another one is a function of that form and a line in `objective._terms`.
+
+
+def pixel_difference(kind: str) -> Callable[[DecodedWindow], torch.Tensor]:
+    """The term of that name in `KINDS`: the absolute or squared difference by pixel."""
+    return lambda window: KINDS[kind](window.shown, window.wanted)
+
+
+def decoder_difference(window: DecodedWindow) -> torch.Tensor:
+    """How far the decoder's own features are from those of VAE2's latents (see `feature_distance`)."""
+    return feature_distance(window.decoder_features, window.wanted_decoder_features)
+
+
+def eyes_difference(window: DecodedWindow) -> torch.Tensor:
+    """The mean ST-LPIPS distance, by the network whose features are at hand."""
+    return window.eyes_distance().mean()
+
+
+def picture_distance(network: Callable) -> Callable[[DecodedWindow], torch.Tensor]:
+    """The mean of a function (pictures, wanted pictures) -> distances, such as LPIPS."""
+    return lambda window: network(window.visible, window.visible_wanted).mean()
+
+
 @dataclass
 class DecodedImageLoss:
-    """The weighted difference between the decoded aligned latents and a reference picture, in image values [-1, 1].
+    """Weighted terms on how the decoded aligned latents differ from a reference picture, in image values [-1, 1].
 
     Gradients flow through the frozen decoder into the aligned latents. To stay affordable it decodes the first
     `batch_size` items of a batch, of each a random window of `window` x `window` latents (0: the whole).
@@ -79,10 +179,10 @@ class DecodedImageLoss:
         reference: "original" compares with the image that was encoded, in VAE2's colours (see `ColourReference`), "vae2" with
             what the decoder makes of VAE2's latents.
         margin: latents at the window's edge that are decoded and not compared, since the decoder lacks their surroundings.
-        kind, weight: "l1" takes the absolute difference by pixel, "mse" the squared one; and its factor.
-        perceptual: a function (decoded, reference pictures) -> distances, such as LPIPS, or "decoder": how far the decoder's
-            own features are from those of VAE2's latents (see `feature_distance`); None for neither.
-        perceptual_weight: the factor of that distance.
+        terms: (weight, function of a `DecodedWindow`) each.
+        eyes: the frozen network whose features terms look at, such as that of ST-LPIPS; None where no term does.
+        reencoded_share: of VAE1's picture in the reference of pixels, where a call is given `training.reencoded.Reencoded`. To
+            whatever looks at features or at whole pictures that picture is then the reference.
     """
 
     codec: Codec
@@ -91,35 +191,28 @@ class DecodedImageLoss:
     reference: str
     seed: int
     margin: int = 1
-    kind: str = "l1"
-    weight: float = 1.0
-    perceptual: Callable | str | None = None
-    perceptual_weight: float = 0.0
+    terms: Sequence[tuple[float, Callable]] = ((1.0, pixel_difference("l1")),)
+    eyes: PerceptualDistance | None = None
+    reencoded_share: float = 0.0
 
     def __post_init__(self):
         self.colours = ColourReference(self.codec.vae.device)
 
-    def __call__(self, aligned: torch.Tensor, target: torch.Tensor, images: torch.Tensor | None, step: int):
+    def __call__(
+        self,
+        aligned: torch.Tensor,
+        target: torch.Tensor,
+        images: torch.Tensor | None,
+        step: int,
+        reencoded: Reencoded | None = None,
+    ):
         """Aligned and target latents (B, C, h, w), images (B, 3, H, W) in [-1, 1], all on the codec's device -> (the loss, a
-        scalar; the colour bias of what was decoded, (3,)). The window depends on (seed, step) alone."""
-        cut, inner = self._window(aligned.shape[2:], step)
-        by_features = self.perceptual == "decoder"
-        with decoder_features(self.codec.vae.model, by_features) as features:
-            decoded = self.codec.decode(cut(aligned))
-        if self.reference == "vae2" or by_features:
-            with torch.no_grad(), decoder_features(self.codec.vae.model, by_features) as wanted_features:
-                wanted = self.codec.decode(cut(target))
-        if self.reference == "original":
-            wanted = cut(images, self.codec.stride)
-        bias = _colour_bias(decoded[inner], wanted[inner])
-        wanted = wanted + self.colours.shift.view(3, 1, 1)
-        loss = self.weight * KINDS[self.kind](decoded[inner], wanted[inner])
-        if by_features:
-            loss = loss + self.perceptual_weight * feature_distance(features, wanted_features)
-        elif self.perceptual:
-            distances = self.perceptual(decoded[inner].clamp(-1, 1), wanted[inner].clamp(-1, 1))
-            loss = loss + self.perceptual_weight * distances.mean()
-        return loss, bias
+        scalar; the `DecodedWindow` of what was decoded). The window depends on (seed, step) alone."""
+        window = DecodedWindow(self, aligned, target, images, step, reencoded)
+        loss = aligned.new_zeros(())
+        for weight, term in self.terms:
+            loss = loss + weight * term(window)
+        return loss, window
 
     def measure_colours(self, pipeline: PipelineWithVAEs, loader, accelerator) -> None:
         """Take VAE2's colour bias from some training images. Where VAE2's reconstruction is the reference it has none."""
@@ -130,28 +223,11 @@ class DecodedImageLoss:
     @torch.no_grad()
     def _biases_of_vae2(self, batches):
         for step, (_, target, images) in enumerate(batches):
-            cut, inner = self._window(target.shape[2:], step)
-            yield _colour_bias(self.codec.decode(cut(target))[inner], cut(images, self.codec.stride)[inner])
+            yield DecodedWindow(self, target, target, images, step).bias
 
-    def _window(self, size: torch.Size, step: int):
-        """Of a step, on latents of that height and width: the function that cuts the window out of a batch, and the index of
-        the part of the decoded window that is compared."""
-        stride = self.codec.stride
-        height, width = size
-        high, wide = min(self.window or height, height), min(self.window or width, width)
-        # the place is drawn from half a window beyond the edges and then moved inside, so that the outermost latents are
-        # decoded in a quarter of the steps; drawn from inside alone, they would be decoded in one of many
-        at = 2 * np.random.default_rng((self.seed, step)).random(2) - 0.5
-        top, left = (round(place * slack) for place, slack in zip(at.clip(0, 1), (height - high, width - wide)))
-
-        def cut(tensor, scale=1):
-            tensor = tensor[: self.batch_size]
-            return tensor[..., top * scale : (top + high) * scale, left * scale : (left + wide) * scale]
-
-        # at an edge of the image the decoder sees all that there is, so nothing is left out there
-        margin = min(self.margin, (min(high, wide) - 1) // 2) * stride
-        above, below, before, after = (margin * (side > 0) for side in (top, height - top - high, left, width - left - wide))
-        return cut, (..., slice(above, high * stride - below), slice(before, wide * stride - after))
+    def window_of(self, whole: torch.Size, step: int) -> Window:
+        """The window of a step on latents of that height and width."""
+        return draw_window(tuple(whole), self.window, self.batch_size, self.seed, step)
 
 
 def _colour_bias(decoded: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,7 @@ class RidgeRegression:
 
 def fit_ridge(pipeline: PipelineWithVAEs, loader, accelerator) -> None:
     """Fit the map between a pipeline's latents on some training images; its module keeps it beside the weights."""
-    regression = RidgeRegression(pipeline.module.linear.in_channels, pipeline.config.out_channels)
+    regression = RidgeRegression(pipeline.module.ridge_weight.shape[1], pipeline.config.out_channels)
     for inputs, target, _ in encoded_batches(pipeline, loader, accelerator, RIDGE_IMAGES):
         regression.add(pipeline.module.on_output_grid(inputs["latents"]), target)
     if accelerator.num_processes > 1:  # every process adds what it saw, and all start from the same map

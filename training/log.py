@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from dataloader import eval_loader as whole_set
 from evaluation.fixed_rungs import FixedRungs
 from evaluation.ladder import Ladder
 from evaluation.pictures import comparison_sheets
@@ -89,13 +90,15 @@ class RunLog:
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.step} | values, allow_nan=False) + "\n")
 
-    def log_training(self, loss: float, learning_rate: float, **more: float) -> None:
-        """A log entry of the training: scalars `train/…` and a line in training.jsonl. What is not finite is left out."""
-        scalars = {"loss": loss, "learning_rate": learning_rate} | more
+    def log_training(self, loss: float, learning_rate: float, terms: dict[str, float] | None = None, **more: float) -> None:
+        """A log entry of the training: scalars `train/…`, and but for `more` a line in training.jsonl. What is not finite is
+        left out. `terms`: figures of parts of the loss, by name."""
+        terms = {name: value for name, value in (terms or {}).items() if math.isfinite(value)}
+        scalars = {"loss": loss, "learning_rate": learning_rate} | terms | more
         for name, value in scalars.items():
             if math.isfinite(value):
                 self.add_scalar(f"train/{name}", value)
-        self.add_line(TRAINING_FILE, loss=loss if math.isfinite(loss) else None, learning_rate=learning_rate)
+        self.add_line(TRAINING_FILE, loss=loss if math.isfinite(loss) else None, learning_rate=learning_rate, **terms)
 
     def flush(self) -> None:
         self._events.flush()
@@ -127,13 +130,18 @@ def drop_lines_after(path: Path, step: int) -> None:
         file.writelines(kept)
 
 
-def evaluate_and_log(pipeline, eval_loader, writer: RunLog, epoch, args, dtype) -> dict:
+def evaluate_and_log(pipeline, eval_loader, writer: RunLog | None, epoch, args, dtype, accelerator=None, fixed=None) -> dict:
     """Evaluate the whole set; scalars to TensorBoard and a line to metrics.jsonl; returns {rung: metrics} of the ladder.
 
     The rungs that training cannot move are measured once, remembered in `writer.fixed`, and drawn again as level lines. They
     are measured anew when the evaluation images have changed. UserError when the module's output is not finite.
+
+    Several processes evaluate together: each calls this with its `accelerator` and its share of the images. One that has no
+    writer gives the run's `fixed` in its place, and logs nothing.
     """
-    ladder = writer.fixed.evaluate(pipeline, eval_loader, dtype)
+    ladder = (writer.fixed if writer else fixed).evaluate(pipeline, eval_loader, dtype, accelerator)
+    if not writer:
+        return ladder
     writer.name_unreadable(writer.fixed.unreadable)
     for rung, figures in ladder.items():
         for name in CHARTS.values():
@@ -173,7 +181,7 @@ def visualize_results(pipeline, eval_loader, writer: RunLog, epoch, args, dtype)
     ladder = Ladder(pipeline, dtype)
     captions = ladder.captions
     shown = 0
-    for batch in eval_loader:
+    for batch in whole_set(eval_loader.dataset, args.eval_batch_size, 0):
         images = batch["pixel_values"][: args.num_visualize_samples - shown].to(pipeline.device)
         if not len(images):
             continue

@@ -1,58 +1,135 @@
-"""What training minimises: the latent loss and the loss on the decoded image that the flags ask for, as one scalar."""
+"""What training minimises: the latent loss, the loss on the decoded image and the adversarial terms that the flags ask for."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from evaluation.networks import lpips_network
-from evaluation.st_lpips import SMALLEST_SIDE, st_lpips
+from evaluation.st_lpips import SMALLEST_SIDE, PerceptualDistance, st_lpips
 from latents.pipeline import PipelineWithVAEs
 from latents.spaces import Codec
 from latents.vaes import load_vae_model
 from losses import get_loss_function
-from training.decoded_image import DecodedImageLoss
+from training.adversarial import Adversary, Rules
+from training.decoded_image import (
+    DecodedImageLoss,
+    DecodedWindow,
+    decoder_difference,
+    eyes_difference,
+    picture_distance,
+    pixel_difference,
+)
+from training.discriminators import JUDGED_STAGES, LatentDiscriminator, PictureDiscriminator
+from training.reencoded import Reencoder
+from training.window import draw_window
 from utils import UserError
+
+PERCEPTUAL_LOSSES = ("decoder", "lpips", "stlpips")  # what --perceptual_loss offers
+
+
+@dataclass
+class Round:
+    """What a discriminator is given in a step: its inputs from VAE2, those from the module, and the module's term for these."""
+
+    adversary: Adversary
+    real: list[torch.Tensor]
+    made: list[torch.Tensor]
+    term: torch.Tensor
+
+
+@dataclass
+class Seen:
+    """What a step's loss leaves for `Objective.after_step`."""
+
+    colour_bias: torch.Tensor | None = None
+    rounds: list[Round] = field(default_factory=list)
 
 
 class Objective:
-    """The weighted sum of the latent loss and, where asked for, of a loss on what VAE2's decoder makes of the latents.
+    """The weighted sum of the latent loss and, where asked for, of losses on what VAE2's decoder makes of the latents, and of
+    what discriminators say to either.
 
-    Raises UserError when the VAE of --decoder_loss_path has another latent space, or LPIPS' weights are not at hand.
+    Raises UserError when the VAE of --decoder_loss_path has another latent space, a network's weights are not at hand, or the
+    decoded window is too small for it.
+
+    Attributes:
+        adversaries: the discriminators in play, {"latent" or "window": `Adversary`}.
     """
 
     def __init__(self, pipeline: PipelineWithVAEs, args: argparse.Namespace):
         self.latent_loss = get_loss_function(args.loss_type)
         self.latent_weight = args.loss_weight
+        self.reencode = _reencoder(pipeline, args)
+        self._window = {"side": args.decoder_loss_window, "items": args.decoder_loss_batch, "seed": args.seed}
         self.decoded = _decoded_loss(pipeline, args) if decodes_pictures(args) else None
         self.reads_images = reads_images(args)
+        self.adversaries = _adversaries(pipeline, args, self.decoded)
 
-    def __call__(self, aligned: torch.Tensor, target: torch.Tensor, images: torch.Tensor | None, step: int):
-        """Aligned and target latents (B, C, h, w), images (B, 3, H, W) or None where `reads_images` is false -> (the loss, a
-        scalar; what `after_step` is to be given)."""
-        loss = self.latent_weight * self.latent_loss(aligned, target)
-        if not self.decoded:
-            return loss, None
-        decoded_loss, colour_bias = self.decoded(aligned, target, images, step)
-        return loss + decoded_loss, colour_bias
+    def __call__(self, aligned: torch.Tensor, target: torch.Tensor, inputs: dict, images: torch.Tensor | None, step: int):
+        """Aligned and target latents (B, C, h, w), what the module was given, images (B, 3, H, W) or None where `reads_images`
+        is false -> (the loss, a scalar; what `after_step` is to be given)."""
+        reencoded = None
+        if self.reencode:
+            reencoded = self.reencode(inputs["latents"], draw_window(aligned.shape[2:], step=step, **self._window))
+        loss = self.latent_weight * self._latent_loss(aligned, target, reencoded)
+        seen, window = Seen(), None
+        if self.decoded:
+            decoded_loss, window = self.decoded(aligned, target, images, step, reencoded)
+            loss, seen.colour_bias = loss + decoded_loss, window.bias
+        for name, adversary in self.adversaries.items():
+            if adversary.plays(step):
+                real, made = INPUTS[name](aligned, target, inputs, window)
+                term = adversary.term(made, step)
+                loss = loss + term
+                seen.rounds.append(Round(adversary, real, [tensor.detach() for tensor in made], term))
+        return loss, seen
+
+    def _latent_loss(self, aligned, target, reencoded):
+        loss = self.latent_loss(aligned, target)
+        return loss.lerp(self.latent_loss(*reencoded.known(aligned)), self.reencode.weight) if reencoded else loss
+
+    def begin_at_once(self) -> None:
+        """Have what begins later in a run begin with its first step, so that a trial of a few steps takes what others take."""
+        for adversary in self.adversaries.values():
+            adversary.rules = replace(adversary.rules, start_step=0)
 
     def before_first_step(self, pipeline: PipelineWithVAEs, loader, accelerator) -> None:
         """Measure on some training images what the losses compare with."""
         if self.decoded:
             self.decoded.measure_colours(pipeline, loader, accelerator)
 
-    def after_step(self, colour_bias: torch.Tensor | None, ok: torch.Tensor, accelerator) -> None:
+    def after_step(self, seen: Seen, ok: torch.Tensor, accelerator) -> None:
         """After an optimizer step, which was `ok` if its loss and gradient were finite."""
         if self.decoded:
-            self.decoded.colours.correct(colour_bias, ok, accelerator)
+            self.decoded.colours.correct(seen.colour_bias, ok, accelerator)
+        for each in seen.rounds:
+            each.adversary.learn(each.real, each.made, each.term, ok, accelerator)
+
+    def read(self, accelerator) -> dict[str, float]:
+        """What the discriminators have to log, as means since the last time; nan before their start. Waits for the device."""
+        figures = {}
+        for adversary in self.adversaries.values():
+            figures |= adversary.read(accelerator)
+        return figures
 
     def state_dict(self) -> dict:
-        return {"colours": self.decoded.colours.state_dict() if self.decoded else {}}
+        return {
+            "colours": self.decoded.colours.state_dict() if self.decoded else {},
+            "adversaries": {name: adversary.state_dict() for name, adversary in self.adversaries.items()},
+        }
 
     def load_state_dict(self, state: dict) -> None:
         if self.decoded:
             self.decoded.colours.load_state_dict(state["colours"])
+        for name, adversary in self.adversaries.items():
+            adversary.load_state_dict(state["adversaries"][name])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses on the decoded image
 
 
 def _decoded_loss(pipeline, args):
@@ -65,59 +142,84 @@ def _decoded_loss(pipeline, args):
         codec = Codec(vae, args.decoder_loss_path, args.decoder_loss_subfolder)
         if (codec.channels, codec.stride) != (pipeline.codec2.channels, pipeline.codec2.stride):
             raise UserError(f"{label} {args.decoder_loss_path}: its latent space is not VAE2's (other channels or stride)")
-    perceptual = None
-    if args.perceptual_loss_weight:
-        _require_window(args, codec.stride)
-        perceptual = PERCEPTUAL_LOSSES[args.perceptual_loss](pipeline.device)
     return DecodedImageLoss(
         codec,
         batch_size=args.decoder_loss_batch,
         window=args.decoder_loss_window,
         reference=args.decoder_loss_reference,
         seed=args.seed,
-        kind=args.decoder_loss_type,
-        weight=args.decoder_loss_weight,
-        perceptual=perceptual,
-        perceptual_weight=args.perceptual_loss_weight,
+        terms=_terms(args, pipeline.device),
+        eyes=_eyes(args, codec),
+        reencoded_share=args.reencode_target,
     )
 
 
-def _require_window(args, stride):
-    """UserError where the compared part of a window is too small for ST-LPIPS."""
-    side = (args.decoder_loss_window - 2 * DecodedImageLoss.margin) * stride
-    if args.perceptual_loss == "stlpips" and args.decoder_loss_window and side < SMALLEST_SIDE:
-        least = -(-SMALLEST_SIDE // stride) + 2 * DecodedImageLoss.margin
+def _reencoder(pipeline, args) -> Reencoder | None:
+    if not args.reencode_target:
+        return None
+    if not pipeline.uses_latents:
         raise UserError(
-            f"--decoder_loss_window {args.decoder_loss_window}: --perceptual_loss stlpips needs at least {least} latents"
+            f"--reencode_target {args.reencode_target:g}: the module does not see VAE1's latents, which are re-encoded; "
+            "add latent to --input_types"
         )
+    return Reencoder(pipeline.codec1, pipeline.codec2, args.reencode_target)
 
 
-def _network(name, load):
-    """A function device -> the perceptual network that `load` gives; its errors name the flag."""
-
-    def load_on(device):
-        try:
-            return load(device)
-        except UserError as error:
-            raise UserError(
-                f"--perceptual_loss {name}: {error}; or use --perceptual_loss decoder, which needs no weights"
-            ) from None
-
-    return load_on
+def _terms(args, device) -> list[tuple]:
+    """The terms on the decoded window that the flags ask for, each with its weight."""
+    terms = []
+    if args.decoder_loss_weight:
+        terms.append((args.decoder_loss_weight, pixel_difference(args.decoder_loss_type)))
+    if args.perceptual_loss_weight:
+        terms.append((args.perceptual_loss_weight, _perceptual_term(args.perceptual_loss, device)))
+    return terms
 
 
-# what --perceptual_loss offers: a function device -> what `DecodedImageLoss` takes; stlpips looks through AlexNet, since the
-# verdict of an evaluation looks through VGG
-PERCEPTUAL_LOSSES = {
-    "decoder": lambda device: "decoder",
-    "lpips": _network("lpips", lpips_network),
-    "stlpips": _network("stlpips", lambda device: st_lpips("alex", device)),
-}
+def _perceptual_term(name, device):
+    if name == "lpips":
+        return picture_distance(_network("--perceptual_loss lpips", lambda: lpips_network(device)))
+    return {"decoder": decoder_difference, "stlpips": eyes_difference}[name]
+
+
+def _eyes(args, codec) -> PerceptualDistance | None:
+    """The frozen network that terms and discriminator look through, if any does: ST-LPIPS' AlexNet, since the verdict of an
+    evaluation looks through VGG. In the precision of the VAEs."""
+    asking = []
+    if args.perceptual_loss_weight and args.perceptual_loss == "stlpips":
+        asking.append("--perceptual_loss stlpips")
+    if args.adversarial_weight:
+        asking.append(f"--adversarial_weight {args.adversarial_weight:g}")
+    if not asking:
+        return None
+    _require_side(args, codec.stride, asking[0])
+    return _network(asking[0], lambda: st_lpips("alex", codec.vae.device)).to(codec.vae.dtype)
+
+
+def _require_side(args, stride, asking):
+    """UserError where the compared part of a window is too small for ST-LPIPS."""
+    whole = args.image_size // stride
+    window = min(args.decoder_loss_window or whole, whole)
+    margins = 2 * DecodedImageLoss.margin * (window < whole)
+    if (window - margins) * stride >= SMALLEST_SIDE:
+        return
+    if window == whole:
+        raise UserError(f"--image_size {args.image_size}: {asking} needs at least {SMALLEST_SIDE} px")
+    least = -(-SMALLEST_SIDE // stride) + 2 * DecodedImageLoss.margin
+    raise UserError(f"--decoder_loss_window {args.decoder_loss_window}: {asking} needs at least {least} latents")
+
+
+def _network(asking, load):
+    """The network that `load` gives; its errors name the flag that asks for it."""
+    try:
+        return load()
+    except UserError as error:
+        remedy = "; or use --perceptual_loss decoder, which needs no weights" if "perceptual" in asking else ""
+        raise UserError(f"{asking}: {error}{remedy}") from None
 
 
 def decodes_pictures(args: argparse.Namespace) -> bool:
     """Whether a loss looks at decoded pictures."""
-    return bool(args.decoder_loss_weight or args.perceptual_loss_weight)
+    return bool(args.decoder_loss_weight or args.perceptual_loss_weight or args.adversarial_weight)
 
 
 def reads_images(args: argparse.Namespace) -> bool:
@@ -128,3 +230,35 @@ def reads_images(args: argparse.Namespace) -> bool:
 def needs_pixels(args: argparse.Namespace) -> bool:
     """Whether training batches must carry the image beside its latents."""
     return "image" in args.input_types or reads_images(args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Adversarial terms
+
+
+def _adversaries(pipeline, args, decoded) -> dict[str, Adversary]:
+    rules = Rules(args.adversarial_lr, args.adversarial_start_step, args.adversarial_warmup_steps)
+    place = {"rules": rules, "device": pipeline.device, "dtype": pipeline.codec2.vae.dtype}
+    found = {}
+    if args.latent_adversarial_weight:
+        given = pipeline.codec1.channels if pipeline.uses_latents else 0
+        network = LatentDiscriminator(pipeline.codec2.channels, given)
+        found["latent"] = Adversary("latent_adversarial_weight", network, args.latent_adversarial_weight, **place)
+    if args.adversarial_weight:
+        network = PictureDiscriminator([decoded.eyes.channels[stage] for stage in JUDGED_STAGES])
+        found["window"] = Adversary("adversarial_weight", network, args.adversarial_weight, **place)
+    return found
+
+
+def _latents_to_judge(aligned, target, inputs, window: DecodedWindow | None):
+    given = [inputs["latents"]] if "latents" in inputs else []
+    return [target, *given], [aligned, *given]
+
+
+def _pictures_to_judge(aligned, target, inputs, window: DecodedWindow | None):
+    real = [window.vae2, *(window.vae2_features[stage] for stage in JUDGED_STAGES)]
+    return real, [window.visible, *(window.features[stage] for stage in JUDGED_STAGES)]
+
+
+# of each discriminator, a function of what a step has -> (its inputs from VAE2, its inputs from the module)
+INPUTS = {"latent": _latents_to_judge, "window": _pictures_to_judge}

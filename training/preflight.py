@@ -38,3 +38,6 @@ def warn_of_odd_flags(args: argparse.Namespace, images: int, processes: int) -> 
     steps = total_steps(args, -(-images // batch_size))
     if args.warmup_steps > steps:
         log.warning("--warmup_steps %d: the run has %d, so it ends before --learning_rate is reached", args.warmup_steps, steps)
+    start, weights = args.adversarial_start_step, ("adversarial_weight", "latent_adversarial_weight")
+    if start >= steps and any(getattr(args, name) for name in weights):
+        log.warning("--adversarial_start_step %d: the run has %d, so no discriminator ever plays", start, steps)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latents.spaces import Codec
+from training.budget import Budget
 from training.checkpoints import OWN_NAME
 from utils import UserError
 from vae_align import AlignError, checkpoints_in, read_checkpoint
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 # What a resumed run may be given anew: how long it goes on, where things are and what it says meanwhile. The other flags
 # shape the weights, and come from the checkpoint.
 MAY_CHANGE = frozenset({
-    "epochs", "max_train_steps", "device", "num_workers", "compile", "cache_only", "max_bad_steps",
+    "epochs", "max_train_steps", "minutes", "device", "num_workers", "compile", "cache_only", "max_bad_steps",
     "train_data_dir", "eval_data_dir", "latent_cache_dir", "log_dir", "save_dir", "config_save_path", "cache_dir", "proxy",
     "vae1_path", "vae1_subfolder", "vae2_path", "vae2_subfolder", "decoder_loss_path", "decoder_loss_subfolder",
     "log_frequency", "eval_frequency", "visualize_frequency", "save_frequency", "save_steps", "keep_last",
@@ -159,6 +160,8 @@ def require_training(content: dict, path) -> None:
             and isinstance(training["files"], str)
             and training["colours"].keys() in ({}.keys(), {"vae2_bias", "shift"})
             and all(colours.shape == (3,) for colours in training["colours"].values())
+            and isinstance(training.get("adversaries", {}), dict)
+            and training["budget"].keys() == Budget(0).state_dict().keys()
             and training["state"].keys() == {"weights", "optimizer", "scheduler", "scaler"}
         )  # fmt: skip
     except (AttributeError, KeyError, TypeError):

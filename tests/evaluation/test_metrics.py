@@ -29,7 +29,7 @@ from evaluation.summary import summarise
 def sample_of(images, originals):
     """What a rung made of a batch, without latents; VAE2's picture is the original."""
     images, originals = (torch.as_tensor(each) for each in (images, originals))
-    return Sample(originals, images, None, originals, torch.zeros(len(images), 1, 2, 2))
+    return Sample(originals, images, None, originals, torch.zeros(len(images), 1, 2, 2), tuple(range(len(images))))
 
 
 def test_ms_ssim_is_left_out_where_the_library_refuses():

@@ -24,7 +24,8 @@ def figure_of(measure, rungs, original=None, vae2_picture=None, vae2_latents=Non
         pick = [None if each is None else each[one] for each in (original, vae2_picture, vae2_latents)]
         original_of_batch = pick[0] if pick[0] is not None else torch.zeros(1, 3, 8, 8)
         for name, (pictures, latents) in rungs.items():
-            measure.add(name, Sample(original_of_batch, pictures[one], None if latents is None else latents[one], *pick[1:]))
+            made = pictures[one], None if latents is None else latents[one]
+            measure.add(name, Sample(original_of_batch, *made, *pick[1:], (image,)))
     return measure.result(), measure.intervals()
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_each, run_script
 
 from latents.spaces import SPACES
 from vae_align import AlignConfig, AlignModule, AlignPipeline, LatentSpace
@@ -60,7 +60,8 @@ def test_other_grids_leave_their_sizes_open_too(input_types, strides, tmp_path):
 
 def test_another_ending_or_place_is_one_line(tmp_path):
     """Minutes of work for a file that cannot be written, or torch's traceback."""
-    for output in (tmp_path / "module.txt", tmp_path / "nowhere" / "module.onnx"):
-        ended = run_script("tools/export_onnx.py", str(PRETRAINED[0]), str(output), check=False)
-        assert ended.returncode == 1 and "Traceback" not in ended.stderr
-        assert f"error: {output}" in ended.stderr and "ends in .onnx" in ended.stderr
+    outputs = (tmp_path / "module.txt", tmp_path / "nowhere" / "module.onnx")
+    ended = run_each("tools/export_onnx.py", [(PRETRAINED[0], output) for output in outputs], tmp_path, "torch")
+    for output, end in zip(outputs, ended):
+        assert end.returncode == 1 and "Traceback" not in end.stderr
+        assert f"error: {output}" in end.stderr and "ends in .onnx" in end.stderr

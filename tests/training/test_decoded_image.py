@@ -14,8 +14,9 @@ from evaluation.st_lpips import st_lpips
 from latents.pipeline import PipelineWithVAEs
 from latents.spaces import Codec
 from latents.vaes import load_vae_model
-from training.decoded_image import ColourReference, DecodedImageLoss
-from training.objective import PERCEPTUAL_LOSSES
+from train_align_with_args import parse_args
+from training.decoded_image import ColourReference, DecodedImageLoss, decoder_difference, picture_distance, pixel_difference
+from training.objective import _eyes, _terms
 from utils import UserError
 from vae_align import AlignConfig, AlignModule
 
@@ -32,7 +33,9 @@ def test_gradient_is_that_of_the_formula(space, reference, kind, power):
     images = torch.rand(3, 3, 48, 32) * 2 - 1
     target = space.encode(images)
     aligned = (target + 0.3 * torch.randn_like(target)).requires_grad_()
-    loss = DecodedImageLoss(space, 2, 0, reference, seed=0, kind=kind)(aligned, target, images, step=5)[0]
+    loss = DecodedImageLoss(space, 2, 0, reference, seed=0, terms=[(1.0, pixel_difference(kind))])(
+        aligned, target, images, step=5
+    )[0]
     wanted = images[:2] if reference == "original" else space.decode(target[:2])
     expected = (space.decode(aligned[:2]) - wanted).abs().pow(power).mean()
     assert torch.allclose(loss, expected)
@@ -90,7 +93,7 @@ def test_the_reference_is_compared_in_shifted_colours(space, reference):
     """Catches a shift that never reaches the loss, or another channel."""
     images = torch.rand(2, 3, 48, 48) * 1.6 - 0.8
     target = space.encode(images)
-    loss = DecodedImageLoss(space, 2, 0, reference, 0, kind="mse")
+    loss = DecodedImageLoss(space, 2, 0, reference, 0, terms=[(1.0, pixel_difference("mse"))])
     loss.colours.shift = torch.tensor([0.3, -0.1, 0.05])
     wanted = images if reference == "original" else space.decode(target)
     expected = (space.decode(target) - wanted - loss.colours.shift.view(3, 1, 1)).square().mean()
@@ -171,7 +174,7 @@ def test_the_edges_of_an_image_are_decoded_as_often_as_a_quarter_of_the_time(spa
     """Catches windows drawn evenly over the image, which touch an edge once in as many steps as there is room for."""
     loss = DecodedImageLoss(space, 1, 4, "vae2", 0)
     rows = torch.arange(12.0).view(1, 1, 12, 1).expand(1, 1, 12, 12)
-    tops = [int(loss._window(rows.shape[2:], step)[0](rows).min()) for step in range(400)]
+    tops = [int(loss.window_of(rows.shape[2:], step).cut(rows).min()) for step in range(400)]
     assert tops.count(0) > 80 and tops.count(8) > 80 and set(tops) == set(range(9))
 
 
@@ -181,9 +184,10 @@ def test_what_lacks_its_surroundings_is_not_compared(space):
     images = space.decode(target).detach()
     loss = DecodedImageLoss(space, 1, 4, "original", 0, margin=1)
     for step in range(30):
-        windowed, inner = loss._window(target.shape[2:], step)
-        decoded, image = space.decode(windowed(target))[inner], windowed(images, 8)[inner]
-        top = int(windowed(torch.arange(12.0).view(1, 1, 12, 1).expand(1, 1, 12, 12)).min())
+        window = loss.window_of(target.shape[2:], step)
+        inner = window.inner(1, 8)
+        decoded, image = space.decode(window.cut(target))[inner], window.cut(images, 8)[inner]
+        top = int(window.cut(torch.arange(12.0).view(1, 1, 12, 1).expand(1, 1, 12, 12)).min())
         assert decoded.shape[2] == 32 - 8 * (top > 0) - 8 * (top < 8)
         assert torch.allclose(loss(target, target, images, step)[0], (decoded - image).abs().mean())
 
@@ -212,13 +216,13 @@ def test_decoder_features_pull_towards_the_target(vae_folders, folder):
     space = Codec(load_vae_model(vae_folders[folder], "", None, "cpu", torch.float32))
     target = torch.randn(2, space.channels, 6, 6)
     aligned = (target + 0.5 * torch.randn_like(target)).requires_grad_()
-    loss = DecodedImageLoss(space, 2, 0, "vae2", 0, weight=0.0, perceptual="decoder", perceptual_weight=3.0)
+    loss = DecodedImageLoss(space, 2, 0, "vae2", 0, terms=[(3.0, decoder_difference)])
     assert loss(target, target, None, 0)[0] == 0
     far, _ = loss(aligned, target, None, 0)
     (gradient,) = torch.autograd.grad(far, aligned)
     nearer = loss((aligned - 0.1 * gradient / gradient.norm()).detach(), target, None, 0)[0]
     assert 0 < nearer < far
-    doubled = DecodedImageLoss(space, 2, 0, "vae2", 0, weight=0.0, perceptual="decoder", perceptual_weight=6.0)
+    doubled = DecodedImageLoss(space, 2, 0, "vae2", 0, terms=[(6.0, decoder_difference)])
     assert doubled(aligned, target, None, 0)[0].item() == pytest.approx(2 * far.item(), rel=1e-5)
     assert not any(module._forward_hooks for module in space.vae.model.modules())
 
@@ -234,7 +238,7 @@ def test_a_perceptual_network_sees_both_pictures_and_passes_its_gradient(space):
     images = torch.rand(2, 3, 48, 48) * 2 - 1
     target = space.encode(images)
     aligned = (target + torch.randn_like(target)).requires_grad_()
-    loss = DecodedImageLoss(space, 2, 0, "original", 0, weight=0.0, perceptual=network, perceptual_weight=2.0)
+    loss = DecodedImageLoss(space, 2, 0, "original", 0, terms=[(2.0, picture_distance(network))])
     value, _ = loss(aligned, target, images, 0)
     ((shown, wanted),) = seen
     assert torch.equal(wanted, images) and shown.abs().max() <= 1
@@ -244,12 +248,13 @@ def test_a_perceptual_network_sees_both_pictures_and_passes_its_gradient(space):
 
 def test_st_lpips_looks_through_alexnet_and_its_gradient_reaches_the_latents(space):
     """A loss with the verdict's own network, which would flatter itself; a gradient that stops at the pictures."""
-    network = PERCEPTUAL_LOSSES["stlpips"]("cpu")
+    args = parse_args(["--perceptual_loss", "stlpips", "--perceptual_loss_weight", "1"])
+    network = _eyes(args, space)
     assert network.channels == st_lpips("alex").channels
     images = torch.rand(2, 3, 48, 48) * 2 - 1
     target = space.encode(images)
     aligned = (target + torch.randn_like(target)).requires_grad_()
-    loss = DecodedImageLoss(space, 2, 0, "vae2", 0, weight=0.0, perceptual=network, perceptual_weight=1.0)
+    loss = DecodedImageLoss(space, 2, 0, "vae2", 0, terms=_terms(args, "cpu"), eyes=network)
     value, _ = loss(aligned, target, images, 0)
     assert torch.autograd.grad(value, aligned)[0].any()
     assert loss(target, target, images, 0)[0].item() == pytest.approx(0, abs=1e-6)

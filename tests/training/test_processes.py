@@ -1,12 +1,17 @@
 """Two real processes on the CPU against one process with the same global batch."""
 
+import json
+
 import pytest
 import torch
 from conftest import as_argv, run_script, tiny_flags
-from runs import LAUNCHER, results_of, specified, train
+from runs import LAUNCHER, assert_same_tensors, results_of, specified, tiny_of, train
 
 SETTINGS = {
     "decoder_loss_weight": 1.0,
+    "latent_adversarial_weight": 0.01,
+    "adversarial_start_step": 2,
+    "adversarial_warmup_steps": 4,
     "epochs": 4,
     "warmup_steps": 4,
     "scheduler_step_size": 2,
@@ -14,8 +19,9 @@ SETTINGS = {
     "eval_frequency": 2,
     "save_frequency": 2,
     "visualize_frequency": 0,
+    "ema_decay": 0.9,
 }
-
+ON_CPU = {"ACCELERATE_USE_CPU": "true"}
 
 STEPS = 12  # 10 images in global batches of 4: 3 steps an epoch
 
@@ -26,8 +32,7 @@ def pair(vae_folders, photo_folders, tmp_path_factory):
     alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
     one = train(tiny_flags(vae_folders, photo_folders, alone), alone, **SETTINGS)
     flags = {**tiny_flags(vae_folders, photo_folders, together), **SETTINGS, "train_batch_size": 2}
-    env = {"ACCELERATE_USE_CPU": "true"}
-    ended = run_script("train_align_with_args.py", *as_argv(flags), launcher=LAUNCHER, env=env, cwd=together)
+    ended = run_script("train_align_with_args.py", *as_argv(flags), launcher=LAUNCHER, env=ON_CPU, cwd=together)
     return one, results_of(together), ended.stderr
 
 
@@ -50,10 +55,30 @@ def test_loss_follows_the_single_process_run_of_the_same_global_batch(pair):
     assert list(norms[1].values()) == pytest.approx(list(norms[0].values()), rel=1e-2)
 
 
+def test_both_processes_judge_and_find_what_one_finds_to_the_last_digit(pair):
+    """Images that are judged twice or by nobody, sums in another order: what the module's weights do not enter is the same."""
+    one, two, _ = pair
+    lines = [(run.event_files[0].parent / "metrics.jsonl").read_text().splitlines() for run in (one, two)]
+    for alone, together in zip(*([json.loads(line)["ladder"] for line in each] for each in lines)):
+        for rung in ("vae1", "vae2", "reencode", "untrained"):
+            assert alone[rung] == together[rung]
+        assert together["aligned"]["psnr"] == pytest.approx(alone["aligned"]["psnr"], rel=1e-3)
+
+
 def test_final_weights_follow_the_single_process_run(pair):
     """Gradients that are not shared between the processes."""
     one, two, _ = pair
     torch.testing.assert_close(two.last["state_dict"], one.last["state_dict"], rtol=1e-2, atol=1e-4)
+
+
+def test_the_discriminator_follows_that_of_the_single_process_run(pair):
+    """Discriminators that drift apart since each learns from its own process alone, or from summed gradients."""
+    one, two, _ = pair
+    losses = [dict(run.scalars["train/latent_discriminator_loss"]) for run in (one, two)]
+    assert list(losses[0]) == list(losses[1]) == list(range(3, STEPS + 1))
+    assert list(losses[1].values()) == pytest.approx(list(losses[0].values()), rel=1e-3)
+    weights = [run.last["training"]["adversaries"]["latent"]["discriminator"] for run in (one, two)]
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-2, atol=5e-4)
 
 
 def test_learning_rate_is_not_advanced_once_per_process(pair):
@@ -75,3 +100,12 @@ def test_only_the_main_process_writes(pair):
     assert written == ["align_best.pth", *["align_pipeline.json"] * 2, *["align_pipeline.pth"] * 2]
     steps = [step for step, _ in two.scalars["eval_latent_mse/aligned"]]
     assert steps == [0, 6, 12]
+
+
+def test_two_processes_resume_bit_identically(pair, vae_folders, photo_folders, tmp_path):
+    """A process that resumes from another place in the data, or whose optimizer starts anew."""
+    flags = {**tiny_flags(vae_folders, photo_folders, tmp_path), **SETTINGS, "train_batch_size": 2}
+    for changes in ({"max_train_steps": 7}, {"resume": True, "max_train_steps": 0}):
+        argv = as_argv({**tiny_of(flags, tmp_path), **changes})
+        run_script("train_align_with_args.py", *argv, launcher=LAUNCHER, env=ON_CPU, cwd=tmp_path)
+    assert_same_tensors(results_of(tmp_path).last, pair[1].last)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import as_argv, run_script, tiny_flags
-from runs import LAUNCHER, QUIET, assert_same_tensors, results_of, start, tensors_of, tiny_of, train
+from conftest import as_argv, tiny_flags
+from runs import QUIET, assert_same_tensors, results_of, start, tensors_of, tiny_of, train
 
 import dataloader
 import train_align_with_args as train_script
@@ -183,14 +183,22 @@ def wait_for(condition, process, seconds=300):
         time.sleep(0.02)
 
 
+STOPPED = {**QUIET, "epochs": 40, "num_workers": 1, "no_cache_latents": True}
+
+
+@pytest.fixture(scope="module")
+def unstopped(vae_folders, photo_folders, tmp_path_factory):
+    """What a run of the flags `STOPPED` leaves when nobody stops it."""
+    folder = tmp_path_factory.mktemp("unstopped")
+    return train(tiny_flags(vae_folders, photo_folders, folder), folder, **STOPPED)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_exits_with_the_customary_code(flags, tmp_path, number):
+def test_a_signal_finishes_the_step_saves_and_exits_with_the_customary_code(flags, tmp_path, unstopped, number):
     """A signal that loses the steps since the last checkpoint, or that ends the data workers, who get it too from a terminal;
     a save that cannot be resumed; exit status 0 or a traceback."""
-    changes = {**QUIET, "epochs": 40, "num_workers": 1, "no_cache_latents": True}
-    whole = train(flags, tmp_path / "whole", **changes)
     folder = tmp_path / "stopped"
-    stopped_flags = {**tiny_of(flags, folder), **changes}
+    stopped_flags = {**tiny_of(flags, folder), **STOPPED}
     process = start(stopped_flags, folder)
     wait_for(lambda: "train: " in (folder / "log").read_text(), process)
     os.killpg(process.pid, number)
@@ -200,13 +208,14 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_the_customary_code(flag
     assert "--resume" in said and "Traceback" not in said
     run = results_of(folder)
     assert 0 <= run.last["step"] < 120
-    again = train(flags, folder, **changes, resume=True)
-    assert_same_tensors(again.last, whole.last)
+    again = train(flags, folder, **STOPPED, resume=True)
+    assert_same_tensors(again.last, unstopped.last)
 
 
 def test_two_processes_resume_bit_identically(vae_folders, photo_folders, tmp_path):
-    """A process that resumes from another place in the data, or whose optimizer starts anew."""
+    """A process that resumes from another place in the data, or whose optimizer or discriminators start anew."""
     flags = tiny_flags(vae_folders, photo_folders, tmp_path)
+    flags |= {"adversarial_weight": 0.02, "latent_adversarial_weight": 0.03, "adversarial_start_step": 3}
     flags |= {**QUIET, "epochs": 4, "save_steps": 5, "train_batch_size": 2, "ema_decay": 0.9}
     env = {"ACCELERATE_USE_CPU": "true"}
     for folder, changes in (("whole", [{}]), ("broken", [{"max_train_steps": 7}, {"resume": True, "max_train_steps": 0}])):

@@ -4,13 +4,10 @@ import json
 import logging
 import re
 import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT, as_argv, child_environment, run_script, tiny_flags
+from conftest import as_argv, run_each, run_script, tiny_flags
 from PIL import Image
 from runs import QUIET, event_tags, results_of, same_weights, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -349,7 +346,7 @@ def test_unreadable_training_image_is_named_and_the_run_goes_on(flags, tmp_path,
 
 @pytest.fixture(scope="module")
 def failures(vae_folders, photo_folders, tmp_path_factory):
-    """{mistake: CompletedProcess} of runs that cannot work, side by side."""
+    """{mistake: CompletedProcess} of runs that cannot work."""
     folder = tmp_path_factory.mktemp("failures")
     good = tiny_flags(vae_folders, photo_folders, folder)
     (folder / "a_file").write_text("in the way")
@@ -363,13 +360,9 @@ def failures(vae_folders, photo_folders, tmp_path_factory):
         "save_dir": {"save_dir": folder / "a_file"},
     }
 
-    def fail(changes):
-        argv = [sys.executable, str(ROOT / "train_align_with_args.py"), *as_argv({**good, **SHORT, **changes})]
-        env = child_environment()
-        return subprocess.run(argv, capture_output=True, text=True, env=env, cwd=folder, timeout=600)
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(mistakes, pool.map(fail, mistakes.values())))
+    argvs = [as_argv({**good, **SHORT, **changes}) for changes in mistakes.values()]
+    modules = ("train_align_with_args", "diffusers", "accelerate")
+    return dict(zip(mistakes, run_each("train_align_with_args.py", argvs, folder, *modules)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,129 @@
+"""Re-encoded latents as a target: what is re-encoded, where it belongs, and what a run makes of it."""
+
+import pytest
+import torch
+from runs import QUIET, assert_same_tensors, same_weights, train
+
+import train_align_with_args as train_script
+from latents.spaces import Codec
+from latents.vaes import load_vae_model
+from training.decoded_image import (
+    DecodedImageLoss,
+    decoder_difference,
+    decoder_features,
+    feature_distance,
+    picture_distance,
+    pixel_difference,
+)
+from training.objective import Objective
+from training.reencoded import REACH, Reencoded, Reencoder
+from training.window import Window, draw_window
+from utils import UserError
+
+
+@pytest.fixture(scope="module", params=["kl4", "kl4_stride4"])
+def codecs(vae_folders, request):
+    return [Codec(load_vae_model(vae_folders[name], "", None, "cpu", torch.float32)) for name in (request.param, "kl16")]
+
+
+def test_whole_images_are_what_the_ladder_re_encodes(codecs):
+    """A target of another image, of another stride, or not clamped as a picture is; one that carries a gradient."""
+    codec1, codec2 = codecs
+    images = torch.rand(3, 3, 48, 64) * 2 - 1
+    source = codec1.encode(images).requires_grad_()
+    made = Reencoder(codec1, codec2, 0.5)(source, draw_window((6, 8), 0, 2, 0, 0))
+    picture = codec1.decode(source[:2]).clamp(-1, 1)
+    torch.testing.assert_close(made.picture, picture)
+    torch.testing.assert_close(made.latents, codec2.encode(picture))
+    assert not made.latents.requires_grad
+    aligned = torch.randn(3, 16, 6, 8)
+    assert torch.equal(made.known(aligned)[0], aligned[:2])
+
+
+def test_a_window_is_re_encoded_with_its_surroundings_and_put_back_in_its_place():
+    """A window that is off by its margin, a margin that is compared though half of what it depends on is missing, or edges that
+    the other VAE's grid does not have."""
+    places = torch.arange(40.0).view(1, 1, 40, 1) + 100 * torch.arange(40.0)
+    window = Window(1, 17, 0, 6, 9, (40, 40))
+    area = window.widened(REACH, 4)
+    assert (area.top, area.top + area.height, area.left, area.left + area.width) == (8, 32, 0, 20)
+    assert torch.equal(window.cut_from(area.cut(places), area), window.cut(places))
+    fine = places.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert torch.equal(area.cut_of_stride(fine, 8, 4), area.cut(fine, 2))
+    assert torch.equal(area.cut_of_stride(places[..., ::2, ::2], 8, 16), area.cut(places)[..., ::2, ::2])
+    aligned, latents = Reencoded(area, fine, area.cut(places), 8).known(places)
+    assert torch.equal(aligned, latents)
+    rows = aligned[0, 0, :, 0]
+    assert (rows.min(), rows.max()) == (16, 23)  # from what has REACH latents above and below it
+    whole = draw_window((4, 4), 0, 1, 0, 0).widened(REACH)
+    assert (whole.height, whole.width) == (4, 4)
+
+
+def test_pixels_and_perception_follow_the_re_encoded_picture(codecs):
+    """A mixture with the shares swapped, a perceptual target that is the mixture (two pictures at once are none), colours that
+    are measured against VAE1's picture, whose bias the module would then take over."""
+    codec1, codec2 = codecs
+    images = torch.rand(2, 3, 48, 48) * 2 - 1
+    target, seen = codec2.encode(images), []
+    made = Reencoder(codec1, codec2, 0.75)(codec1.encode(images), draw_window((6, 6), 0, 2, 0, 0))
+    network = picture_distance(lambda shown, wanted: seen.append(wanted) or shown.mean(dim=(1, 2, 3)))
+    loss = DecodedImageLoss(codec2, 2, 0, "original", 0, terms=[(1.0, pixel_difference("mse")), (0.0, network)])
+    loss.reencoded_share = 0.75
+    value, window = loss(target, target, images, 0, made)
+    shown = codec2.decode(target)
+    torch.testing.assert_close(value, (shown - 0.25 * images - 0.75 * made.picture).square().mean())
+    torch.testing.assert_close(seen[0], made.picture)
+    torch.testing.assert_close(window.bias, (shown - images).mean(dim=(0, 2, 3)))
+
+
+def test_decoder_features_are_those_of_the_re_encoded_latents(codecs):
+    """Features of VAE2's own latents, which ask for what re-encoding cannot know."""
+    codec1, codec2 = codecs
+    target = torch.randn(2, 16, 6, 6)
+    made = Reencoder(codec1, codec2, 0.75)(codec1.encode(torch.rand(2, 3, 48, 48)), draw_window((6, 6), 0, 2, 0, 0))
+    loss = DecodedImageLoss(codec2, 2, 0, "vae2", 0, terms=[(1.0, decoder_difference)], reencoded_share=0.75)
+    kept = []
+    for latents in (target, made.latents):
+        with decoder_features(codec2.vae.model) as features:
+            codec2.decode(latents)
+        kept.append(features)
+    torch.testing.assert_close(loss(target, target, None, 0, made)[0], feature_distance(*kept))
+
+
+@pytest.mark.parametrize("decoded", [0.0, 1.0])
+def test_training_moves_towards_re_encoded_latents(flags, tmp_path, decoded):
+    """A flag that changes nothing; one that needs a decoded loss to be on, or the images that a cache of latents lacks."""
+    changes = {**QUIET, "epochs": 1, "decoder_loss_weight": decoded, "input_types": ["latent"]}
+    plain = train(flags, tmp_path / "plain", **changes)
+    run = train(flags, tmp_path / "mixed", **changes, reencode_target=0.7)
+    assert not same_weights(plain.last, run.last)
+
+
+def test_the_latent_loss_is_in_the_mean_that_of_the_mixture(flags, tmp_path):
+    """Shares that do not add up to 1, or a second term that stays outside --loss_weight."""
+    args = train_script.parse_args(["--reencode_target", "0.7", "--decoder_loss_batch", "2", "--loss_weight", "3"])
+    vaes = [load_vae_model(flags[f"vae{number}_path"], "", None, "cpu", torch.float32) for number in (1, 2)]
+    pipeline = train_script.create_align_pipeline(*vaes, args)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    source, target = pipeline.codec1.encode(images), pipeline.codec2.encode(images)
+    again = pipeline.codec2.encode(pipeline.codec1.decode(source).clamp(-1, 1))
+    aligned = torch.randn_like(target).requires_grad_()
+    loss, _ = Objective(pipeline, args)(aligned, target, {"latents": source}, None, 0)
+    mixture = 3 * (aligned - 0.3 * target - 0.7 * again).square().mean()
+    gradients = [torch.autograd.grad(value, aligned)[0] for value in (loss, mixture)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_resumed_run_ends_bit_identical(flags, tmp_path):
+    """Windows of the re-encoded part that are drawn anew after a resume."""
+    changes = {**QUIET, "reencode_target": 0.5, "perceptual_loss_weight": 1.0, "image_size": 64, "decoder_loss_window": 4}
+    whole = train(flags, tmp_path / "whole", **changes, max_train_steps=4)
+    for steps in (2, 4):
+        again = train(flags, tmp_path / "broken", **changes, max_train_steps=steps, resume=True)
+    assert_same_tensors(again.last, whole.last)
+
+
+def test_a_module_without_latents_is_refused(flags, tmp_path):
+    """A target that is no function of what the module sees: it would blur as before, at twice the cost."""
+    with pytest.raises(UserError, match=r"^--reencode_target 0.5: .*--input_types$"):
+        train(flags, tmp_path, input_types=["image"], reencode_target=0.5)

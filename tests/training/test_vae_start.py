@@ -1,0 +1,121 @@
+"""Modules of architecture tiny, and their start at the layers of two tiny autoencoders."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, AutoencoderTiny
+from runs import QUIET, same_weights, train
+
+from latents.tiny import TinyAutoencoder
+from training.vae_start import start_from_vaes
+from utils import UserError
+from vae_align import AlignConfig, AlignModule, AlignPipeline
+
+WIDTH = 8
+
+
+def tiny(channels, **options):
+    widths = {name: (WIDTH,) * 4 for name in ("encoder_block_out_channels", "decoder_block_out_channels")}
+    return AutoencoderTiny(latent_channels=channels, **widths, **options).eval().requires_grad_(False)
+
+
+def started(*input_types, num_blocks=2, vaes=None, **changes):
+    """A module that starts at two tiny autoencoders of four and six channels; the two."""
+    vae1, vae2 = vaes or (tiny(4), tiny(6))
+    values = {"architecture": "tiny", "hidden_channels": WIDTH, "out_channels": 6, "num_blocks": num_blocks} | changes
+    module = AlignModule(AlignConfig(input_types=input_types, **values))
+    pipeline = SimpleNamespace(module=module, codec1=_codec(vae1), codec2=_codec(vae2))
+    return module, vae1, vae2, start_from_vaes(pipeline)
+
+
+def _codec(model):
+    return SimpleNamespace(vae=SimpleNamespace(model=model))
+
+
+def test_latents_go_through_the_decoders_coarse_stages_and_the_encoders_last():
+    """Catches a layer copied to another's place, a missing clamp, and a further block that is no identity at the start."""
+    module, vae1, vae2, said = started("latent")
+    latents = 3 * torch.randn(2, 4, 5, 6)
+    decoder, encoder = vae1.decoder.layers, vae2.encoder.layers
+    finer = decoder[:10](torch.tanh(latents / 3) * 3)  # to the last block at half the latents' stride
+    expected = encoder[10:](F.relu(finer))
+    torch.testing.assert_close(module(latents), expected)
+    assert said == "the module starts with 8 layers of 8 from VAE1's decoder and 5 layers of 5 from VAE2's encoder"
+
+
+@pytest.mark.parametrize("input_types", [("image",), ("image", "latent")])
+def test_an_image_goes_through_the_encoders_stages(input_types):
+    """Catches stages paired from the fine end, where the module has fewer blocks, and latents that disturb the start."""
+    module, _, vae2, _ = started(*input_types)
+    encoder = vae2.encoder.layers
+    image = torch.rand(2, 3, 32, 48) * 2 - 1
+    front = image
+    for layer in list(module.image_in)[:4]:
+        front = layer(front)
+    expected = encoder[10:](encoder[6:10](encoder[3](front)))
+    torch.testing.assert_close(module(torch.randn(2, 4, 4, 6), image) if len(input_types) == 2 else module(image=image), expected)
+
+
+def test_the_authors_own_format_starts_the_same_module():
+    """Catches layers counted by their number, which differs between the two formats."""
+    models = [TinyAutoencoder(4).requires_grad_(False), TinyAutoencoder(6).requires_grad_(False)]
+    converted = [AutoencoderTiny(latent_channels=channels) for channels in (4, 6)]
+    for model, other in zip(models, converted):
+        for own, part in ((model.encoder, other.encoder.layers), (model.decoder, other.decoder.layers)):
+            weights = [layer for layer in part if any(True for _ in layer.parameters())]
+            mine = [layer for layer in own if any(True for _ in layer.parameters())]
+            for layer, source in zip(mine, weights):
+                layer.load_state_dict(source.state_dict())
+    latents = torch.randn(1, 4, 3, 3)
+    first, second = (started("latent", vaes=vaes, hidden_channels=64)[0](latents) for vaes in (models, converted))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "problem, changes",
+    [
+        ("add --architecture tiny", {"architecture": "plain"}),
+        ("set --hidden_channels to the autoencoder's width", {"hidden_channels": 16}),
+        ("VAE1 is no tiny autoencoder", {"vaes": (AutoencoderKL(block_out_channels=(32,), norm_num_groups=8), tiny(6))}),
+    ],
+)
+def test_what_cannot_be_a_start_is_said(problem, changes):
+    """Catches a traceback, and a random start that nobody asked for."""
+    with pytest.raises(UserError, match=f"^--init vaes: .*{problem}"):
+        started("latent", **changes)
+
+
+def test_an_image_branch_that_never_halves_is_refused():
+    """Catches a module whose front works on 2x2 pixels and which cannot be built."""
+    with pytest.raises(ValueError, match="^downsample_times 0: .*halves at least once$"):
+        AlignConfig(architecture="tiny", downsample_times=0)
+
+
+@pytest.mark.parametrize("stride1, stride2", [(8, 16), (16, 8), (32, 8)])
+@pytest.mark.parametrize("input_types", [("latent",), ("image", "latent")])
+def test_grids_of_different_stride_meet(input_types, stride1, stride2):
+    """Catches stages that end on another grid than VAE2's."""
+    module = AlignModule(
+        AlignConfig(input_types=input_types, architecture="tiny", hidden_channels=8, latent_stride=stride1, out_stride=stride2)
+    )
+    inputs = {"latents": torch.zeros(1, 4, 64 // stride1, 96 // stride1)}
+    if "image" in input_types:
+        inputs["image"] = torch.zeros(1, 3, 64, 96)
+    assert module(**inputs).shape == (1, 16, 64 // stride2, 96 // stride2)
+
+
+def test_a_run_starts_there_resumes_and_is_given_away(flags, tmp_path):
+    """Catches a start that is made anew on resuming, and an architecture that is not in the file."""
+    for number, channels in ((1, 4), (2, 6)):
+        tiny(channels).save_pretrained(tmp_path / f"tiny{number}")
+        flags[f"vae{number}_path"] = tmp_path / f"tiny{number}"
+    changes = {**QUIET, "architecture": "tiny", "init": "vaes", "hidden_channels": WIDTH, "optimizer": "muon"}
+    changes["input_types"] = ["latent"]
+    whole = train(flags, tmp_path / "whole", **changes, max_train_steps=3)
+    train(flags, tmp_path / "parts", **changes, max_train_steps=2)
+    parts = train(flags, tmp_path / "parts", **changes, max_train_steps=3, resume="latest")
+    assert same_weights(whole.last, parts.last)
+    AlignPipeline.from_pretrained(whole.checkpoints[-1]).save_pretrained(tmp_path / "given")
+    assert AlignPipeline.from_pretrained(tmp_path / "given").config.architecture == "tiny"
