@@ -57,7 +57,7 @@ from runtime.device import (
     resolve_precision,
 )
 from runtime.interrupts import StopRequest
-from runtime.processes import create_accelerator
+from runtime.processes import create_accelerator, gathered
 from training.bad_steps import BadSteps
 from training.budget import Budget, time_of_day
 from training.checkpoints import BEST_METRICS, RunCheckpoints
@@ -70,6 +70,7 @@ from training.meter import Meter
 from training.muon import Muon
 from training.objective import PERCEPTUAL_LOSSES, Objective, needs_pixels
 from training.preflight import claim_outputs, warn_of_odd_flags
+from training.profile import StepProfile
 from training.resume import (
     Start,
     adopt_flags,
@@ -82,6 +83,7 @@ from training.resume import (
 )
 from training.schedule import is_due, save_is_due, setup_scheduler, total_steps
 from training.state import TrainingState
+from training.stream import StreamDataset, open_stream, stream_loader
 from training.vae_start import start_from_vaes
 from utils import UserError, count_of, one_line, write_json
 from vae_align import ARCHITECTURES, AlignConfig, AlignModule, read_checkpoint, spaces_of
@@ -153,6 +155,12 @@ def build_parser() -> Parser:
     group.add_argument("--eval_batch_size", type=integer(1, 65536), default=4, help="images per evaluation batch")
     group.add_argument("--num_workers", type=integer(0, 256), default=4, help="processes that decode images; 0: none")
     group.add_argument("--image_size", type=integer(1, 16384), default=256, help="side of the square crops, px")
+    parser.add_switch(group, "streaming", False, "--train_data_dir names .tar shards (path, glob or URL) or a 🤗 data set, "
+                      "which are read as they are needed, without a latent cache")  # fmt: skip
+    group.add_argument("--shuffle_buffer", type=integer(1), default=1000,
+                       help="images that a process takes from a stream at a time and shuffles; 1: as they come")  # fmt: skip
+    group.add_argument("--epoch_images", type=integer(0), default=0,
+                       help="images of a stream that count as an epoch; 0: as many as it says it has, or 10000")  # fmt: skip
     parser.add_switch(group, "random_flip", True, "mirror half of the training images")
     parser.add_switch(group, "cache_latents", True, "encode each training image once and keep its latents on disk")
     group.add_argument("--cache_views", type=integer(1, 1000), default=4, help="random crops and flips per training image")
@@ -196,6 +204,8 @@ def build_parser() -> Parser:
     group.add_argument("--loss_weight", type=real(0, 1e6, above=True), default=1.0, help="factor of the loss")
     group.add_argument("--reencode_target", type=real(0, 0.999), default=0.0,
                        help="share of decode + re-encode in what latents and decoded image should be; 0: none")  # fmt: skip
+    group.add_argument("--moments_loss_weight", type=real(0, 1e6), default=0.0,
+                       help="factor of a loss on mean and standard deviation of each channel of a batch; 0: none")  # fmt: skip
     group.add_argument("--decoder_loss_weight", type=real(0, 1e6), default=0.0,
                        help="factor of a loss on the image that VAE2 decodes; 0: none")  # fmt: skip
     group.add_argument("--decoder_loss_type", choices=KINDS, default="l1", help="between that image and the reference")
@@ -222,6 +232,8 @@ def build_parser() -> Parser:
     group.add_argument("--log_dir", default="runs", help="TensorBoard logs; each run gets a folder of its own in it")
     group.add_argument("--save_dir", default="ckpt_align", help="checkpoints, each beside its config")
     group.add_argument("--log_frequency", type=integer(1), default=10, help="steps between log entries")
+    group.add_argument("--profile", type=integer(0, 1000), default=0,
+                       help="steps whose time is taken part by part, soon after the start; 0: none")  # fmt: skip
     group.add_argument("--eval_frequency", type=integer(0), default=1, help="epochs between evaluations; 0: never")
     group.add_argument("--save_frequency", type=integer(0), default=1, help="epochs between checkpoints; 0: only at the end")
     group.add_argument("--save_steps", type=integer(0), default=0, help="also a checkpoint every so many steps; 0: none")
@@ -339,7 +351,10 @@ def open_datasets(args: argparse.Namespace) -> tuple[dataloader.ImageDataset, da
     if needs_pixels(args) or not args.cache_latents:
         dataloader.require_memory(args.train_batch_size, args.image_size, "--train_batch_size")
     datasets = []
-    for flag, folder, train in (("train", args.train_data_dir, True), ("eval", args.eval_data_dir, False)):
+    wanted = (("train", args.train_data_dir, True), ("eval", args.eval_data_dir, False))
+    if args.streaming:
+        datasets.append(open_streaming_set(args))
+    for flag, folder, train in wanted[len(datasets) :]:
         source = dataloader.find_images(folder, args.dataset_type, train, f"--{flag}_data_dir", args.cache_dir)
         options = {"random_crop": True, "random_flip": args.random_flip, "seed": args.seed} if train else {}
         dataset = dataloader.ImageDataset(source, args.image_size, **options)
@@ -349,15 +364,28 @@ def open_datasets(args: argparse.Namespace) -> tuple[dataloader.ImageDataset, da
     return tuple(datasets)
 
 
+def open_streaming_set(args: argparse.Namespace) -> StreamDataset:
+    """The training set as a stream."""
+    stream = open_stream(args.train_data_dir, "--train_data_dir", args.cache_dir)
+    dataset = StreamDataset(stream, args.image_size, args.random_flip, args.seed, args.epoch_images)
+    dataset.look_at_first(f"--train_data_dir {args.train_data_dir}")
+    return dataset
+
+
 def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelerator=None, datasets=None):
     """(training loader, evaluation loader) of this process, over `datasets` as from `open_datasets`, which is called if None.
 
-    With --cache_latents and both VAEs, training batches come from the latent cache, which is built first where it is not
-    complete; otherwise they are decoded as they are drawn. The training loader is endless and its length is the number of
-    steps in an epoch; both give dicts with `pixel_values` (B, 3, S, S) in [-1, 1] or the latents in its place.
+    With --streaming the training images are read as they come. With --cache_latents and both VAEs, training batches come from
+    the latent cache, which is built first where it is not complete; otherwise they are decoded as they are drawn. The training
+    loader is endless and its length is the number of steps in an epoch; both give dicts with `pixel_values` (B, 3, S, S) in
+    [-1, 1] or the latents in its place.
     """
     train_set, eval_set = datasets or open_datasets(args)
     place = {"rank": accelerator.process_index, "world": accelerator.num_processes} if accelerator else {}
+    judged_images = dataloader.eval_loader(eval_set, args.eval_batch_size, args.num_workers, **place)
+    if args.streaming:
+        options = (args.train_batch_size, args.num_workers, args.seed, args.shuffle_buffer)
+        return stream_loader(train_set, *options, **place), judged_images
     train_loader = dataloader.train_loader
     if args.cache_latents and vae1 is not None and vae2 is not None:
         options = CacheOptions(args.latent_cache_dir, args.cache_views, needs_pixels(args), args.sample_posterior)
@@ -366,7 +394,7 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
         train_loader = cached_loader
     return (
         train_loader(train_set, args.train_batch_size, args.num_workers, args.seed, views=args.cache_views, **place),
-        dataloader.eval_loader(eval_set, args.eval_batch_size, args.num_workers, **place),
+        judged_images,
     )
 
 
@@ -432,7 +460,9 @@ class Run:
         steps_per_epoch: of the clock. batch_size: images of a step over all processes.
         checkpoints: where the run saves; writer: where it logs; claim: of its name (the last two None on a helper process).
         last_inputs: of the module in the last step.
+        profile: of a few of its steps.
         images_per_second: since the last log entry, over all processes; evaluations and saving do not count.
+        images, seconds: trained on in this session, and what that took.
     """
 
     state: TrainingState
@@ -443,13 +473,27 @@ class Run:
     checkpoints: RunCheckpoints
     writer: RunLog | None
     claim: RunClaim | None
+    profile: StepProfile
     images_per_second: float = 0.0
+    images: int = 0
+    seconds: float = 0.0
     last_inputs: dict | None = None
 
     @property
     def end(self) -> int:
         """The step after which the run ends, as far as is known."""
         return self.state.budget.end
+
+    def speed(self) -> str:
+        """How fast this session trained and, where that was profiled, where the time went: a line each."""
+        lines = [f"trained at {self.images / self.seconds:.1f} images/s"] if self.seconds else []
+        return "\n".join([*lines, *filter(None, [self.profile.text()])])
+
+    def note_pace(self, steps: int, seconds: float) -> None:
+        """So many steps took so many seconds."""
+        self.images_per_second = steps * self.batch_size / seconds
+        self.images += steps * self.batch_size
+        self.seconds += seconds
 
     def require_sound(self) -> None:
         """UserError if what the module puts out is not finite: a checkpoint of it would pass for the last good one."""
@@ -478,6 +522,9 @@ def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
     data = {"order": data_order(train_loader, accelerator.num_processes), "files": names_digest(image_files(train_loader))}
     if resumed:
         require_same_order(resumed["training"]["order"], data["order"])
+        places = resumed["training"]["places"]
+        with naming("--train_data_dir"):
+            train_loader.batch_sampler.go_on(resumed["step"], places and places[accelerator.process_index])
     else:
         with memory_advice("looking at the first images", **memory_flags(args)):
             if pipeline.uses_latents and not start:
@@ -516,7 +563,6 @@ def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
         except UserError as error:
             raise UserError(f"--resume {start.path}: {error}") from None
         checkpoints.load_state_dict(resumed["training"], start.path)
-        train_loader.batch_sampler.first_step = state.step
         if resumed["config"].get("eval_data_dir") != args.eval_data_dir:
             state.metrics = {}
     return Run(
@@ -527,6 +573,7 @@ def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
         batch_size=train_loader.batch_sampler.batch_size * accelerator.num_processes,
         checkpoints=checkpoints,
         writer=RunLog(Path(args.log_dir) / name, state.step, state.fixed) if claim else None,
+        profile=StepProfile(args.profile, state.step, accelerator.device, Path(args.log_dir) / name if claim else None),
         claim=claim,
     )
 
@@ -548,15 +595,17 @@ def train_align_pipeline(
     """
     parts = parts or build_parts(args, vae1, vae2)
     run = prepare_run(args, parts, train_loader)
-    state, writer = run.state, run.writer
+    accelerator, state, writer = parts.accelerator, run.state, run.writer
     if writer:
         log.info("%s", description_of(args, parts, run))
     try:
         try:
             stopped = training_loop(args, parts, run, train_loader, eval_loader, generator)
         except dataloader.WorkersLost as error:
-            if not writer:
-                raise
+            sampler = train_loader.batch_sampler
+            if not writer or (accelerator.num_processes > 1 and sampler.state_after(state.step)):
+                raise  # the places of the other processes in their streams are not known here
+            note_places(state, sampler, None)
             save_checkpoint(args, run)
             raise UserError(f"--{error}; saved in {run.checkpoints.last}; go on with the same command and --resume") from None
         if writer and state.step == run.end and state.metrics:
@@ -571,7 +620,7 @@ def train_align_pipeline(
         raise SystemExit(128 + stopped)
     if not writer:
         return None
-    print_results(run.checkpoints, state.metrics, state.step, args)
+    print_results(run.checkpoints, state.metrics, state.step, args, run.speed())
     return run.checkpoints.last
 
 
@@ -611,14 +660,18 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
                     log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype)
             if news and main_process and due(args.visualize_frequency):
                 visualize_results(pipeline, eval_loader, writer, epoch, args, dtype)
-            if news and main_process and save_is_due(state.step, epoch, last, args):
-                save_checkpoint(args, run)
+            if news and save_is_due(state.step, epoch, last, args):
+                note_places(state, train_loader.batch_sampler, accelerator)
+                if main_process:
+                    save_checkpoint(args, run)
                 saved = True
             if last:
                 accelerator.wait_for_everyone()
             stopped = stop.agreed(accelerator, state.step)
-            if stopped and main_process and not saved:
-                save_checkpoint(args, run)
+            if stopped and not saved:
+                note_places(state, train_loader.batch_sampler, accelerator)
+                if main_process:
+                    save_checkpoint(args, run)
             if stopped:
                 accelerator.wait_for_everyone()  # a launcher ends the others when the first one leaves
             if last or stopped:
@@ -629,7 +682,10 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
                 state.budget.note_evaluation(pause)
 
             # ---- one step
+            run.profile.begin(state.step)
+            run.profile.enter("data")
             batch = next(batches)
+            run.profile.enter("encoding")
             if args.sample_posterior:
                 generator.manual_seed(seed_of_step(args.seed, state.step, accelerator.process_index))
             encoded = pipeline.encode_batch(batch, args.sample_posterior, generator, parts.objective.reads_images)
@@ -638,6 +694,7 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
             run.last_inputs = encoded[0]
 
             # ---- log
+            run.profile.enter("logging")
             state.meter.add(loss, ok)
             state.bad_steps.note(ok, state.step, batch["path"])
             for message in set(batch.get("unreadable", ())) - unreadable:
@@ -649,7 +706,7 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
                 mean_loss = state.meter.read(accelerator)
                 terms = parts.objective.read(accelerator)
                 now = time.perf_counter()
-                run.images_per_second = (state.step - clocked_step) * run.batch_size / (now - clock)
+                run.note_pace(state.step - clocked_step, now - clock)
                 clock, clocked_step = now, state.step
                 if main_process:
                     if skipped:
@@ -671,13 +728,23 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
                         loss=f"{mean_loss:.4f}", images_per_s=f"{run.images_per_second:.1f}", ends=time_of_day(left)
                     )
             bar.update()
+            run.profile.enter(None)
     bar.close()
+    run.profile.close()
+    for part, share in run.profile.shares.items():
+        writer.add_scalar(f"profile/{part}", share)
     if main_process and last:
         if unreadable:
             log.warning("%s left out during training", count_of(len(unreadable), "unreadable image"))
         if state.bad_steps.total:
             log.warning("%s skipped: loss or gradient not finite", count_of(state.bad_steps.total, "step"))
     return stopped
+
+
+def note_places(state: TrainingState, sampler, accelerator) -> None:
+    """Remember where each process is in its stream of training images; all processes call this together."""
+    place = sampler.state_after(state.step)
+    state.places = None if place is None else gathered(place, accelerator)
 
 
 def save_checkpoint(args, run: Run) -> None:
@@ -696,9 +763,12 @@ def train_step(args, parts: Parts, run: Run, inputs: dict, target: torch.Tensor,
     accelerator, state = parts.accelerator, run.state
 
     # align
+    run.profile.enter("module")
     aligned = run.module(**inputs).float()
+    run.profile.watch(aligned)
 
     # loss
+    run.profile.enter("decoding")
     loss, seen = parts.objective(aligned, target, inputs, images, state.step)
 
     # backward
@@ -706,6 +776,7 @@ def train_step(args, parts: Parts, run: Run, inputs: dict, target: torch.Tensor,
     accelerator.backward(loss)
 
     # clip
+    run.profile.enter("optimizer")
     grad_norm = accelerator.clip_grad_norm_(run.module.parameters(), args.grad_clip or math.inf)
 
     # step
@@ -854,6 +925,9 @@ def main(argv: list[str] | None = None) -> None:
     resumed = start is not None and start.resumed
     if resumed and is_finished(args, start):
         return
+    if args.streaming and args.cache_latents:
+        log.info("--streaming: images are encoded as they come, there is no latent cache")
+        args.cache_latents = False
     claim_outputs(args)
     if args.compile:
         with naming("--compile"):

@@ -205,8 +205,9 @@ def log_hparams(writer: RunLog, config: dict, ladder: dict) -> None:
         writer.add_scalar(name, value)
 
 
-def print_results(kept, metrics: dict, step: int, args) -> None:
-    """What a run that ended after `step` steps has reached, and where it is; `kept` is its `RunCheckpoints`."""
+def print_results(kept, metrics: dict, step: int, args, speed: str = "") -> None:
+    """What a run that ended after `step` steps has reached, and where it is; `kept` is its `RunCheckpoints`, `speed` says how
+    fast it was."""
     if metrics:
         rungs = ("untrained", "aligned", "reencode", "vae2")
         untrained, aligned, reencode, vae2 = (decibels(metrics.get(rung, {}).get("psnr")) for rung in rungs)
@@ -214,6 +215,8 @@ def print_results(kept, metrics: dict, step: int, args) -> None:
             f"PSNR of the decoded image: untrained module {untrained} dB -> aligned {aligned} dB "
             f"(decode + re-encode {reencode} dB, VAE2's own reconstruction {vae2} dB)"
         )
+    if speed:
+        print(speed)
     print(f"checkpoint: {kept.last}")
     if kept.best and kept.best["step"] != step:
         print(f"best by {args.best_metric} (step {kept.best['step']}): {kept.best_path}")

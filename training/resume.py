@@ -28,7 +28,7 @@ MAY_CHANGE = frozenset({
     "epochs", "max_train_steps", "minutes", "device", "num_workers", "compile", "cache_only", "max_bad_steps",
     "train_data_dir", "eval_data_dir", "latent_cache_dir", "log_dir", "save_dir", "config_save_path", "cache_dir", "proxy",
     "vae1_path", "vae1_subfolder", "vae2_path", "vae2_subfolder", "decoder_loss_path", "decoder_loss_subfolder",
-    "log_frequency", "eval_frequency", "visualize_frequency", "save_frequency", "save_steps", "keep_last",
+    "log_frequency", "profile", "eval_frequency", "visualize_frequency", "save_frequency", "save_steps", "keep_last",
     "eval_batch_size", "num_visualize_samples",
 })  # fmt: skip
 
@@ -161,6 +161,7 @@ def require_training(content: dict, path) -> None:
             and training["colours"].keys() in ({}.keys(), {"vae2_bias", "shift"})
             and all(colours.shape == (3,) for colours in training["colours"].values())
             and isinstance(training.get("adversaries", {}), dict)
+            and (training["places"] is None or len(training["places"]) == order["processes"])
             and training["budget"].keys() == Budget(0).state_dict().keys()
             and training["state"].keys() == {"weights", "optimizer", "scheduler", "scaler"}
         )  # fmt: skip

@@ -26,6 +26,7 @@ class TrainingState:
         budget: when the run ends.
         data: what the order of the training images depends on, see `resume.data_order` and `resume.names_digest`.
         meter: the training loss since the last log entry.
+        places: of each process in a stream of training images (see `stream.StreamSampler`); None where a step tells its place.
         step: optimizer steps done; metrics: the ladder of the newest evaluation, {rung: {metric: value}}.
         fixed: the rungs that training cannot move, as they were measured.
     """
@@ -40,6 +41,7 @@ class TrainingState:
     meter: Meter
     budget: Budget
     data: dict
+    places: list | None = None
     step: int = 0
     metrics: dict = field(default_factory=dict)
     fixed: FixedRungs = field(default_factory=FixedRungs)
@@ -63,6 +65,7 @@ class TrainingState:
             **self.data,
             **self.meter.state_dict(),
             "budget": self.budget.state_dict(),
+            "places": self.places,
             "fixed": self.fixed.state_dict(),
             **self.bad_steps.state_dict(),
         }
