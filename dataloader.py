@@ -2,8 +2,8 @@
 
 A batch is a dict: `pixel_values` (B, 3, S, S) float32 in [-1, 1], `index` (B,) int64, `path`, a list of B names, and
 `unreadable`, a list of messages, one for each file that could not be decoded. The crop and flip of a training image are a
-function of (seed, index, view), and the order of the images is a function of (seed, epoch). Neither depends on the number of
-workers or processes, or on what was read before.
+function of (seed, content of its file, view), and the order of the images is a function of (seed, epoch). Neither depends on
+the number of workers or processes, or on what was read before, and the crops not on what else is in the folder.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ import pickle
 import re
 import signal
 import threading
+import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import __version__ as pillow_version
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data._utils.pin_memory import pin_memory
 
@@ -55,11 +57,23 @@ PATIENCE = 120.0  # seconds without a batch after which data workers are given u
 TIMED_OUT = "DataLoader timed out"  # how torch's message begins
 LOST = "lower it (0: none), or give the machine or container more memory (docker: --memory, --shm-size)"
 TICK = 5.0  # seconds after which the wait for a batch looks whether all workers live
-PREPROCESSING = 2  # raised with every change to the pixels that `ImageDataset.crop` returns, so that no older cache is read
+SETTLED = 2.0  # seconds after its last change in which a file may change again under the same time stamp
+PREPROCESSING = 3  # raised with every change to the pixels that `ImageDataset.crop` returns, so that no older cache is read
 
 
 class UnreadableImage(Exception):
-    """An image file that cannot be decoded; the message says which and why."""
+    """An image that cannot be decoded; the message says which and why.
+
+    Attributes:
+        why: it cannot be. passing: whether that may change though the content stays, such as an error of the disk.
+    """
+
+    def __init__(self, name: str, why: str, passing: bool = False):
+        super().__init__(name, why, passing)
+        self.why, self.passing = why, passing
+
+    def __str__(self):
+        return f"{self.args[0]!r} ({self.why})"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -124,17 +138,12 @@ def list_imagenet(folder: str | os.PathLike, split: str) -> list[str]:
     return [path for class_folder in classes for path in list_images(class_folder)]
 
 
-def file_list_digest(paths: list[str]) -> str:
-    """A digest of the files' names, sizes and modification times, in order."""
-    digest = hashlib.sha256()
-    for path in paths:
-        try:
-            status = os.stat(path)
-            line = f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n"
-        except OSError:
-            line = f"{path}\0unreadable\n"
-        digest.update(line.encode(errors="surrogateescape"))
-    return digest.hexdigest()
+def digest_of(blocks: Iterable[bytes]) -> bytes:
+    """16 bytes that name a content."""
+    digest = hashlib.blake2b(digest_size=16)
+    for block in blocks:
+        digest.update(block)
+    return digest.digest()
 
 
 def open_image(file: str | io.BytesIO) -> Image.Image:
@@ -182,6 +191,11 @@ def readable_formats() -> tuple[str, ...]:
         with contextlib.suppress(ImportError):
             importlib.import_module(plugin)
     return tuple(kind for kind in Image.OPEN if kind not in EXECUTED_FORMATS)
+
+
+def image_reader() -> str:
+    """What decodes images here: another version or a further plug-in may read what this one does not."""
+    return f"Pillow {pillow_version} with {', '.join(sorted(readable_formats()))}"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -278,9 +292,21 @@ class ImageFiles:
         """What messages and results call that image."""
         return self.paths[index]
 
-    def key(self) -> str:
-        """A digest that changes when the content of the source may have changed."""
-        return file_list_digest(self.paths)
+    def content(self, index: int) -> bytes:
+        """The digest of the file's bytes. OSError if it cannot be read."""
+        require_regular(self.paths[index])
+        with open(self.paths[index], "rb") as file:
+            return digest_of(iter(lambda: file.read(1 << 20), b""))
+
+    def stamp(self, index: int) -> str | None:
+        """What changes with the file, without reading it; None while a change could go unnoticed: clocks tick slowly.
+        OSError if there is no such file."""
+        path = self.paths[index]
+        status = os.stat(path)
+        if time.time() < max(status.st_mtime, status.st_ctime) + SETTLED:
+            return None
+        times = (status.st_mtime_ns, status.st_ctime_ns)
+        return "\0".join(map(str, (os.path.abspath(path), status.st_ino, status.st_size, *times)))
 
 
 class HubImages:
@@ -300,8 +326,18 @@ class HubImages:
     def name(self, index: int) -> str:
         return f"{self.split.info.dataset_name}[{index}]"
 
-    def key(self) -> str:
-        return self.split._fingerprint
+    @functools.cached_property
+    def _stored(self):
+        import datasets
+
+        return self.split.cast_column("image", datasets.Image(decode=False))
+
+    def content(self, index: int) -> bytes:
+        stored = self._stored[index]["image"]
+        return digest_of([stored["bytes"]]) if stored["bytes"] else ImageFiles([stored["path"]]).content(0)
+
+    def stamp(self, index: int) -> str | None:
+        return f"{self.split._fingerprint}\0{index}"
 
 
 def find_images(
@@ -438,12 +474,18 @@ class ImageDataset(Dataset):
                         image.draft(None, (int(self.image_size * ZOOM),) * 2)
                     return to_rgb(image)
         except Exception as error:  # every Pillow plugin raises its own classes
-            raise UnreadableImage(f"{self.name(index)!r} ({one_line(error)})") from None
+            raise UnreadableImage(self.name(index), one_line(error), _is_passing(error)) from None
 
-    def content_key(self) -> dict:
-        """Everything that the pixels of a view depend on, as plain JSON values: a part of the latent cache's key."""
+    def content(self, index: int) -> bytes:
+        """The digest of what the image's file holds. UnreadableImage if it cannot be read."""
+        try:
+            return self.source.content(index)
+        except Exception as error:  # of the disk, or of the hub client's table
+            raise UnreadableImage(self.name(index), one_line(error), passing=True) from None
+
+    def view_key(self) -> dict:
+        """Everything that the pixels of a view depend on beside the image's content, as plain JSON values."""
         return {
-            "files": self.source.key(),
             "image_size": self.image_size,
             "random_flip": self.random_flip,
             "seed": self.seed,
@@ -474,9 +516,9 @@ class ImageDataset(Dataset):
                 label, small, len(looked_at), self.image_size,
             )  # fmt: skip
 
-    def crop(self, image: Image.Image, index: int, view: int) -> torch.Tensor:
-        """View `view` of training image `index`: (3, S, S) uint8, a function of (seed, index, view)."""
-        zoom, top, left, flip = np.random.default_rng((self.seed, index, view)).random(4)
+    def crop(self, image: Image.Image, content: bytes, view: int) -> torch.Tensor:
+        """View `view` of a training image: (3, S, S) uint8, a function of (seed, the digest of its content, view)."""
+        zoom, top, left, flip = np.random.default_rng((self.seed, int.from_bytes(content, "little"), view)).random(4)
         largest = min(int(self.image_size * ZOOM), max(self.image_size, min(image.size)))
         short_side = self.image_size + int(zoom * (largest - self.image_size + 1))
         pixels = resized_crop(image, short_side, self.image_size, (top, left))
@@ -495,11 +537,16 @@ class ImageDataset(Dataset):
         for offset in range(len(self)):
             candidate = (index + offset) % len(self)
             try:
-                pixels = to_pixel_values(self.crop(self.open(candidate), candidate, view))
+                pixels = to_pixel_values(self.crop(self.open(candidate), self.content(candidate), view))
                 return {"pixel_values": pixels, "index": candidate, "path": self.name(candidate), "unreadable": unreadable}
             except UnreadableImage as error:
                 unreadable.append(str(error))
         raise UserError(f"no image can be read any more; the last failure: {unreadable[-1]}")
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether an image may be readable later though its content stays. Pillow's own errors have no number."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
 
 
 def collate(items: list[dict]) -> dict:

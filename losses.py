@@ -29,6 +29,22 @@ def weighted_l1(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (weight * (prediction - target).abs()).mean()
 
 
+def channel_moments(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """How far the mean and the standard deviation of each channel of latents (B, C, h, w), over the whole batch, are off.
+
+    The mean over channels of (difference of means)² + (difference of standard deviations)². A squared error alone shrinks
+    what cannot be predicted towards its mean, and losses on decoded images move the mean of those channels that hold a
+    decoder's sharpness: a tenth of a standard deviation halves the finest detail, at next to no cost in squared error.
+    """
+    means, deviations = zip(_moments(prediction), _moments(target))
+    return F.mse_loss(*means) + F.mse_loss(*deviations)
+
+
+def _moments(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    variance, mean = torch.var_mean(latents.float(), dim=(0, 2, 3), correction=0)
+    return mean, (variance + 1e-6).sqrt()  # a constant channel has a gradient too
+
+
 LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "mse": F.mse_loss,
     "l1": F.l1_loss,

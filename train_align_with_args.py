@@ -204,6 +204,8 @@ def build_parser() -> Parser:
     group.add_argument("--loss_weight", type=real(0, 1e6, above=True), default=1.0, help="factor of the loss")
     group.add_argument("--reencode_target", type=real(0, 0.999), default=0.0,
                        help="share of decode + re-encode in what latents and decoded image should be; 0: none")  # fmt: skip
+    group.add_argument("--moments_loss_weight", type=real(0, 1e6), default=0.0,
+                       help="factor of a loss on mean and standard deviation of each channel of a batch; 0: none")  # fmt: skip
     group.add_argument("--decoder_loss_weight", type=real(0, 1e6), default=0.0,
                        help="factor of a loss on the image that VAE2 decodes; 0: none")  # fmt: skip
     group.add_argument("--decoder_loss_type", choices=KINDS, default="l1", help="between that image and the reference")

@@ -12,6 +12,7 @@ Latents are *scaled* latents, the space in which diffusion models work, except w
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
@@ -486,6 +487,111 @@ class AlignModule(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Whose latents these are
+
+# Second moments of scaled latents of photos, from tools/measure_spaces.py: {channels: {space: for each band of `bands_of`
+# the upper triangle of a matrix, row by row}}.
+MOMENTS = {
+    4: {
+        "sd15": (
+            "0.254 0.0211 0.0372 0.0905 0.254 -0.0444 -0.00352 0.211 0.0922 0.188",
+            "0.269 0.0363 0.0356 0.127 0.263 -0.0531 0.0146 0.182 0.0722 0.207",
+            "0.222 0.0224 0.0348 0.107 0.187 -0.033 0.0264 0.146 0.0611 0.149",
+        ),
+        "sdxl": (
+            "0.17 0.0619 0.0256 0.0531 0.227 -0.0139 0.0372 0.404 0.0891 0.209",
+            "0.16 0.0847 0.0162 0.0729 0.219 -0.0218 0.0549 0.37 0.0808 0.197",
+            "0.138 0.139 0.024 0.0721 0.296 -0.043 0.0786 0.44 0.0645 0.245",
+        ),
+    },
+    16: {
+        "sd3": (
+            "0.524 -0.19 -0.259 0.152 0.196 -0.156 -0.389 -0.975 0.291 0.595 0.144 0.29 0.348 -0.186 -0.0483 0.339 0.401 "
+            "0.136 0.0209 -0.338 0.24 0.349 1.07 -0.213 -0.48 -0.0249 -0.238 -0.15 0.00868 -0.00457 -0.356 0.519 0.265 "
+            "-0.173 0.291 0.483 0.713 -0.313 -0.374 0.0249 -0.0936 -0.097 0.031 -0.132 -0.445 0.807 -0.0383 0.31 0.345 "
+            "0.0602 -0.174 0.108 0.304 0.186 0.384 -0.259 -0.357 -0.304 0.619 -0.206 -0.368 -1.11 0.0801 0.497 0.123 0.278 "
+            "0.179 -0.186 -0.0752 0.275 0.584 0.478 1.04 -0.391 -0.39 0.166 -0.0587 0.0229 -0.0856 -0.213 -0.565 0.921 "
+            "1.59 -0.53 -0.83 0.0849 -0.322 -0.136 -0.0322 -0.219 -0.757 4.64 -1.11 -2.23 -0.113 -1.03 -0.67 0.088 -0.16 "
+            "-1.67 0.638 0.565 -0.154 0.161 0.094 0.157 0.231 0.628 1.37 0.156 0.643 0.461 -0.123 0.0127 0.805 0.373 0.152 "
+            "0.264 -0.273 -0.23 -0.139 0.504 0.288 -0.0901 -0.115 0.273 0.497 -0.246 -0.215 0.105 0.513 0.209 0.165 0.4 "
+            "0.271 0.968",
+        ),
+        "flux1": (
+            "0.419 0.152 -0.151 0.0533 -0.0557 0.0607 0.192 -0.135 0.156 -0.189 0.0596 -0.00389 0.131 -0.0644 -0.091 "
+            "-0.00687 1.65 -0.253 0.0369 0.224 0.116 1.25 -0.72 0.134 0.495 0.174 0.493 0.773 -0.801 -0.418 -0.526 0.48 "
+            "0.0297 -0.0508 -0.19 -0.204 0.111 -0.114 0.0556 -0.0809 0.0183 0.00693 -0.0303 0.107 -0.0516 0.217 -0.0316 "
+            "-0.015 0.0787 -0.0946 0.0899 -0.107 -0.00211 0.0325 0.0654 -0.0519 -0.00937 0.0182 0.288 0.0691 0.189 -0.0403 "
+            "-0.0484 0.172 -0.0237 0.0958 0.0578 -0.0611 -0.0689 -0.0054 0.317 0.0335 0.000942 0.034 -0.0392 0.0279 0.0133 "
+            "-0.0874 -0.0218 -0.0977 0.104 1.34 -0.69 0.217 0.447 0.155 0.442 0.749 -0.616 -0.387 -0.426 0.627 -0.157 "
+            "-0.186 -0.221 -0.208 -0.533 0.422 0.33 0.358 0.361 -0.157 0.0444 0.0679 0.122 -0.0904 -0.00311 0.0107 0.778 "
+            "0.146 0.302 0.362 -0.358 -0.313 -0.449 0.38 -0.0134 0.216 -0.161 -0.293 -0.247 0.467 0.338 -0.384 -0.176 "
+            "-0.237 0.769 -0.532 -0.376 -0.476 0.82 0.307 0.453 0.614 0.355 0.708",
+        ),
+    },
+}
+DEGREES = 3  # of freedom: latents of edges lie far from those of plain areas, as in Student's t distribution
+CLEAR = {4: 0.35, 16: 3.0}  # a difference of log-likelihoods that right latents do not show, of drawings or noise neither
+LEAST_DETAIL, LEAST_SHARE, LEAST_PLACES = 0.2, 0.25, 32  # plain areas say too little: how many places must have how much detail
+
+
+def bands_of(latents: torch.Tensor) -> torch.Tensor | None:
+    """What tells latent spaces apart, of scaled latents (B, C, h, w): numbers (bands, places, C) in float32; None where too
+    few places have any detail.
+
+    Of 16 channels the latents themselves; of 4 the details of a Haar transform in overlapping 2x2 windows (down, across,
+    diagonal), for the colours of SD 1.5's and SDXL's latents are alike and their textures are not. The two outer rows and
+    columns, where encoders see the picture's edge, do not count.
+    """
+    inner = latents.float()[:, :, 2:-2, 2:-2]
+    a, b, c, d = inner[..., :-1, :-1], inner[..., :-1, 1:], inner[..., 1:, :-1], inner[..., 1:, 1:]
+    details = torch.stack([a + b - c - d, a - b + c - d, a - b - c + d]) / 2
+    busy = details.square().mean((0, 2)).sqrt() > LEAST_DETAIL  # (B, places down, places across)
+    if busy.sum() < max(LEAST_PLACES, LEAST_SHARE * busy.numel()):
+        return None
+    return (details if latents.shape[1] == 4 else a[None]).movedim(2, -1)[:, busy]
+
+
+@functools.cache
+def moments_of(name: str) -> torch.Tensor:
+    """The matrices (bands, C, C) of a space in `MOMENTS`."""
+    channels = next(channels for channels, spaces in MOMENTS.items() if name in spaces)
+    bands = []
+    for triangle in MOMENTS[channels][name]:
+        upper = torch.zeros(channels, channels, dtype=torch.float64)
+        upper[tuple(torch.triu_indices(channels, channels))] = torch.tensor(
+            [*map(float, triangle.split())], dtype=torch.float64
+        )
+        bands.append(upper + upper.triu(1).T)
+    return torch.stack(bands)
+
+
+def log_likelihood(bands: torch.Tensor, moments: torch.Tensor) -> float:
+    """Of `bands_of`, per place, under Student's t distribution with these second moments about zero, but for a constant."""
+    inverse = torch.linalg.inv(moments).to(bands)
+    distance = torch.einsum("npc,ncd,npd->np", bands, inverse, bands)
+    spread = torch.log1p(distance / DEGREES).mean(1).sum().item() * (DEGREES + bands.shape[2]) / 2
+    return -spread - torch.logdet(moments).sum().item() / 2
+
+
+def doubt_about(latents: torch.Tensor, space: LatentSpace) -> str | None:
+    """One line where scaled latents (B, C, h, w) look like those of another named space than `space`; None where they look
+    right, or where nothing can be told: other channels, a space whose statistics are not known here, too plain a picture."""
+    channels = latents.shape[1]
+    known = MOMENTS.get(channels, {})
+    bands = bands_of(latents) if space.name in known else None
+    if bands is None:
+        return None
+    likely = {name: log_likelihood(bands, moments_of(name)) for name in known}
+    best = max(likely, key=likely.get)
+    if not likely[best] - likely[space.name] > CLEAR[channels]:
+        return None
+    return (
+        f"these latents look like those of {best}, and this module takes those of {space.name} (log-likelihood per latent "
+        f"{likely[best]:.2f} against {likely[space.name]:.2f}): encode with a VAE of {space.name}, or use a module for {best}"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The pipeline
 
 
@@ -510,6 +616,7 @@ class AlignPipeline:
         self.space1 = space1 or LatentSpace.from_scale(None, config.latent_channels, config.latent_stride)
         self.space2 = space2 or LatentSpace.from_scale(None, config.out_channels, config.out_stride)
         self.figures = figures or {}
+        self._has_doubted = False
         _require_own_spaces(config, self.space1, self.space2)
 
     @property
@@ -554,7 +661,8 @@ class AlignPipeline:
             size: (height, width) of the image in pixels, for packed latents.
             raw: raw latents in, raw latents out. AlignError where the file does not say what a space's raw latents are.
 
-        The computation runs on the module's device and in the dtype of its weights.
+        The computation runs on the module's device and in the dtype of its weights. Latents whose statistics are those of
+        another named space with as many channels are translated all the same, and the log says so, once for each pipeline.
         """
         given = latents if self.uses_latents else image
         if given is None:
@@ -574,11 +682,19 @@ class AlignPipeline:
                 latents = latents[:, :, 0]
             self._require_channels(latents, raw)
             latents = self.space1.to_scaled(latents.float()) if raw else latents
+            self._doubt(latents)
         weight = self.module.out.weight
         latents, image = (each if each is None else each.to(weight.device, weight.dtype) for each in (latents, image))
         self.module.check_inputs(latents, image)
         translated = self.module(latents, image)
         return (self.space2.to_raw(translated.float()) if raw else translated).to(given.device, given.dtype)
+
+    def _doubt(self, latents: torch.Tensor) -> None:
+        """Say once, in one line of the log, that scaled latents look like those of another space than VAE1's."""
+        doubt = None if self._has_doubted else doubt_about(latents, self.space1)
+        if doubt:
+            self._has_doubted = True
+            log.warning("%s", doubt)
 
     def _require_channels(self, latents: torch.Tensor, raw: bool) -> None:
         """AlignError that names the space to which latents of another number of channels may belong."""

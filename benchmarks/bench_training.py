@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import RANDOM_VAES, RECIPES, ROOT, open_vae, print_result, recipe_args, train
+from common import RANDOM_VAES, RECIPES, ROOT, open_vae, prepared_step, print_result, recipe_args, train
 from processes import process_rates
 from tqdm import tqdm
 
@@ -59,16 +59,8 @@ def module_rate(args, vaes, loader, steps, log_dir):
     """Images per second of the training step alone, on one batch that is already on the device: nothing is read or encoded."""
     with tempfile.TemporaryDirectory(dir=log_dir) as folder:
         args.log_dir = args.save_dir = folder
-        parts = train.build_parts(args, *vaes)
-        run = train.prepare_run(args, parts, loader)
-        encoded = parts.pipeline.encode_batch(next(iter(loader)), images_needed=parts.objective.reads_images)
-
-        def work():
-            for _ in range(steps):
-                loss, _, _ = train.train_step(args, parts, run, *encoded)
-            loss.item()
-
-        rate = rate_of(work, run.batch_size * steps, 1)
+        step, run = prepared_step(args, vaes, loader)
+        rate = rate_of(lambda: [step() for _ in range(steps)], run.batch_size * steps, 1)
         run.close()
         return rate
 

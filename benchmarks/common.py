@@ -53,6 +53,18 @@ def open_vae(name: str, device, dtype):
     return freeze(AutoencoderKL(**FULL_SIZE, **RANDOM_VAES[name]).to(device, dtype))
 
 
+def prepared_step(args, vaes, loader):
+    """(a function that does one training step on a batch that is already on the device, and waits for it; the `Run`)."""
+    parts = train.build_parts(args, *vaes)
+    run = train.prepare_run(args, parts, loader)
+    encoded = parts.pipeline.encode_batch(next(iter(loader)), images_needed=parts.objective.reads_images)
+
+    def step():
+        train.train_step(args, parts, run, *encoded)[0].item()
+
+    return step, run
+
+
 def print_result(result: dict) -> None:
     """The last line that every benchmark prints: its result as JSON."""
     print(json.dumps(result))

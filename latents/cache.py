@@ -1,13 +1,19 @@
-"""The latent cache: each training image through both frozen VAEs once, ever.
+"""The latent cache: each view of each image through both frozen VAEs once, ever.
 
-What is stored: for every image K views (random crops and flips, the same that training without a cache would draw), each
-with both VAEs' scaled latents in float16 and, where the module takes the image, its pixels in uint8. One file per column,
-rows in the order (image, view), read through a memory map, so that training needs no memory for them.
+A row is one view (a random crop and flip, the same that training without a cache would draw) with both VAEs' scaled latents in
+float16 and, where the module takes the image, its pixels in uint8. Its address is the image's content and the view's number.
+So a file that is touched, copied, renamed or joined by others keeps its rows. What else a row depends on (VAEs, size, seed, …)
+names the folder, by a digest (`cache_key`).
 
-Under which key: a digest of everything the content depends on (`cache_key`); any change gives another folder.
+A folder holds shards. A shard belongs to the one process that made it, which alone appends to it:
 
-How it is built: in chunks of images. A chunk's rows are written and flushed, then one line in the journal says that they
-are there; a killed build goes on with the chunks that have no line. A file lock keeps two runs from building at once.
+    rows.bin         the addresses, 16 bytes each, in the order of the rows
+    NAME.bin         a column, read through a memory map, so that training needs no memory for it
+    used.bin         the day on which a run last wanted each row, 16 bits each
+    left_out.jsonl   images that could not be encoded, and why
+
+An address is written when its row is on the disk. A kill loses at most what has no address yet, and two runs that build at once
+do double work at worst; a lock keeps them from that.
 """
 
 from __future__ import annotations
@@ -19,79 +25,179 @@ import json
 import logging
 import math
 import os
+import secrets
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
 
-from utils import UserError, count_of, flush_to_disk, one_line, write_json
+from latents.contents import WORD
+from utils import UserError, flush_to_disk, one_line, write_json
+
+with contextlib.suppress(ImportError):  # not on Windows, where a mapped file cannot be deleted anyway
+    import fcntl
 
 log = logging.getLogger(__name__)
 
-CHUNK_IMAGES = 32  # a kill loses at most this many images' work
+STALE = 600.0  # seconds without a sign of life after which a run that builds is not waited for any more
+SHARD_BITS = 40  # a row's number is its shard's, shifted, and its place there
+PLACE = (1 << SHARD_BITS) - 1
+SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd: no two views of an image get the same address
+DAY = np.dtype("<u2")  # days since 1970
 
 
 def cache_key(**parts) -> str:
-    """A digest of everything that a cache's content depends on; `parts` are plain JSON values."""
+    """A digest of everything that a cache's rows depend on; `parts` are plain JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
+def today() -> int:
+    return int(time.time() // 86400)
+
+
+def addresses_of(contents: np.ndarray, views: int | np.ndarray) -> np.ndarray:
+    """Contents (…, 2) uint64 and the numbers of views (…,) -> addresses (…, 2) uint64."""
+    first = contents[..., 0] + np.asarray(views, np.uint64) * SPREAD  # wraps around
+    return np.stack([first, np.broadcast_to(contents[..., 1], first.shape)], axis=-1)
+
+
 class LatentCache:
-    """Rows of several columns for `length` images with `views` views each, in `root/key`.
+    """Rows of several columns, in `root/key`.
 
     Args:
         columns: {name: (shape of one row, numpy dtype)}.
         key: from `cache_key`.
+        about: what the key was made of, for people; written beside the rows.
     """
 
-    def __init__(self, root: str | os.PathLike, key: str, length: int, views: int, columns: dict):
+    def __init__(self, root: str | os.PathLike, key: str, columns: dict, about: dict | None = None):
         self.folder = Path(root) / key
-        self.length, self.views, self.columns = length, views, columns
+        self.columns, self.about = columns, about or {}
+        self._shards = []  # their names; a number given to one stays
         self._maps = {}
+        self._own = None  # the name of the shard that this process appends to
+        self._own_rows = 0
+        self._alive = None
+        self._hold = None
 
     @property
     def row_bytes(self) -> int:
-        return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.columns.values())
+        return sum(map(self._bytes_in, self.columns))
 
-    @property
-    def total_bytes(self) -> int:
-        return self.length * self.views * self.row_bytes
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.length // CHUNK_IMAGES)
-
-    def chunk_images(self, chunk: int) -> range:
-        return range(chunk * CHUNK_IMAGES, min((chunk + 1) * CHUNK_IMAGES, self.length))
+    def _bytes_in(self, column: str) -> int:
+        shape, dtype = self.columns[column]
+        return math.prod(shape) * np.dtype(dtype).itemsize
 
     # ---- what is there
 
-    def journal(self) -> dict[int, dict[int, str]]:
-        """{chunk that is complete: {image left out of it: why}}; a line that a kill cut short does not count."""
-        entries = {}
+    def shards(self) -> list[str]:
+        """The names of all shards, the oldest first, but those that this process has not seen before last."""
+        with contextlib.suppress(OSError):
+            there = {file.parent.name for file in self.folder.glob("*/rows.bin")}
+            self._shards += sorted(there.difference(self._shards))
+        return self._shards
+
+    def addresses(self, shard: str) -> np.ndarray:
+        """The addresses of the rows of a shard whose every column is there: (rows, 2) uint64."""
+        try:
+            content = (self.folder / shard / "rows.bin").read_bytes()
+            rows = len(content) // (2 * WORD.itemsize)
+            sizes = [(self.folder / shard / f"{name}.bin").stat().st_size // self._bytes_in(name) for name in self.columns]
+        except FileNotFoundError:
+            return np.empty((0, 2), WORD)
+        whole = min(rows, *sizes)
+        if whole < rows:
+            log.warning("latent cache %s: cut short, %d of its rows are encoded again", self.folder / shard, rows - whole)
+        return np.frombuffer(content, WORD, 2 * whole).reshape(-1, 2)
+
+    def find(self, addresses: np.ndarray) -> np.ndarray:
+        """Addresses (…, 2) -> the numbers of their rows (…,) int64, -1 for those that are not there."""
+        wanted = addresses.reshape(-1, 2)
+        rows = np.full(len(wanted), -1, np.int64)
+        for number, shard in enumerate(self.shards()):
+            there = self.addresses(shard)
+            if len(there):
+                order = np.argsort(there[:, 0], kind="stable")
+                places = order[np.searchsorted(there[:, 0], wanted[:, 0], sorter=order).clip(max=len(there) - 1)]
+                found = (there[places] == wanted).all(axis=1) & (rows < 0)
+                rows[found] = self.row_numbers(number, places[found])
+        return rows.reshape(addresses.shape[:-1])
+
+    @staticmethod
+    def row_numbers(shard: int, places: np.ndarray) -> np.ndarray:
+        """The numbers of the rows at these places of the shard with that number."""
+        return places + (shard << SHARD_BITS)
+
+    def left_out(self, reader: str, views: int) -> dict[str, str]:
+        """{digest of a content, in hexadecimal: why it could not be encoded}, for so many views, by what `reader` names."""
+        found = {}
+        for shard in self.shards():
+            with contextlib.suppress(FileNotFoundError):
+                path = self.folder / shard / "left_out.jsonl"
+                for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                    with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short by a kill
+                        entry = json.loads(line)
+                        if entry["reader"] == reader and entry["views"] <= views:
+                            found[entry["content"]] = entry["why"]
+        return found
+
+    def days(self, shard: str) -> np.ndarray:
+        """The days on which a run last wanted the rows of a shard: (rows,) int64, since 1970."""
+        rows = len(self.addresses(shard))
+        days = np.full(rows, today())  # of what a power cut took
         with contextlib.suppress(FileNotFoundError):
-            for line in (self.folder / "journal.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-                    entry = json.loads(line)
-                    entries[entry["chunk"]] = {int(image): why for image, why in entry["left_out"].items()}
-        return entries
+            known = np.fromfile(self.folder / shard / "used.bin", DAY)[:rows]
+            days[: len(known)] = known
+        return days
 
-    @property
-    def complete(self) -> bool:
-        return (self.folder / "complete.json").is_file()
-
-    def left_out(self) -> dict[int, str]:
-        """{image that is not in the cache: why}."""
-        return {image: why for entry in self.journal().values() for image, why in entry.items()}
+    def mark_used(self, rows: np.ndarray) -> None:
+        """Note that a run wants these rows today, where that can be written."""
+        for number in np.unique(rows >> SHARD_BITS).tolist():
+            path = self.folder / self._shards[number] / "used.bin"
+            places = rows[rows >> SHARD_BITS == number] & PLACE
+            with contextlib.suppress(OSError, ValueError):
+                days = np.memmap(path, DAY, "r+")
+                places = places[places < len(days)]
+                if (days[places] != today()).any():
+                    days[places] = today()
 
     # ---- building
 
+    def hold(self) -> None:
+        """Keep the rows from being dropped (tools/drop_unused_latents.py) while this process lives; the kernel lets go of them.
+        UserError if they are being dropped right now."""
+        with contextlib.suppress(OSError, NameError):
+            if self.folder.is_dir():
+                with contextlib.suppress(OSError):
+                    (self.folder / "in_use").touch()
+                self._hold = open(self.folder / "in_use", "rb")  # noqa: SIM115 (as long as this process lives)
+                try:
+                    fcntl.flock(self._hold, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(
+                        f"latent_cache_dir {self.folder.parent}: entries are being dropped there; start again when that is done"
+                    ) from None
+
     @contextlib.contextmanager
-    def lock(self):
-        """Only one run builds at a time; the kernel drops a dead run's lock."""
-        lock = FileLock(self.folder / "lock")
+    def unused_by_others(self):
+        """Within this context no run can take hold of the rows; the context's value is False where one has hold of them."""
+        with open(self.folder / "in_use", "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            except (OSError, NameError):  # no such locks here
+                yield True
+            else:
+                yield True
+
+    @contextlib.contextmanager
+    def building(self, images: str):
+        """Only one run at a time encodes the set that `images` names, for another's rows need not be encoded again. A run that
+        gives no sign of life for `STALE` seconds, such as one that was stopped, is not waited for."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
@@ -101,83 +207,127 @@ class LatentCache:
                 f"latent_cache_dir {self.folder.parent}: cannot write there ({one_line(error)}), and it holds no complete "
                 "cache of these images; name another folder"
             ) from None
+        lock = FileLock(self.folder / f"{images}.lock")
+        alive = self.folder / f"{images}.alive"  # not the lock's own time: whoever waits for it touches it
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.info("another run is building this latent cache: waiting for it")
-            lock.acquire()
-        except (OSError, NotImplementedError) as error:
-            log.warning("this file system knows no locks (%s): let no other run build this cache meanwhile", one_line(error))
+            if self._acquired(lock, alive):
+                self._alive = alive
+        except (OSError, NotImplementedError):
+            pass  # a file system without locks: the work may be done twice
         try:
+            self.hold()
             yield
         finally:
+            if self._alive:
+                for path in (alive, lock.lock_file):
+                    with contextlib.suppress(OSError):
+                        os.unlink(path)
+            self._alive = None
             lock.release()
 
-    def prepare(self) -> None:
-        """Say what the cache will take, and stop at once if the disk does not have it."""
-        log.info(
-            "latent cache: %s x %s, %.0f MB in %s",
-            count_of(self.length, "image"), count_of(self.views, "view"), self.total_bytes / 1e6, self.folder,
-        )  # fmt: skip
-        images_there = sum(len(self.chunk_images(chunk)) for chunk in self.journal())
-        needed = (self.length - images_there) * self.views * self.row_bytes
-        free = shutil.disk_usage(self.folder).free
+    def _acquired(self, lock: FileLock, alive: Path) -> bool:
+        """Wait for `lock` as long as the run that has it shows that it works; whether it is ours."""
+        patience, life = 0.0, None
+        while True:
+            try:
+                lock.acquire(timeout=patience)
+                return True
+            except Timeout:
+                if not patience:
+                    log.info("another run is building this latent cache: waiting for it")
+                last, life = life, os.stat(alive).st_mtime_ns if alive.exists() else 0
+                if patience and life == last:
+                    log.warning("the run that builds this latent cache has done nothing for %.0f s: encoding here too", STALE)
+                    return False
+                patience = STALE
+
+    def show_life(self) -> None:
+        """Let the runs that wait for this one know that it works."""
+        if self._alive:
+            with contextlib.suppress(OSError):
+                self._alive.touch()
+
+    def require_space(self, rows: int) -> None:
+        """UserError unless the disk has room for so many more rows."""
+        needed, free = rows * self.row_bytes, shutil.disk_usage(self.folder).free
         if needed > free:
             raise UserError(
                 f"latent_cache_dir {self.folder.parent}: the cache takes {needed / 1e6:.0f} MB more and the disk has "
                 f"{free / 1e6:.0f} MB; name another folder, lower cache_views, or train without cache_latents"
             )
 
-    def write_chunk(self, chunk: int, rows: dict[str, np.ndarray], left_out: dict[int, str]) -> None:
-        """Store a chunk's rows, each column (images · views, *shape), and only then say that they are there."""
+    def append(self, addresses: np.ndarray, rows: dict[str, np.ndarray], left_out: list[dict], days=None) -> None:
+        """Store rows, each column (R, *shape), and only then their addresses (R, 2); and what could not be encoded. `days` on
+        which they were last wanted: (R,), by default today."""
         try:
+            shard = self._own_shard()
             for name, values in rows.items():
                 shape, dtype = self.columns[name]
-                values = np.ascontiguousarray(values, dtype)
-                offset = chunk * CHUNK_IMAGES * self.views * math.prod(shape) * values.itemsize
-                create = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
-                with os.fdopen(os.open(self.folder / f"{name}.bin", create, 0o666), "r+b") as file:
-                    file.seek(offset)
-                    file.write(memoryview(values).cast("B"))
+                values = np.ascontiguousarray(values, dtype).reshape(len(addresses), *shape)
+                self._write(shard / f"{name}.bin", self._own_rows * self._bytes_in(name), values)
+            days = np.full(len(addresses), today() if days is None else days).astype(DAY)
+            self._write(shard / "used.bin", self._own_rows * DAY.itemsize, days, flush=False)
+            if left_out:
+                lines = "".join(json.dumps(entry) + "\n" for entry in left_out)
+                with open(shard / "left_out.jsonl", "a", encoding="utf-8") as file:
+                    file.write(lines)
                     flush_to_disk(file)
-            line = json.dumps({"chunk": chunk, "left_out": left_out}) + "\n"
-            with open(self.folder / "journal.jsonl", "a", encoding="utf-8") as file:
-                file.write(line if file.tell() == 0 else "\n" + line)  # a line cut short by a kill must not swallow this one
-                flush_to_disk(file)
+            self._write(shard / "rows.bin", self._own_rows * addresses.itemsize * 2, addresses)
+            self._own_rows += len(addresses)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(
-                    f"latent_cache_dir {self.folder.parent}: the disk is full; what is cached is kept. Free "
-                    f"{self.total_bytes / 1e6:.0f} MB or name another folder, then start again"
+                    f"latent_cache_dir {self.folder.parent}: the disk is full; what is cached is kept. Free some of it or name "
+                    "another folder, then start again"
                 ) from None
             raise UserError(f"latent_cache_dir {self.folder.parent}: cannot be written ({one_line(error)})") from None
 
-    def finish(self) -> None:
-        write_json(self.folder / "complete.json", {"images": self.length, "views": self.views, "bytes": self.total_bytes})
+    def _own_shard(self) -> Path:
+        if self._own is None:
+            self._own, self._own_rows = f"{time.time_ns():020d}-{secrets.token_hex(4)}", 0
+            (self.folder / self._own).mkdir(parents=True)
+            write_json(self.folder / "about.json", {**self.about, "columns": self.columns})
+        return self.folder / self._own
+
+    @staticmethod
+    def _write(path: Path, offset: int, values: np.ndarray, flush: bool = True) -> None:
+        create = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+        with os.fdopen(os.open(path, create, 0o666), "r+b") as file:
+            file.seek(offset)
+            if values.size:
+                file.write(memoryview(values).cast("B"))
+            if flush:
+                flush_to_disk(file)
 
     # ---- reading
 
-    def column(self, name: str) -> np.ndarray:
-        """The column as a read-only memory map (length · views, *shape)."""
-        if name not in self._maps:
+    def _column(self, name: str, number: int) -> np.ndarray:
+        """A column of a shard as a read-only memory map (rows, *shape)."""
+        if (name, number) not in self._maps:
             shape, dtype = self.columns[name]
-            rows = self.length * self.views
-            path = self.folder / f"{name}.bin"
+            path = self.folder / self._shards[number] / f"{name}.bin"
+            rows = path.stat().st_size // self._bytes_in(name)
             try:
-                try:
-                    self._maps[name] = np.memmap(path, dtype, "r", shape=(rows, *shape))
-                except OSError as error:
-                    if error.errno not in (errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP):
-                        raise
-                    log.warning("%s: this file system cannot map files: reading it into memory", path)
-                    self._maps[name] = np.fromfile(path, dtype, rows * math.prod(shape)).reshape(rows, *shape)
-            except (OSError, ValueError) as error:  # gone, or shorter than what was written
-                raise UserError(f"latent cache {self.folder}: damaged ({one_line(error)}); delete this folder") from None
-        return self._maps[name]
+                column = np.memmap(path, dtype, "r", shape=(rows, *shape))
+            except OSError as error:
+                if error.errno not in (errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                log.warning("%s: this file system cannot map files: reading it into memory", path)
+                column = np.fromfile(path, dtype, rows * math.prod(shape)).reshape(rows, *shape)
+            self._maps[name, number] = column
+        return self._maps[name, number]
 
-    def read(self, name: str, images: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """The rows of (image, view) pairs, copied into memory: (B, *shape)."""
-        return self.column(name)[images * self.views + views]
+    def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Those rows of every column, copied into memory: {name: (B, *shape)}."""
+        numbers, places = rows >> SHARD_BITS, rows & PLACE
+        first = int(numbers[0])
+        try:
+            if len(self._shards) == 1 or (numbers == first).all():
+                return {name: self._column(name, first)[places] for name in self.columns}
+            pairs = list(zip(numbers.tolist(), places.tolist()))
+            return {name: np.stack([self._column(name, number)[place] for number, place in pairs]) for name in self.columns}
+        except (OSError, ValueError, IndexError) as error:  # gone, or shorter than when it was found
+            raise UserError(f"latent cache {self.folder}: damaged ({one_line(error)}); start again") from None
 
     def __getstate__(self):
-        return self.__dict__ | {"_maps": {}}  # a worker process opens its own maps
+        return self.__dict__ | {"_maps": {}, "_hold": None}  # a worker process opens its own maps

@@ -7,71 +7,97 @@ import logging
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dataloader import EpochSampler, ImageDataset, UnreadableImage, WorkerLoader, loader_options, to_pixel_values
-from latents.cache import LatentCache, cache_key
+from dataloader import (
+    EpochSampler,
+    ImageDataset,
+    UnreadableImage,
+    WorkerLoader,
+    digest_of,
+    image_reader,
+    loader_options,
+    to_pixel_values,
+)
+from latents.cache import LatentCache, addresses_of, cache_key
+from latents.contents import WORD, Contents, contents_of, words_of
 from latents.spaces import Codec
 from runtime.device import memory_advice
-from utils import UserError
+from utils import UserError, count_of
 
 log = logging.getLogger(__name__)
 
 ENCODE_BATCH = 16  # views encoded at once for the cache
+CHUNK_IMAGES = 32  # a kill loses at most this many images' work
 
 
-class AllViews(Dataset):
-    """Every view of a training image at once, for the latent cache: (index, (views, 3, S, S) uint8, None), or
-    (index, None, why) for one that cannot be read."""
+@dataclass(frozen=True)
+class EncodingItem:
+    """Some views of a training image, or why there are none.
 
-    def __init__(self, dataset: ImageDataset, views: int):
-        self.dataset, self.views = dataset, views
+    Attributes:
+        index: of the image. views: their numbers. content: the digest of what was decoded. pixels: (views, 3, S, S) uint8.
+        failure: of decoding; lasting: whether the same content will fail again.
+    """
 
-    def __getitem__(self, index):
+    index: int
+    views: list[int]
+    content: bytes = b""
+    pixels: torch.Tensor | None = None
+    failure: str = ""
+    lasting: bool = False
+
+
+class SomeViews(Dataset):
+    """Training images, asked for as (index, numbers of views), as `EncodingItem`s."""
+
+    def __init__(self, dataset: ImageDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, item):
+        index, views = item
+        content = b""
         try:
             image = self.dataset.open(index)
-            return index, torch.stack([self.dataset.crop(image, index, view) for view in range(self.views)]), None
+            content = self.dataset.content(index)
+            pixels = torch.stack([self.dataset.crop(image, content, view) for view in views])
+            return EncodingItem(index, views, content, pixels)
         except UnreadableImage as error:
-            return index, None, str(error)
-
-    def collate(self, items):
-        """Items -> (indices, pixels (B · views, 3, S, S) with zeros for the unreadable, {index: why})."""
-        size = self.dataset.image_size
-        blank = torch.zeros(self.views, 3, size, size, dtype=torch.uint8)
-        pixels = torch.cat([blank if views is None else views for _, views, _ in items])
-        return [index for index, _, _ in items], pixels, {index: why for index, _, why in items if why}
+            return EncodingItem(index, views, content, failure=error.why, lasting=not error.passing)
 
 
 class CachedDataset(Dataset):
-    """Training batches out of a complete latent cache, asked for as lists of (index, view).
+    """Training batches out of a latent cache, asked for as lists of (index, view).
 
     The index counts the images that are in the cache; the batch carries `latents1`, `latents2` and, where the cache has
     pixels, `pixel_values`, beside what every batch has.
+
+    Attributes:
+        images: (M,) the indices in `dataset` of the images that are in the cache. rows: (M, views) their places in it.
     """
 
-    def __init__(self, cache: LatentCache, dataset: ImageDataset):
-        self.cache, self.dataset = cache, dataset
-        left_out = cache.left_out()
-        self.images = np.array([image for image in range(cache.length) if image not in left_out], dtype=np.int64)
+    def __init__(self, cache: LatentCache, dataset: ImageDataset, images: np.ndarray, rows: np.ndarray):
+        self.cache, self.dataset, self.images, self.rows = cache, dataset, images, rows
 
     def __len__(self):
         return len(self.images)
 
     def __getitems__(self, items):
         places, views = np.array(items).T
-        images = self.images[places]
+        images, rows = self.images[places], self.rows[places, views]
         batch = {
             "index": torch.from_numpy(images),
             "path": [self.dataset.name(image) for image in images.tolist()],
             "unreadable": [],
         }
-        for name in self.cache.columns:
-            rows = torch.from_numpy(self.cache.read(name, images, views))
-            batch[name] = to_pixel_values(rows) if name == "pixel_values" else rows.float()
+        for name, column in self.cache.read(rows).items():
+            values = torch.from_numpy(column)
+            batch[name] = to_pixel_values(values) if name == "pixel_values" else values.float()
         return batch
 
 
@@ -94,37 +120,48 @@ class CacheOptions:
 def cache_latents(
     dataset: ImageDataset, codec1: Codec, codec2: Codec, options: CacheOptions, num_workers: int = 0, accelerator=None
 ) -> CachedDataset:
-    """The complete latent cache of a training set, built or finished now if need be.
+    """A training set out of the latent cache, in which what is missing of it is built now.
 
-    The codecs' VAEs are not loaded when the cache is already complete. With an `accelerator` of several processes each of them
-    encodes its share. UserError if no image can be encoded, or the disk does not hold the cache.
+    The codecs' VAEs are not loaded when nothing is missing. With an `accelerator` of several processes each of them encodes its
+    share. UserError if no image can be encoded, or the disk does not hold the cache.
     """
     encoder = LatentEncoder(dataset, codec1, codec2, options, num_workers)
     cache = encoder.cache
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     wait_for_all = accelerator.wait_for_everyone if accelerator else lambda: None
-    # a complete cache needs no lock, and may be where nothing can be written
-    with cache.lock() if rank == 0 and not cache.complete else contextlib.nullcontext():
-        wait_for_all()
-        if not cache.complete:
+
+    def of_first(work):
+        """What `work` gives in the first process; other runs may change it before the next one looks."""
+        value = work() if rank == 0 else None
+        if world == 1:
+            return value
+        from accelerate.utils import broadcast_object_list  # seconds to import
+
+        return broadcast_object_list([value])[0]
+
+    cache.hold()
+    encoder.contents = of_first(lambda: contents_of(dataset, Path(options.root) / "contents", num_workers))
+    missing = of_first(encoder.missing)
+    if missing:  # else no lock is needed, and the cache may be where nothing can be written
+        with cache.building(encoder.name_of_set()) if rank == 0 else contextlib.nullcontext():
+            missing = of_first(encoder.missing)  # another run may have built it meanwhile
             if rank == 0:
-                cache.prepare()
+                encoder.announce(missing)
+            chunks = [missing[start : start + CHUNK_IMAGES] for start in range(0, len(missing), CHUNK_IMAGES)]
+            encoder.encode(chunks[rank::world], show_progress=rank == 0)
             wait_for_all()
-            done = cache.journal()
-            chunks = [chunk for chunk in range(cache.chunks) if chunk not in done][rank::world]
-            wait_for_all()  # all have read the journal before anyone writes to it
-            encoder.encode(chunks, show_progress=rank == 0)
-            wait_for_all()
-            if rank == 0:
-                cache.finish()
-        wait_for_all()
-    cached = CachedDataset(cache, dataset)
-    left_out = list(cache.left_out().values())
-    for why in left_out if rank == 0 else ():
-        log.warning("left out: %s", why)
-    if not len(cached):
-        raise UserError(f"no training image could be encoded; the last failure: {left_out[-1]}")
-    return cached
+    present = of_first(encoder.present)
+    images = np.flatnonzero(present)
+    if rank == 0:
+        failures = [encoder.why_left_out(index) for index in np.flatnonzero(~present).tolist()]
+        for why in failures:
+            log.warning("left out: %s", why)
+        if not len(images):
+            raise UserError(f"no training image could be encoded; the last failure: {failures[-1]}")
+    rows = encoder.rows()[images]
+    if rank == 0:
+        cache.mark_used(rows)
+    return CachedDataset(cache, dataset, images, rows)
 
 
 class LatentEncoder:
@@ -132,6 +169,7 @@ class LatentEncoder:
 
     Attributes:
         cache: the cache, in the folder that the content's key names.
+        contents: of the images, set before anything is asked for.
     """
 
     def __init__(self, dataset: ImageDataset, codec1: Codec, codec2: Codec, options: CacheOptions, num_workers: int):
@@ -139,6 +177,9 @@ class LatentEncoder:
         self.codecs = {1: codec1, 2: codec2}
         self.options = options
         self.num_workers = num_workers
+        self.contents: Contents | None = None
+        self._rows = None  # where the views were when last looked
+        self._failures = {}  # {index: why}, of this run alone
         size = dataset.image_size
         columns = {
             f"latents{number}": ((codec.channels, size // codec.stride, size // codec.stride), "float16")
@@ -146,70 +187,150 @@ class LatentEncoder:
         }
         if options.with_images:
             columns["pixel_values"] = ((3, size, size), "uint8")
-        key = cache_key(
-            vaes=[codec.fingerprint for codec in self.codecs.values()],
-            precision=[str(codec.vae.dtype) for codec in self.codecs.values()],
-            sample=options.sample,
-            columns={name: list(shape) for name, (shape, _) in columns.items()},
-            views=options.views,
-            **dataset.content_key(),
-        )
-        self.cache = LatentCache(options.root, key, len(dataset), options.views, columns)
+        key = {
+            "vaes": [codec.fingerprint for codec in self.codecs.values()],
+            "precision": [str(codec.vae.dtype) for codec in self.codecs.values()],
+            "sample": options.sample,
+            "columns": {name: list(shape) for name, (shape, _) in columns.items()},
+            **dataset.view_key(),
+        }
+        about = {"vae1": codec1.vae.where, "vae2": codec2.vae.where, **key}
+        self.cache = LatentCache(options.root, cache_key(**key), columns, about)
 
-    def encode(self, chunks: list[int], show_progress: bool) -> None:
+    # ---- what is there
+
+    def rows(self) -> np.ndarray:
+        """Where in the cache the views are: (images, views) int64, -1 for those that are not there."""
+        if self._rows is None:
+            self._rows = self.cache.find(addresses_of(self.contents.digests[:, None], np.arange(self.options.views)[None]))
+        return self._rows
+
+    def present(self) -> np.ndarray:
+        """Which images can be trained on: (images,) bool."""
+        usable = ~np.isin(np.arange(len(self.dataset)), list(self._known_failures()))
+        return (self.rows() >= 0).all(axis=1) & usable
+
+    def missing(self) -> list[tuple[int, list[int]]]:
+        """The images to encode, each content once, and which of their views, by a new look."""
+        self._rows = None
+        absent = self.rows() < 0
+        failures, found = self._known_failures(), {}
+        for index in np.flatnonzero(absent.any(axis=1)).tolist():
+            if index not in failures:
+                found.setdefault(self._content(index), (index, np.flatnonzero(absent[index]).tolist()))
+        return list(found.values())
+
+    def name_of_set(self) -> str:
+        """The name of the images and views that are wanted."""
+        return digest_of([self.contents.digests.tobytes(), str(self.options.views).encode()]).hex()
+
+    def why_left_out(self, index: int) -> str:
+        failures = self._known_failures() | self._failures
+        return f"{self.dataset.name(index)!r} ({failures.get(index, 'it could not be read when it was to be encoded')})"
+
+    def _known_failures(self) -> dict[int, str]:
+        """{index of an image that need not be tried again: why}."""
+        left_out = self.cache.left_out(image_reader(), self.options.views)
+        by_content = {index: left_out.get(self._content(index).hex()) for index in range(len(self.dataset))} if left_out else {}
+        return self.contents.unreadable | {index: why for index, why in by_content.items() if why}
+
+    def _content(self, index: int) -> bytes:
+        return self.contents.digests[index].tobytes()
+
+    # ---- building
+
+    def announce(self, missing: list[tuple[int, list[int]]]) -> None:
+        """Say what the cache will take, and stop at once if the disk does not have it."""
+        rows = sum(len(views) for _, views in missing)
+        images = len(self.dataset)
+        log.info(
+            "latent cache: %s x %s, %.0f MB in %s; %d to encode",
+            count_of(images, "image"), count_of(self.options.views, "view"),
+            images * self.options.views * self.cache.row_bytes / 1e6, self.cache.folder, len(missing),
+        )  # fmt: skip
+        self.cache.require_space(rows)
+
+    def encode(self, chunks: list[list[tuple[int, list[int]]]], show_progress: bool) -> None:
         """Encode those chunks and write each when it is whole."""
-        images = [image for chunk in chunks for image in self.cache.chunk_images(chunk)]
+        images = [image for chunk in chunks for image in chunk]
         bar = tqdm(total=len(images), desc="encode", unit="image", disable=not show_progress or not images)
         batches = iter(self._loader(images))
         for chunk in chunks:
-            missing = len(self.cache.chunk_images(chunk))
-            rows = {name: [] for name in self.cache.columns}
-            left_out = {}
-            while missing:
-                indices, pixels, unreadable = next(batches)
-                encoded = self._encode_batch(indices, pixels)
-                left_out |= unreadable | self._not_finite(indices, encoded, unreadable)
-                for name, values in encoded.items():
-                    rows[name].append(values)
-                missing -= len(indices)
-                bar.update(len(indices))
-            self.cache.write_chunk(chunk, {name: np.concatenate(values) for name, values in rows.items()}, left_out)
+            addresses, rows, left_out = [], {name: [] for name in self.cache.columns}, []
+            waiting = len(chunk)
+            while waiting:
+                items = next(batches)
+                good = [item for item in items if self._may_be_encoded(item, left_out)]
+                if good:
+                    encoded = self._encode_batch(good)
+                    finite = self._finite(good, encoded, left_out)
+                    for name, values in encoded.items():
+                        rows[name].append(values[finite])
+                    addresses.append(_addresses_of(good)[finite])
+                waiting -= len(items)
+                bar.update(len(items))
+                self.cache.show_life()
+            if addresses or left_out:
+                whole = {name: np.concatenate(values) for name, values in rows.items() if values}
+                self.cache.append(np.concatenate(addresses or [np.empty((0, 2), WORD)]), whole, left_out)
         bar.close()
+        self._rows = None
 
-    def _loader(self, images: list[int]) -> DataLoader:
-        """Batches of (indices, pixels, {index: why it is unreadable}) in the order of `images`, each within one chunk: a power
-        of two that divides a chunk's images."""
-        every_view = AllViews(self.dataset, self.options.views)
+    def _loader(self, images: list[tuple[int, list[int]]]) -> DataLoader:
+        """Batches of `EncodingItem`s in the order of `images`, each within one chunk: a power of two that divides a chunk's
+        images."""
         images_per_batch = 2 ** max(0, int(math.log2(max(1, ENCODE_BATCH / self.options.views))))
-        options = loader_options(self.num_workers) | {"collate_fn": every_view.collate, "persistent_workers": False}
-        return WorkerLoader(every_view, batch_size=images_per_batch, sampler=images, **options)
+        options = loader_options(self.num_workers) | {"collate_fn": _as_it_is, "persistent_workers": False}
+        return WorkerLoader(SomeViews(self.dataset), batch_size=images_per_batch, sampler=images, **options)
 
-    def _encode_batch(self, indices: list[int], pixels: torch.Tensor) -> dict[str, np.ndarray]:
-        """Pixels (B · views, 3, S, S) uint8 -> {column: rows}."""
+    def _may_be_encoded(self, item: EncodingItem, left_out: list[dict]) -> bool:
+        why = item.failure
+        if not why and item.content != self._content(item.index):
+            why = "it changed while it was being read"
+        if why:
+            self._leave_out(item, why, left_out if item.lasting else [])
+        return not why
+
+    def _leave_out(self, item: EncodingItem, why: str, left_out: list[dict]) -> None:
+        self._failures[item.index] = why
+        content = self._content(item.index).hex()
+        left_out.append({"content": content, "views": self.options.views, "reader": image_reader(), "why": why})
+
+    def _encode_batch(self, items: list[EncodingItem]) -> dict[str, np.ndarray]:
+        """{column: rows} of all views of `items`."""
         advice = {
             "image_size": self.dataset.image_size,
             "cache_views": self.options.views,
             "precision": str(self.codecs[1].vae.dtype).rpartition(".")[2],
         }
+        pixels = torch.cat([item.pixels for item in items])
         images = to_pixel_values(pixels)
         rows = {"pixel_values": pixels.numpy()} if self.options.with_images else {}
         with memory_advice("encoding images for the latent cache", **advice):
             for number, codec in self.codecs.items():
                 generator = None
                 if self.options.sample:  # a function of the images, so that a build that was cut short draws the same
-                    seed = np.random.SeedSequence((self.dataset.seed, indices[0], number)).generate_state(1)[0]
+                    first = int.from_bytes(items[0].content, "little")
+                    seed = np.random.SeedSequence((self.dataset.seed, first, number)).generate_state(1)[0]
                     generator = torch.Generator(codec.vae.device).manual_seed(int(seed))
                 rows[f"latents{number}"] = codec.encode(images, self.options.sample, generator).half().cpu().numpy()
         return rows
 
-    def _not_finite(self, indices: list[int], encoded: dict[str, np.ndarray], unreadable: dict) -> dict[int, str]:
-        """{image whose views are not finite in float16: why it is left out}."""
-        finite = np.all([np.isfinite(rows).reshape(len(indices), -1).all(axis=1) for rows in encoded.values()], axis=0)
-        return {
-            image: f"{self.dataset.name(image)!r} (its latents are not finite in float16)"
-            for image, good in zip(indices, finite)
-            if not good and image not in unreadable
-        }
+    def _finite(self, items: list[EncodingItem], encoded: dict[str, np.ndarray], left_out: list[dict]) -> np.ndarray:
+        """Which rows are of images whose views are all finite in float16: (rows,) bool. The other images are left out."""
+        of_item = np.repeat(np.arange(len(items)), [len(item.views) for item in items])
+        finite = np.all([np.isfinite(rows).reshape(len(rows), -1).all(axis=1) for rows in encoded.values()], axis=0)
+        bad = np.unique(of_item[~finite])
+        for number in bad.tolist():
+            self._leave_out(items[number], "its latents are not finite in float16", left_out)
+        return ~np.isin(of_item, bad)
+
+
+def _addresses_of(items: list[EncodingItem]) -> np.ndarray:
+    """The addresses of all views of `items`: (rows, 2)."""
+    counts = [len(item.views) for item in items]
+    contents = np.repeat(words_of([item.content for item in items]), counts, axis=0)
+    return addresses_of(contents, np.concatenate([item.views for item in items]))
 
 
 def cached_loader(

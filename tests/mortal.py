@@ -5,7 +5,7 @@ time that it comes to WHERE:
     rename       a checkpoint is whole, but has no name yet
     kept         a checkpoint has its name, nothing after that has happened
     cache        half of a chunk of the latent cache is written
-    journal      a chunk of the latent cache is written, but not yet in the journal
+    addresses    a chunk of the latent cache is written, but not yet its addresses
     full         from then on no byte can be written (ENOSPC)
 """
 
@@ -26,7 +26,7 @@ from latents import cache as latent_cache
 from latents.pipeline import PipelineWithVAEs
 from runtime.cli import run
 
-WHERE = ("checkpoint", "rename", "kept", "cache", "journal")
+WHERE = ("checkpoint", "rename", "kept", "cache", "addresses")
 
 
 def die(*_):
@@ -62,9 +62,9 @@ def half_a_checkpoint(content, file):
     die()
 
 
-def half_a_chunk(cache, chunk, rows, left_out):
+def half_a_chunk(cache, addresses, rows, left_out):
     name, values = next(iter(rows.items()))
-    with open(cache.folder / f"{name}.bin", "wb") as file:
+    with open(cache._own_shard() / f"{name}.bin", "ab") as file:
         file.write(bytes(values.nbytes // 2))
     die()
 
@@ -81,8 +81,8 @@ def main():
         pipeline.save_checkpoint = at(count, pipeline.save_checkpoint, after=die)
     elif where == "cache":
         cache = latent_cache.LatentCache
-        cache.write_chunk = at(count, cache.write_chunk, before=half_a_chunk)
-    elif where == "journal":
+        cache.append = at(count, cache.append, before=half_a_chunk)
+    elif where == "addresses":
         os.fsync = at(count, os.fsync, before=die)
     elif where == "full":
         utils.os.fsync = at(count, os.fsync, before=disk_full)

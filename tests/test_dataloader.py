@@ -1,6 +1,5 @@
 """Folders and hub data sets to batches: which images dataloader.py finds, in which order they come, and through workers."""
 
-import json
 import os
 import shutil
 import signal
@@ -24,6 +23,7 @@ from dataloader import (
     EpochSampler,
     HubImages,
     ImageDataset,
+    ImageFiles,
     eval_loader,
     find_images,
     list_images,
@@ -293,13 +293,13 @@ def test_hub_data_set_gives_the_split_and_column_asked_for(hub_folder, tmp_path,
     assert (levels(ImageDataset(data, 8)[0]["pixel_values"]) == (RED if train else BLUE)).all()
 
 
-def test_hub_data_set_opened_twice_has_the_same_content_key(hub_folder, tmp_path):
-    """A latent cache that is built anew in every run."""
-    keys = []
-    for _ in range(2):
-        data = load_hub_split(str(hub_folder), True, "--flag", str(tmp_path / "cache"))
-        keys.append(json.dumps(ImageDataset(data, 8, random_crop=True).content_key()))
-    assert keys[0] == keys[1]
+def test_images_of_a_hub_data_set_are_known_by_their_content(hub_folder, tmp_path):
+    """A latent cache that is built anew in every run, or for every row when one is added."""
+    first, again = (load_hub_split(str(hub_folder), True, "--flag", str(tmp_path / "cache")) for _ in range(2))
+    assert [first.stamp(index) for index in range(3)] == [again.stamp(index) for index in range(3)]
+    assert len({first.stamp(index) for index in range(3)}) == 3
+    (tmp_path / "red.png").write_bytes(encoded("PNG", Image.new("RGB", (8, 8), RED)))
+    assert first.content(2) == ImageFiles([str(tmp_path / "red.png")]).content(0)
 
 
 def test_data_set_without_images_is_one_line(tmp_path):

@@ -228,8 +228,9 @@ def training_set(folder, picture, count=1, **options):
     return ImageDataset(paths, **{"image_size": 32, "random_crop": True, "random_flip": True, "seed": 5} | options)
 
 
-def test_training_crop_is_a_function_of_seed_index_and_view(tmp_path):
-    """Crops from a global or a worker's generator: runs that cannot be repeated or resumed, caches that do not match."""
+def test_training_crop_is_a_function_of_seed_content_and_view(tmp_path):
+    """Crops from a global or a worker's generator, or by the place in the folder: runs that cannot be repeated or resumed,
+    caches that do not match once a photo is added."""
     picture = smooth_picture(90, 70)
     first = training_set(tmp_path, picture, count=3)
     wanted = {(index, view): first[index, view]["pixel_values"] for index in range(3) for view in range(4)}
@@ -238,8 +239,12 @@ def test_training_crop_is_a_function_of_seed_index_and_view(tmp_path):
     again = training_set(tmp_path, picture, count=3)
     for item in reversed(wanted):
         assert torch.equal(again[item]["pixel_values"], wanted[item])
-    drawn = [*wanted.values(), training_set(tmp_path, picture, seed=6)[0, 0]["pixel_values"]]
-    assert len({pixels.numpy().tobytes() for pixels in drawn}) == 13  # all of the same picture, none alike
+        assert torch.equal(again[0, item[1]]["pixel_values"], wanted[item])  # the files are copies of one
+    with open(again.source.paths[1], "ab") as file:
+        file.write(b"another content of the same picture")
+    drawn = [again[index, view]["pixel_values"] for index in (0, 1) for view in range(4)]
+    drawn.append(training_set(tmp_path, picture, seed=6)[0, 0]["pixel_values"])
+    assert len({pixels.numpy().tobytes() for pixels in drawn}) == 9  # all of the same picture, none alike
 
 
 @pytest.mark.parametrize("random_flip", [True, False])

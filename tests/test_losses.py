@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from losses import LOSSES, get_loss_function
+from losses import LOSSES, channel_moments, get_loss_function
 from utils import UserError
 
 
@@ -94,3 +94,17 @@ def test_unknown_loss_is_an_error_that_lists_the_known():
     """A KeyError traceback."""
     with pytest.raises(UserError, match=r"loss_type l3: choose from mse, l1, weighted_l1"):
         get_loss_function("l3")
+
+
+def test_channel_moments_see_mean_and_spread_of_a_channel_and_no_place(pair):
+    """A term per image instead of per channel, one that a shuffle of places changes, and a gradient of nan for a flat channel."""
+    prediction, target = pair
+    made = [latents.detach().double().numpy() for latents in pair]
+    expected = sum(
+        np.mean((figure(made[0], axis=(0, 2, 3)) - figure(made[1], axis=(0, 2, 3))) ** 2) for figure in (np.mean, np.std)
+    )
+    assert channel_moments(prediction, target).item() == pytest.approx(expected, rel=1e-4)
+    assert channel_moments(target.flip(3), target).item() == pytest.approx(0, abs=1e-8)
+    flat = torch.zeros(1, 2, 3, 3, requires_grad=True)
+    channel_moments(flat, target[:1, :2, :3, :3]).backward()
+    assert flat.grad.isfinite().all()

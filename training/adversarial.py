@@ -139,7 +139,7 @@ class Adversary:
         self.discriminator.load_state_dict(state["discriminator"])
         load_optimizer(self.optimizer, state["optimizer"])
         self._meter.load_state_dict(state)
-        self._recent_loss = state["recent_loss"].to(self._recent_loss)
+        self._recent_loss = state["recent_loss"].reshape(()).to(self._recent_loss)
         self._complained = bool(state["complained"])
 
     def _judge(self, inputs):

@@ -12,7 +12,7 @@ from evaluation.st_lpips import SMALLEST_SIDE, PerceptualDistance, st_lpips
 from latents.pipeline import PipelineWithVAEs
 from latents.spaces import Codec
 from latents.vaes import load_vae_model
-from losses import get_loss_function
+from losses import channel_moments, get_loss_function
 from training.adversarial import Adversary, Rules
 from training.decoded_image import (
     DecodedImageLoss,
@@ -62,6 +62,7 @@ class Objective:
     def __init__(self, pipeline: PipelineWithVAEs, args: argparse.Namespace):
         self.latent_loss = get_loss_function(args.loss_type)
         self.latent_weight = args.loss_weight
+        self.moments_weight = args.moments_loss_weight
         self.reencode = _reencoder(pipeline, args)
         self._window = {"side": args.decoder_loss_window, "items": args.decoder_loss_batch, "seed": args.seed}
         self.decoded = _decoded_loss(pipeline, args) if decodes_pictures(args) else None
@@ -75,6 +76,8 @@ class Objective:
         if self.reencode:
             reencoded = self.reencode(inputs["latents"], draw_window(aligned.shape[2:], step=step, **self._window))
         loss = self.latent_weight * self._latent_loss(aligned, target, reencoded)
+        if self.moments_weight:
+            loss = loss + self.moments_weight * channel_moments(aligned, target)
         seen, window = Seen(), None
         if self.decoded:
             decoded_loss, window = self.decoded(aligned, target, images, step, reencoded)

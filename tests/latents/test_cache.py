@@ -1,6 +1,7 @@
 """The latent cache: the same training as without it, nothing stale, nothing broken by a kill, a race or a full disk."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, as_argv, make_photo, read_scalars, run_script
+from filelock import FileLock
 from hostile import refusal
 
 import dataloader
 import train_align_with_args as train_script
 from latents import cache as latent_cache
-from latents.encode_once import CacheOptions, cache_latents
+from latents import contents as contents_of_images
+from latents.encode_once import CHUNK_IMAGES, CacheOptions, LatentEncoder, cache_latents
 from latents.spaces import Codec
 from latents.vaes import load_vae_model
 from utils import UserError
@@ -59,32 +62,99 @@ def test_rows_are_the_views_encoded(photos, spaces, tmp_path):
     data = cached(photos, spaces, tmp_path / "cache", with_images=True)
     batch = data.__getitems__([(4, 1), (0, 0)])
     for row, (index, view) in enumerate([(4, 1), (0, 0)]):
-        pixels = dataloader.to_pixel_values(data.dataset.crop(data.dataset.open(index), index, view))
+        photo = data.dataset
+        pixels = dataloader.to_pixel_values(photo.crop(photo.open(index), photo.content(index), view))
         assert torch.equal(batch["pixel_values"][row], pixels)
         for name, space in (("latents1", spaces[0]), ("latents2", spaces[1])):
             assert torch.allclose(batch[name][row], space.encode(pixels[None])[0], atol=2e-3)
 
 
-def test_any_change_gives_another_cache(photos, spaces, vae_folders, tmp_path):
-    """Catches a key that forgets views, seed, size, VAE weights, or the files' content."""
+@pytest.fixture
+def encoded(monkeypatch):
+    """A list of how many images each build has encoded."""
+    counts = []
+    encode = LatentEncoder.encode
+
+    def counted(encoder, chunks, **options):
+        counts.append(sum(map(len, chunks)))
+        return encode(encoder, chunks, **options)
+
+    monkeypatch.setattr(LatentEncoder, "encode", counted)
+    return counts
+
+
+def test_only_what_is_new_is_encoded(photos, spaces, tmp_path, encoded, monkeypatch):
+    """A cache that is built anew for one more photo in the middle, a touched, renamed or copied file, another spelling of the
+    path; rows that belong to another image since the order changed."""
+    monkeypatch.chdir(tmp_path)
+    first = cached(photos, spaces, "cache").__getitems__([(index, 1) for index in range(6)])
+    for change in (
+        lambda: None,
+        lambda: [os.utime(path, ns=(1, 1)) for path in photos.iterdir()],
+        lambda: shutil.copy(photos / "1.png", photos / "z.png"),
+        lambda: shutil.copytree(photos, tmp_path / "copy"),
+    ):
+        change()
+        for place in ("photos", "./photos/", photos, *tmp_path.glob("copy")):
+            data = cached(place, spaces, "cache")
+    assert encoded == [6]
+    make_photo(np.random.default_rng(7), (48, 40)).save(photos / "3b.png")
+    (photos / "5.png").rename(photos / "3a.png")
+    data = cached(photos, spaces, "cache")
+    assert encoded == [6, 1]
+    again = data.__getitems__([(place, 1) for place in (0, 1, 2, 3, 6, 4, 7)])
+    assert torch.equal(again["latents2"][:6], first["latents2"][[0, 1, 2, 3, 4, 5]])
+    assert torch.equal(again["latents2"][6], first["latents2"][1])  # the copy
+    data = cached(photos, spaces, "cache", views=3)
+    assert encoded == [6, 1, 7]
+    assert torch.equal(data.__getitems__([(0, 1)])["latents2"][0], first["latents2"][0])
+
+
+def test_what_a_row_depends_on_is_encoded_anew(photos, spaces, vae_folders, tmp_path, encoded):
+    """Catches an address that forgets seed, size, VAE weights, or the content of a file whose size and time are as before."""
     root = tmp_path / "cache"
-    folders = [cached(photos, spaces, root).cache.folder]
-    assert cached(photos, spaces, root).cache.folder == folders[0]
-    folders.append(cached(photos, spaces, root, views=3).cache.folder)
-    folders.append(cached(photos, spaces, root, seed=1).cache.folder)
-    folders.append(cached(photos, spaces, root, size=40).cache.folder)
+    cached(photos, spaces, root)
+    cached(photos, spaces, root, seed=1)
+    cached(photos, spaces, root, size=40)
     other = vae_folders["kl4"].parent / "kl4_changed"
     shutil.copytree(vae_folders["kl4"], other, dirs_exist_ok=True)
     weights = bytearray((other / "diffusion_pytorch_model.safetensors").read_bytes())
     weights[-1] ^= 1
     (other / "diffusion_pytorch_model.safetensors").write_bytes(weights)
     changed = Codec(load_vae_model(other, "vae", None, "cpu", torch.float32))
-    folders.append(cached(photos, [changed, spaces[1]], root).cache.folder)
-    os.utime(photos / "3.png", ns=(1, 1))
-    folders.append(cached(photos, spaces, root).cache.folder)
-    (photos / "3.png").unlink()
-    folders.append(cached(photos, spaces, root).cache.folder)
-    assert len(set(folders)) == len(folders)
+    cached(photos, [changed, spaces[1]], root)
+    assert encoded == [6] * 4
+    before = (photos / "3.png").stat()
+    with open(photos / "3.png", "r+b") as file:  # the last byte of a checksum that Pillow does not look at
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\0")
+    os.utime(photos / "3.png", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (photos / "3.png").stat().st_size == before.st_size
+    cached(photos, spaces, root)
+    assert encoded == [6] * 4 + [1]
+
+
+def test_an_unchanged_file_is_not_read_again(photos, spaces, tmp_path, monkeypatch):
+    """A warm start that reads every photo; a file that changed within one tick of the clock, taken for the old one; notes of
+    what was read that pile up, or are trusted where they are cut short."""
+    monkeypatch.setattr(dataloader, "SETTLED", 3600.0)
+    cached(photos, spaces, tmp_path / "cache")
+    read, content = [], dataloader.ImageFiles.content
+    monkeypatch.setattr(dataloader.ImageFiles, "content", lambda source, index: read.append(index) or content(source, index))
+    notes = tmp_path / "cache" / "contents"
+
+    def images_read(settled):
+        del read[:]
+        monkeypatch.setattr(dataloader, "SETTLED", settled)
+        cached(photos, spaces, tmp_path / "cache")
+        return len(read)
+
+    # just changed; not just changed, but not noted yet; noted
+    assert [images_read(settled) for settled in (3600.0, -3600.0, -3600.0)] == [6, 6, 0]
+    for number in range(contents_of_images.MOST_FILES + 1):
+        (notes / f"{number}.bin").write_bytes(bytes(33))
+    assert [images_read(-3600.0) for _ in range(2)] == [0, 0]
+    assert len(list(notes.iterdir())) == 1
 
 
 def test_a_complete_cache_needs_no_vae(photos, vae_folders, tmp_path):
@@ -133,15 +203,23 @@ def cache_command(flags, photos, root):
 def many_photos(tmp_path):
     folder, rng = tmp_path / "many", np.random.default_rng(2)
     folder.mkdir()
-    for number in range(5 * latent_cache.CHUNK_IMAGES + 3):
+    for number in range(5 * CHUNK_IMAGES + 3):
         make_photo(rng, (40, 40)).save(folder / f"{number:03d}.png")
     return folder
 
 
-def contents(root):
-    (folder,) = root.iterdir()
-    assert (folder / "complete.json").is_file()
-    return {file.name: file.read_bytes() for file in folder.glob("*.bin")}
+def rows_of(root):
+    """{address: its row in every column} of the one cache below `root`; no address is there twice."""
+    (about,) = root.glob("*/about.json")
+    columns = {name: (tuple(shape), dtype) for name, (shape, dtype) in json.loads(about.read_text())["columns"].items()}
+    cache = latent_cache.LatentCache(root, about.parent.name, columns)
+    addresses = np.concatenate([cache.addresses(shard) for shard in cache.shards()])
+    found = cache.find(addresses)
+    assert len({tuple(address) for address in addresses.tolist()}) == len(addresses)
+    return {
+        tuple(address): [column.tobytes() for column in cache.read(np.array([row])).values()]
+        for address, row in zip(addresses.tolist(), found)
+    }
 
 
 def test_a_killed_build_goes_on_and_two_at_once_agree(flags, many_photos, tmp_path):
@@ -149,21 +227,21 @@ def test_a_killed_build_goes_on_and_two_at_once_agree(flags, many_photos, tmp_pa
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     root = tmp_path / "killed"
     argv = cache_command(flags, many_photos, root)[2:]
-    # a chunk is flushed in four files, so that this one dies in its third
-    died = run_script("tests/mortal.py", "journal", "10", "--", *argv, check=False)
+    # a chunk is flushed in four files, after one about the cache, so that this one dies in its third
+    died = run_script("tests/mortal.py", "addresses", "11", "--", *argv, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr
-    (folder,) = root.iterdir()
-    assert (folder / "journal.jsonl").read_text().count('"chunk"') == 2 and not (folder / "complete.json").exists()
-    with open(folder / "journal.jsonl", "a") as file:
-        file.write('\n{"chunk": 5, "left')  # as if the kill had come in the middle of a line
+    (shard,) = (file.parent for file in root.glob("*/*/rows.bin"))
+    with open(shard / "rows.bin", "ab") as file:
+        assert file.tell() == 2 * 2 * CHUNK_IMAGES * 16
+        file.write(b"half of it")  # as if the kill had come in the middle of an address
 
     first, second = tmp_path / "together", tmp_path / "together"
     commands = [cache_command(flags, many_photos, place) for place in (root, first, second)]
     processes = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for command in commands]
     messages = [process.communicate(timeout=400)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], messages
-    assert contents(root) == contents(first)
-    assert (folder / "journal.jsonl").read_text().count('"left_out"') == 6  # no chunk was done twice
+    assert len(rows_of(first)) == 2 * (5 * CHUNK_IMAGES + 3)
+    assert rows_of(root) == rows_of(first)
 
 
 def test_a_full_disk_is_one_clear_error(photos, spaces, tmp_path, monkeypatch):
@@ -207,3 +285,53 @@ def test_a_cache_needs_neither_locks_nor_memory_maps(photos, spaces, tmp_path, m
     monkeypatch.setattr(*{"locks": ("filelock.FileLock.acquire", refuse), "maps": (np, "memmap", refuse)}[what])
     again = cached(photos, spaces, tmp_path / "b").__getitems__([(0, 0), (5, 1)])
     assert torch.equal(whole["latents2"], again["latents2"])
+
+
+HOLDER = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); sys.stdin.read()"
+
+
+def test_a_run_that_stands_still_is_not_waited_for(photos, spaces, tmp_path, monkeypatch, caplog):
+    """A run that waits for ever for one that was stopped (Ctrl-Z) while it built the cache; one that does not wait at all."""
+    locks, holders = [], []
+    acquire = latent_cache.LatentCache._acquired
+
+    def held_by_another(cache, lock, alive):
+        locks.append(lock.lock_file)
+        holders.append(subprocess.Popen([sys.executable, "-c", HOLDER, lock.lock_file], stdin=-1, stdout=-1))
+        holders[0].stdout.readline()
+        holders[0].send_signal(signal.SIGSTOP)
+        return acquire(cache, lock, alive)
+
+    monkeypatch.setattr(latent_cache.LatentCache, "_acquired", held_by_another)
+    monkeypatch.setattr(latent_cache, "STALE", 0.3)
+    try:
+        assert len(cached(photos, spaces, tmp_path / "cache")) == 6
+    finally:
+        holders[0].kill()
+        holders[0].wait()
+    assert "has done nothing" in caplog.text
+    assert os.path.exists(locks[0])  # not ours to remove
+
+
+def test_a_run_that_works_is_waited_for(photos, spaces, tmp_path, monkeypatch, caplog):
+    """A cache that is built twice at the same time, since the first one takes longer than the other's patience."""
+    monkeypatch.setattr(latent_cache, "STALE", 0.1)
+    cache = cached(photos, spaces, tmp_path / "cache").cache
+    alive, lock = cache.folder / "set.alive", FileLock(cache.folder / "set.lock")
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, lock.lock_file], stdin=-1, stdout=-1)
+    holder.stdout.readline()
+    looks, stat = [], os.stat
+
+    def another_batch_each_time(path, *args, **options):
+        if path == alive:
+            looks.append(path)
+            os.utime(alive, ns=(len(looks), len(looks)))
+            if len(looks) == 8:
+                holder.communicate()
+        return stat(path, *args, **options)
+
+    alive.touch()
+    monkeypatch.setattr(os, "stat", another_batch_each_time)
+    assert cache._acquired(lock, alive)
+    lock.release()
+    assert len(looks) >= 8 and "has done nothing" not in caplog.text

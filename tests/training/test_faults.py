@@ -94,7 +94,7 @@ def kill_at_random(flags, folder, draw, number=signal.SIGKILL):
         return "at start-up"
     if set(folder.glob("ckpt/*.tmp")) - leftovers:
         return "while a checkpoint was written"
-    if not list(folder.glob("cache/*/complete.json")):
+    if b"train: " not in said():
         return "while the latent cache was built"
     return "in training" if list(folder.glob("ckpt/*.pth")) else "before the first checkpoint"
 
@@ -103,7 +103,7 @@ def kill_at_random(flags, folder, draw, number=signal.SIGKILL):
     "number", [signal.SIGKILL, *([signal.SIGINT, signal.SIGTERM] if KILLS else [])], ids=lambda number: number.name
 )
 def test_killed_at_random_moments(job, tmp_path, number):
-    """A state that is only consistent at some moments: a checkpoint that does not match its logs, a torn journal; a signal
+    """A state that is only consistent at some moments: a checkpoint that does not match its logs, a torn cache; a signal
     that ends the run unsaved in some moments, or with a traceback."""
     flags, whole = job
     kills, hit, seed = 0, Counter(), random.randrange(2**32)
@@ -126,7 +126,7 @@ def test_killed_at_random_moments(job, tmp_path, number):
 
 
 @pytest.mark.parametrize("count", (1, 5) if KILLS else (2,))
-@pytest.mark.parametrize("where", WHERE if KILLS else ("checkpoint", "rename", "journal"))
+@pytest.mark.parametrize("where", WHERE if KILLS else ("checkpoint", "rename", "addresses"))
 def test_killed_inside_a_write(job, tmp_path, where, count):
     """A half-written file that a resume takes for a whole one, in each place where something is written."""
     flags, whole = job

@@ -9,6 +9,7 @@ from runs import LAUNCHER, assert_same_tensors, results_of, specified, tiny_of, 
 
 SETTINGS = {
     "decoder_loss_weight": 1.0,
+    "adversarial_weight": 0.02,
     "latent_adversarial_weight": 0.01,
     "adversarial_start_step": 2,
     "adversarial_warmup_steps": 4,
@@ -103,7 +104,7 @@ def test_only_the_main_process_writes(pair):
 
 
 def test_two_processes_resume_bit_identically(pair, vae_folders, photo_folders, tmp_path):
-    """A process that resumes from another place in the data, or whose optimizer starts anew."""
+    """A process that resumes from another place in the data, or whose optimizer or discriminators start anew."""
     flags = {**tiny_flags(vae_folders, photo_folders, tmp_path), **SETTINGS, "train_batch_size": 2}
     for changes in ({"max_train_steps": 7}, {"resume": True, "max_train_steps": 0}):
         argv = as_argv({**tiny_of(flags, tmp_path), **changes})

@@ -212,20 +212,6 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_the_customary_code(flag
     assert_same_tensors(again.last, unstopped.last)
 
 
-def test_two_processes_resume_bit_identically(vae_folders, photo_folders, tmp_path):
-    """A process that resumes from another place in the data, or whose optimizer or discriminators start anew."""
-    flags = tiny_flags(vae_folders, photo_folders, tmp_path)
-    flags |= {"adversarial_weight": 0.02, "latent_adversarial_weight": 0.03, "adversarial_start_step": 3}
-    flags |= {**QUIET, "epochs": 4, "save_steps": 5, "train_batch_size": 2, "ema_decay": 0.9}
-    env = {"ACCELERATE_USE_CPU": "true"}
-    for folder, changes in (("whole", [{}]), ("broken", [{"max_train_steps": 7}, {"resume": True, "max_train_steps": 0}])):
-        (tmp_path / folder).mkdir()
-        for change in changes:
-            argv = as_argv({**tiny_of(flags, tmp_path / folder), **change})
-            run_script("train_align_with_args.py", *argv, launcher=LAUNCHER, env=env, cwd=tmp_path / folder)
-    assert_same_tensors(results_of(tmp_path / "broken").last, results_of(tmp_path / "whole").last)
-
-
 def poison(monkeypatch, bad_steps):
     """Batches whose latents are NaN at these steps (counted from 1)."""
     endless = train_script.endless

@@ -1,0 +1,152 @@
+"""Latents of another space with as many channels, told by their statistics."""
+
+import logging
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_script
+from PIL import Image, ImageDraw, ImageOps
+from safetensors.torch import save_file
+
+from dataloader import list_images, to_pixel_values
+from latents.families import SPACES
+from latents.spaces import Codec
+from latents.vaes import load_vae_model
+from vae_align import CLEAR, MOMENTS, AlignConfig, AlignModule, AlignPipeline, LatentSpace, doubt_about, moments_of
+
+OTHER = {"sd15": "sdxl", "sdxl": "sd15", "sd3": "flux1", "flux1": "sd3"}
+REAL = {"sd15": "taesd", "sdxl": "taesdxl", "sd3": "taesd3", "flux1": "taef1"}
+
+
+def latents_of(name, batch=1, side=24):
+    """Scaled latents (batch, C, side, side) with the second moments of that space."""
+    moments = moments_of(name)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(matrix, rows):
+        channels = torch.randn(batch, rows, rows, len(matrix), generator=generator, dtype=torch.float64)
+        return (channels @ torch.linalg.cholesky(matrix).T).permute(0, 3, 1, 2)
+
+    if len(moments) == 1:
+        return drawn(moments[0], side).float()
+    down, across, diagonal = (drawn(matrix, side // 2) for matrix in moments)  # an inverse Haar transform
+    windows = [down + across + diagonal, down - across - diagonal, across - down - diagonal, diagonal - down - across]
+    return torch.nn.functional.pixel_shuffle(torch.stack(windows, 2).flatten(1, 2) / 2, 2).float()
+
+
+def pipeline_from(name):
+    torch.manual_seed(0)
+    config = AlignConfig(("latent",), SPACES[name].channels, 16, hidden_channels=8, num_blocks=1)
+    return AlignPipeline(AlignModule(config).eval(), SPACES[name], SPACES["wan21"])
+
+
+def warnings_of(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_another_spaces_latents_are_said_once_in_one_line_and_translated(name, caplog):
+    """SDXL's latents in a module for SD 1.5's, which gives a picture that is wrong and no word; a word for every batch."""
+    pipeline, wrong = pipeline_from(OTHER[name]), latents_of(name)
+    assert pipeline.translate(wrong).isfinite().all() and pipeline.translate(wrong).shape == (1, 16, 24, 24)
+    (line,) = warnings_of(caplog)
+    assert f"look like those of {name}" in line and f"takes those of {OTHER[name]}" in line and "\n" not in line
+    assert f"use a module for {name}" in line and re.search(r"per latent -?\d+\.\d\d against -?\d", line)
+
+
+@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize("raw", [False, True], ids=["scaled", "raw"])
+def test_a_spaces_own_latents_are_taken_without_a_word(name, raw, caplog):
+    """A false alarm, which teaches users to pass warnings over; raw latents judged as if they were scaled."""
+    own = latents_of(name, batch=2)
+    pipeline_from(name).translate(SPACES[name].to_raw(own) if raw else own, raw=raw)
+    assert not warnings_of(caplog)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_raw_latents_of_another_space_are_told_too(name, caplog):
+    """ComfyUI's latents, which are raw: the other space's map does not make them its own."""
+    pipeline_from(OTHER[name]).translate(SPACES[name].to_raw(latents_of(name)), raw=True)
+    assert len(warnings_of(caplog)) == 1
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_tells_nothing_raises_no_doubt(name):
+    """A word about an empty latent image, noise, a few latents, numbers that are none, or a space that nobody measured."""
+    space = SPACES[name]
+    for latents in (
+        torch.zeros(1, space.channels, 32, 32),
+        torch.full((1, space.channels, 32, 32), 3.0),
+        torch.full((1, space.channels, 32, 32), torch.nan),
+        torch.randn(2, space.channels, 64, 64, generator=torch.Generator().manual_seed(0)),
+        latents_of(OTHER[name])[..., :6, :6],
+        torch.zeros(1, space.channels, 3, 1),
+    ):
+        assert doubt_about(latents, space) is None
+    unnamed = LatentSpace.from_scale(None, space.channels, 8)
+    assert doubt_about(latents_of(name), unnamed) is None
+    assert doubt_about(torch.randn(1, 32, 16, 16), SPACES["sana"]) is None
+
+
+def test_precision_does_not_decide():
+    """Sums in float16 that overflow, or a comparison that only float32 passes."""
+    for name, other in OTHER.items():
+        for dtype in (torch.float16, torch.bfloat16, torch.float64):
+            assert doubt_about(latents_of(name).to(dtype), SPACES[name]) is None
+            assert doubt_about(latents_of(name).to(dtype), SPACES[other])
+
+
+def test_the_table_holds_a_distribution_for_each_space():
+    """A number lost from a row, a space with other channels, or a rounding after which no inverse exists."""
+    assert MOMENTS.keys() == CLEAR.keys()
+    for channels, spaces in MOMENTS.items():
+        for name in spaces:
+            moments = moments_of(name)
+            assert SPACES[name].channels == channels == moments.shape[1] == moments.shape[2]
+            assert torch.linalg.eigvalsh(moments).min() > 1e-3
+
+
+def test_files_of_another_space_are_said_by_the_tool(tmp_path):
+    """A folder of SDXL's latents translated as SD 1.5's by a program that swallows the library's word."""
+    pipeline_from("sd15").save_pretrained(tmp_path / "module.safetensors")
+    save_file({"latents": latents_of("sdxl")}, tmp_path / "a.safetensors")
+    given = ["module.safetensors", "a.safetensors", "--output_dir", "out"]
+    told = run_script("tools/translate.py", *given, cwd=tmp_path)
+    lines = told.stderr.replace("\r", "\n").splitlines()
+    assert sum("look like those of sdxl" in line for line in lines) == 1 and "1 of 1 translated" in told.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Real latents
+
+
+def drawing(size):
+    image = Image.new("RGB", (size, size), "white")
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((20, 30, 120, 140), fill="orange", outline="black", width=3)
+    draw.rectangle((90, 80, 180, 170), fill="navy")
+    draw.line((0, 10, 190, 180), fill="green", width=5)
+    return image
+
+
+@pytest.fixture(scope="module")
+def real(shared):
+    """{space: [scaled latents of a photo, …, of a drawing, of a plain colour]}, of tiny autoencoders."""
+    size = 160
+    photos = [
+        ImageOps.fit(Image.open(path).convert("RGB"), (size, size)) for path in list_images(shared / "photos" / "eval")[::12]
+    ]
+    pictures = [*photos, drawing(size), Image.new("RGB", (size, size), "teal")]
+    pictures = to_pixel_values(torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures]))
+    codecs = {name: Codec(load_vae_model(shared / "vaes" / vae, "", None, "cpu", torch.bfloat16)) for name, vae in REAL.items()}
+    return {name: list(codec.encode(pictures).split(1)) for name, codec in codecs.items()}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_real_latents_are_told_apart(real, name):
+    """Statistics of one VAE's photos that do not hold for other pictures: false alarms, or photos that pass."""
+    assert [doubt_about(latents, SPACES[name]) for latents in real[name]] == [None] * len(real[name])
+    *photos, _drawing, _colour = real[name]
+    assert all(doubt_about(latents, SPACES[OTHER[name]]) for latents in photos)
