@@ -114,7 +114,7 @@ def cpu_has_bfloat16() -> bool:
     """
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot tell
     present = [name for name, there in capabilities.items() if there and "bf16" in name]
-    return any(not name.startswith("avx") for name in present) or bool(present) and _made_by_amd()
+    return any(not name.startswith("avx") for name in present) or (bool(present) and _made_by_amd())
 
 
 def _made_by_amd() -> bool:
