@@ -8,7 +8,7 @@ ladder and one JSON line last. `--set flag=value` changes the recipe.
 
 With `--until better_than_reencode` every tenth of the training photos is held out, and what is trained for those minutes is
 judged on them again and again, until PSNR and ST-LPIPS (VGG) both pass those of decode + re-encode. Printed are the minutes
-that training took until then, judging left out (which --minutes counts); null if it never came so far. No other photos are looked at.
+that training took until then, judging left out; null if it never came so far. No other photos are looked at.
 """
 
 import argparse
