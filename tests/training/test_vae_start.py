@@ -55,7 +55,9 @@ def test_an_image_goes_through_the_encoders_stages(input_types):
     for layer in list(module.image_in)[:4]:
         front = layer(front)
     expected = encoder[10:](encoder[6:10](encoder[3](front)))
-    torch.testing.assert_close(module(torch.randn(2, 4, 4, 6), image) if len(input_types) == 2 else module(image=image), expected)
+    torch.testing.assert_close(
+        module(torch.randn(2, 4, 4, 6), image) if len(input_types) == 2 else module(image=image), expected
+    )
 
 
 def test_the_authors_own_format_starts_the_same_module():
