@@ -29,6 +29,7 @@ WEIGHT_FILES = (  # in the order in which they are looked for; full precision fi
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth")
 VAE_PREFIXES = ("first_stage_model.", "vae.")  # of a VAE's weights within a whole model's file
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "bn.")  # a VAE's own; others are losses and averages
+OF_ANOTHER_CLASS = "not in the layout of the original AutoencoderKL; name the folder of its diffusers version"
 MODEL_SPACES = {  # by the first letters of what diffusers calls a whole model's file
     "playground": "playground25",
     "xl": "sdxl",
@@ -228,13 +229,15 @@ def _vae_part(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         part = {name: tensor for name, tensor in part.items() if name.startswith(PARTS)}
         if "encoder.conv_in.weight" in part:
             return part
+    if any(name.startswith(prefix + part) for name in tensors for prefix in (*VAE_PREFIXES, "") for part in PARTS[:2]):
+        raise ValueError(OF_ANOTHER_CLASS)
     raise ValueError("it holds no VAE")
 
 
 def _config_of(shapes: dict[str, torch.Tensor]) -> dict:
     """The config of an AutoencoderKL in the original layout, read off the shapes of its weights."""
     if "encoder.down.0.block.0.conv1.weight" not in shapes or "bn.running_mean" in shapes:  # FLUX.2's, which diffusers cannot
-        raise ValueError("not in the layout of the original AutoencoderKL; name the folder of its diffusers version")
+        raise ValueError(OF_ANOTHER_CLASS)
 
     def count(pattern):
         number = 0

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, make_kl_vae
 from diffusers import AutoencoderKL, AutoencoderTiny
+from families import make_family
 from hostile import refusal
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -216,6 +217,14 @@ def test_a_damaged_single_file_is_one_line(tmp_path):
     refusal(lambda: load(file), "sdxl_vae", "holds no VAE")
     file.write_bytes(b"nothing")
     refusal(lambda: load(file), "sdxl_vae")
+
+
+@pytest.mark.parametrize("family", ["flux2", "wan21", "ltx", "hunyuan-video", "sana"])
+def test_a_single_file_of_another_class_is_one_line_with_the_remedy(family, tmp_path):
+    """A Wan or LTX VAE of which it is said that it is none, or a first layer that fits by chance and weights left at random."""
+    file = tmp_path / "vae.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in make_family(family).state_dict().items()}, file)
+    refusal(lambda: load(file), "vae.safetensors", "layout of the original AutoencoderKL", "folder of its diffusers version")
 
 
 def test_make_kl_vae_is_not_taken_for_a_named_space():
