@@ -8,16 +8,17 @@ ladder and one JSON line last. `--set flag=value` changes the recipe.
 
 With `--until better_than_reencode` every tenth of the training photos is held out, and what is trained for those minutes is
 judged on them again and again, until PSNR and ST-LPIPS (VGG) both pass those of decode + re-encode. Printed are the minutes
-that training took until then, judging left out (which --minutes counts); null if it never came so far. No other photos are looked at.
+that training took until then, judging left out; null if it never came so far. No other photos are looked at.
 """
 
 import argparse
 import signal
+import statistics
 import tempfile
 import time
 
 import torch
-from common import print_result, recipe_args, train
+from common import prepared_step, print_result, recipe_args, train
 from tqdm import tqdm
 
 import dataloader
@@ -35,6 +36,7 @@ KEPT = (
 )  # fmt: skip
 METRICS = ("ssim", "st_lpips", "texture")
 HELD_OUT = 10  # every such training photo
+PACE_STEPS = 10
 RACED = {"psnr": 1, "st_lpips_vgg": -1}  # what has to pass re-encoding's; -1: less is better
 
 
@@ -78,12 +80,20 @@ class Race:
 
 
 def race(args, vaes, loaders, every):
-    """Train until re-encoding is passed or the steps are done; the result to print."""
+    """Train until re-encoding is passed or the minutes are over; the result to print. The pace of a few steps says how many
+    there are in those minutes, since judging is not to count."""
+    step, _ = prepared_step(args, vaes, loaders[0])
+    times = []
+    for _ in range(PACE_STEPS):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    args.max_train_steps, args.epochs = max(1, int(60 * args.minutes / statistics.median(times))), 10**6
+    args.minutes = 0.0
     parts = train.build_parts(args, *vaes)
     run = train.prepare_run(args, parts, loaders[0])
     batches = Race(*loaders, parts.pipeline, args, every)
     train.training_loop(args, parts, run, batches, loaders[1], torch.Generator(args.device).manual_seed(args.seed))
-    train.save_checkpoint(args, run)
     run.close()
     step, seconds, figures = batches.checks[-1] if batches.checks else (0, 0.0, {})
     return {

@@ -28,9 +28,10 @@ from latents.spaces import Codec
 from runtime.device import get_dtype, peak_memory
 
 FIRST = {
-    "hidden_channels": 128, "num_blocks": 4, "optimizer": "muon", "loss_type": "mse", "decoder_loss_weight": 12,
-    "decoder_loss_type": "mse", "decoder_loss_batch": 2, "decoder_loss_window": 24, "decoder_loss_reference": "original",
-    "perceptual_loss_weight": 0, "adversarial_weight": 0, "latent_adversarial_weight": 0, "reencode_target": 0,
+    "architecture": "plain", "init": "ridge", "hidden_channels": 128, "num_blocks": 4, "optimizer": "muon", "loss_type": "mse",
+    "decoder_loss_weight": 12, "decoder_loss_type": "mse", "decoder_loss_batch": 2, "decoder_loss_window": 24,
+    "decoder_loss_reference": "original", "perceptual_loss_weight": 0, "adversarial_weight": 0,
+    "latent_adversarial_weight": 0, "reencode_target": 0,
 }  # fmt: skip
 FIRST_BLOCKS = {1: 5, 2: 4}  # by the number of inputs
 TERMS = ("decoder_loss_weight", "perceptual_loss_weight", "adversarial_weight", "latent_adversarial_weight", "reencode_target")
@@ -68,9 +69,10 @@ def steps_of(options, flags, cache_dir, folder):
     return steps
 
 
-def peak_gb(flags):
-    """GB at the peak of a process that does a few steps with those flags."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory_with", json.dumps(flags)]
+def peak_gb(flags, cache_dir):
+    """GB at the peak of a process that does a few steps with those flags. Linux counts to it what this process has when it
+    starts the other, so it is to have little."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory_with", json.dumps(flags), "--cache_dir", cache_dir]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
@@ -82,18 +84,22 @@ def main():
     parser.add_argument("--input_types", nargs="+", default=["image", "latent"], choices=["image", "latent"])
     parser.add_argument("--set", nargs="+", default=[], metavar="FLAG=VALUE", help="changes to the recipe")
     parser.add_argument("--rounds", type=int, default=10, help="steps of each variant, of which the median counts")
-    parser.add_argument("--memory_with", help=argparse.SUPPRESS)  # what this program says to itself
+    for name in ("memory_with", "cache_dir"):  # what this program says to itself
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
         if options.memory_with:
-            (step,) = steps_of(options, [json.loads(options.memory_with)], f"{folder}/cache", folder)
+            (step,) = steps_of(options, [json.loads(options.memory_with)], options.cache_dir, folder)
             for _ in range(3):
                 step()
             print(peak_memory(train.resolve_device("cuda", False)) / 1e9)
             return
-        flags = variants_of(options)
-        steps = dict(zip(flags, steps_of(options, flags.values(), f"{folder}/cache", folder)))
+        flags, cache_dir = variants_of(options), f"{folder}/cache"
+        recipe = list(flags)[-1]
+        peak_gb(flags["first"], cache_dir)  # builds the cache, which takes memory of its own
+        peaks = {name: peak_gb(flags[name], cache_dir) for name in ("first", recipe)}
+        steps = dict(zip(flags, steps_of(options, flags.values(), cache_dir, folder)))
         times = {name: [] for name in steps}
         clock = time.perf_counter if torch.cuda.is_available() else time.process_time
         for _ in tqdm(range(options.rounds + 1)):
@@ -102,15 +108,14 @@ def main():
                 step()
                 times[name].append(clock() - start)
     seconds = {name: statistics.median(each[1:]) for name, each in times.items()}  # the first ones warm up
-    recipe, before = list(seconds)[-1], 0.0
-    shares = {}
+    shares, before = {}, 0.0
     for name, total in list(seconds.items())[1:]:
         shares[name] = round((total - before) / seconds[recipe], 3)
         before = total
     print_result(
         {
-            "first": {"seconds": seconds["first"], "peak_gb": peak_gb(flags["first"])},
-            "recipe": {"seconds": seconds[recipe], "peak_gb": peak_gb(flags[recipe])},
+            "first": {"seconds": seconds["first"], "peak_gb": peaks["first"]},
+            "recipe": {"seconds": seconds[recipe], "peak_gb": peaks[recipe]},
             "ratio": seconds[recipe] / seconds["first"],
             "shares": shares,
             "threads": torch.get_num_threads(),
