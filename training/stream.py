@@ -42,6 +42,7 @@ from dataloader import (
     UnreadableImage,
     WorkerLoader,
     WorkersLost,
+    digest_of,
     hub_split,
     image_column,
     loader_options,
@@ -149,10 +150,13 @@ class EncodedImages:
     def name(self, index: int) -> str:
         return self.images[index][0]
 
+    def content(self, index: int) -> bytes:
+        return digest_of([self.images[index][1]])
+
 
 class StreamDataset(ImageDataset):
-    """Square training images of a stream. A batch is asked for as a list of (number, process, (name, encoded image)), and the
-    crop and flip are a function of (seed, number, process).
+    """Square training images of a stream. A batch is asked for as a list of (number, (name, encoded image)), and the crop
+    and flip are a function of (seed, the image's content, number).
 
     The next readable image of the batch replaces an unreadable one. Where none is readable the pixels are not-a-number, so
     that the step is skipped.
@@ -177,7 +181,7 @@ class StreamDataset(ImageDataset):
         return ImageDataset(EncodedImages(images), self.image_size, True, self.random_flip, self.seed)
 
     def __getitems__(self, items: list) -> list[dict]:
-        batch, unreadable, opened = self.of([image for *_, image in items]), [], []
+        batch, unreadable, opened = self.of([image for _, image in items]), [], []
         for place in range(len(items)):
             try:
                 opened.append(batch.open(place))
@@ -185,11 +189,12 @@ class StreamDataset(ImageDataset):
                 opened.append(None)
                 unreadable.append(str(error))
         made = []
-        for place, (number, process, (name, _)) in enumerate(items):
-            image = next((one for one in opened[place:] + opened[:place] if one is not None), None)
+        for first, (number, (name, _)) in enumerate(items):
+            places = [*range(first, len(items)), *range(first)]
+            readable = next((place for place in places if opened[place] is not None), None)
             pixels = torch.full((3, self.image_size, self.image_size), torch.nan)
-            if image is not None:
-                pixels = to_pixel_values(batch.crop(image, number, process))
+            if readable is not None:
+                pixels = to_pixel_values(batch.crop(opened[readable], batch.source.content(readable), number))
             made.append({"pixel_values": pixels, "index": number, "path": name, "unreadable": []})
         made[0]["unreadable"] = unreadable
         return made
@@ -276,7 +281,7 @@ class StreamSampler(Sampler):
         for block in self._reader.blocks():
             order = np.random.default_rng((self.seed, self.rank, block.count)).permutation(len(block.images))
             for place in range(offset, len(order)):
-                batch.append((block.count + place, self.rank, block.images[order[place]]))
+                batch.append((block.count + place, block.images[order[place]]))
                 if len(batch) == self.batch_size:
                     step += 1
                     self._places[step] = self._place(block, place + 1)
