@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import io
 import logging
+import multiprocessing.process
 import os
 import pickle
 import re
@@ -728,6 +729,10 @@ class WorkerLoader(DataLoader):
             return error
         for worker in batches._workers:
             worker.kill()
+        for worker in batches._workers:
+            worker.join(min(TICK, self._patience))
+            if worker.is_alive():  # its disk does not answer: Python would wait for it at its own end
+                multiprocessing.process._children.discard(worker)
         return WorkersLost(f"num_workers {self.num_workers}: {why}; {LOST}")
 
 

@@ -462,7 +462,7 @@ class Run:
         last_inputs: of the module in the last step.
         profile: of a few of its steps.
         images_per_second: since the last log entry, over all processes; evaluations and saving do not count.
-        images, seconds: trained on in this session, and what that took.
+        images, seconds: trained on in this session, and what that took, without its first log entry, when things start.
     """
 
     state: TrainingState
@@ -491,9 +491,10 @@ class Run:
 
     def note_pace(self, steps: int, seconds: float) -> None:
         """So many steps took so many seconds."""
+        if self.images_per_second:
+            self.images += steps * self.batch_size
+            self.seconds += seconds
         self.images_per_second = steps * self.batch_size / seconds
-        self.images += steps * self.batch_size
-        self.seconds += seconds
 
     def require_sound(self) -> None:
         """UserError if what the module puts out is not finite: a checkpoint of it would pass for the last good one."""

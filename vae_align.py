@@ -149,18 +149,19 @@ class LatentSpace:
     def from_pipeline(self, latents: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
         """Scaled latents as a diffusers pipeline shapes them with `output_type="latent"` -> (B, channels, h, w).
 
-        Taken are (B, channels, h, w); with a frame (B, channels, 1, h, w), as Wan and other video models give them; channels
-        last (B, 1, h, w, channels), as Kandinsky 5 does; and packed tokens (B, h·w, channels), as FLUX.2 and LTX-Video do, or
-        of 2x2 latents (B, h/2·w/2, 4·channels), as FLUX.1 and Qwen-Image do. Tokens do not tell their grid: `size` is the
-        image's (height, width) in pixels. AlignError for another shape, more frames than one, or a size that does not fit.
+        Taken are (B, channels, h, w); with a frame (B, channels, 1, h, w), as Wan and other video models give them, or
+        (B, 1, channels, h, w), as CogVideoX does; channels last (B, 1, h, w, channels), as Kandinsky 5 does; and packed
+        tokens (B, h·w, channels), as FLUX.2 and LTX-Video do, or of 2x2 latents (B, h/2·w/2, 4·channels), as FLUX.1 and
+        Qwen-Image do. Tokens do not tell their grid: `size` is the image's (height, width) in pixels. AlignError for another
+        shape, more frames than one, or a size that does not fit.
         """
         shape = tuple(latents.shape)
-        if latents.ndim == 5 and shape[1] == self.channels:
-            self._require_one_frame(shape, shape[2])
-            return latents[:, :, 0]
-        if latents.ndim == 5 and shape[-1] == self.channels:
-            self._require_one_frame(shape, shape[1])
-            return latents[:, 0].permute(0, 3, 1, 2)
+        if latents.ndim == 5:
+            order = (1, 2, 4) if (self.name or "").startswith("cogvideox") else (1, 4, 2)  # a side may be as long as channels
+            axis = next((axis for axis in order if shape[axis] == self.channels), None)
+            if axis:
+                self._require_one_frame(shape, shape[2 if axis == 1 else 1])
+                return latents.movedim(axis, 1)[:, :, 0]
         if latents.ndim != 3:
             return latents
         patch = {self.channels: 1, 4 * self.channels: 2}.get(shape[2])

@@ -6,7 +6,8 @@ Prints one JSON line last. `online` and `cached` are the real training loop with
 `module` its step alone on a batch that is already on the device, `cache_build` the encoding pass,
 `encoders_best` both VAEs' encoders in the layout and precision that the project chooses, `encoders_naive` the same as plain
 diffusers runs them: float32, NCHW, the whole batch at once, malloc as it comes. An encoded image counts once it went through
-both.
+both. With `--cores 0 1` there are rows for one process and for two, each on a core of its own, with local VAEs: `cached` with
+as many images a step in each process, and `evaluation` with the default metrics. Nothing else may run on those cores.
 """
 
 import argparse
@@ -16,7 +17,8 @@ import time
 from pathlib import Path
 
 import torch
-from common import open_vae, prepared_step, print_result, recipe_args, train
+from common import RANDOM_VAES, RECIPES, ROOT, open_vae, prepared_step, print_result, recipe_args, train
+from processes import process_rates
 from tqdm import tqdm
 
 import dataloader
@@ -89,7 +91,10 @@ def main():
     parser.add_argument("--online_steps", type=int, default=10, help="online steps")
     parser.add_argument("--encode_batch", type=int, default=16, help="images per call of the bare encoders")
     parser.add_argument("--rounds", type=int, default=3, help="rounds in which the bare module and the cached loop take turns")
+    parser.add_argument("--cores", type=int, nargs=2, default=[], help="two CPU cores for one process and two")
     options = parser.parse_args()
+    if options.cores and {options.vae1, options.vae2} & RANDOM_VAES.keys():
+        parser.error("--cores: needs VAEs in folders")
 
     images = torch.rand(options.encode_batch, 3, options.image_size, options.image_size) * 2 - 1
     names = (options.vae1, options.vae2)
@@ -130,12 +135,26 @@ def main():
         "encoders_best": statistics.median(best),
         "encoders_naive": naive,
     }
+    ratios = {}
+    if options.cores:
+        recipe = {
+            "load_config": ROOT / "config" / RECIPES[tuple(sorted(options.input_types))], "vae1_path": options.vae1,
+            "vae2_path": options.vae2, "image_size": options.image_size, "cache_views": options.views,
+            "decoder_loss_weight": 0,
+        }  # fmt: skip
+        together = process_rates(recipe, source, options.steps, options.cores, options.rounds)
+        rates |= {name: statistics.median(of_rounds) for name, of_rounds in together.items()}
+        for what in ("cached", "evaluation"):
+            pairs = zip(together[f"{what}, 2 processes"], together[f"{what}, 1 process"])
+            ratios[f"{what}, 2 processes/1 process"] = statistics.median(two / one for two, one in pairs)
+        ratios["cached, 2 processes/1 process, per core"] = ratios["cached, 2 processes/1 process"] / 2
     for name, rate in rates.items():
-        tqdm.write(f"{name:16} {rate:10.2f} images/s")
+        tqdm.write(f"{name:24} {rate:10.2f} images/s")
     print_result(
         {
             "images_per_second": {name: round(rate, 3) for name, rate in rates.items()},
-            "ratios": {
+            "ratios": ratios
+            | {
                 "cached/module": statistics.median(a / b for a, b in zip(cached_rate, module)),
                 "cached/online": rates["cached"] / rates["online"],
                 "cache_build/encoders_best": statistics.median(a / b for a, b in zip(build, best)),

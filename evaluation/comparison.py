@@ -108,9 +108,9 @@ def _fraction(aligned: dict, rival: dict, cost: str) -> float | None:
 
 def softness(results: dict) -> tuple[float, float] | None:
     """(power of the finest detail in the module's pictures, in those of decode + re-encode), of VAE2's, where the module's
-    are visibly softer; else None."""
+    are visibly softer than those and than VAE2's; else None. Ratios above one are detail that VAE2's pictures do not have."""
     ours, theirs = (results["ladder"][rung].get("detail") for rung in ("aligned", "reencode"))
-    return (ours, theirs) if ours is not None and theirs is not None and ours < SOFT * theirs else None
+    return (ours, theirs) if ours is not None and theirs is not None and ours < SOFT * min(theirs, 1) else None
 
 
 def better_checkpoint(results: dict) -> str | None:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 LAUNCHER_VARIABLES = ("ACCELERATE_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_", "FSDP_")
 
+MEETING = datetime.timedelta(minutes=10)  # within which all processes of a run must have come, or there are no others
+WORK = datetime.timedelta(hours=12)  # for which they wait for each other afterwards, such as while another run builds the cache
+
 log = logging.getLogger(__name__)
 
 
@@ -43,10 +46,12 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         earlier = AcceleratorState()
         if (earlier.mixed_precision, earlier.device.type) != (precision, device.type):
             AcceleratorState._reset_state(reset_partial_state=earlier.device.type != device.type)
-    # the others wait while another run builds the cache: longer than the usual ten minutes
-    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))
     try:
-        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[patience])
+        patience = InitProcessGroupKwargs(timeout=MEETING)
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[patience])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.distributed_c10d._set_pg_timeout(WORK, torch.distributed.group.WORLD)
+        return accelerator
     except (ImportError, ValueError, RuntimeError, KeyError) as error:  # variables that launchers set, and that do not fit
         AcceleratorState._reset_state(reset_partial_state=True)
         found = ", ".join(sorted(name for name in os.environ if name.startswith(LAUNCHER_VARIABLES))) or "none"

@@ -99,6 +99,8 @@ RECIPES = {  # family: (class, what its constructor is given)
             "decoder_block_out_channels": (8, 16, 32),
             "layers_per_block": (1,) * 5,
             "decoder_layers_per_block": (1,) * 4,
+            "spatial_compression_ratio": 32,
+            "temporal_compression_ratio": 8,
         },
     ),
     "cogvideox": ("AutoencoderKLCogVideoX", SMALL),

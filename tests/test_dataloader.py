@@ -448,6 +448,35 @@ def test_a_worker_that_cannot_deliver_ends_the_wait(monkeypatch, trouble, said):
         list(loader)
 
 
+IMMORTAL = """
+import multiprocessing.popen_fork, os, signal, sys
+import dataloader
+from torch.utils.data import _utils
+
+class Stopped:
+    def __len__(self):
+        return 1
+    def __getitem__(self, index):
+        signal.raise_signal(signal.SIGSTOP)
+
+dataloader.TICK = _utils.MP_STATUS_CHECK_INTERVAL = 0.2
+popen = multiprocessing.popen_fork.Popen
+popen.kill = popen.terminate = lambda self: os.write(1, b"%d " % self.pid)
+try:
+    list(dataloader.WorkerLoader(Stopped(), 0.4, batch_size=1, num_workers=1, multiprocessing_context="fork"))
+except dataloader.WorkersLost:
+    sys.exit(7)
+"""
+
+
+def test_a_worker_that_not_even_a_kill_ends_does_not_keep_the_program(tmp_path):
+    """A run that has saved and said its line, and then waits for ever for a worker whose disk does not answer (D state)."""
+    with open(tmp_path / "worker", "wb") as file:  # no pipe, which the worker would keep open
+        left = subprocess.run([sys.executable, "-c", IMMORTAL], cwd=ROOT, timeout=240, stdout=file)
+    os.kill(int((tmp_path / "worker").read_text().split()[0]), signal.SIGKILL)
+    assert left.returncode == 7
+
+
 def test_workers_that_cannot_be_started_are_refused_in_one_line(monkeypatch):
     """A traceback where the system has no memory or processes left for workers."""
     monkeypatch.setattr(os, "fork", lambda: (_ for _ in ()).throw(OSError(12, "Cannot allocate memory")))

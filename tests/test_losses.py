@@ -97,7 +97,7 @@ def test_unknown_loss_is_an_error_that_lists_the_known():
 
 
 def test_channel_moments_see_mean_and_spread_of_a_channel_and_no_place(pair):
-    """A term per image instead of per channel, one that a shuffle of places changes, and a gradient of nan for a flat channel."""
+    """A term per image instead of per channel, one that a mirrored picture changes, a gradient of nan for a flat channel."""
     prediction, target = pair
     made = [latents.detach().double().numpy() for latents in pair]
     expected = sum(

@@ -60,10 +60,13 @@ def test_verdict_says_on_which_side_of_vae2_the_module_stands(gain, said):
     assert said in verdict(results_of([gain] * 40))["sentences"][1]
 
 
-@pytest.mark.parametrize(("detail", "soft"), [(0.5, True), (0.9, False), (None, False)])
-def test_verdict_says_when_pictures_are_soft(detail, soft):
-    """Praise for a blurred picture, whose PSNR is the better for it."""
-    results = results_of([1.0] * 40, aligned={"detail": detail}, reencode={"detail": 1.0})
+@pytest.mark.parametrize(
+    ("detail", "rival", "soft"),
+    [(0.5, 1.0, True), (0.5, 14.58, True), (0.9, 1.0, False), (4.29, 14.58, False), (0.95, 1.3, False), (None, 1.0, False)],
+)
+def test_verdict_says_when_pictures_are_soft(detail, rival, soft):
+    """Praise for a blurred picture, whose PSNR is the better for it; softness where the other's detail is invented."""
+    results = results_of([1.0] * 40, aligned={"detail": detail}, reencode={"detail": rival})
     said = " ".join(verdict(results)["sentences"])
     assert ("softer" in said and "50% of the power" in said) == soft
 

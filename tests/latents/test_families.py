@@ -321,22 +321,30 @@ def test_packed_tokens_are_unpacked_as_the_pipelines_do():
     wide = torch.randn(2, 6, 128)
     expected = unpacked_by("ltx/pipeline_ltx.py", "LTXPipeline", wide, 1, 2, 3, 1, 1)
     assert torch.equal(ltx.from_pipeline(wide, (64, 96)), expected[:, :, 0])
+    tokens = torch.randn(2, 24, 64)
+    qwen = unpacked_by("qwenimage21/pipeline_qwenimage21.py", "QwenImage21Pipeline", tokens, 64, 96, 16)
+    assert torch.equal(SPACES["qwen-image-2.1"].from_pipeline(tokens, (64, 96)), qwen[:, :, 0])
     ids = torch.tensor([[0, row, column, 0] for row in range(2) for column in range(3)]).expand(2, 6, 4)
     (unpack,) = pipeline_code("flux2/pipeline_flux2.py", "Flux2Pipeline", "_unpack_latents_with_ids")
     assert torch.equal(SPACES["flux2"].from_pipeline(wide, (32, 48)), unpack(wide, ids))
 
 
 def test_frames_and_channels_last_are_taken():
-    """A frame that is taken for a batch, or Kandinsky's width for channels."""
+    """A frame that is taken for a batch, Kandinsky's width for channels, or CogVideoX's frames before its channels refused."""
     latents = torch.randn(2, 16, 4, 6)
     for given in (latents, latents.unsqueeze(2), latents.permute(0, 2, 3, 1).unsqueeze(1)):
         assert torch.equal(SPACES["kandinsky5"].from_pipeline(given), latents)
+    for size in ((4, 6), (4, 16), (16, 16)):  # a width of 16 is no channel
+        latents = torch.randn(2, 16, *size)
+        assert torch.equal(SPACES["cogvideox"].from_pipeline(latents.unsqueeze(1)), latents)
+        assert torch.equal(SPACES["kandinsky5"].from_pipeline(latents.permute(0, 2, 3, 1).unsqueeze(1)), latents)
 
 
 def test_latents_that_are_no_picture_are_one_line():
     """The first frame of a video translated as if it were all, or tokens on a guessed grid."""
     space = SPACES["flux1"]
     refusal(lambda: space.from_pipeline(torch.zeros(1, 16, 3, 4, 4)), "3 frames")
+    refusal(lambda: SPACES["cogvideox"].from_pipeline(torch.zeros(1, 3, 16, 4, 4)), "3 frames")
     refusal(lambda: space.from_pipeline(torch.zeros(1, 4, 64)), "size=(height, width)")
     refusal(lambda: space.from_pipeline(torch.zeros(1, 4, 64), (32, 48)), "(32, 48)")
     refusal(lambda: space.from_pipeline(torch.zeros(1, 4, 64), (33, 33)), "(33, 33)")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hostile import refusal
 
+from runtime import device
 from runtime.device import (
     autocast,
     cpu_has_bfloat16,
@@ -62,6 +63,7 @@ def test_what_is_no_device_is_an_error_even_from_a_config(name, typed):
 )
 def test_precision_on_a_cpu(monkeypatch, caplog, precision, typed, with_bfloat16, without):
     """float16 on a CPU, which has no gradient scaler; bfloat16 where it is slower; a typed choice not respected."""
+    monkeypatch.setattr(device, "_made_by_amd", lambda: False)
     for capability, expected in ((True, with_bfloat16), (False, without)):
         caplog.clear()
         capabilities = {"avx2": True, "avx512_bf16": True, "amx_bf16": capability}
@@ -69,6 +71,16 @@ def test_precision_on_a_cpu(monkeypatch, caplog, precision, typed, with_bfloat16
         assert cpu_has_bfloat16() == capability
         assert resolve_precision(precision, torch.device("cpu"), typed) == expected
         assert len(caplog.records) == (expected != precision)
+
+
+@pytest.mark.parametrize("amd", [True, False])
+def test_avx512_bf16_is_fast_on_amd_alone(monkeypatch, amd):
+    """float32 on an EPYC, at half the speed; bfloat16 on a Xeon without AMX."""
+    monkeypatch.setattr(device, "_made_by_amd", lambda: amd)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": True}, raising=False)
+    assert cpu_has_bfloat16() == amd
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    assert not cpu_has_bfloat16()
 
 
 def test_precision_on_a_cpu_with_a_torch_that_cannot_tell(monkeypatch):

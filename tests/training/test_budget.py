@@ -5,6 +5,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
 from runs import QUIET, train
 
 import train_align_with_args as train_script
@@ -22,12 +23,12 @@ def time(monkeypatch):
     return clock
 
 
-def steps_of(limit, time, seconds_of, step=0, until=None):
+def steps_of(limit, time, seconds_of, step=0, until=None, accelerator=ALONE):
     """Go through a run: [(step, the schedule's position)]; `seconds_of` a step. It ends at the limit's end, or at `until`."""
     limit.start(step)
     positions = []
     while True:
-        limit.look(step, ALONE)
+        limit.look(step, accelerator)
         positions.append((step, limit.position(step)))
         if step == limit.end or step == until:
             return positions
@@ -63,6 +64,15 @@ def test_time_for_the_last_evaluation_is_kept_free(time):
     limit.note_evaluation(10.0)
     steps_of(limit, time, lambda step: 0.5)
     assert 48 < time.now - begun <= 50
+
+
+def test_processes_end_together_by_the_slowest_one(time):
+    """Processes that each read their own clock, and of which one waits for ever for the other's next step."""
+    behind = torch.tensor([[5.0, 0.0]])  # seconds that the other process has spent more
+    two = SimpleNamespace(num_processes=2, device="cpu", gather=lambda mine: torch.cat([mine, mine + behind]))
+    begun = time.now
+    steps_of(Budget(budget.UNKNOWN, 1.0), time, lambda step: 0.5, accelerator=two)
+    assert 53 < time.now - begun <= 55
 
 
 def test_a_resumed_run_has_what_is_left_and_goes_on_where_its_schedule_stood(time):

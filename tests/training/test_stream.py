@@ -182,6 +182,13 @@ def test_a_run_counts_its_epochs_and_refuses_other_shards_at_a_resume(flags, tmp
     assert train(flags, tmp_path, **more).last["step"] == 8
 
 
+def test_a_stream_is_tried_before_hours_go_into_it(flags, tmp_path, shards, capsys):
+    """--dry_run that knows no streams, or counts a cache that there will not be."""
+    train_script.main(as_argv(flags | {"streaming": True, "train_data_dir": shards, "epoch_images": 8, "dry_run": True}))
+    said = capsys.readouterr().out
+    assert "(2 in an epoch) of 4 images" in said and "0 MB for 0 views" in said
+
+
 def test_two_processes_of_which_one_is_killed_end_bit_identical(vae_folders, photo_folders, shards, tmp_path):
     """Processes that go on at each other's places in the stream, or at those that were read ahead."""
     flags = tiny_flags(vae_folders, photo_folders, tmp_path) | QUIET

@@ -404,8 +404,8 @@ def test_an_evaluation_image_that_cannot_be_read_is_named_during_training(flags,
 
 def test_a_ruined_module_is_not_saved_as_the_last_good_one(flags, tmp_path):
     """A checkpoint whose output is not finite, said to be unharmed, from which --resume would go on."""
-    absurd = {"learning_rate": 1000, "warmup_steps": 0, "loss_weight": 1e6, "weight_decay": 1000}
-    with pytest.raises(UserError, match="not finite") as error:
+    absurd = {"learning_rate": 1000, "warmup_steps": 0, "loss_weight": 1e6, "weight_decay": 1000, "max_bad_steps": 10**6}
+    with pytest.raises(UserError, match=r"^the module's output is not finite at step") as error:
         train(flags, tmp_path, epochs=40, **{**QUIET, "save_steps": 1}, **absurd)
     assert "unharmed" not in str(error.value)
     for content in (torch.load(path, weights_only=True) for path in (tmp_path / "ckpt").glob("*.pth")):

@@ -91,7 +91,7 @@ def test_what_cannot_be_a_start_is_said(problem, changes):
 
 def test_an_image_branch_that_never_halves_is_refused():
     """Catches a module whose front works on 2x2 pixels and which cannot be built."""
-    with pytest.raises(ValueError, match="^downsample_times 0: .*halves at least once$"):
+    with pytest.raises(ValueError, match=r"^downsample_times 0: .*halves at least once$"):
         AlignConfig(architecture="tiny", downsample_times=0)
 
 
