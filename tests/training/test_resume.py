@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import as_argv, run_script, tiny_flags
-from runs import LAUNCHER, QUIET, assert_same_tensors, results_of, start, tensors_of, tiny_of, train
+from conftest import as_argv, tiny_flags
+from runs import QUIET, assert_same_tensors, results_of, start, tensors_of, tiny_of, train
 
 import dataloader
 import train_align_with_args as train_script
