@@ -5,6 +5,7 @@ import datetime
 import socket
 
 import pytest
+from accelerate.state import AcceleratorState
 from hostile import refusal
 
 from runtime import processes
@@ -21,6 +22,7 @@ def test_variables_of_a_launcher_that_is_gone_end_in_one_line(monkeypatch, rank)
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(processes, "MEETING", datetime.timedelta(seconds=1))
     args = argparse.Namespace(device="cpu", precision="float32")
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test of this interpreter has met nobody too
     refusal(lambda: processes.create_accelerator(args), "launcher's environment", "WORLD_SIZE", "unset them")
 
 
@@ -36,8 +38,6 @@ def test_processes_that_have_met_wait_longer(monkeypatch):
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     for name, value in place.items():
         monkeypatch.setenv(name, value)
-    from accelerate.state import AcceleratorState
-
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         processes.create_accelerator(argparse.Namespace(device="cpu", precision="float32"))
