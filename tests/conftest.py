@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+# Networks this small gain nothing from threads, and on busy cores they wait for each other. Set before numpy and torch are
+# imported: `torch.set_num_threads` leaves other sums than those of a child, which gets this variable.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import hypothesis
 import numpy as np
 import pytest
@@ -21,7 +25,6 @@ hypothesis.settings.register_profile(  # the same examples every time, on a slow
     "suite", derandomize=True, database=None, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("suite")
-torch.set_num_threads(1)  # networks this small gain nothing from threads, and on busy cores they wait for each other
 
 
 def pytest_configure(config):
