@@ -1,7 +1,7 @@
 """What the real pipeline classes give with `output_type="latent"`, tiny and with random weights: taken as it is, and decoded by
 us to the very picture that the pipeline decodes it to.
 
-Not here: GlmImagePipeline and QwenImage21Pipeline, which ask a processor for tokens even where embeddings are given. Their
+Not here: QwenImage21Pipeline, which asks a processor for tokens even where embeddings are given, and GlmImagePipeline. Their
 formulas and their unpacking are in tests/latents/test_families.py.
 """
 
