@@ -68,7 +68,7 @@ from training.linear_start import fit_ridge
 from training.log import RunLog, evaluate_and_log, log_hparams, log_model_stats, print_results, visualize_results
 from training.meter import Meter
 from training.muon import Muon
-from training.objective import PERCEPTUAL_LOSSES, Objective, needs_pixels
+from training.objective import PERCEPTUAL_LOSSES, Encoded, Objective, needs_pixels
 from training.preflight import claim_outputs, warn_of_odd_flags
 from training.profile import StepProfile
 from training.resume import (
@@ -208,6 +208,8 @@ def build_parser() -> Parser:
                        help="factor of a loss on mean and standard deviation of each channel of a batch; 0: none")  # fmt: skip
     group.add_argument("--decoder_loss_weight", type=real(0, 1e6), default=0.0,
                        help="factor of a loss on the image that VAE2 decodes; 0: none")  # fmt: skip
+    group.add_argument("--decoder_loss_start", type=real(0, 0.999), default=0.0,
+                       help="share of the run after which all losses on the decoded image begin")  # fmt: skip
     group.add_argument("--decoder_loss_type", choices=KINDS, default="l1", help="between that image and the reference")
     group.add_argument("--decoder_loss_batch", type=integer(1, 65536), default=4, help="images of each batch that are decoded")
     group.add_argument("--decoder_loss_window", type=integer(0, 4096), default=16,
@@ -388,7 +390,9 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
         return stream_loader(train_set, *options, **place), judged_images
     train_loader = dataloader.train_loader
     if args.cache_latents and vae1 is not None and vae2 is not None:
-        options = CacheOptions(args.latent_cache_dir, args.cache_views, needs_pixels(args), args.sample_posterior)
+        options = CacheOptions(
+            args.latent_cache_dir, args.cache_views, needs_pixels(args), bool(args.reencode_target), args.sample_posterior
+        )
         with naming("--latent_cache_dir", "--num_workers"):
             train_set = cache_latents(train_set, Codec(vae1), Codec(vae2), options, args.num_workers, accelerator)
         train_loader = cached_loader
@@ -633,6 +637,7 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
     batches = endless(train_loader)
     unreadable = set()
     first_step = state.step
+    decoding = False
     resumed = parts.start is not None and parts.start.resumed
 
     with StopRequest() as stop, memory_advice("training", **memory_flags(args)):
@@ -683,16 +688,19 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
                 state.budget.note_evaluation(pause)
 
             # ---- one step
+            if not decoding and parts.objective.decodes_at(state.budget.position(state.step)):
+                decoding = True
+                state.budget.forget_pace(state.step)
             run.profile.begin(state.step)
             run.profile.enter("data")
             batch = next(batches)
             run.profile.enter("encoding")
             if args.sample_posterior:
                 generator.manual_seed(seed_of_step(args.seed, state.step, accelerator.process_index))
-            encoded = pipeline.encode_batch(batch, args.sample_posterior, generator, parts.objective.reads_images)
+            encoded = parts.objective.encode(batch, args.sample_posterior, generator)
             learning_rate = state.optimizer.param_groups[0]["lr"]
-            loss, grad_norm, ok = train_step(args, parts, run, *encoded)
-            run.last_inputs = encoded[0]
+            loss, grad_norm, ok = train_step(args, parts, run, encoded)
+            run.last_inputs = encoded.inputs
 
             # ---- log
             run.profile.enter("logging")
@@ -756,7 +764,7 @@ def save_checkpoint(args, run: Run) -> None:
     save_config(args, args.config_save_path or path.with_suffix(".json"))
 
 
-def train_step(args, parts: Parts, run: Run, inputs: dict, target: torch.Tensor, images: torch.Tensor | None):
+def train_step(args, parts: Parts, run: Run, encoded: Encoded):
     """One optimizer step on an encoded batch: (loss and gradient norm, on the device; whether both were finite, as a tensor).
 
     A step that was not finite changes no weight, moment or average. Nothing here waits for a device that has fused kernels.
@@ -765,12 +773,12 @@ def train_step(args, parts: Parts, run: Run, inputs: dict, target: torch.Tensor,
 
     # align
     run.profile.enter("module")
-    aligned = run.module(**inputs).float()
+    aligned = run.module(**encoded.inputs).float()
     run.profile.watch(aligned)
 
     # loss
     run.profile.enter("decoding")
-    loss, seen = parts.objective(aligned, target, inputs, images, state.step)
+    loss, seen = parts.objective(aligned, encoded, state.step, state.budget.position(state.step))
 
     # backward
     run.optimizer.zero_grad(set_to_none=True)
@@ -826,7 +834,7 @@ def dry_run(args: argparse.Namespace, parts: Parts, datasets, generator: torch.G
 
     What the loop writes goes into a temporary folder. With a latent cache the steps get latents that were encoded before.
     """
-    accelerator, pipeline = parts.accelerator, parts.pipeline
+    accelerator = parts.accelerator
     parts.objective.begin_at_once()
     views = args.cache_views if args.cache_latents else 0
     with tempfile.TemporaryDirectory() as folder:
@@ -838,11 +846,13 @@ def dry_run(args: argparse.Namespace, parts: Parts, datasets, generator: torch.G
         view_bytes, seconds_to_encode = 0, 0.0
         for number, batch in enumerate(batches):
             start = time.perf_counter()
-            inputs, target, _ = pipeline.encode_batch(batch)
-            target.sum().item()  # waits for the device
+            encoded = parts.objective.encode(batch)
+            encoded.target.sum().item()  # waits for the device
             seconds_to_encode = time.perf_counter() - start
             if views:
-                latents = {"latents2": target} | ({"latents1": inputs["latents"]} if "latents" in inputs else {})
+                latents = {"latents2": encoded.target}
+                latents |= {"latents1": encoded.inputs["latents"]} if "latents" in encoded.inputs else {}
+                latents |= {"reencoded": encoded.reencoded.latents} if encoded.reencoded else {}
                 view_bytes = 2 * sum(tensor[0].numel() for tensor in latents.values())  # float16
                 view_bytes += batch["pixel_values"][0].numel() if needs_pixels(args) else 0  # 8 bits
                 batches[number] = batch | latents

@@ -57,10 +57,10 @@ def prepared_step(args, vaes, loader):
     """(a function that does one training step on a batch that is already on the device, and waits for it; the `Run`)."""
     parts = train.build_parts(args, *vaes)
     run = train.prepare_run(args, parts, loader)
-    encoded = parts.pipeline.encode_batch(next(iter(loader)), images_needed=parts.objective.reads_images)
+    encoded = parts.objective.encode(next(iter(loader)))
 
     def step():
-        train.train_step(args, parts, run, *encoded)[0].item()
+        train.train_step(args, parts, run, encoded)[0].item()
 
     return step, run
 

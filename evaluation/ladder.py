@@ -23,7 +23,7 @@ from evaluation.metrics import METRICS, Measures
 from evaluation.sample import Sample
 from evaluation.summary import finite, mean_and_interval, mean_of, summarise
 from latents.pipeline import PipelineWithVAEs
-from latents.spaces import Codec
+from latents.spaces import Codec, reencode
 from runtime.device import autocast
 from runtime.processes import gathered, is_main
 from utils import UserError
@@ -92,16 +92,14 @@ class Ladder:
     def _baselines(self) -> list[Rung]:
         codec1, codec2 = self.pipeline.codec1, self.pipeline.codec2
 
-        def reencode(latents, images):
-            return codec2.encode(codec1.decode(latents).clamp(-1, 1))
-
         return [
             Rung("vae1", "VAE1 reconstruction", "vae1", codec1,
                  lambda latents, images: latents, lambda: encoder_weights(codec1), "VAE1"),
             Rung("vae2", "VAE2 reconstruction", "vae2", codec2,
                  lambda latents, images: codec2.encode(images), lambda: encoder_weights(codec2), "VAE2"),
             Rung("reencode", "decode with VAE1, re-encode with VAE2", "reencode", codec2,
-                 reencode, lambda: decoder_weights(codec1) + encoder_weights(codec2), "re-encode"),
+                 lambda latents, images: reencode(latents, codec1, codec2),
+                 lambda: decoder_weights(codec1) + encoder_weights(codec2), "re-encode"),
         ]  # fmt: skip
 
     def _modules(self, others: dict[str, PipelineWithVAEs]) -> list[Rung]:

@@ -26,7 +26,7 @@ from dataloader import (
 )
 from latents.cache import LatentCache, addresses_of, cache_key
 from latents.contents import WORD, Contents, contents_of, words_of
-from latents.spaces import Codec
+from latents.spaces import Codec, reencode
 from runtime.device import memory_advice
 from utils import UserError, count_of
 
@@ -74,8 +74,8 @@ class SomeViews(Dataset):
 class CachedDataset(Dataset):
     """Training batches out of a latent cache, asked for as lists of (index, view).
 
-    The index counts the images that are in the cache; the batch carries `latents1`, `latents2` and, where the cache has
-    pixels, `pixel_values`, beside what every batch has.
+    The index counts the images that are in the cache; the batch carries `latents1`, `latents2` and, where the cache has them,
+    `reencoded` and `pixel_values`, beside what every batch has.
 
     Attributes:
         images: (M,) the indices in `dataset` of the images that are in the cache. rows: (M, views) their places in it.
@@ -108,12 +108,14 @@ class CacheOptions:
     Attributes:
         root: folder of caches. views: random crops and flips of each image.
         with_images: store the pixels too, for whoever reads the image beside its latents.
+        reencoded: store too what decode + re-encode makes of VAE1's latents.
         sample: store a draw from the posterior in place of its mean.
     """
 
     root: str | os.PathLike
     views: int
     with_images: bool = False
+    reencoded: bool = False
     sample: bool = False
 
 
@@ -185,6 +187,8 @@ class LatentEncoder:
             f"latents{number}": ((codec.channels, size // codec.stride, size // codec.stride), "float16")
             for number, codec in self.codecs.items()
         }
+        if options.reencoded:
+            columns["reencoded"] = columns["latents2"]
         if options.with_images:
             columns["pixel_values"] = ((3, size, size), "uint8")
         key = {
@@ -314,6 +318,9 @@ class LatentEncoder:
                     seed = np.random.SeedSequence((self.dataset.seed, first, number)).generate_state(1)[0]
                     generator = torch.Generator(codec.vae.device).manual_seed(int(seed))
                 rows[f"latents{number}"] = codec.encode(images, self.options.sample, generator).half().cpu().numpy()
+            if self.options.reencoded:
+                latents = torch.from_numpy(rows["latents1"]).to(self.codecs[1].vae.device)
+                rows["reencoded"] = reencode(latents, *self.codecs.values()).half().cpu().numpy()
         return rows
 
     def _finite(self, items: list[EncodingItem], encoded: dict[str, np.ndarray], left_out: list[dict]) -> np.ndarray:

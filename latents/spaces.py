@@ -208,6 +208,12 @@ class Codec:
         return tensor.to(self.vae.device, self.vae.dtype, memory_format=torch.channels_last)
 
 
+@torch.no_grad()
+def reencode(latents: torch.Tensor, codec1: Codec, codec2: Codec) -> torch.Tensor:
+    """VAE1's scaled latents -> VAE2's of the picture that VAE1 decodes from them: the detour that a module saves."""
+    return codec2.encode(codec1.decode(latents).clamp(-1, 1))
+
+
 def _is_tiny(path, family: Family) -> bool:
     """Whether a hub id is that of the family's tiny autoencoder, whose own scale is 1 and says nothing."""
     return str(path) in [HUB_OWNER_OF_TINY + name for name in family.tiny]

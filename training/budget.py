@@ -74,6 +74,12 @@ class Budget:
         """Remember how long the last evaluation took, with its pictures: the time for the one at the end is kept free."""
         self._reserve = seconds
 
+    def forget_pace(self, step: int) -> None:
+        """From this step on steps take another time."""
+        if self._mark and step > self._first_step + 1:
+            self._mark = (step, self.seconds)
+            self._look_at = step + 1
+
     def look(self, step: int, accelerator) -> None:
         """Where the time is limited and a look is due: measure the pace, and move the end. All processes come to the same."""
         if not self.minutes or step < self._look_at:

@@ -19,29 +19,43 @@ from training.window import Window, draw_window
 
 BIAS_RATE = 0.01  # of the remaining colour bias, per step: a hundred steps correct it, and as many are averaged over
 LARGEST_CORRECTION = 8 / 127.5  # eight 8-bit levels: a bias that no correction moves must not shift the reference without end
-COLOUR_WINDOWS = 256  # windows that give VAE2's mean colours to a fifth of an 8-bit level
+COLOUR_WINDOWS = 256  # windows that give VAE2's mean colours to a fifth of an 8-bit level, its pattern to a tenth
 
 KINDS = {"l1": F.l1_loss, "mse": F.mse_loss}
 
 
 class ColourReference:
-    """The shift of the reference's R, G and B by which the aligned images get the mean colours of VAE2's reconstruction.
+    """The shift of the reference by which the aligned images get the mean colours of VAE2's reconstruction, at each place
+    within a latent.
 
     A colour bias of a level or two costs the loss less than the errors of detail do, so a loss of detail alone leaves the
-    images a little too dark. An integral controller corrects it: after each step the shift moves against the bias that the
-    aligned images had beyond VAE2's, until the two agree in the mean over many steps.
+    images a little too dark. Nor does it feel that the stride x stride pixels of a latent are off by a fixed pattern of a
+    level, which on flat areas is a visible grid. An integral controller corrects both: after each step the shift moves against
+    the bias that the aligned images had beyond VAE2's, until the two agree in the mean over many steps.
 
-    Attributes, each (3,) in image values, where 1 is half of the range:
-        vae2_bias: mean colour of VAE2's reconstruction minus that of the originals.
-        shift: what is added to the reference.
+    Args:
+        stride: of VAE2's latents.
+
+    Attributes, each (3, stride, stride) in image values, where 1 is half of the range:
+        vae2_bias: mean of VAE2's reconstruction minus that of the originals. shift: what is added to the reference.
     """
 
-    def __init__(self, device: torch.device):
-        self.vae2_bias = torch.zeros(3, device=device)
+    def __init__(self, device: torch.device, stride: int):
+        self.vae2_bias = torch.zeros(3, stride, stride, device=device)
         self.shift = self.vae2_bias
 
+    def bias_of(self, decoded: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """By how much decoded pictures (B, 3, H, W) of whole latents exceed those wanted in the mean, without a gradient."""
+        stride = self.shift.shape[-1]
+        return (decoded.detach() - wanted).unflatten(3, (-1, stride)).unflatten(2, (-1, stride)).mean(dim=(0, 2, 4))
+
+    def shifted(self, reference: torch.Tensor) -> torch.Tensor:
+        """A reference (B, 3, H, W) as the aligned images are to be compared with it."""
+        rows, columns = (side // self.shift.shape[-1] for side in reference.shape[2:])
+        return reference + self.shift.repeat(1, rows, columns)
+
     def start_from(self, biases, accelerator) -> None:
-        """Take VAE2's bias as the mean of `biases`, one (3,) for each batch, over all processes; the shift starts there."""
+        """Take VAE2's bias as the mean of `biases`, one for each batch, over all processes; the shift starts there."""
         total = torch.zeros_like(self.vae2_bias)
         count = 0
         for bias in biases:
@@ -61,10 +75,10 @@ class ColourReference:
         return {"vae2_bias": self.vae2_bias.cpu(), "shift": self.shift.cpu()}
 
     def load_state_dict(self, state: dict) -> None:
-        """ValueError for anything but two tensors of three colours."""
-        device = self.shift.device
+        """ValueError for anything but two tensors of three colours at each place."""
+        device, shape = self.shift.device, self.shift.shape
         vae2_bias, shift = (state[name].to(device) for name in ("vae2_bias", "shift"))
-        if vae2_bias.shape != (3,) or shift.shape != (3,):
+        if vae2_bias.shape != shape or shift.shape != shape:
             raise ValueError(f"colours of shape {tuple(vae2_bias.shape)} and {tuple(shift.shape)}")
         self.vae2_bias = vae2_bias
         self.shift = shift
@@ -81,11 +95,11 @@ class DecodedWindow:
         vae2: what the decoder makes of VAE2's latents, clamped too.
         features, wanted_features, vae2_features: what the frozen network `eyes` sees in those three.
         decoder_features, wanted_decoder_features: what the decoder's stages put out, see `decoder_features`.
-        bias: by how much the mean R, G and B of `shown` exceed those of the reference, (3,).
+        bias: by how much `shown` exceeds the reference in the mean, see `ColourReference`.
     """
 
     def __init__(self, loss: DecodedImageLoss, aligned, target, images, step: int, reencoded: Reencoded | None = None):
-        self._codec, self._eyes, self._target, self._shift = loss.codec, loss.eyes, target, loss.colours.shift.view(3, 1, 1)
+        self._codec, self._eyes, self._target = loss.codec, loss.eyes, target
         self._reencoded = reencoded
         self._by_decoder = decoder_difference in (term for _, term in loss.terms)
         self.window = loss.window_of(aligned.shape[2:], step)
@@ -93,11 +107,11 @@ class DecodedWindow:
         self.shown, self.decoder_features = self._decode(self.window.cut(aligned))
         by_image = loss.reference == "original"
         reference = self.window.cut(images, self._codec.stride)[self._inner] if by_image else self._vae2[0]
-        self.bias = _colour_bias(self.shown, reference)
-        self.wanted = self._seen_wanted = reference + self._shift
+        self.bias = loss.colours.bias_of(self.shown, reference)
+        self.wanted = self._seen_wanted = loss.colours.shifted(reference)
         if reencoded:
-            self._seen_wanted = reencoded.picture_in(self.window)[self._inner] + self._shift
-            self.wanted = self.wanted.lerp(self._seen_wanted, loss.reencoded_share)
+            self._seen_wanted = loss.colours.shifted(reencoded.picture_in(self.window)[self._inner])
+            self.wanted = self.wanted.lerp(self._seen_wanted, reencoded.weight)
 
     def _decode(self, latents):
         with decoder_features(self._codec.vae.model, self._by_decoder) as features:
@@ -111,7 +125,7 @@ class DecodedWindow:
     @cached_property
     @torch.no_grad()
     def wanted_decoder_features(self) -> list:
-        return self._decode(self._reencoded.latents_in(self.window))[1] if self._reencoded else self._vae2[1]
+        return self._decode(self.window.cut(self._reencoded.latents))[1] if self._reencoded else self._vae2[1]
 
     @cached_property
     def visible(self) -> torch.Tensor:
@@ -181,8 +195,6 @@ class DecodedImageLoss:
         margin: latents at the window's edge that are decoded and not compared, since the decoder lacks their surroundings.
         terms: (weight, function of a `DecodedWindow`) each.
         eyes: the frozen network whose features terms look at, such as that of ST-LPIPS; None where no term does.
-        reencoded_share: of VAE1's picture in the reference of pixels, where a call is given `training.reencoded.Reencoded`. To
-            whatever looks at features or at whole pictures that picture is then the reference.
     """
 
     codec: Codec
@@ -193,10 +205,9 @@ class DecodedImageLoss:
     margin: int = 1
     terms: Sequence[tuple[float, Callable]] = ((1.0, pixel_difference("l1")),)
     eyes: PerceptualDistance | None = None
-    reencoded_share: float = 0.0
 
     def __post_init__(self):
-        self.colours = ColourReference(self.codec.vae.device)
+        self.colours = ColourReference(self.codec.vae.device, self.codec.stride)
 
     def __call__(
         self,
@@ -207,7 +218,11 @@ class DecodedImageLoss:
         reencoded: Reencoded | None = None,
     ):
         """Aligned and target latents (B, C, h, w), images (B, 3, H, W) in [-1, 1], all on the codec's device -> (the loss, a
-        scalar; the `DecodedWindow` of what was decoded). The window depends on (seed, step) alone."""
+        scalar; the `DecodedWindow` of what was decoded). The window depends on (seed, step) alone.
+
+        Where `reencoded` is given, VAE1's picture has its share in the reference of pixels, and is the reference of whatever
+        looks at features or at whole pictures.
+        """
         window = DecodedWindow(self, aligned, target, images, step, reencoded)
         loss = aligned.new_zeros(())
         for weight, term in self.terms:
@@ -228,11 +243,6 @@ class DecodedImageLoss:
     def window_of(self, whole: torch.Size, step: int) -> Window:
         """The window of a step on latents of that height and width."""
         return draw_window(tuple(whole), self.window, self.batch_size, self.seed, step)
-
-
-def _colour_bias(decoded: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """By how much the mean R, G and B of decoded pictures (B, 3, H, W) exceed those wanted: (3,), without a gradient."""
-    return (decoded.detach() - wanted).mean(dim=(0, 2, 3))
 
 
 @contextlib.contextmanager

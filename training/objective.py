@@ -23,11 +23,25 @@ from training.decoded_image import (
     pixel_difference,
 )
 from training.discriminators import JUDGED_STAGES, LatentDiscriminator, PictureDiscriminator
-from training.reencoded import Reencoder
-from training.window import draw_window
+from training.reencoded import Reencoded, Reencoder
 from utils import UserError
 
 PERCEPTUAL_LOSSES = ("decoder", "lpips", "stlpips")  # what --perceptual_loss offers
+
+
+@dataclass
+class Encoded:
+    """A training batch, encoded and on the device.
+
+    Attributes:
+        inputs: keyword arguments of `AlignModule.forward`. target: VAE2's scaled latents (B, C, h, w). images: (B, 3, H, W) in
+            [-1, 1], or None where nothing reads them. reencoded: what decode + re-encode makes of it, where that is asked for.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    target: torch.Tensor
+    images: torch.Tensor | None = None
+    reencoded: Reencoded | None = None
 
 
 @dataclass
@@ -44,7 +58,7 @@ class Round:
 class Seen:
     """What a step's loss leaves for `Objective.after_step`."""
 
-    colour_bias: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
     rounds: list[Round] = field(default_factory=list)
 
 
@@ -60,31 +74,39 @@ class Objective:
     """
 
     def __init__(self, pipeline: PipelineWithVAEs, args: argparse.Namespace):
+        self._pipeline = pipeline
         self.latent_loss = get_loss_function(args.loss_type)
         self.latent_weight = args.loss_weight
         self.moments_weight = args.moments_loss_weight
-        self.reencode = _reencoder(pipeline, args)
-        self._window = {"side": args.decoder_loss_window, "items": args.decoder_loss_batch, "seed": args.seed}
+        self._reencoder = _reencoder(pipeline, args)
         self.decoded = _decoded_loss(pipeline, args) if decodes_pictures(args) else None
+        self._decoded_start = args.decoder_loss_start
         self.reads_images = reads_images(args)
         self.adversaries = _adversaries(pipeline, args, self.decoded)
 
-    def __call__(self, aligned: torch.Tensor, target: torch.Tensor, inputs: dict, images: torch.Tensor | None, step: int):
-        """Aligned and target latents (B, C, h, w), what the module was given, images (B, 3, H, W) or None where `reads_images`
-        is false -> (the loss, a scalar; what `after_step` is to be given)."""
-        reencoded = None
-        if self.reencode:
-            reencoded = self.reencode(inputs["latents"], draw_window(aligned.shape[2:], step=step, **self._window))
+    def encode(self, batch: dict, sample: bool = False, generator: torch.Generator | None = None) -> Encoded:
+        """A training batch as a step needs it; see `PipelineWithVAEs.encode_batch`."""
+        inputs, target, images = self._pipeline.encode_batch(batch, sample, generator, self.reads_images)
+        return Encoded(inputs, target, images, self._reencoder and self._reencoder(batch, inputs["latents"]))
+
+    def decodes_at(self, progress: float) -> bool:
+        """Whether losses on the decoded image have begun when that share of the run is done."""
+        return self.decoded is not None and progress >= self._decoded_start
+
+    def __call__(self, aligned: torch.Tensor, encoded: Encoded, step: int, progress: float = 1.0):
+        """Aligned latents (B, C, h, w), the batch they were made of, the share of the run that is done, in [0, 1] -> (the loss,
+        a scalar; what `after_step` is to be given)."""
+        target, reencoded = encoded.target, encoded.reencoded
         loss = self.latent_weight * self._latent_loss(aligned, target, reencoded)
         if self.moments_weight:
             loss = loss + self.moments_weight * channel_moments(aligned, target)
         seen, window = Seen(), None
-        if self.decoded:
-            decoded_loss, window = self.decoded(aligned, target, images, step, reencoded)
-            loss, seen.colour_bias = loss + decoded_loss, window.bias
+        if self.decodes_at(progress):
+            decoded_loss, window = self.decoded(aligned, target, encoded.images, step, reencoded)
+            loss, seen.bias = loss + decoded_loss, window.bias
         for name, adversary in self.adversaries.items():
-            if adversary.plays(step):
-                real, made = INPUTS[name](aligned, target, inputs, window)
+            if adversary.plays(step) and (name != "window" or window):
+                real, made = INPUTS[name](aligned, target, encoded.inputs, window)
                 term = adversary.term(made, step)
                 loss = loss + term
                 seen.rounds.append(Round(adversary, real, [tensor.detach() for tensor in made], term))
@@ -92,10 +114,11 @@ class Objective:
 
     def _latent_loss(self, aligned, target, reencoded):
         loss = self.latent_loss(aligned, target)
-        return loss.lerp(self.latent_loss(*reencoded.known(aligned)), self.reencode.weight) if reencoded else loss
+        return loss.lerp(self.latent_loss(aligned, reencoded.latents), reencoded.weight) if reencoded else loss
 
     def begin_at_once(self) -> None:
         """Have what begins later in a run begin with its first step, so that a trial of a few steps takes what others take."""
+        self._decoded_start = 0.0
         for adversary in self.adversaries.values():
             adversary.rules = replace(adversary.rules, start_step=0)
 
@@ -106,8 +129,8 @@ class Objective:
 
     def after_step(self, seen: Seen, ok: torch.Tensor, accelerator) -> None:
         """After an optimizer step, which was `ok` if its loss and gradient were finite."""
-        if self.decoded:
-            self.decoded.colours.correct(seen.colour_bias, ok, accelerator)
+        if seen.bias is not None:
+            self.decoded.colours.correct(seen.bias, ok, accelerator)
         for each in seen.rounds:
             each.adversary.learn(each.real, each.made, each.term, ok, accelerator)
 
@@ -153,7 +176,6 @@ def _decoded_loss(pipeline, args):
         seed=args.seed,
         terms=_terms(args, pipeline.device),
         eyes=_eyes(args, codec),
-        reencoded_share=args.reencode_target,
     )
 
 

@@ -159,7 +159,7 @@ def require_training(content: dict, path) -> None:
             and all(training[name].shape == () for name in ("loss_sum", "summed_steps"))
             and isinstance(training["files"], str)
             and training["colours"].keys() in ({}.keys(), {"vae2_bias", "shift"})
-            and all(colours.shape == (3,) for colours in training["colours"].values())
+            and all(colours.ndim == 3 and len(colours) == 3 for colours in training["colours"].values())
             and isinstance(training.get("adversaries", {}), dict)
             and (training["places"] is None or len(training["places"]) == order["processes"])
             and training["budget"].keys() == Budget(0).state_dict().keys()

@@ -58,6 +58,21 @@ def test_the_schedule_comes_to_rest_as_the_time_is_up(time, pace):
     assert positions[10] < 0.12  # ten of at least a hundred steps
 
 
+def test_an_announced_change_of_pace_is_measured_at_once(time):
+    """A pace that is the mean of before and after: the schedule runs late, and falls to its rest in the last steps."""
+    limit = Budget(budget.UNKNOWN, 4.0)
+
+    def seconds_of(step):
+        if step == 320:
+            limit.forget_pace(step)
+        return 0.5 if step < 320 else 2.0
+
+    begun = time.now
+    positions = dict(steps_of(limit, time, seconds_of))
+    assert 240 - 4 < time.now - begun <= 240
+    assert positions[340] == pytest.approx(5 / 6, abs=0.02)
+
+
 def test_time_for_the_last_evaluation_is_kept_free(time):
     """A job that the scheduler kills during the evaluation at its end."""
     limit, begun = Budget(budget.UNKNOWN, 1.0), time.now

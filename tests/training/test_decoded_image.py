@@ -90,24 +90,28 @@ OK = torch.tensor(True)
 
 @pytest.mark.parametrize("reference", ["original", "vae2"])
 def test_the_reference_is_compared_in_shifted_colours(space, reference):
-    """Catches a shift that never reaches the loss, or another channel."""
+    """Catches a shift that never reaches the loss, or reaches it in another channel or at another place."""
     images = torch.rand(2, 3, 48, 48) * 1.6 - 0.8
     target = space.encode(images)
     loss = DecodedImageLoss(space, 2, 0, reference, 0, terms=[(1.0, pixel_difference("mse"))])
-    loss.colours.shift = torch.tensor([0.3, -0.1, 0.05])
+    loss.colours.shift = torch.randn(3, 8, 8)
     wanted = images if reference == "original" else space.decode(target)
-    expected = (space.decode(target) - wanted - loss.colours.shift.view(3, 1, 1)).square().mean()
+    shift = torch.stack([torch.stack([loss.colours.shift[:, y % 8, x % 8] for x in range(48)], 1) for y in range(48)], 1)
+    expected = (space.decode(target) - wanted - shift).square().mean()
     assert torch.allclose(loss(target, target, images, 3)[0], expected)
 
 
 def test_the_colour_bias_of_vae2_is_measured(space):
-    """Catches a bias measured against another window or with another sign; a "vae2" reference that is given a bias."""
+    """Catches a bias measured against another window, with another sign or of another place; a "vae2" reference that is given
+    a bias."""
     images = torch.rand(4, 3, 48, 48) * 1.6 - 0.8
     target = space.encode(images)
     batches = [{"latents2": latents, "pixel_values": pixels} for latents, pixels in zip(target.split(2), images.split(2))]
     loader = Loader(batches)
     pipeline = PipelineWithVAEs(AlignModule(AlignConfig(input_types=("image",), hidden_channels=8)), None, space)
-    for reference, expected in (("original", (space.decode(target) - images).mean(dim=(0, 2, 3))), ("vae2", torch.zeros(3))):
+    by_place = torch.stack([(space.decode(target) - images)[..., place // 8 :: 8, place % 8 :: 8] for place in range(64)])
+    bias = by_place.mean(dim=(1, 3, 4)).T.reshape(3, 8, 8)
+    for reference, expected in (("original", bias), ("vae2", torch.zeros(3, 8, 8))):
         loss = DecodedImageLoss(space, 2, 0, reference, 0)
         loss.measure_colours(pipeline, loader, ONE_PROCESS)
         assert torch.allclose(loss.colours.vae2_bias, expected, atol=1e-6)
@@ -117,19 +121,32 @@ def test_the_colour_bias_of_vae2_is_measured(space):
 def test_colours_are_led_to_those_of_vae2():
     """Catches a correction of the wrong sign, one that forgets that VAE2 itself has a bias, and one by a step that was not
     finite: an image that follows the reference but for a bias of its own ends with VAE2's."""
-    colours = ColourReference("cpu")
-    colours.start_from([torch.tensor([0.04, -0.01, 0.0]), torch.tensor([0.02, 0.01, 0.0])], ONE_PROCESS)
-    assert colours.vae2_bias.tolist() == pytest.approx([0.03, 0.0, 0.0])
+    colours = ColourReference("cpu", 2)
+    first, second = 0.03 * torch.randn(2, 3, 2, 2)
+    colours.start_from([first, second], ONE_PROCESS)
+    torch.testing.assert_close(colours.vae2_bias, (first + second) / 2)
+    own = 0.02 * torch.randn(3, 2, 2)
     for _ in range(1000):
-        bias = colours.shift + torch.tensor([-0.03, 0.02, 0.0])
+        bias = colours.shift + own
         colours.correct(bias, OK, ONE_PROCESS)
-    assert bias.tolist() == pytest.approx(colours.vae2_bias.tolist(), abs=1e-3)
+    torch.testing.assert_close(bias, colours.vae2_bias, atol=1e-3, rtol=0)
     before = colours.shift
-    colours.correct(torch.full((3,), float("nan")), ~OK, ONE_PROCESS)
+    colours.correct(torch.full((3, 2, 2), float("nan")), ~OK, ONE_PROCESS)
     assert torch.equal(colours.shift, before)
     for _ in range(1000):  # an image that does not follow
-        colours.correct(torch.ones(3), OK, ONE_PROCESS)
-    assert (colours.vae2_bias - colours.shift).tolist() == pytest.approx([8 / 127.5] * 3)
+        colours.correct(torch.ones(3, 2, 2), OK, ONE_PROCESS)
+    torch.testing.assert_close(colours.vae2_bias - colours.shift, torch.full((3, 2, 2), 8 / 127.5))
+
+
+def test_losses_on_the_decoded_image_begin_when_told(flags, tmp_path):
+    """A start that is read as a number of steps, or never comes; a term that begins before it."""
+    changes = {"perceptual_loss_weight": 1.0, "image_size": 64, "decoder_loss_start": 0.5, **QUIET}
+    for steps, corrected in ((2, True), (1, False)):  # begins after the first of two
+        run = train(flags, tmp_path / str(steps), max_train_steps=steps, **changes)
+        colours = run.last["training"]["colours"]
+        assert bool((colours["shift"] != colours["vae2_bias"]).any()) == corrected
+    plain = train(flags, tmp_path / "plain", max_train_steps=1, **QUIET | {"image_size": 64})
+    assert same_weights(run.last, plain.last)
 
 
 def test_training_measures_and_corrects_the_colours(flags, tmp_path):
@@ -144,7 +161,8 @@ def test_training_measures_and_corrects_the_colours(flags, tmp_path):
         changes = {"decoder_loss_weight": 1.0, "decoder_loss_batch": 3, "decoder_loss_window": 2, "max_train_steps": 2}
         run = train(flags, tmp_path / name, vae2_path=vae, **changes, **QUIET)
         states.append(run.last["training"]["colours"])
-    assert (states[1]["vae2_bias"] - states[0]["vae2_bias"]).tolist() == pytest.approx([0.25, 0, 0], abs=1e-4)
+    redder = (states[1]["vae2_bias"] - states[0]["vae2_bias"]).mean(dim=(1, 2))
+    assert redder.tolist() == pytest.approx([0.25, 0, 0], abs=1e-4)
     assert all((state["shift"] != state["vae2_bias"]).all() for state in states)
 
 
