@@ -241,6 +241,8 @@ METRICS = {
                choice="texture", by_default=True),
         Metric("detail", "Finest detail", "set", of_the_set(set_figures.detail), "{:.2f}".format, unit="of VAE2's",
                heading="detail"),
+        Metric("grid", "Grid", "set", of_the_set(set_figures.grid), "{:.1f}".format, better=-1, unit="of its surroundings",
+               heading="grid"),
         Metric("ssim", "SSIM", "image", each_image(lambda sample: per_image.ssim(sample.levels, sample.original_levels)),
                FOUR_DIGITS, better=+1, heading="SSIM", choice="ssim", by_default=True),
         Metric("ms_ssim", "MS-SSIM", "image", load_ms_ssim, FOUR_DIGITS, better=+1, choice="ms_ssim", by_default=True),

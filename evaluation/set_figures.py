@@ -14,6 +14,7 @@ from evaluation.sample import Sample
 
 GROUPS = 10  # of images, that are left out in turn
 FINE = 0.25  # cycles per pixel from which on detail is fine: at most 4 pixels a cycle
+NEAR_GRID = (3, 4)  # coefficients from the period of a latent: beyond the Hann window's own width of two
 BANDS = 8  # of the latents' spectrum, from 0 to 0.5 cycles per latent
 TEXTURE_STAGES = 3  # of VGG: strides 1, 2 and 4
 REFERENCE = ""  # no rung's name
@@ -134,6 +135,42 @@ def detail() -> SetFigure:
         return _ratio(own[0], reference[0])
 
     return SetFigure(lambda sample: sums_of(sample.levels), lambda sample: sums_of(sample.vae2_levels), relative)
+
+
+def grid() -> SetFigure:
+    """The power of the pictures at the period of a latent, relative to the power around it: about 1 where there is no grid.
+
+    Of the mean of R, G and B in 8-bit levels, under a Hann window: the mean over the frequencies, but 0, of which both parts
+    are multiples of 1 / stride cycles per pixel, over the mean over those that are `NEAR_GRID` coefficients away from one. None
+    for images of so few latents that these are no longer apart.
+    """
+
+    def sums_of(sample):
+        at, near = _period_of(sample.levels.shape[-2:], sample.vae2_latents.shape[-2:])
+        return [(one[at].sum(), at.sum(), one[near].sum(), near.sum()) for one in _power(sample.levels.mean(dim=1))]
+
+    def relative(own, reference):
+        at, places, near, places_near = own
+        return _ratio(at / places, near / places_near) if places_near else None
+
+    return SetFigure(sums_of, lambda sample: [(0,)] * len(sample.picture), relative)
+
+
+def _period_of(size: tuple[int, int], latents: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the coefficients of `power` for planes of that height and width, which are so many latents: those that belong to the
+    period of a latent, and those near them. Two masks."""
+
+    def distance(places, period):
+        return torch.minimum(places % period, -places % period)
+
+    def farther(*periods):  # from multiples of the periods
+        high, wide = (distance(torch.arange(side), period) for side, period in zip(size, periods))
+        return torch.maximum(high[:, None], wide)
+
+    from_period, from_zero = farther(*latents), farther(*size)
+    first, last = NEAR_GRID
+    near = (from_period >= first) & (from_period <= last) & (from_zero > last)
+    return (from_period == 0) & (from_zero > 0), near & (min(latents) > 2 * last)
 
 
 def _power(planes: torch.Tensor) -> torch.Tensor:

@@ -42,6 +42,22 @@ def test_detail_is_that_of_the_picture_not_of_its_error():
     assert detail["none"] < 1e-6 and detail["coarse"] < 0.01
 
 
+def test_a_faint_grid_is_seen_and_texture_is_none():
+    """A grid of one period in the image's size taken for none, fine texture or coarse shapes that pass for a grid, latents that
+    are counted along the other side, a number for images in which there is no telling."""
+    original = 0.1 * noise(2, 3, 80, 120) + torch.linspace(-0.5, 0.5, 120)
+    pattern = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).repeat(10, 15) / 127.5
+    shifted = torch.nn.functional.pad(pattern, (3, 0))[:, :120]
+    wave = 0.1 * torch.sin(2 * torch.pi * torch.arange(120.0) / 7)
+    rungs = {"same": original, "grid": original + pattern, "shifted": original + shifted, "period of 7": original + wave}
+    rungs = {name: (pictures, None) for name, pictures in rungs.items()}
+    grid, _ = figure_of(set_figures.grid(), rungs, vae2_latents=torch.zeros(2, 4, 10, 15))
+    assert 0.5 < grid["same"] < 1.5 and grid["period of 7"] < 1.5
+    assert grid["grid"] > 3 and grid["shifted"] > 3
+    small = figure_of(set_figures.grid(), {"small": (original[..., :64, :64], None)}, vae2_latents=torch.zeros(2, 4, 8, 8))
+    assert small[0]["small"] is None
+
+
 def test_texture_is_the_frechet_distance_at_every_position_over_the_originals_variance():
     """Features averaged over positions, a stage that is left out, originals counted once per rung."""
     originals, pictures = noise(3, 3, 8, 8), 0.5 * noise(3, 3, 8, 8)
