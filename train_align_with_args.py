@@ -58,6 +58,7 @@ from runtime.device import (
 )
 from runtime.interrupts import StopRequest
 from runtime.processes import create_accelerator, gathered
+from runtime.workers import WorkersLost
 from training.bad_steps import BadSteps
 from training.budget import Budget, time_of_day
 from training.checkpoints import BEST_METRICS, RunCheckpoints
@@ -606,7 +607,7 @@ def train_align_pipeline(
     try:
         try:
             stopped = training_loop(args, parts, run, train_loader, eval_loader, generator)
-        except dataloader.WorkersLost as error:
+        except WorkersLost as error:
             sampler = train_loader.batch_sampler
             if not writer or (accelerator.num_processes > 1 and sampler.state_after(state.step)):
                 raise  # the places of the other processes in their streams are not known here

@@ -25,7 +25,8 @@ import torch.distributed as dist
 from common import open_vae, print_result, recipe_args, train
 from torch.utils.flop_counter import FlopCounterMode
 
-import dataloader
+from dataloader import ImageDataset
+from images.files import list_images
 from latents.spaces import Codec
 from runtime.device import autocast, get_dtype
 
@@ -124,8 +125,8 @@ def measure(options) -> Costs:
             aligned = pipeline.module(**{name: each for name, each in given.items() if each is not None})
         (aligned.float() - target).square().mean().backward()
 
-    paths = dataloader.list_images(options.images)[:64]
-    photos = dataloader.ImageDataset(paths, options.image_size, random_crop=True)
+    paths = list_images(options.images)[:64]
+    photos = ImageDataset(paths, options.image_size, random_crop=True)
     start = time.perf_counter()
     for place in range(len(paths)):
         photos[place, 0]

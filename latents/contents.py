@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataloader import ImageDataset, UnreadableImage, digest_of
+from dataloader import ImageDataset, UnreadableImage
+from images.files import digest_of
 from utils import atomic_file
 
 WORD = np.dtype("<u8")  # a digest is two of them

@@ -14,20 +14,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dataloader import (
-    EpochSampler,
-    ImageDataset,
-    UnreadableImage,
-    WorkerLoader,
-    digest_of,
-    image_reader,
-    loader_options,
-    to_pixel_values,
-)
+from dataloader import EpochSampler, ImageDataset, UnreadableImage
+from images.decoding import image_reader, to_pixel_values
+from images.files import digest_of
 from latents.cache import LatentCache, addresses_of, cache_key
 from latents.contents import WORD, Contents, contents_of, words_of
 from latents.spaces import Codec, reencode
 from runtime.device import memory_advice
+from runtime.workers import WorkerLoader, loader_options
 from utils import UserError, count_of
 
 log = logging.getLogger(__name__)

@@ -1,35 +1,20 @@
-"""Folders and hub data sets to batches: which images dataloader.py finds, in which order they come, and through workers."""
+"""Folders to batches: which images are found, in which order they come, and the same through workers."""
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from drawn import BLUE, PNG, RED, levels
 from hostile import no_hang, refusal
-from images import BLUE, PNG, RED, bands, encoded, levels, oriented, smooth_picture
 from PIL import Image
-from torch.utils.data import Dataset
 
-import dataloader
-from dataloader import (
-    BatchesInOrder,
-    EpochSampler,
-    HubImages,
-    ImageDataset,
-    ImageFiles,
-    eval_loader,
-    find_images,
-    list_images,
-    load_hub_split,
-    train_loader,
-)
+from dataloader import BatchesInOrder, EpochSampler, ImageDataset, eval_loader, find_images, train_loader
+from images.files import list_images
 from train_align_with_args import create_data_loaders, parse_args
 from utils import UserError
 
@@ -246,73 +231,6 @@ def test_loaders_of_a_run_read_both_folders(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data sets of the hub's kind
-
-
-def test_hub_data_set_gives_the_pixels_that_files_give(tmp_path):
-    """A photo that `datasets` turned upright and we turn again; a reduced decode of what is decoded already."""
-    import datasets
-
-    oriented(tmp_path / "0.jpg", np.asarray(smooth_picture(640, 320)), 6, quality=95)
-    Image.fromarray(bands((255, 0, 0, 255), (0, 0, 0, 0), (0, 0, 255, 255))).save(tmp_path / "1.png")
-    (tmp_path / "2.png").write_bytes(b"no picture")
-    Image.fromarray(bands(0, 32896, 65535, np.uint16)).save(tmp_path / "3.png")
-    paths = list_images(tmp_path)
-    rows = [{"bytes": (tmp_path / os.path.basename(path)).read_bytes(), "path": None} for path in paths]
-    data = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features({"image": datasets.Image()}))
-    from_hub, from_files = (list(eval_loader(ImageDataset(source, 24), 4, 0)) for source in (HubImages(data), paths))
-    assert from_hub[0]["index"].tolist() == [0, 1, 3]
-    assert torch.equal(from_hub[0]["pixel_values"], from_files[0]["pixel_values"])
-    assert len(from_hub[0]["unreadable"]) == 1 and "[2]" in from_hub[0]["unreadable"][0]
-    trained = [ImageDataset(source, 24, random_crop=True)[0, 1]["pixel_values"] for source in (HubImages(data), paths)]
-    assert (trained[0] - trained[1]).abs().mean() < 0.05
-    item = ImageDataset(HubImages(data), 24, random_crop=True)[2, 0]
-    assert item["index"] == 3 and len(item["unreadable"]) == 1
-
-
-@pytest.fixture
-def hub_folder(tmp_path):
-    """A data set folder as the hub has them: parquet files per split, the image column named `picture` beside others."""
-    import datasets
-
-    folder = tmp_path / "data set"
-    folder.mkdir()
-    features = datasets.Features({"label": datasets.Value("int64"), "picture": datasets.Image()})
-    for split, colour, count in (("train", RED, 3), ("validation", BLUE, 2)):
-        rows = [{"bytes": encoded("PNG", Image.new("RGB", (8, 8), colour)), "path": None}] * count
-        data = datasets.Dataset.from_dict({"label": list(range(count)), "picture": rows}, features=features)
-        data.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
-    return folder
-
-
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-def test_hub_data_set_gives_the_split_and_column_asked_for(hub_folder, tmp_path, train):
-    """Judging on training images since the splits are not known before the first download; a column of another name."""
-    data = load_hub_split(str(hub_folder), train, "--flag", str(tmp_path / "cache"))
-    assert data.split.column_names == ["image"] and len(data) == (3 if train else 2)
-    assert (levels(ImageDataset(data, 8)[0]["pixel_values"]) == (RED if train else BLUE)).all()
-
-
-def test_images_of_a_hub_data_set_are_known_by_their_content(hub_folder, tmp_path):
-    """A latent cache that is built anew in every run, or for every row when one is added."""
-    first, again = (load_hub_split(str(hub_folder), True, "--flag", str(tmp_path / "cache")) for _ in range(2))
-    assert [first.stamp(index) for index in range(3)] == [again.stamp(index) for index in range(3)]
-    assert len({first.stamp(index) for index in range(3)}) == 3
-    (tmp_path / "red.png").write_bytes(encoded("PNG", Image.new("RGB", (8, 8), RED)))
-    assert first.content(2) == ImageFiles([str(tmp_path / "red.png")]).content(0)
-
-
-def test_data_set_without_images_is_one_line(tmp_path):
-    """A traceback from the first batch."""
-    import datasets
-
-    (tmp_path / "words").mkdir()
-    datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(str(tmp_path / "words" / "train.parquet"))
-    with pytest.raises(UserError, match=r"^--flag .*no image column$"):
-        load_hub_split(str(tmp_path / "words"), True, "--flag", str(tmp_path / "cache"))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Hostile folders
 
 
@@ -411,128 +329,6 @@ def test_a_worker_that_runs_out_of_images_says_so_in_one_line(folder):
     os.remove(folder / "good.png")
     text = refusal(lambda: next(iter(loader)), "no image can be read any more", "good.png")
     assert "Original" not in text
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Workers
-
-
-class Troubled(Dataset):
-    """Ten numbers; the worker that is to make number 5 comes to grief by `trouble`."""
-
-    def __init__(self, trouble):
-        self.trouble = trouble
-
-    def __len__(self):
-        return 10
-
-    def __getitem__(self, index):
-        if index == 5:
-            self.trouble()
-        return torch.full((3,), float(index))
-
-
-@pytest.mark.parametrize(
-    "trouble, said",
-    [(partial(signal.raise_signal, signal.SIGKILL), "killed"), (partial(signal.raise_signal, signal.SIGSTOP), "delivered")],
-    ids=["killed", "stopped"],
-)
-def test_a_worker_that_cannot_deliver_ends_the_wait(monkeypatch, trouble, said):
-    """A wait for ever for a worker that stands still; a traceback for one that the kernel has killed for memory."""
-    monkeypatch.setattr(dataloader, "TICK", 0.2)
-    loader = dataloader.WorkerLoader(Troubled(trouble), patience=0.4, batch_size=1, num_workers=2)
-    with (
-        no_hang(30),
-        pytest.raises(dataloader.WorkersLost, match=rf"^num_workers 2: .*{said}.*lower it \(0: none\).*--shm-size"),
-    ):
-        list(loader)
-
-
-IMMORTAL = """
-import multiprocessing.popen_fork, os, signal, sys
-import dataloader
-from torch.utils.data import _utils
-
-class Stopped:
-    def __len__(self):
-        return 1
-    def __getitem__(self, index):
-        signal.raise_signal(signal.SIGSTOP)
-
-dataloader.TICK = _utils.MP_STATUS_CHECK_INTERVAL = 0.2
-popen = multiprocessing.popen_fork.Popen
-popen.kill = popen.terminate = lambda self: os.write(1, b"%d " % self.pid)
-try:
-    list(dataloader.WorkerLoader(Stopped(), 0.4, batch_size=1, num_workers=1, multiprocessing_context="fork"))
-except dataloader.WorkersLost:
-    sys.exit(7)
-"""
-
-
-def test_a_worker_that_not_even_a_kill_ends_does_not_keep_the_program(tmp_path):
-    """A run that has saved and said its line, and then waits for ever for a worker whose disk does not answer (D state)."""
-    with open(tmp_path / "worker", "wb") as file:  # no pipe, which the worker would keep open
-        left = subprocess.run([sys.executable, "-c", IMMORTAL], cwd=ROOT, timeout=240, stdout=file)
-    os.kill(int((tmp_path / "worker").read_text().split()[0]), signal.SIGKILL)
-    assert left.returncode == 7
-
-
-def test_workers_that_cannot_be_started_are_refused_in_one_line(monkeypatch):
-    """A traceback where the system has no memory or processes left for workers."""
-    monkeypatch.setattr(os, "fork", lambda: (_ for _ in ()).throw(OSError(12, "Cannot allocate memory")))
-    refusal(lambda: list(dataloader.WorkerLoader([1, 2], num_workers=1)), "num_workers 1: they cannot be started", "allocate")
-
-
-def test_batches_need_no_shared_memory(monkeypatch):
-    """A batch lost in a worker's queue, and a wait for ever, where /dev/shm is small: a container's is 64 MB."""
-
-    def refuse(*_):
-        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)")
-
-    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", refuse)
-    monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", refuse)
-    monkeypatch.setattr(dataloader, "TICK", 0.5)
-    loader = dataloader.WorkerLoader(Troubled(int), patience=1, batch_size=2, num_workers=2, collate_fn=None)
-    with no_hang(30):
-        assert [batch.tolist() for batch in loader] == [[[i] * 3, [i + 1] * 3] for i in range(0, 10, 2)]
-
-
-def test_an_iteration_that_nobody_finishes_costs_the_next_one_nothing(monkeypatch):
-    """A slow batch of an abandoned pass that is taken for a lost worker; batches of it that turn up in the next pass."""
-    monkeypatch.setattr(dataloader, "TICK", 0.1)
-    options = {"batch_size": 1, "num_workers": 2, "persistent_workers": True}
-    loader = dataloader.WorkerLoader(Troubled(partial(time.sleep, 0.5)), patience=20, **options)
-    for _ in range(2):
-        next(iter(loader))
-        assert [batch[0, 0].item() for batch in loader] == list(range(10))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Choices in a data set
-
-
-def test_the_column_called_image_is_used_whatever_comes_before_it(tmp_path):
-    """Training on masks or conditioning pictures since they are the first column."""
-    import datasets
-
-    names = {"mask": "black", "conditioning_image": "blue", "image": "red"}
-    rows = {name: [{"bytes": encoded("PNG", Image.new("RGB", (8, 8), colour)), "path": None}] for name, colour in names.items()}
-    features = datasets.Features(dict.fromkeys(names, datasets.Image()))
-    folder = tmp_path / "masked photos"
-    folder.mkdir()
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / "train.parquet"))
-    data = load_hub_split(str(folder), True, "--flag", str(tmp_path / "cache"))
-    assert ImageDataset(data, 8).open(0).getpixel((0, 0)) == RED
-
-
-def test_a_configuration_of_a_data_set_can_be_chosen(hub_folder, tmp_path):
-    """A data set that demands a choice which no flag can make."""
-    (hub_folder / "README.md").write_text(
-        "---\nconfigs:\n- config_name: full\n  data_files: train*\n- config_name: small\n  data_files: valid*\n---\n"
-    )
-    name, cache = str(hub_folder), str(tmp_path / "cache")
-    refusal(lambda: load_hub_split(name, True, "--flag", cache), f"{name}:full, {name}:small")
-    assert len(load_hub_split(f"{name}:small", True, "--flag", cache)) == 2
 
 
 def test_images_that_must_be_enlarged_are_counted(tmp_path, caplog):

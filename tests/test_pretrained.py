@@ -7,8 +7,9 @@ import torch
 from conftest import ROOT, run_each, run_script
 from safetensors import safe_open
 
-from dataloader import ImageDataset, ImageFiles, eval_loader, list_images
+from dataloader import ImageDataset, eval_loader
 from evaluation.ladder import Ladder, evaluate
+from images.files import ImageFiles, list_images
 from latents.pipeline import PipelineWithVAEs
 from latents.spaces import SPACES
 from vae_align import AlignPipeline, read_checkpoint

@@ -14,11 +14,12 @@ LAYERS = (  # from the top; a module imports its own wing or what stands below i
     ("evaluation",),
     ("latents",),
     ("dataloader", "losses"),
+    ("images",),
     ("runtime",),
     ("utils",),
     ("vae_align",),
 )
-WINGS = ("training", "evaluation", "latents", "runtime")
+WINGS = ("training", "evaluation", "latents", "images", "runtime")
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 LONGEST = 120  # lines of a function
 
@@ -113,7 +114,8 @@ def test_test_modules_do_not_import_each_other():
 def test_the_library_names_no_flag():
     """An error of `translate` that speaks of a command line to whoever imports us; only programs and training know flags."""
     files = [ROOT / f"{name}.py" for name in ("dataloader", "losses", "utils", "vae_align")]
-    files += [file for wing in ("latents", "evaluation") for file in (ROOT / wing).glob("*.py")] + [ROOT / "runtime/device.py"]
+    files += [file for wing in ("latents", "evaluation", "images") for file in (ROOT / wing).glob("*.py")]
+    files += [ROOT / "runtime" / f"{name}.py" for name in ("device", "workers")]
     named = []
     for file in files:
         tree = ast.parse(file.read_text(encoding="utf-8"))

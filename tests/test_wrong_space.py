@@ -10,7 +10,8 @@ from conftest import run_script
 from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import save_file
 
-from dataloader import list_images, to_pixel_values
+from images.decoding import to_pixel_values
+from images.files import list_images
 from latents.families import SPACES
 from latents.spaces import Codec
 from latents.vaes import load_vae_model

@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import vae_align
-from dataloader import ImageDataset, ImageFiles, eval_loader, list_images
+from dataloader import ImageDataset, eval_loader
+from images.files import ImageFiles, list_images
 from latents.spaces import Codec
 from latents.vaes import load_vae_model
 from runtime.cli import run

@@ -23,7 +23,9 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dataloader import ImageDataset, UnreadableImage, list_images, to_pixel_values
+from dataloader import ImageDataset, UnreadableImage
+from images.decoding import to_pixel_values
+from images.files import list_images
 from latents.spaces import SPACES, Codec
 from latents.vaes import load_vae_model
 from runtime.cli import MISTAKES, claim_writable_folder, run

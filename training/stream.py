@@ -37,18 +37,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Sampler
 
-from dataloader import (
-    ImageDataset,
-    UnreadableImage,
-    WorkerLoader,
-    WorkersLost,
-    digest_of,
-    hub_split,
-    image_column,
-    loader_options,
-    open_image,
-    to_pixel_values,
-)
+from dataloader import ImageDataset, UnreadableImage, collate
+from images.decoding import open_image, to_pixel_values
+from images.files import digest_of
+from images.hub_data import hub_split, image_column
+from runtime.workers import WorkerLoader, WorkersLost, loader_options
 from utils import UserError, one_line
 
 log = logging.getLogger(__name__)
@@ -372,4 +365,4 @@ def stream_loader(
             dataset.stream.name, shards, world,
         )  # fmt: skip
     sampler = StreamSampler(dataset, batch_size, seed, buffer, rank, world)
-    return WorkerLoader(dataset, batch_sampler=sampler, **loader_options(num_workers))
+    return WorkerLoader(dataset, batch_sampler=sampler, collate_fn=collate, **loader_options(num_workers))

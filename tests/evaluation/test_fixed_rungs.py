@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import make_photo
 
-from dataloader import ImageDataset, eval_loader, list_images
+from dataloader import ImageDataset, eval_loader
 from evaluation import fixed_rungs
 from evaluation.fixed_rungs import FixedRungs
+from images.files import list_images
 from latents.pipeline import PipelineWithVAEs
 from latents.spaces import Codec
 from latents.vaes import load_vae_model

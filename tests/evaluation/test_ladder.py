@@ -8,9 +8,10 @@ import torch
 from diffusers import AutoencoderKL
 from formulas import levels, psnr, ssim
 
-from dataloader import ImageDataset, eval_loader, list_images
+from dataloader import ImageDataset, eval_loader
 from evaluation import tables
 from evaluation.ladder import Ladder, evaluate
+from images.files import list_images
 from latents.pipeline import PipelineWithVAEs
 from latents.spaces import Codec
 from latents.vaes import load_vae_model

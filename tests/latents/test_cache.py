@@ -15,8 +15,11 @@ from conftest import ROOT, as_argv, make_photo, read_scalars, run_script
 from filelock import FileLock
 from hostile import refusal
 
-import dataloader
 import train_align_with_args as train_script
+from dataloader import ImageDataset
+from images import files
+from images.decoding import to_pixel_values
+from images.files import list_images
 from latents import cache as latent_cache
 from latents import contents as contents_of_images
 from latents.encode_once import CHUNK_IMAGES, CacheOptions, LatentEncoder, cache_latents
@@ -41,7 +44,7 @@ def photos(tmp_path):
 
 
 def cached(photos, spaces, root, views=2, seed=0, size=32, with_images=False):
-    dataset = dataloader.ImageDataset(dataloader.list_images(photos), size, True, True, seed)
+    dataset = ImageDataset(list_images(photos), size, True, True, seed)
     return cache_latents(dataset, *spaces, CacheOptions(root, views, with_images, reencoded=with_images))
 
 
@@ -63,7 +66,7 @@ def test_rows_are_the_views_encoded(photos, spaces, tmp_path):
     batch = data.__getitems__([(4, 1), (0, 0)])
     for row, (index, view) in enumerate([(4, 1), (0, 0)]):
         photo = data.dataset
-        pixels = dataloader.to_pixel_values(photo.crop(photo.open(index), photo.content(index), view))
+        pixels = to_pixel_values(photo.crop(photo.open(index), photo.content(index), view))
         assert torch.equal(batch["pixel_values"][row], pixels)
         for name, space in (("latents1", spaces[0]), ("latents2", spaces[1])):
             assert torch.allclose(batch[name][row], space.encode(pixels[None])[0], atol=2e-3)
@@ -139,15 +142,15 @@ def test_what_a_row_depends_on_is_encoded_anew(photos, spaces, vae_folders, tmp_
 def test_an_unchanged_file_is_not_read_again(photos, spaces, tmp_path, monkeypatch):
     """A warm start that reads every photo; a file that changed within one tick of the clock, taken for the old one; notes of
     what was read that pile up, or are trusted where they are cut short."""
-    monkeypatch.setattr(dataloader, "SETTLED", 3600.0)
+    monkeypatch.setattr(files, "SETTLED", 3600.0)
     cached(photos, spaces, tmp_path / "cache")
-    read, content = [], dataloader.ImageFiles.content
-    monkeypatch.setattr(dataloader.ImageFiles, "content", lambda source, index: read.append(index) or content(source, index))
+    read, content = [], files.ImageFiles.content
+    monkeypatch.setattr(files.ImageFiles, "content", lambda source, index: read.append(index) or content(source, index))
     notes = tmp_path / "cache" / "contents"
 
     def images_read(settled):
         del read[:]
-        monkeypatch.setattr(dataloader, "SETTLED", settled)
+        monkeypatch.setattr(files, "SETTLED", settled)
         cached(photos, spaces, tmp_path / "cache")
         return len(read)
 

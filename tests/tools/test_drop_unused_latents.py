@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import make_photo
 
-import dataloader
+from dataloader import ImageDataset
+from images.files import list_images
 from latents.cache import today
 from latents.encode_once import CacheOptions, cache_latents
 from latents.spaces import Codec
@@ -28,7 +29,7 @@ def photos(tmp_path):
 
 def cached(photos, vae_folders, root):
     spaces = [Codec(load_vae_model(vae_folders[name], "vae", None, "cpu", torch.float32)) for name in ("kl4", "kl16")]
-    dataset = dataloader.ImageDataset(dataloader.list_images(photos), 32, True, True)
+    dataset = ImageDataset(list_images(photos), 32, True, True)
     return cache_latents(dataset, *spaces, CacheOptions(root, 2, True))
 
 

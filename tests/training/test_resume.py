@@ -13,8 +13,8 @@ import torch
 from conftest import as_argv, tiny_flags
 from runs import QUIET, assert_same_tensors, results_of, start, tensors_of, tiny_of, train
 
-import dataloader
 import train_align_with_args as train_script
+from runtime.workers import WorkersLost
 from training import resume
 
 KINDS = {
@@ -324,7 +324,7 @@ def test_a_lost_worker_ends_the_run_saved(flags, tmp_path, monkeypatch):
 
     def until_lost(loader):
         yield from itertools.islice(endless(loader), 2)
-        raise dataloader.WorkersLost("num_workers 2: a data worker has ended unexpectedly")
+        raise WorkersLost("num_workers 2: a data worker has ended unexpectedly")
 
     with monkeypatch.context() as patch:
         patch.setattr(train_script, "endless", until_lost)

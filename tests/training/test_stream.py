@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, as_argv, make_photo, run_script, tiny_flags
+from drawn import encoded
 from hostile import refusal
-from images import encoded
 from runs import LAUNCHER, QUIET, assert_same_tensors, results_of, tiny_of, train
 
 import train_align_with_args as train_script

@@ -1,4 +1,4 @@
-"""Files to pixels: what dataloader.py makes of every kind of image, of files that are none, and of hostile ones."""
+"""Files to pixels: what becomes of every kind of image, of files that are none, and of hostile ones."""
 
 import io
 import os
@@ -12,12 +12,13 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from drawn import BLACK, BLUE, GREEN, GREY, PHOTO, PNG, RED, UPRIGHT, WHITE, bands, encoded, levels, oriented, smooth_picture
 from hostile import is_one_line, no_hang
-from images import BLACK, BLUE, GREEN, GREY, PHOTO, PNG, RED, UPRIGHT, WHITE, bands, encoded, levels, oriented, smooth_picture
 from PIL import EpsImagePlugin, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from dataloader import ImageDataset, collate, eval_loader, find_images, list_images
+from dataloader import ImageDataset, collate, eval_loader, find_images
+from images.files import list_images
 from utils import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
