@@ -3,11 +3,12 @@
     python benchmarks/bench_step.py --vae1 PATH --vae2 PATH --images FOLDER --input_types latent
 
 A step is that of the recipe which config/ ships for those inputs, on batches of 8 photos at 256 px out of a latent cache, with
-discriminators in play from the first step; `--set flag=value` changes the recipe. The first recipe is a plain latent error with
-a squared decoded one. The steps of all variants take turns. On a CPU a step's seconds are those of all its threads, which other
-programs do not lengthen. Memory is that of a process which does nothing else: the device's where torch counts it (CUDA), else
-the most that was resident. Prints one JSON line last: `seconds` and `peak_gb` of `first` and `recipe`, `ratio` of their times,
-and of the recipe's time the share that each term adds when it is switched on after those before it.
+discriminators and losses on decoded images in play from the first step; `--set flag=value` changes the recipe. The first recipe
+is a plain latent error with a squared decoded one. The steps of all variants take turns. On a CPU a step's seconds are those of
+all its threads, which other programs do not lengthen. Memory is that of a process which does nothing else: the device's where
+torch counts it (CUDA), else the most that was resident. Prints one JSON line last: `seconds` and `peak_gb` of `first` and
+`recipe`, `ratio` of their times, and of the recipe's time the share that each term adds when it is switched on after those
+before it.
 """
 
 import argparse
@@ -31,11 +32,18 @@ FIRST = {
     "architecture": "plain", "init": "ridge", "hidden_channels": 128, "num_blocks": 4, "optimizer": "muon", "loss_type": "mse",
     "decoder_loss_weight": 12, "decoder_loss_type": "mse", "decoder_loss_batch": 2, "decoder_loss_window": 24,
     "decoder_loss_reference": "original", "perceptual_loss_weight": 0, "adversarial_weight": 0,
-    "latent_adversarial_weight": 0, "reencode_target": 0,
+    "latent_adversarial_weight": 0, "reencode_target": 0, "moments_loss_weight": 0,
 }  # fmt: skip
 FIRST_BLOCKS = {1: 5, 2: 4}  # by the number of inputs
-TERMS = ("decoder_loss_weight", "perceptual_loss_weight", "adversarial_weight", "latent_adversarial_weight", "reencode_target")
-FIXED = {"image_size": 256, "train_batch_size": 8, "adversarial_start_step": 0}
+TERMS = (
+    "moments_loss_weight",
+    "decoder_loss_weight",
+    "perceptual_loss_weight",
+    "adversarial_weight",
+    "latent_adversarial_weight",
+    "reencode_target",
+)
+FIXED = {"image_size": 256, "train_batch_size": 8, "adversarial_start_step": 0, "decoder_loss_start": 0}
 PHOTOS = 16
 
 
@@ -54,7 +62,7 @@ def variants_of(options):
 def open_loader(args, vaes, images, cache_dir):
     source = dataloader.find_images(images, "default", True, "--images").paths[:PHOTOS]
     dataset = dataloader.ImageDataset(source, args.image_size, random_crop=True, random_flip=True, seed=args.seed)
-    cached = cache_latents(dataset, *map(Codec, vaes), CacheOptions(cache_dir, 1, with_images=True), 0)
+    cached = cache_latents(dataset, *map(Codec, vaes), CacheOptions(cache_dir, 1, with_images=True, reencoded=True), 0)
     return cached_loader(cached, args.train_batch_size, 0, args.seed, 1)
 
 
