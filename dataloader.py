@@ -341,6 +341,28 @@ class HubImages:
         return f"{self.split._fingerprint}\0{index}"
 
 
+class SomeImages:
+    """A source of images: some of those of another one, by index. Methods as `ImageFiles`."""
+
+    def __init__(self, source: ImageFiles | HubImages, indices: np.ndarray):
+        self.source, self.indices = source, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def open(self, index: int) -> Image.Image:
+        return self.source.open(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.indices[index]))
+
+    def content(self, index: int) -> bytes:
+        return self.source.content(int(self.indices[index]))
+
+    def stamp(self, index: int) -> str | None:
+        return self.source.stamp(int(self.indices[index]))
+
+
 def find_images(
     folder: str, dataset_type: str, train: bool, label: str, cache_dir: str | None = None
 ) -> ImageFiles | HubImages:
@@ -456,6 +478,11 @@ class ImageDataset(Dataset):
 
     def __len__(self):
         return len(self.source)
+
+    def part(self, indices: np.ndarray) -> ImageDataset:
+        """The images of those indices as a data set."""
+        source = SomeImages(self.source, indices)
+        return ImageDataset(source, self.image_size, self.random_crop, self.random_flip, self.seed)
 
     def name(self, index: int) -> str:
         """What messages and results call that image."""
@@ -577,6 +604,8 @@ class EpochSampler(Sampler):
         length: number of images; batch_size: images per batch of this process.
         views: number of views per image, of which each epoch draws one; 0: view e in epoch e.
         rank, world: this process and the number of processes.
+        part, least_steps: where `length` counts one part of several of the images, each with processes of its own: its number,
+            and the steps of an epoch of the largest part, which all parts have.
         first_step: the step at which an iteration starts; a resumed run sets it.
     """
 
@@ -586,11 +615,13 @@ class EpochSampler(Sampler):
     views: int = 0
     rank: int = 0
     world: int = 1
+    part: int = 0
+    least_steps: int = 0
     first_step: int = 0
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-self.length // (self.batch_size * self.world))
+        return max(self.least_steps, -(-self.length // (self.batch_size * self.world)))
 
     def __len__(self):
         return self.steps_per_epoch
@@ -604,7 +635,7 @@ class EpochSampler(Sampler):
 
     def epoch_items(self, epoch: int) -> np.ndarray:
         """The (index, view) pairs of an epoch over all processes, a whole number of global batches: (pairs, 2) int64."""
-        draw = np.random.default_rng((self.seed, epoch))
+        draw = np.random.default_rng((self.seed, epoch, self.part))
         order = draw.permutation(self.length)
         views = draw.integers(self.views, size=self.length) if self.views else np.full(self.length, epoch)
         indices = order[np.arange(self.steps_per_epoch * self.batch_size * self.world) % self.length]
