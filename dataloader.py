@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from images.decoding import resized_crop, to_pixel_values, to_rgb
-from images.files import ImageFiles, list_imagenet, list_images
+from images.files import ImageFiles, SomeImages, list_imagenet, list_images
 from images.hub_data import HubImages, load_hub_split
 from runtime.device import physical_memory
 from runtime.workers import WorkerLoader, loader_options
@@ -104,6 +104,11 @@ class ImageDataset(Dataset):
 
     def __len__(self):
         return len(self.source)
+
+    def part(self, indices: np.ndarray) -> ImageDataset:
+        """The images of those indices as a data set."""
+        source = SomeImages(self.source, indices)
+        return ImageDataset(source, self.image_size, self.random_crop, self.random_flip, self.seed)
 
     def name(self, index: int) -> str:
         """What messages and results call that image."""
@@ -225,6 +230,8 @@ class EpochSampler(Sampler):
         length: number of images; batch_size: images per batch of this process.
         views: number of views per image, of which each epoch draws one; 0: view e in epoch e.
         rank, world: this process and the number of processes.
+        part, least_steps: where `length` counts one part of several of the images, each with processes of its own: its number,
+            and the steps of an epoch of the largest part, which all parts have.
         first_step: the step at which an iteration starts; a resumed run sets it.
     """
 
@@ -234,11 +241,13 @@ class EpochSampler(Sampler):
     views: int = 0
     rank: int = 0
     world: int = 1
+    part: int = 0
+    least_steps: int = 0
     first_step: int = 0
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-self.length // (self.batch_size * self.world))
+        return max(self.least_steps, -(-self.length // (self.batch_size * self.world)))
 
     def __len__(self):
         return self.steps_per_epoch
@@ -252,7 +261,7 @@ class EpochSampler(Sampler):
 
     def epoch_items(self, epoch: int) -> np.ndarray:
         """The (index, view) pairs of an epoch over all processes, a whole number of global batches: (pairs, 2) int64."""
-        draw = np.random.default_rng((self.seed, epoch))
+        draw = np.random.default_rng((self.seed, epoch, self.part))
         order = draw.permutation(self.length)
         views = draw.integers(self.views, size=self.length) if self.views else np.full(self.length, epoch)
         indices = order[np.arange(self.steps_per_epoch * self.batch_size * self.world) % self.length]

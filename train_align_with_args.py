@@ -57,7 +57,7 @@ from runtime.device import (
     resolve_precision,
 )
 from runtime.interrupts import StopRequest
-from runtime.processes import create_accelerator, gathered
+from runtime.processes import create_accelerator, gathered, machine_of, machines_of
 from runtime.workers import WorkersLost
 from training.bad_steps import BadSteps
 from training.budget import Budget, time_of_day
@@ -70,7 +70,7 @@ from training.log import RunLog, evaluate_and_log, log_hparams, log_model_stats,
 from training.meter import Meter
 from training.muon import Muon
 from training.objective import PERCEPTUAL_LOSSES, Encoded, Objective, needs_pixels
-from training.preflight import claim_outputs, warn_of_odd_flags
+from training.preflight import claim_outputs, require_same_everywhere, warn_of_odd_flags
 from training.profile import StepProfile
 from training.resume import (
     Start,
@@ -166,6 +166,8 @@ def build_parser() -> Parser:
     parser.add_switch(group, "cache_latents", True, "encode each training image once and keep its latents on disk")
     group.add_argument("--cache_views", type=integer(1, 1000), default=4, help="random crops and flips per training image")
     group.add_argument("--latent_cache_dir", default="latent_cache", help="folder of latent caches; safe to delete when unused")
+    parser.add_switch(group, "cache_per_machine", False, "each machine encodes, keeps and reads its own share of the images, "
+                      "in its own --latent_cache_dir: for machines without a disk in common")  # fmt: skip
     group.add_argument("--cache_only", action="store_true", help="build the latent cache and stop")
 
     group = parser.add_argument_group("training")
@@ -389,18 +391,16 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
     if args.streaming:
         options = (args.train_batch_size, args.num_workers, args.seed, args.shuffle_buffer)
         return stream_loader(train_set, *options, **place), judged_images
-    train_loader = dataloader.train_loader
+    options = (args.train_batch_size, args.num_workers, args.seed, args.cache_views)
     if args.cache_latents and vae1 is not None and vae2 is not None:
-        options = CacheOptions(
+        kept = CacheOptions(
             args.latent_cache_dir, args.cache_views, needs_pixels(args), bool(args.reencode_target), args.sample_posterior
         )
+        machine = machine_of(accelerator, args.cache_per_machine)
         with naming("--latent_cache_dir", "--num_workers"):
-            train_set = cache_latents(train_set, Codec(vae1), Codec(vae2), options, args.num_workers, accelerator)
-        train_loader = cached_loader
-    return (
-        train_loader(train_set, args.train_batch_size, args.num_workers, args.seed, views=args.cache_views, **place),
-        judged_images,
-    )
+            train_set = cache_latents(train_set, Codec(vae1), Codec(vae2), kept, args.num_workers, machine)
+        return cached_loader(train_set, *options, machine), judged_images
+    return dataloader.train_loader(train_set, *options, **place), judged_images
 
 
 def setup_optimizer(pipeline: PipelineWithVAEs, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -893,19 +893,23 @@ def dry_run(args: argparse.Namespace, parts: Parts, datasets, generator: torch.G
 
 
 def find_start(args: argparse.Namespace) -> Start | None:
-    """The checkpoint that --resume or --load_checkpoint means, read once; with --resume `args` takes its flags."""
+    """The checkpoint that --resume or --load_checkpoint means; with --resume `args` takes its flags. The first process reads it
+    for all: another machine may have another disk."""
     for name in ("resume", "load_checkpoint"):
         if getattr(args, name) == "":  # an unset variable in a job's script
             raise UserError(f"--{name} '': names nothing; leave the flag out to start anew")
+    if not (args.resume or args.load_checkpoint):
+        return None
+    everyone = machine_of(create_accelerator(args), separate=False)
     if args.resume:
-        start = find_checkpoint(args.resume, args.save_dir)
+        start = everyone.of_first(lambda: find_checkpoint(args.resume, args.save_dir))
         if start:
             config = {name: value for name, value in start.content["config"].items() if name in SETTINGS}
             adopt_flags(args, PARSER.check_config(config, f"--resume {start.path}"))
             return start
         log.warning("--resume: no checkpoint in %s, starting fresh", args.save_dir)
     if args.load_checkpoint:
-        start = Start(Path(args.load_checkpoint), read_checkpoint(args.load_checkpoint))
+        start = everyone.of_first(lambda: Start(Path(args.load_checkpoint), read_checkpoint(args.load_checkpoint)))
         adopt_architecture(args, start)
         return start
     return None
@@ -947,8 +951,11 @@ def main(argv: list[str] | None = None) -> None:
 
     accelerator = create_accelerator(args)
     datasets = open_datasets(args)
+    require_same_everywhere(datasets, accelerator)
     if resumed:
-        require_same_files(start.content["training"], datasets[0].source.paths, accelerator.num_processes, args.train_data_dir)
+        machines = len(machines_of(accelerator, args.cache_per_machine))
+        among = {"processes": accelerator.num_processes, "machines": machines}
+        require_same_files(start.content["training"], datasets[0].source.paths, among, args.train_data_dir)
     vaes = load_vaes(args, accelerator.device)
     with naming("--image_size"):
         good_image_size(args.image_size, *(vae.stride for vae in vaes))

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from images.decoding import open_image, readable_formats
@@ -127,3 +128,25 @@ class ImageFiles:
             return None
         times = (status.st_mtime_ns, status.st_ctime_ns)
         return "\0".join(map(str, (os.path.abspath(path), status.st_ino, status.st_size, *times)))
+
+
+class SomeImages:
+    """A source of images: some of those of another one, by index. Methods as `ImageFiles`."""
+
+    def __init__(self, source, indices: np.ndarray):
+        self.source, self.indices = source, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def open(self, index: int) -> Image.Image:
+        return self.source.open(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.indices[index]))
+
+    def content(self, index: int) -> bytes:
+        return self.source.content(int(self.indices[index]))
+
+    def stamp(self, index: int) -> str | None:
+        return self.source.stamp(int(self.indices[index]))

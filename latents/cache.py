@@ -12,8 +12,8 @@ A folder holds shards. A shard belongs to the one process that made it, which al
     used.bin         the day on which a run last wanted each row, 16 bits each
     left_out.jsonl   images that could not be encoded, and why
 
-An address is written when its row is on the disk. A kill loses at most what has no address yet, and two runs that build at once
-do double work at worst; a lock keeps them from that.
+An address is written when its row is on the disk. A kill loses at most what has no address yet, and two processes that build at
+once do double work at worst; `latents.claims` keeps them from that.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from latents.contents import WORD
 from utils import UserError, flush_to_disk, one_line, write_json
@@ -42,7 +41,6 @@ with contextlib.suppress(ImportError):  # not on Windows, where a mapped file ca
 
 log = logging.getLogger(__name__)
 
-STALE = 600.0  # seconds without a sign of life after which a run that builds is not waited for any more
 SHARD_BITS = 40  # a row's number is its shard's, shifted, and its place there
 PLACE = (1 << SHARD_BITS) - 1
 SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd: no two views of an image get the same address
@@ -80,7 +78,6 @@ class LatentCache:
         self._maps = {}
         self._own = None  # the name of the shard that this process appends to
         self._own_rows = 0
-        self._alive = None
         self._hold = None
 
     @property
@@ -194,10 +191,8 @@ class LatentCache:
             else:
                 yield True
 
-    @contextlib.contextmanager
-    def building(self, images: str):
-        """Only one run at a time encodes the set that `images` names, for another's rows need not be encoded again. A run that
-        gives no sign of life for `STALE` seconds, such as one that was stopped, is not waited for."""
+    def begin(self) -> None:
+        """Have a folder to write rows into. UserError where nothing can be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
@@ -207,45 +202,7 @@ class LatentCache:
                 f"latent_cache_dir {self.folder.parent}: cannot write there ({one_line(error)}), and it holds no complete "
                 "cache of these images; name another folder"
             ) from None
-        lock = FileLock(self.folder / f"{images}.lock")
-        alive = self.folder / f"{images}.alive"  # not the lock's own time: whoever waits for it touches it
-        try:
-            if self._acquired(lock, alive):
-                self._alive = alive
-        except (OSError, NotImplementedError):
-            pass  # a file system without locks: the work may be done twice
-        try:
-            self.hold()
-            yield
-        finally:
-            if self._alive:
-                for path in (alive, lock.lock_file):
-                    with contextlib.suppress(OSError):
-                        os.unlink(path)
-            self._alive = None
-            lock.release()
-
-    def _acquired(self, lock: FileLock, alive: Path) -> bool:
-        """Wait for `lock` as long as the run that has it shows that it works; whether it is ours."""
-        patience, life = 0.0, None
-        while True:
-            try:
-                lock.acquire(timeout=patience)
-                return True
-            except Timeout:
-                if not patience:
-                    log.info("another run is building this latent cache: waiting for it")
-                last, life = life, os.stat(alive).st_mtime_ns if alive.exists() else 0
-                if patience and life == last:
-                    log.warning("the run that builds this latent cache has done nothing for %.0f s: encoding here too", STALE)
-                    return False
-                patience = STALE
-
-    def show_life(self) -> None:
-        """Let the runs that wait for this one know that it works."""
-        if self._alive:
-            with contextlib.suppress(OSError):
-                self._alive.touch()
+        self.hold()
 
     def require_space(self, rows: int) -> None:
         """UserError unless the disk has room for so many more rows."""

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import logging
 import math
 import os
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from dataloader import EpochSampler, ImageDataset, UnreadableImage
 from images.decoding import image_reader, to_pixel_values
 from images.files import digest_of
 from latents.cache import LatentCache, addresses_of, cache_key
+from latents.claims import ChunkClaims
 from latents.contents import WORD, Contents, contents_of, words_of
 from latents.spaces import Codec, reencode
 from runtime.device import memory_advice
+from runtime.processes import ALONE, Machine
 from runtime.workers import WorkerLoader, loader_options
 from utils import UserError, count_of
 
@@ -28,6 +32,8 @@ log = logging.getLogger(__name__)
 
 ENCODE_BATCH = 16  # views encoded at once for the cache
 CHUNK_IMAGES = 32  # a kill loses at most this many images' work
+
+Chunks = dict[int, list[tuple[int, list[int]]]]  # {number: [(index of an image, numbers of its views)]}
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,24 @@ class SomeViews(Dataset):
             return EncodingItem(index, views, content, failure=error.why, lasting=not error.passing)
 
 
+@dataclass(eq=False)
+class BatchesOfChunks(Sampler):
+    """Batches of (index, numbers of views), chunk after chunk. The numbers of the chunks that have begun are put into
+    `in_work`, from which whoever is done with one takes it."""
+
+    numbers: Iterator[int]
+    chunks: Chunks
+    batch_size: int
+    in_work: deque
+
+    def __iter__(self):
+        for number in self.numbers:
+            self.in_work.append(number)
+            images = self.chunks[number]
+            for start in range(0, len(images), self.batch_size):
+                yield images[start : start + self.batch_size]
+
+
 class CachedDataset(Dataset):
     """Training batches out of a latent cache, asked for as lists of (index, view).
 
@@ -72,14 +96,15 @@ class CachedDataset(Dataset):
     `reencoded` and `pixel_values`, beside what every batch has.
 
     Attributes:
-        images: (M,) the indices in `dataset` of the images that are in the cache. rows: (M, views) their places in it.
+        images: (M,) the indices in `dataset` of the images that are in this cache. rows: (M, views) their places in it.
+        shares: [number of images in the cache of each machine]; its length is the sum.
     """
 
-    def __init__(self, cache: LatentCache, dataset: ImageDataset, images: np.ndarray, rows: np.ndarray):
-        self.cache, self.dataset, self.images, self.rows = cache, dataset, images, rows
+    def __init__(self, cache: LatentCache, dataset: ImageDataset, images: np.ndarray, rows: np.ndarray, shares: list[int]):
+        self.cache, self.dataset, self.images, self.rows, self.shares = cache, dataset, images, rows, shares
 
     def __len__(self):
-        return len(self.images)
+        return sum(self.shares)
 
     def __getitems__(self, items):
         places, views = np.array(items).T
@@ -114,50 +139,45 @@ class CacheOptions:
 
 
 def cache_latents(
-    dataset: ImageDataset, codec1: Codec, codec2: Codec, options: CacheOptions, num_workers: int = 0, accelerator=None
+    dataset: ImageDataset, codec1: Codec, codec2: Codec, options: CacheOptions, num_workers: int = 0, machine=ALONE
 ) -> CachedDataset:
     """A training set out of the latent cache, in which what is missing of it is built now.
 
-    The codecs' VAEs are not loaded when nothing is missing. With an `accelerator` of several processes each of them encodes its
-    share. UserError if no image can be encoded, or the disk does not hold the cache.
+    The codecs' VAEs are not loaded when nothing is missing. All processes of a `machine` encode together, and so do other runs
+    that build the same cache meanwhile. Each of several machines has its share of the images, in a cache of its own. UserError
+    if no image can be encoded, or the disk does not hold the cache.
     """
-    encoder = LatentEncoder(dataset, codec1, codec2, options, num_workers)
-    cache = encoder.cache
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    wait_for_all = accelerator.wait_for_everyone if accelerator else lambda: None
-
-    def of_first(work):
-        """What `work` gives in the first process; other runs may change it before the next one looks."""
-        value = work() if rank == 0 else None
-        if world == 1:
-            return value
-        from accelerate.utils import broadcast_object_list  # seconds to import
-
-        return broadcast_object_list([value])[0]
-
-    cache.hold()
-    encoder.contents = of_first(lambda: contents_of(dataset, Path(options.root) / "contents", num_workers))
-    missing = of_first(encoder.missing)
-    if missing:  # else no lock is needed, and the cache may be where nothing can be written
-        with cache.building(encoder.name_of_set()) if rank == 0 else contextlib.nullcontext():
-            missing = of_first(encoder.missing)  # another run may have built it meanwhile
-            if rank == 0:
-                encoder.announce(missing)
-            chunks = [missing[start : start + CHUNK_IMAGES] for start in range(0, len(missing), CHUNK_IMAGES)]
-            encoder.encode(chunks[rank::world], show_progress=rank == 0)
-            wait_for_all()
-    present = of_first(encoder.present)
+    share = share_of(machine, len(dataset))
+    own = dataset if len(share) == len(dataset) else dataset.part(share)
+    encoder = LatentEncoder(own, codec1, codec2, options, num_workers)
+    encoder.cache.hold()
+    encoder.contents = machine.of_first(lambda: contents_of(own, Path(options.root) / "contents", num_workers))
+    if encoder.missing():  # else the cache may be where nothing can be written
+        encoder.build(machine)
+    if machine.accelerator:
+        machine.accelerator.wait_for_everyone()
+    present = machine.of_first(encoder.present)
     images = np.flatnonzero(present)
-    if rank == 0:
+    if machine.rank == 0:
         failures = [encoder.why_left_out(index) for index in np.flatnonzero(~present).tolist()]
         for why in failures:
             log.warning("left out: %s", why)
         if not len(images):
             raise UserError(f"no training image could be encoded; the last failure: {failures[-1]}")
     rows = encoder.rows()[images]
-    if rank == 0:
-        cache.mark_used(rows)
-    return CachedDataset(cache, dataset, images, rows)
+    if machine.rank == 0:
+        encoder.cache.mark_used(rows)
+    return CachedDataset(encoder.cache, dataset, share[images], rows, machine.of_each(len(images)))
+
+
+def share_of(machine: Machine, images: int) -> np.ndarray:
+    """The indices of a machine's share of so many images, in proportion to its processes. UserError if there are too few."""
+    world = machine.machines[-1].stop
+    if images < world and len(machine.machines) > 1:
+        raise UserError(f"{images} training images for {world} processes of several machines: each needs one; start fewer")
+    processes = machine.machines[machine.number]
+    place = np.arange(images) % world
+    return np.flatnonzero((place >= processes.start) & (place < processes.stop))
 
 
 class LatentEncoder:
@@ -208,7 +228,7 @@ class LatentEncoder:
         usable = ~np.isin(np.arange(len(self.dataset)), list(self._known_failures()))
         return (self.rows() >= 0).all(axis=1) & usable
 
-    def missing(self) -> list[tuple[int, list[int]]]:
+    def missing(self) -> Chunks:
         """The images to encode, each content once, and which of their views, by a new look."""
         self._rows = None
         absent = self.rows() < 0
@@ -216,7 +236,10 @@ class LatentEncoder:
         for index in np.flatnonzero(absent.any(axis=1)).tolist():
             if index not in failures:
                 found.setdefault(self._content(index), (index, np.flatnonzero(absent[index]).tolist()))
-        return list(found.values())
+        chunks = {}
+        for index, views in found.values():
+            chunks.setdefault(index // CHUNK_IMAGES, []).append((index, views))
+        return chunks
 
     def name_of_set(self) -> str:
         """The name of the images and views that are wanted."""
@@ -237,49 +260,75 @@ class LatentEncoder:
 
     # ---- building
 
-    def announce(self, missing: list[tuple[int, list[int]]]) -> None:
+    def build(self, machine: Machine) -> None:
+        """Encode what is missing, together with all who do so at this moment; afterwards nothing is that can be encoded."""
+        self.cache.begin()
+        with ChunkClaims(self.cache.folder / f"{self.name_of_set()}.claims") as claims:
+            claims.look(-(-len(self.dataset) // CHUNK_IMAGES))
+            missing = self.missing()  # others may have built some of it meanwhile
+            if machine.rank == 0:
+                self.announce(missing)
+            if not claims.works:
+                missing = dict(list(missing.items())[machine.rank :: machine.world])
+            self.encode(missing, claims, show_progress=machine.rank == 0)
+
+    def announce(self, missing: Chunks) -> None:
         """Say what the cache will take, and stop at once if the disk does not have it."""
-        rows = sum(len(views) for _, views in missing)
+        to_encode = [image for images in missing.values() for image in images]
         images = len(self.dataset)
         log.info(
             "latent cache: %s x %s, %.0f MB in %s; %d to encode",
             count_of(images, "image"), count_of(self.options.views, "view"),
-            images * self.options.views * self.cache.row_bytes / 1e6, self.cache.folder, len(missing),
+            images * self.options.views * self.cache.row_bytes / 1e6, self.cache.folder, len(to_encode),
         )  # fmt: skip
-        self.cache.require_space(rows)
+        self.cache.require_space(sum(len(views) for _, views in to_encode))
 
-    def encode(self, chunks: list[list[tuple[int, list[int]]]], show_progress: bool) -> None:
-        """Encode those chunks and write each when it is whole."""
-        images = [image for chunk in chunks for image in chunk]
-        bar = tqdm(total=len(images), desc="encode", unit="image", disable=not show_progress or not images)
-        batches = iter(self._loader(images))
-        for chunk in chunks:
-            addresses, rows, left_out = [], {name: [] for name in self.cache.columns}, []
-            waiting = len(chunk)
+    def encode(self, missing: Chunks, claims: ChunkClaims, show_progress: bool) -> None:
+        """Encode the chunks that nobody else does, and wait for those that others encode."""
+        before = dict(zip(missing, itertools.accumulate(map(len, missing.values()), initial=0)))
+        total = sum(map(len, missing.values()))
+        with tqdm(total=total, desc="encode", unit="image", disable=not show_progress or not total) as bar:
+            waiting = list(missing)
             while waiting:
-                items = next(batches)
-                good = [item for item in items if self._may_be_encoded(item, left_out)]
-                if good:
-                    encoded = self._encode_batch(good)
-                    finite = self._finite(good, encoded, left_out)
-                    for name, values in encoded.items():
-                        rows[name].append(values[finite])
-                    addresses.append(_addresses_of(good)[finite])
-                waiting -= len(items)
-                bar.update(len(items))
-                self.cache.show_life()
-            if addresses or left_out:
-                whole = {name: np.concatenate(values) for name, values in rows.items() if values}
-                self.cache.append(np.concatenate(addresses or [np.empty((0, 2), WORD)]), whole, left_out)
-        bar.close()
+                held = []
+                taken = claims.taken(waiting, held)
+                for number in taken:  # the loader starts its workers for at least one chunk
+                    self._encode_taken(itertools.chain([number], taken), missing, before, claims, bar)
+                waiting = claims.left_undone(held)
+            bar.update(total - bar.n)
         self._rows = None
 
-    def _loader(self, images: list[tuple[int, list[int]]]) -> DataLoader:
-        """Batches of `EncodingItem`s in the order of `images`, each within one chunk: a power of two that divides a chunk's
-        images."""
-        images_per_batch = 2 ** max(0, int(math.log2(max(1, ENCODE_BATCH / self.options.views))))
+    def _encode_taken(self, numbers: Iterator[int], missing: Chunks, before: dict, claims: ChunkClaims, bar: tqdm) -> None:
+        """Encode those chunks and write each when it is whole; `before`: the number of images in those that precede it."""
+        in_work = deque()  # chunks of which batches are on their way
+        addresses, rows, left_out, seen = [], {name: [] for name in self.cache.columns}, [], 0
+        for items in self._loader(BatchesOfChunks(numbers, missing, self._images_per_batch(), in_work)):
+            number = in_work[0]
+            good = [item for item in items if self._may_be_encoded(item, left_out)]
+            if good:
+                encoded = self._encode_batch(good)
+                finite = self._finite(good, encoded, left_out)
+                for name, values in encoded.items():
+                    rows[name].append(values[finite])
+                addresses.append(_addresses_of(good)[finite])
+            seen += len(items)
+            bar.update(before[number] + seen - bar.n)
+            claims.show_life()
+            if seen == len(missing[number]):
+                if addresses or left_out:
+                    whole = {name: np.concatenate(values) for name, values in rows.items() if values}
+                    self.cache.append(np.concatenate(addresses or [np.empty((0, 2), WORD)]), whole, left_out)
+                claims.finish(in_work.popleft())
+                addresses, rows, left_out, seen = [], {name: [] for name in self.cache.columns}, [], 0
+
+    def _images_per_batch(self) -> int:
+        """A power of two, so that whole batches make a chunk."""
+        return 2 ** max(0, int(math.log2(max(1, ENCODE_BATCH / self.options.views))))
+
+    def _loader(self, batches: BatchesOfChunks) -> DataLoader:
+        """Batches of `EncodingItem`s."""
         options = loader_options(self.num_workers) | {"collate_fn": _as_it_is, "persistent_workers": False}
-        return WorkerLoader(SomeViews(self.dataset), batch_size=images_per_batch, sampler=images, **options)
+        return WorkerLoader(SomeViews(self.dataset), batch_sampler=batches, **options)
 
     def _may_be_encoded(self, item: EncodingItem, left_out: list[dict]) -> bool:
         why = item.failure
@@ -335,11 +384,15 @@ def _addresses_of(items: list[EncodingItem]) -> np.ndarray:
 
 
 def cached_loader(
-    dataset: CachedDataset, batch_size: int, num_workers: int, seed: int, views: int, rank=0, world=1
+    dataset: CachedDataset, batch_size: int, num_workers: int, seed: int, views: int, machine=ALONE
 ) -> DataLoader:
     """As `dataloader.train_loader`, of batches out of a latent cache. They are read in this process unless a device computes
-    meanwhile: there is nothing to decode."""
-    sampler = EpochSampler(len(dataset), batch_size, seed, views, rank, world)
+    meanwhile: there is nothing to decode. With several machines the order is one of each machine's images, in epochs of as many
+    steps on all."""
+    steps = [-(-images // (batch_size * len(each))) for images, each in zip(dataset.shares, machine.machines)]
+    sampler = EpochSampler(
+        len(dataset.images), batch_size, seed, views, machine.rank, machine.world, machine.number, max(steps)
+    )
     options = loader_options(num_workers if torch.cuda.is_available() else 0) | {"collate_fn": _as_it_is}
     return WorkerLoader(dataset, batch_sampler=sampler, **options)
 

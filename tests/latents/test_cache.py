@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, as_argv, make_photo, read_scalars, run_script
-from filelock import FileLock
 from hostile import refusal
 
 import train_align_with_args as train_script
@@ -80,9 +79,9 @@ def encoded(monkeypatch):
     counts = []
     encode = LatentEncoder.encode
 
-    def counted(encoder, chunks, **options):
-        counts.append(sum(map(len, chunks)))
-        return encode(encoder, chunks, **options)
+    def counted(encoder, missing, *rest, **options):
+        counts.append(sum(map(len, missing.values())))
+        return encode(encoder, missing, *rest, **options)
 
     monkeypatch.setattr(LatentEncoder, "encode", counted)
     return counts
@@ -273,8 +272,7 @@ def test_a_complete_cache_is_read_where_nothing_can_be_written(photos, spaces, t
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    for place in ("latents.cache.tempfile.TemporaryFile", "filelock.FileLock.acquire"):
-        monkeypatch.setattr(place, refuse)
+    monkeypatch.setattr("latents.cache.tempfile.TemporaryFile", refuse)
     assert len(cached(photos, spaces, tmp_path / "cache")) == 6
     refusal(lambda: cached(photos, spaces, tmp_path / "cache", seed=1), "latent_cache_dir", "Read-only", "no complete cache")
 
@@ -287,56 +285,6 @@ def test_a_cache_needs_neither_locks_nor_memory_maps(photos, spaces, tmp_path, m
         raise OSError({"locks": errno.ENOLCK, "maps": errno.ENODEV}[what], "not here")
 
     whole = cached(photos, spaces, tmp_path / "a").__getitems__([(0, 0), (5, 1)])
-    monkeypatch.setattr(*{"locks": ("filelock.FileLock.acquire", refuse), "maps": (np, "memmap", refuse)}[what])
+    monkeypatch.setattr(*{"locks": ("fcntl.lockf", refuse), "maps": (np, "memmap", refuse)}[what])
     again = cached(photos, spaces, tmp_path / "b").__getitems__([(0, 0), (5, 1)])
     assert torch.equal(whole["latents2"], again["latents2"])
-
-
-HOLDER = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); sys.stdin.read()"
-
-
-def test_a_run_that_stands_still_is_not_waited_for(photos, spaces, tmp_path, monkeypatch, caplog):
-    """A run that waits for ever for one that was stopped (Ctrl-Z) while it built the cache; one that does not wait at all."""
-    locks, holders = [], []
-    acquire = latent_cache.LatentCache._acquired
-
-    def held_by_another(cache, lock, alive):
-        locks.append(lock.lock_file)
-        holders.append(subprocess.Popen([sys.executable, "-c", HOLDER, lock.lock_file], stdin=-1, stdout=-1))
-        holders[0].stdout.readline()
-        holders[0].send_signal(signal.SIGSTOP)
-        return acquire(cache, lock, alive)
-
-    monkeypatch.setattr(latent_cache.LatentCache, "_acquired", held_by_another)
-    monkeypatch.setattr(latent_cache, "STALE", 0.3)
-    try:
-        assert len(cached(photos, spaces, tmp_path / "cache")) == 6
-    finally:
-        holders[0].kill()
-        holders[0].wait()
-    assert "has done nothing" in caplog.text
-    assert os.path.exists(locks[0])  # not ours to remove
-
-
-def test_a_run_that_works_is_waited_for(photos, spaces, tmp_path, monkeypatch, caplog):
-    """A cache that is built twice at the same time, since the first one takes longer than the other's patience."""
-    monkeypatch.setattr(latent_cache, "STALE", 0.1)
-    cache = cached(photos, spaces, tmp_path / "cache").cache
-    alive, lock = cache.folder / "set.alive", FileLock(cache.folder / "set.lock")
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, lock.lock_file], stdin=-1, stdout=-1)
-    holder.stdout.readline()
-    looks, stat = [], os.stat
-
-    def another_batch_each_time(path, *args, **options):
-        if path == alive:
-            looks.append(path)
-            os.utime(alive, ns=(len(looks), len(looks)))
-            if len(looks) == 8:
-                holder.communicate()
-        return stat(path, *args, **options)
-
-    alive.touch()
-    monkeypatch.setattr(os, "stat", another_batch_each_time)
-    assert cache._acquired(lock, alive)
-    lock.release()
-    assert len(looks) >= 8 and "has done nothing" not in caplog.text
