@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from utils import UserError, count_of
+from vae_align import Clamp
 
 SUFFIXES = (".safetensors", ".pth")
 WIDTH = 64
@@ -39,13 +40,6 @@ class Block(nn.Module):
     def forward(self, x):
         x = x + self.pool(x) if self.pooled else x
         return torch.relu(self.conv(x) + self.skip(x))
-
-
-class Clamp(nn.Module):
-    """3 · tanh(x / 3): latents beyond ±3 mean nothing to the decoder."""
-
-    def forward(self, x):
-        return torch.tanh(x / 3) * 3
 
 
 def _blocks(width: int, count: int = 3, pooled: bool = False) -> list[nn.Module]:
