@@ -44,7 +44,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import dataloader
-from latents.encode_once import CacheOptions, cache_latents, cached_loader
+from latents.cached_set import cached_loader
+from latents.encode_once import CacheOptions, cache_latents
 from latents.pipeline import PipelineWithVAEs, require_memory_for
 from latents.spaces import Codec, good_image_size
 from latents.vaes import load_vae_model

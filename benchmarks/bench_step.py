@@ -24,7 +24,8 @@ from common import open_vae, prepared_step, print_result, recipe_args, train
 from tqdm import tqdm
 
 import dataloader
-from latents.encode_once import CacheOptions, cache_latents, cached_loader
+from latents.cached_set import cached_loader
+from latents.encode_once import CacheOptions, cache_latents
 from latents.spaces import Codec
 from runtime.device import get_dtype, peak_memory
 

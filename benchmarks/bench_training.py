@@ -22,7 +22,8 @@ from processes import process_rates
 from tqdm import tqdm
 
 import dataloader
-from latents.encode_once import CacheOptions, cache_latents, cached_loader
+from latents.cached_set import cached_loader
+from latents.encode_once import CacheOptions, cache_latents
 from latents.spaces import Codec
 from runtime.device import get_dtype
 

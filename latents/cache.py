@@ -12,6 +12,8 @@ A folder holds shards. A shard belongs to the one process that made it, which al
     used.bin         the day on which a run last wanted each row, 16 bits each
     left_out.jsonl   images that could not be encoded, and why
 
+Beside the shards a file SET.claims says who encodes what of a set of images (`latents.claims`).
+
 An address is written when its row is on the disk. A kill loses at most what has no address yet, and two processes that build at
 once do double work at worst; `latents.claims` keeps them from that.
 """

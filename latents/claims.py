@@ -30,27 +30,26 @@ PROBE = 1 << 40  # a byte that stands for no chunk
 class ChunkClaims:
     """The claims on the chunks of one set of images; a context, at whose end this process's own are dropped.
 
-    Without locks, on Windows and on some file systems, every process claims whatever it asks for.
+    Without locks, on Windows, on some file systems and in another user's folder, every process claims whatever it asks for.
 
     Attributes:
         works: whether there are locks. known: how often each chunk was finished when this process last looked, modulo 256.
     """
 
     def __init__(self, path: Path):
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        self._patient = True
-        try:
+        self.known, self.works = b"", False
+        self._file, self._patient = None, True
+        with contextlib.suppress(OSError, NameError):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             self._claim(PROBE)
             self.works = True
-        except (OSError, NameError):
-            self.works = False
-        self.known = b""
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        os.close(self._file)
+        if self._file is not None:
+            os.close(self._file)
 
     def look(self, chunks: int) -> None:
         """Take the counts of so many chunks as known. Whoever looks for missing rows afterwards misses none of these."""

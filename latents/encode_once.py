@@ -1,4 +1,4 @@
-"""Building the latent cache: each training image through both frozen VAEs once, ever; and training batches out of it."""
+"""Building the latent cache: each training image through both frozen VAEs once, ever."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from dataloader import EpochSampler, ImageDataset, UnreadableImage
+from dataloader import ImageDataset, UnreadableImage
 from images.decoding import image_reader, to_pixel_values
 from images.files import digest_of
 from latents.cache import LatentCache, addresses_of, cache_key
+from latents.cached_set import CachedDataset, as_it_is
 from latents.claims import ChunkClaims
 from latents.contents import WORD, Contents, contents_of, words_of
 from latents.spaces import Codec, reencode
@@ -87,37 +88,6 @@ class BatchesOfChunks(Sampler):
             images = self.chunks[number]
             for start in range(0, len(images), self.batch_size):
                 yield images[start : start + self.batch_size]
-
-
-class CachedDataset(Dataset):
-    """Training batches out of a latent cache, asked for as lists of (index, view).
-
-    The index counts the images that are in the cache; the batch carries `latents1`, `latents2` and, where the cache has them,
-    `reencoded` and `pixel_values`, beside what every batch has.
-
-    Attributes:
-        images: (M,) the indices in `dataset` of the images that are in this cache. rows: (M, views) their places in it.
-        shares: [number of images in the cache of each machine]; its length is the sum.
-    """
-
-    def __init__(self, cache: LatentCache, dataset: ImageDataset, images: np.ndarray, rows: np.ndarray, shares: list[int]):
-        self.cache, self.dataset, self.images, self.rows, self.shares = cache, dataset, images, rows, shares
-
-    def __len__(self):
-        return sum(self.shares)
-
-    def __getitems__(self, items):
-        places, views = np.array(items).T
-        images, rows = self.images[places], self.rows[places, views]
-        batch = {
-            "index": torch.from_numpy(images),
-            "path": [self.dataset.name(image) for image in images.tolist()],
-            "unreadable": [],
-        }
-        for name, column in self.cache.read(rows).items():
-            values = torch.from_numpy(column)
-            batch[name] = to_pixel_values(values) if name == "pixel_values" else values.float()
-        return batch
 
 
 @dataclass(frozen=True)
@@ -327,7 +297,7 @@ class LatentEncoder:
 
     def _loader(self, batches: BatchesOfChunks) -> DataLoader:
         """Batches of `EncodingItem`s."""
-        options = loader_options(self.num_workers) | {"collate_fn": _as_it_is, "persistent_workers": False}
+        options = loader_options(self.num_workers) | {"collate_fn": as_it_is, "persistent_workers": False}
         return WorkerLoader(SomeViews(self.dataset), batch_sampler=batches, **options)
 
     def _may_be_encoded(self, item: EncodingItem, left_out: list[dict]) -> bool:
@@ -381,21 +351,3 @@ def _addresses_of(items: list[EncodingItem]) -> np.ndarray:
     counts = [len(item.views) for item in items]
     contents = np.repeat(words_of([item.content for item in items]), counts, axis=0)
     return addresses_of(contents, np.concatenate([item.views for item in items]))
-
-
-def cached_loader(
-    dataset: CachedDataset, batch_size: int, num_workers: int, seed: int, views: int, machine=ALONE
-) -> DataLoader:
-    """As `dataloader.train_loader`, of batches out of a latent cache. They are read in this process unless a device computes
-    meanwhile: there is nothing to decode. With several machines the order is one of each machine's images, in epochs of as many
-    steps on all."""
-    steps = [-(-images // (batch_size * len(each))) for images, each in zip(dataset.shares, machine.machines)]
-    sampler = EpochSampler(
-        len(dataset.images), batch_size, seed, views, machine.rank, machine.world, machine.number, max(steps)
-    )
-    options = loader_options(num_workers if torch.cuda.is_available() else 0) | {"collate_fn": _as_it_is}
-    return WorkerLoader(dataset, batch_sampler=sampler, **options)
-
-
-def _as_it_is(batch):
-    return batch

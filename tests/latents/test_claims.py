@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import make_photo
 
-import dataloader
+from dataloader import ImageDataset
+from images.files import list_images
 from latents import claims as claims_module
 from latents import encode_once
 from latents.claims import ChunkClaims
@@ -90,7 +91,7 @@ def test_what_one_that_stands_still_has_claimed_is_encoded_last(vae_folders, tmp
     spaces = [Codec(load_vae_model(vae_folders[name], "vae", None, "cpu", torch.float32)) for name in ("kl4", "kl16")]
 
     def cached(root):
-        dataset = dataloader.ImageDataset(dataloader.list_images(tmp_path / "photos"), 32, True, True)
+        dataset = ImageDataset(list_images(tmp_path / "photos"), 32, True, True)
         return cache_latents(dataset, *spaces, CacheOptions(root, 1))
 
     cached(tmp_path / "alone")

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import eval_align
 from dataloader import ImageDataset
-from latents.encode_once import CachedDataset, CacheOptions, cache_latents
+from latents.cached_set import CachedDataset
+from latents.encode_once import CacheOptions, cache_latents
 from latents.spaces import Codec
 from latents.vaes import load_vae_model
 
