@@ -21,11 +21,12 @@ class CachedDataset(Dataset):
 
     Attributes:
         images: (M,) the indices in `dataset` of the images that are in this cache. rows: (M, views) their places in it.
-        shares: [number of images in the cache of each machine]; its length is the sum.
+        shares: [number of images in the cache of each machine], by default of this one alone; the data set's length is the sum.
     """
 
-    def __init__(self, cache: LatentCache, dataset: ImageDataset, images: np.ndarray, rows: np.ndarray, shares: list[int]):
-        self.cache, self.dataset, self.images, self.rows, self.shares = cache, dataset, images, rows, shares
+    def __init__(self, cache: LatentCache, dataset: ImageDataset, images: np.ndarray, rows: np.ndarray, shares=()):
+        self.cache, self.dataset, self.images, self.rows = cache, dataset, images, rows
+        self.shares = list(shares) or [len(images)]
 
     def __len__(self):
         return sum(self.shares)

@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train_align_with_args as train_script
 
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+LAUNCHER = [sys.executable, str(ROOT / "tests" / "launch.py")]  # the same in less time
 QUIET = {"eval_frequency": 0, "save_frequency": 0, "visualize_frequency": 0}
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import as_argv, run_script, tiny_flags
-from runs import LAUNCHER, assert_same_tensors, results_of, specified, tiny_of, train
+from runs import LAUNCHER, TORCHRUN, assert_same_tensors, results_of, specified, tiny_of, train
 
 SETTINGS = {
     "decoder_loss_weight": 1.0,
@@ -33,7 +33,7 @@ def pair(vae_folders, photo_folders, tmp_path_factory):
     alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
     one = train(tiny_flags(vae_folders, photo_folders, alone), alone, **SETTINGS)
     flags = {**tiny_flags(vae_folders, photo_folders, together), **SETTINGS, "train_batch_size": 2}
-    ended = run_script("train_align_with_args.py", *as_argv(flags), launcher=LAUNCHER, env=ON_CPU, cwd=together)
+    ended = run_script("train_align_with_args.py", *as_argv(flags), launcher=TORCHRUN, env=ON_CPU, cwd=together)
     return one, results_of(together), ended.stderr
 
 
