@@ -11,8 +11,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, as_argv, child_environment, make_photo, read_scalars, run_script
+from conftest import ROOT, as_argv, child_environment, make_photo, run_script
 from hostile import refusal
+from runs import QUIET, train
 
 import train_align_with_args as train_script
 from dataloader import ImageDataset
@@ -51,10 +52,8 @@ def test_cached_and_online_training_agree(flags, tmp_path):
     """Catches a cache that stores other views, another order, or latents of another convention than online training."""
     curves = {}
     for name, extra in (("cached", {}), ("online", {"no_cache_latents": True})):
-        run = flags | {"log_dir": tmp_path / name, "latent_cache_dir": tmp_path / "cache", "max_train_steps": 12, **extra}
-        run |= {"epochs": 50, "eval_frequency": 0, "visualize_frequency": 0, "cache_views": 2}
-        run_script("train_align_with_args.py", *as_argv(run))
-        curves[name] = read_scalars(tmp_path / name)["train/loss"]
+        run = train(flags | QUIET, tmp_path / name, max_train_steps=12, epochs=50, cache_views=2, **extra)
+        curves[name] = run.scalars["train/loss"]
     assert len(curves["cached"]) == 12
     assert np.allclose(curves["cached"], curves["online"], rtol=2e-3)
 

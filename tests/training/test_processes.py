@@ -1,11 +1,12 @@
 """Two real processes on the CPU against one process with the same global batch."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import as_argv, run_script, tiny_flags
-from runs import LAUNCHER, TORCHRUN, assert_same_tensors, results_of, specified, tiny_of, train
+from runs import LAUNCHER, TORCHRUN, assert_same_tensors, results_of, specified, train
 
 SETTINGS = {
     "decoder_loss_weight": 1.0,
@@ -19,6 +20,7 @@ SETTINGS = {
     "scheduler_gamma": 0.5,
     "eval_frequency": 2,
     "save_frequency": 2,
+    "save_steps": 7,
     "visualize_frequency": 0,
     "ema_decay": 0.9,
 }
@@ -95,18 +97,20 @@ def test_learning_rate_is_not_advanced_once_per_process(pair):
 def test_only_the_main_process_writes(pair):
     """Every process saving its own checkpoint or opening its own event file; a temporary file left behind."""
     one, two, _ = pair
-    assert len(one.checkpoints) == len(two.checkpoints) == 2  # epochs 2 and 4, no more at the end
+    assert len(one.checkpoints) == len(two.checkpoints) == 3  # epochs 2 and 4 and step 7, no more at the end
     assert len(two.event_files) == 1
     written = sorted(entry.name.split("_2")[0] + entry.suffix for entry in two.checkpoints[0].parent.iterdir())
-    assert written == ["align_best.pth", *["align_pipeline.json"] * 2, *["align_pipeline.pth"] * 2]
+    assert written == ["align_best.pth", *["align_pipeline.json"] * 3, *["align_pipeline.pth"] * 3]
     steps = [step for step, _ in two.scalars["eval_latent_mse/aligned"]]
     assert steps == [0, 6, 12]
 
 
 def test_two_processes_resume_bit_identically(pair, vae_folders, photo_folders, tmp_path):
     """A process that resumes from another place in the data, or whose optimizer or discriminators start anew."""
-    flags = {**tiny_flags(vae_folders, photo_folders, tmp_path), **SETTINGS, "train_batch_size": 2}
-    for changes in ({"max_train_steps": 7}, {"resume": True, "max_train_steps": 0}):
-        argv = as_argv({**tiny_of(flags, tmp_path), **changes})
-        run_script("train_align_with_args.py", *argv, launcher=LAUNCHER, env=ON_CPU, cwd=tmp_path)
+    whole = pair[1].checkpoints[-1].parent.parent
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "ckpt" / pair[1].checkpoints[-1].name).unlink()
+    assert results_of(tmp_path).last["step"] == 7  # in the middle of an epoch
+    flags = {**tiny_flags(vae_folders, photo_folders, tmp_path), **SETTINGS, "train_batch_size": 2, "resume": True}
+    run_script("train_align_with_args.py", *as_argv(flags), launcher=LAUNCHER, env=ON_CPU, cwd=tmp_path)
     assert_same_tensors(results_of(tmp_path).last, pair[1].last)
