@@ -96,7 +96,8 @@ def test_a_program_that_leaves_in_the_middle_of_an_epoch_does_not_wait_for_its_w
     """Workers that ignore their parent's SIGTERM, so that a failed run never ends."""
     program = """if True:
         import sys
-        from dataloader import ImageDataset, eval_loader, list_images
+        from dataloader import ImageDataset, eval_loader
+        from images.files import list_images
         batches = iter(eval_loader(ImageDataset(list_images(sys.argv[1]), 16), 1, 1))
         next(batches)
         sys.exit(7)
