@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from images.decoding import resized_crop, to_pixel_values, to_rgb
-from images.files import ImageFiles, SomeImages, list_imagenet, list_images
+from images.files import ImageFiles, SomeImages, list_imagenet, list_images, said_of_endings
 from images.hub_data import HubImages, load_hub_split
 from runtime.device import physical_memory
 from runtime.workers import WorkerLoader, loader_options
@@ -68,14 +68,19 @@ def find_images(
         except OSError as error:
             raise UserError(f"{label} {folder}: cannot be read ({one_line(error)}); check its permissions") from None
         if not paths:
-            raise UserError(f"{label} {folder}: no image there (searched recursively for every format that Pillow reads)")
+            raise UserError(
+                f"{label} {folder}: no image there (searched recursively for every format that Pillow reads); "
+                + said_of_endings(folder)
+            )
         return ImageFiles(paths)
     if os.path.exists(folder):
         tar = "; shards are read by streaming" if folder.endswith(".tar") else ""
         raise UserError(f"{label} {folder}: a file; name the folder that holds the images{tar}")
-    if dataset_type == "imagenet" and folder.count("/") == 1 and not folder.startswith((".", "/", "~")):
+    if folder.count("/") != 1 or folder.startswith((".", "/", "~")):
+        raise UserError(f"{label} {folder}: no such folder")
+    if dataset_type == "imagenet":
         return load_hub_split(folder, train, label, cache_dir)
-    raise UserError(f"{label} {folder}: no such folder")
+    raise UserError(f"{label} {folder}: no such folder; if it is a data set of the hub, choose the dataset_type imagenet")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -21,17 +21,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shlex
-import signal
 import sys
 from datetime import datetime
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which some Pythons leave out, such as an embedded one
+
+from runtime.startup import before_imports
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of the imports, which take seconds
+    before_imports()
 
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from dataloader import ImageDataset, eval_loader, find_images, require_memory
 from evaluation import page, tables
@@ -45,9 +49,11 @@ from latents.spaces import good_image_size
 from runtime.cli import Parser, claim_writable_folder, integer, naming, run, use_proxy
 from runtime.device import PRECISIONS, get_dtype, keep_freed_memory, memory_advice, resolve_device, resolve_precision
 from runtime.processes import create_accelerator
-from utils import UserError, atomic_file, count_of, one_line, plain_stem, read_json
+from utils import UserError, atomic_file, count_of, one_line, plain_stem
 
 log = logging.getLogger(__name__)
+
+MARK = "vae-align eval_align.py"  # in the pictures that this program writes
 
 METRICS_FORMAT = "vae-align metrics 3"
 
@@ -135,19 +141,15 @@ def pictures_named(results: dict) -> set[str]:
     return {picture_name(index, path) for index, path in zip(results["indices"], results["paths"])}
 
 
-def pictures_of(output_dir: Path) -> set[str]:
-    """The file names of the pictures of the older evaluation whose metrics.json is in `output_dir`."""
-    try:
-        return pictures_named(read_json(output_dir / "metrics.json"))
-    except (OSError, ValueError, KeyError, TypeError):  # none, or not written by this program
-        return set()
-
-
-def drop_pictures(output_dir: Path, names: set[str]) -> None:
-    """Delete the pictures of an older evaluation: beside this one's report they would pass for its own."""
-    for name in names:
-        with contextlib.suppress(OSError):
-            os.unlink(output_dir / name)
+def drop_pictures(output_dir: Path, kept: set[str]) -> None:
+    """Delete the pictures of older evaluations but those of these names: beside this one's report they would pass for its own.
+    Those of an evaluation that did not come to its end are among them; a user's own picture does not bear the mark."""
+    for path in output_dir.glob("[0-9]*_*.png"):
+        with contextlib.suppress(Exception):  # no picture, or not to be deleted
+            with Image.open(path, formats=("PNG",)) as picture:
+                ours = picture.info.get("Software") == MARK
+            if ours and path.name not in kept:
+                path.unlink()
 
 
 def write_results(output_dir: Path, results: dict, html: str) -> None:
@@ -207,13 +209,14 @@ def main(argv: list[str] | None = None) -> dict:
     log.info("%s at %d px from %s", count_of(len(dataset), "image"), size, args.eval_data_dir)
 
     # ---- judge
-    older = pictures_of(output_dir)
+    marked = PngInfo()
+    marked.add_text("Software", MARK)
 
     def save_pictures(batch, made):
         sheets = comparison_sheets(batch["pixel_values"].to(device), made, ladder.captions, size)
         for sheet, path, index in zip(sheets, batch["path"], batch["index"].tolist()):
             with atomic_file(output_dir / picture_name(index, path)) as file:
-                sheet.save(file, "PNG")
+                sheet.save(file, "PNG", pnginfo=marked)
 
     with (
         naming("--num_workers"),
@@ -240,7 +243,7 @@ def main(argv: list[str] | None = None) -> dict:
         log.warning("left out: %s", message)
     strips = report_strips(ladder, dataset, results, args.eval_data_dir, args.num_samples)
     curves = read_curves(checkpoints[0].path, checkpoints[0].content)
-    drop_pictures(output_dir, older - (pictures_named(results) if args.save_visualizations else set()))
+    drop_pictures(output_dir, pictures_named(results) if args.save_visualizations else set())
     write_results(output_dir, results, page.render(results, strips, curves))
     say(" ".join(results["verdict"]["sentences"]))
     say(f"{count_of(results['images'], 'image')} judged; report: {output_dir / 'report.html'}")

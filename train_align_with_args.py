@@ -24,15 +24,19 @@ import functools
 import logging
 import math
 import re
-import signal
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which some Pythons leave out, such as an embedded one
+
+from runtime.startup import before_imports
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of the imports, which take seconds
+    before_imports()
 
 import numpy as np
 import torch
@@ -907,7 +911,7 @@ def find_start(args: argparse.Namespace) -> Start | None:
             config = {name: value for name, value in start.content["config"].items() if name in SETTINGS}
             adopt_flags(args, PARSER.check_config(config, f"--resume {start.path}"))
             return start
-        log.warning("--resume: no checkpoint in %s, starting fresh", args.save_dir)
+        log.warning("--resume: no checkpoint in %s that can be resumed, starting fresh", args.save_dir)
     if args.load_checkpoint:
         start = everyone.of_first(lambda: Start(Path(args.load_checkpoint), read_checkpoint(args.load_checkpoint)))
         adopt_architecture(args, start)

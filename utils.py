@@ -65,6 +65,7 @@ def _login_token() -> str:
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     place = os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or os.path.join(home, "token"))
     with contextlib.suppress(OSError, ValueError):
+        require_regular(place)
         return Path(place).read_text(encoding="utf-8")
     return ""
 

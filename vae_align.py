@@ -830,18 +830,18 @@ def checkpoints_in(folder: str | os.PathLike) -> list[Path]:
 
 
 def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict]:
-    """(path, content) of the newest undamaged checkpoint in `folder`, or of its `model.safetensors` where it has no training
-    checkpoints; AlignError if there is neither."""
+    """(path, content) of the newest undamaged checkpoint in `folder`, or of its `model.safetensors` where it has no such
+    training checkpoint; AlignError if there is neither."""
     failure = f"no {CHECKPOINT_PREFIX}_YYYYMMDD_HHMMSS.pth and no {PRETRAINED_NAME} in this folder"
-    for path in checkpoints_in(folder):
+    pretrained = Path(folder) / PRETRAINED_NAME
+    found = checkpoints_in(folder) + [pretrained] * os.path.lexists(pretrained)
+    for path in found:
         try:
             return path, read_checkpoint(path)
         except AlignError as error:
             failure = str(error)
-            log.warning("%s; trying the one before it", error)
-    pretrained = Path(folder) / PRETRAINED_NAME
-    if os.path.lexists(pretrained):
-        return pretrained, read_checkpoint(pretrained)
+            if path != found[-1]:
+                log.warning("%s; trying the one before it", error)
     raise AlignError(f"checkpoint {folder}: {failure}")
 
 

@@ -25,6 +25,7 @@ PICTURES = frozenset({
     ".raf", ".pef", ".srw", ".raw", ".svg", ".exr", ".hdr", ".psb", ".xcf",
 })  # fmt: skip
 SYNSET = re.compile(r"n\d{8}$")  # the name of an ImageNet class folder
+MANY = 100_000  # files after which no more are counted
 SETTLED = 2.0  # seconds after its last change in which a file may change again under the same time stamp
 
 
@@ -66,6 +67,20 @@ def list_images(folder: str | os.PathLike) -> list[str]:
             ", ".join(sorted(others)),
         )  # fmt: skip
     return sorted(found)
+
+
+def said_of_endings(folder: str | os.PathLike) -> str:
+    """What a message says of the files in and below a folder without images: "there are 12 .parquet, 1 .zip"."""
+    endings = Counter()
+    for _, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        endings.update(os.path.splitext(name)[1].lower() or "without ending" for name in names if not name.startswith("."))
+        if endings.total() > MANY:
+            break
+    if not endings:
+        return "there is no file"
+    shards = "; .tar shards are read by streaming" if ".tar" in endings else ""
+    return f"there are {', '.join(f'{count} {ending}' for ending, count in endings.most_common(5))}{shards}"
 
 
 def list_imagenet(folder: str | os.PathLike, split: str) -> list[str]:

@@ -86,7 +86,13 @@ def image_column(features: dict | None, label: str) -> str:
 
     columns = [column for column, feature in (features or {}).items() if isinstance(feature, datasets.Image)]
     if not columns:
-        raise UserError(f"{label}: this data set has no image column")
+        kinds = [
+            f"{column} ({getattr(feature, 'dtype', type(feature).__name__)})" for column, feature in (features or {}).items()
+        ]
+        raise UserError(
+            f"{label}: this data set has no image column, which holds images and not their addresses; its columns "
+            f"are {', '.join(kinds) or 'unknown'}"
+        )
     column = next((name for name in ("image", "img", "jpg", "png", "picture", "photo") if name in columns), columns[0])
     if len(columns) > 1:
         log.info("%s: image columns %s; using %s", label, ", ".join(columns), column)

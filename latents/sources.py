@@ -110,10 +110,10 @@ def _folder(folder: Path, label: str) -> Source:
         raise UserError(f"{label} {folder}: its config.json cannot be read as a VAE's ({one_line(error)})") from None
     if class_name not in CONVENTIONS:
         raise UserError(f"{label} {folder}: a {shown(class_name)}; known VAE classes are {', '.join(CONVENTIONS)}")
+    vae_class = diffusers_class(class_name, f"{label} {folder}")
     weights = find_weights(folder)
     try:
         _check_sizes(stored)
-        vae_class = diffusers_class(class_name)
         files = [folder / "config.json", weights, *(folder / name for name in shards_of(weights))]
     except Exception as error:
         reason = one_line(error)
@@ -121,13 +121,21 @@ def _folder(folder: Path, label: str) -> Source:
     return Source(class_name, vae_class, stored, files, lambda dtype: _read_folder(vae_class, folder, weights, dtype))
 
 
-def diffusers_class(class_name: str) -> type:
-    """The class of that name; ValueError where the installed diffusers is too old to have it."""
-    import diffusers
+def diffusers_class(class_name: str, label: str) -> type:
+    """The class of that name; UserError, which begins with `label`, where the installed diffusers does not have it."""
+    try:
+        import diffusers
 
-    if not hasattr(diffusers, class_name):
-        raise ValueError(f"diffusers {diffusers.__version__} does not have it; install a newer one")
-    return getattr(diffusers, class_name)
+        return getattr(diffusers, class_name)
+    except AttributeError:
+        raise UserError(
+            f"{label}: a {class_name}, which diffusers {diffusers.__version__} does not have; install a newer one"
+        ) from None
+    except Exception as error:  # whatever its import makes of the environment
+        raise UserError(
+            f"{label}: diffusers cannot be imported ({one_line(error)}); install requirements.txt anew, or unset the variable "
+            "of the environment that this is about"
+        ) from None
 
 
 def _read_folder(vae_class: type, folder: Path, weights: Path, dtype: torch.dtype) -> nn.Module:
@@ -191,9 +199,9 @@ def _single_file(file: Path, label: str) -> Source:
         everything = _shapes_in(file)
         shapes = _vae_part(everything)
         config = _config_of(shapes)
-        vae_class = diffusers_class("AutoencoderKL")
     except Exception as error:  # torch and safetensors have errors of their own for a damaged file
         raise UserError(f"{label} {file}: cannot be read as a VAE in the original layout ({one_line(error)})") from None
+    vae_class = diffusers_class("AutoencoderKL", f"{label} {file}")
     return Source(
         "AutoencoderKL",
         vae_class,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +18,15 @@ from latents.sources import SINGLE_FILES, WEIGHT_FILES, Misfit, find_weights, sh
 from latents.tiny import find_tiny_files
 from utils import UserError, file_digest, hub_token, one_line
 
+HUB_PAGE = re.compile(r"^https?://(www\.)?(huggingface\.co|hf\.co|hf-mirror\.com)/|/tree/main/?$")
+PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
+
 
 def locate_vae(model_path: str, subfolder: str | None, cache_dir: str | None = None, label: str = "VAE") -> Path:
     """The local folder that holds a VAE's config.json and weights, downloaded from the hub if `model_path` is a repo id.
 
-    `model_path/subfolder` is looked at first, then `model_path` itself, both on disk and on the hub.
+    `model_path/subfolder` is looked at first, then `model_path` itself, both on disk and on the hub. The address of a hub page
+    stands for the repo id in it. UserError says what is there instead.
     """
     root = Path(model_path).expanduser()
     places = [place for place in dict.fromkeys((subfolder or "", "")) if not Path(place).is_absolute()]
@@ -32,21 +38,47 @@ def locate_vae(model_path: str, subfolder: str | None, cache_dir: str | None = N
             if (root / place).is_dir() and find_tiny_files(root / place, label):
                 return root / place
         looked = " or ".join(str(root / place) for place in places)
-        raise UserError(f"{label} {model_path}: no VAE there (config.json and {WEIGHT_FILES[0]} in {looked})")
+        there = (file.relative_to(root).as_posix() for pattern in ("*", "*/*") for file in root.glob(pattern) if file.is_file())
+        raise UserError(
+            f"{label} {model_path}: no VAE there (config.json and {WEIGHT_FILES[0]} in {looked}); {_said_of(there)}"
+        )
     if os.path.isfile(root) and root.suffix in SINGLE_FILES:
         return root
     if os.path.isdir(root.parent) and find_tiny_files(root, label):
         return root
-    if os.path.exists(root) or model_path.count("/") != 1 or model_path.startswith((".", "~", "/")):
+    if root.suffix in SINGLE_FILES and not os.path.exists(root):
+        raise UserError(f"{label} {model_path}: no such file")
+    repo = HUB_PAGE.sub("", model_path).rstrip("/")
+    if os.path.exists(root) or repo.count("/") != 1 or model_path.startswith((".", "~", "/")):
         raise UserError(
             f"{label} {model_path}: neither a folder on this machine, nor a file of weights ({', '.join(SINGLE_FILES)}), nor "
-            "a hub id of the form owner/name"
+            "a hub id of the form owner/name (a folder within it is the subfolder)"
         )
-    return _download_vae(model_path, places, cache_dir, label)
+    return _download_vae(repo, places, cache_dir, label)
+
+
+def _said_of(names: Iterable[str]) -> str:
+    """What a message says of the files, by their paths, among which no VAE was found where it was looked for."""
+    names = sorted(name for name in names if not name.startswith("."))
+    models = [
+        place
+        for place in sorted({name.rpartition("/")[0] for name in names} - {""})
+        if f"{place}/config.json" in names and any(f"{place}/{weights}" in names for weights in WEIGHT_FILES)
+    ]
+    if models:
+        return f"there are models in {_few(models)}; name the VAE's as the subfolder"
+    files = [name for name in names if name.endswith(SINGLE_FILES)]
+    if files:
+        return f"there is {_few(files)}; name the file itself, on this machine"
+    return f"there is {_few(names)}" if names else "there are no files"
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _download_vae(repo: str, places: list[str], cache_dir: str | None, label: str) -> Path:
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import errors, hf_hub_download, list_repo_files
 
     def fetch(place, name, local):
         return hf_hub_download(
@@ -78,6 +110,7 @@ def _download_vae(repo: str, places: list[str], cache_dir: str | None, label: st
                 raise error.__cause__ or error from None
         if folder:
             return folder
+        there = _said_of(list_repo_files(repo, token=hub_token() or False))
     except errors.GatedRepoError:
         raise UserError(
             f"{label} {repo}: a gated model; accept its licence on its hub page and set HUGGINGFACE_TOKEN"
@@ -93,10 +126,13 @@ def _download_vae(repo: str, places: list[str], cache_dir: str | None, label: st
                 f"{label} {repo}: the hub refused the token or its rights ({one_line(error)}); check HUGGINGFACE_TOKEN"
             ) from None
         reason = one_line(error)
+        proxies = [name for name in PROXIES if os.environ.get(name) or os.environ.get(name.lower())]
+        proxy = f"the proxy of {', '.join(proxies)}" if proxies else "the proxy"
         raise UserError(
-            f"{label} {repo}: could not be downloaded ({reason}); check the network and the proxy, or name a local folder"
+            f"{label} {repo}: no such folder here, and it could not be downloaded ({reason}); check the network and {proxy}"
         ) from None
-    raise UserError(f"{label} {repo}: this hub model has no VAE in {' or '.join(repr(place) for place in places)}")
+    looked = " or ".join(place or "its root" for place in places)
+    raise UserError(f"{label} {repo}: this hub model has no VAE in {looked}; {there}")
 
 
 @dataclass(frozen=True)

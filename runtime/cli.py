@@ -258,8 +258,11 @@ def claim_writable_file(path: str | os.PathLike, label: str) -> None:
 
 
 def use_proxy(url: str | None) -> None:
-    """Send the hub client, and every library that reads the standard variables, through the proxy at `url`."""
+    """Send the hub client, and every library that reads the standard variables, through the proxy at `url`, whatever the
+    environment says."""
     if url:
+        for name in ("NO_PROXY", "no_proxy"):
+            os.environ.pop(name, None)
         for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):  # an ALL_PROXY that is there would stop what it does not serve
             os.environ[name] = os.environ[name.lower()] = url
 
@@ -272,6 +275,7 @@ def run(main) -> None:
     without secrets.
     Every log message stays on one line, and characters that the terminal's encoding lacks are printed as escapes.
     """
+    sys.excepthook = sys.__excepthook__
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it warns of every config key that a VAE class does not use
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it warns at each retry; the last failure is a UserError's one line
     sys.stdout, sys.stderr = Lenient(sys.stdout, 1), Lenient(sys.stderr, 2)

@@ -228,9 +228,22 @@ def read_scalars(log_dir):
 @pytest.fixture(params=[os.environ["VAE_ALIGN_START"]] if "VAE_ALIGN_START" in os.environ else ["fork", "spawn", "forkserver"])
 def start_method(request):
     """How Python starts worker processes during the test: as on Linux, on macOS and Windows, and on Linux since Python 3.14."""
+    with starting_by(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def spawned():
+    """Worker processes inherit nothing but what is sent to them, as on macOS and Windows."""
+    with starting_by("spawn"):
+        yield
+
+
+@contextlib.contextmanager
+def starting_by(method):
     before = multiprocessing.get_start_method()
-    multiprocessing.set_start_method(request.param, force=True)
-    yield request.param
+    multiprocessing.set_start_method(method, force=True)
+    yield
     multiprocessing.set_start_method(before, force=True)
 
 

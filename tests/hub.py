@@ -51,6 +51,10 @@ class HubHandler(Handler):
     def do_GET(self):
         self.note()
         path = urlsplit(self.path).path
+        listed, separator, _ = path.removeprefix("/api/models/").partition("/tree/")
+        if separator and listed in self.server.repos:
+            files = self.server.repos[listed]
+            return self.tell([{"type": "file", "path": name, "size": len(files[name]), "oid": COMMIT} for name in files])
         if path == "/api/whoami-v2":
             return self.tell({"type": "user", "name": "owner", "auth": {"accessToken": {"role": "write"}}})
         if (

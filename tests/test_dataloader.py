@@ -185,8 +185,8 @@ def data_flags(train, evaluation, **others):
     ("mistake", "said"),
     [
         ("missing", "no such folder"),
-        ("empty", "no image there"),
-        ("only text", "no image there"),
+        ("empty", "there is no file"),
+        ("only text", "there are 1 .txt"),
         ("a file", "a file"),
         ("nothing readable", "none of 2 files"),
         ("hidden only", "no image there"),
@@ -225,8 +225,15 @@ def test_imagenet_without_class_folders_is_one_line_that_says_what_to_do(tmp_pat
 @pytest.mark.parametrize("folder", ["photos", "./photos/train", "/nowhere/photos", "a/b/c"])
 def test_a_mistyped_imagenet_folder_is_not_looked_up_on_the_hub(folder):
     """A path sent to a server, and its error in place of "no such folder"."""
-    with pytest.raises(UserError, match=r"^--train_data_dir .*no such folder$"):
+    with pytest.raises(UserError, match=r"^--train_data_dir .*no such folder"):
         find_images(folder, "imagenet", True, "--train_data_dir")
+
+
+def test_a_hub_id_without_the_dataset_type_is_told_of_it():
+    """Of two readings of an input the message knows one."""
+    refusal(
+        lambda: find_images("owner/photos", "default", True, "--flag"), "no such folder", "the hub", "dataset_type imagenet"
+    )
 
 
 def test_loaders_of_a_run_read_both_folders(tmp_path):
@@ -337,7 +344,7 @@ def test_a_folder_of_nothing_but_hostile_files_is_one_line(folder):
     refusal(lambda: dataset.require_readable(f"--train_data_dir {folder}"), "none of 2 files", "two\\nlines.png")
 
 
-def test_a_worker_that_runs_out_of_images_says_so_in_one_line(folder):
+def test_a_worker_that_runs_out_of_images_says_so_in_one_line(folder, spawned):
     """torch's copy of the worker's traceback in place of the message."""
     loader = train_loader(ImageDataset(list_images(folder), 16, random_crop=True), 1, 1, 0)
     os.remove(folder / "good.png")

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from latents.spaces import Codec
@@ -63,14 +64,14 @@ def find_checkpoint(wanted: str, save_dir: str) -> Start | None:
         require_training(content, wanted)
         return Start(Path(wanted), content, resumed=True)
     folder = save_dir if wanted == "latest" else wanted
-    for path in checkpoints_in(folder):
+    for path, older in pairwise([*checkpoints_in(folder), None]):
         try:
             content = read_checkpoint(path)
             if "training" in content:
                 require_training(content, path)
                 return Start(path, content, resumed=True)
         except (UserError, AlignError) as error:
-            log.warning("%s; trying the one before it", error)
+            log.warning("%s; %s", error, "trying the one before it" if older else "there is none before it")
     if wanted != "latest":
         raise UserError(f"--resume {wanted}: no checkpoint to resume from in this folder")
     return None

@@ -111,7 +111,8 @@ def test_module_that_has_gone_wrong_still_gets_its_report(judged, vae_folders, t
 
 
 def test_pictures_of_an_older_evaluation_do_not_stay(judged, vae_folders, tmp_path):
-    """Pictures of other images beside a report that does not know them; a user's own picture deleted with them."""
+    """Pictures of other images, of an evaluation that was killed too, beside a report that does not know them; a user's own
+    picture deleted with them."""
     path = save_checkpoint(tmp_path, vae_folders)
     for name in ("one", "two"):
         (tmp_path / "photos").mkdir(exist_ok=True)
@@ -119,7 +120,8 @@ def test_pictures_of_an_older_evaluation_do_not_stay(judged, vae_folders, tmp_pa
     flags = {"checkpoint": path, "eval_data_dir": tmp_path / "photos", "output_dir": tmp_path / "out", "num_samples": 0}
     flags |= {"num_workers": 0, "device": "cpu", "metrics": "ssim", "save_visualizations": True}
     eval_align.main(as_argv(flags))
-    (tmp_path / "out" / "00007_mine.png").write_bytes(b"")
+    (tmp_path / "out" / "metrics.json").unlink()  # as after a kill in the middle
+    Image.new("RGB", (8, 8)).save(tmp_path / "out" / "00007_mine.png")
     (tmp_path / "photos" / "two.png").unlink()
     eval_align.main(as_argv(flags))
     assert sorted(file.name for file in (tmp_path / "out").glob("*.png")) == ["00000_one.png", "00007_mine.png"]

@@ -302,7 +302,7 @@ def test_unreadable_image_in_training_is_replaced_by_the_next_and_named(some_bro
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_unreadable_image_in_evaluation_is_dropped_and_named(some_broken, num_workers):
+def test_unreadable_image_in_evaluation_is_dropped_and_named(some_broken, num_workers, spawned):
     """An average over a picture that is not there, or over a replacement counted twice; names lost between processes."""
     dataset = ImageDataset(list_images(some_broken), 32)
     batches = list(eval_loader(dataset, 2, num_workers))

@@ -74,7 +74,7 @@ def test_data_set_without_images_is_one_line(tmp_path):
 
     (tmp_path / "words").mkdir()
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(str(tmp_path / "words" / "train.parquet"))
-    with pytest.raises(UserError, match=r"^--flag .*no image column$"):
+    with pytest.raises(UserError, match=r"^--flag .*no image column.* its columns are text \(string\)$"):
         load_hub_split(str(tmp_path / "words"), True, "--flag", str(tmp_path / "cache"))
 
 

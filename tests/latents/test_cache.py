@@ -42,9 +42,9 @@ def photos(tmp_path):
     return folder
 
 
-def cached(photos, spaces, root, views=2, seed=0, size=32, with_images=False):
+def cached(photos, spaces, root, views=2, seed=0, size=32, with_images=False, workers=0):
     dataset = ImageDataset(list_images(photos), size, True, True, seed)
-    return cache_latents(dataset, *spaces, CacheOptions(root, views, with_images, reencoded=with_images))
+    return cache_latents(dataset, *spaces, CacheOptions(root, views, with_images, reencoded=with_images), workers)
 
 
 def test_cached_and_online_training_agree(flags, tmp_path):
@@ -59,9 +59,10 @@ def test_cached_and_online_training_agree(flags, tmp_path):
     assert np.allclose(curves["cached"], curves["online"], rtol=2e-3)
 
 
-def test_rows_are_the_views_encoded(photos, spaces, tmp_path):
-    """Catches rows stored in another order than (image, view), and float16 used for raw instead of scaled latents."""
-    data = cached(photos, spaces, tmp_path / "cache", with_images=True)
+def test_rows_are_the_views_encoded(photos, spaces, tmp_path, spawned):
+    """Catches rows stored in another order than (image, view), float16 used for raw instead of scaled latents, and what a
+    worker lacks that is no fork."""
+    data = cached(photos, spaces, tmp_path / "cache", with_images=True, workers=1)
     batch = data.__getitems__([(4, 1), (0, 0)])
     for row, (index, view) in enumerate([(4, 1), (0, 0)]):
         photo = data.dataset

@@ -19,6 +19,7 @@ from latents.spaces import Codec
 from vae_align import AlignConfig, AlignModule
 
 PROXY_PASSWORD = "proxypassword"
+UNKNOWN_PROXY = "socks://127.0.0.1:7891/"  # a scheme that the hub client does not know
 HUB_NAME = "hub.invalid"  # a name that no resolver knows: only the proxy can get there
 
 
@@ -111,7 +112,7 @@ from latents.spaces import Codec
 from latents.vaes import load_vae_model
 told = {}
 for name, (repo, subfolder, cache_dir, environment) in json.loads(sys.argv[2]).items():
-    for variable in ("HUGGINGFACE_TOKEN", "HF_TOKEN"):
+    for variable in ("HUGGINGFACE_TOKEN", "HF_TOKEN", "ALL_PROXY"):
         os.environ.pop(variable, None)
     os.environ.update(environment)
     try:
@@ -135,12 +136,14 @@ def load_one_after_another(hub, home):
     """One interpreter that loads, or fails to load, one VAE after another; then one that may not use the network."""
     first = {"HUGGINGFACE_TOKEN": TOKEN}
     cases = {
+        "broken_proxy": ("owner/other", "vae", None, {"ALL_PROXY": UNKNOWN_PROXY}),
         "flat": ("owner/flat", "vae", None, {}),
         "nested": ("owner/nested", "vae", str(home / "my_cache"), first),
         "other_variable": ("owner/gated", "vae", None, {"HF_TOKEN": OTHER_TOKEN}),
         "pickled": ("owner/pickled", "", None, {}),
         "wrong_subfolder": ("owner/nested", "", None, {}),
         "no_vae": ("owner/no_vae", "vae", None, {}),
+        "page": ("https://huggingface.co/owner/flat/tree/main", "vae", None, {}),
         "gated": ("owner/gated", "vae", str(home / "second_cache"), {}),
         "gated_with_token": ("owner/gated", "vae", str(home / "second_cache"), first),
         "missing": ("owner/missing", "vae", None, {}),
@@ -190,6 +193,8 @@ def prepare_programs(hub, proxy, photo_folders, home):
     def run_one(name):
         script, given, endpoint, token = runs[name]
         env = hub_environment(home / name, endpoint, HUGGINGFACE_TOKEN=token)
+        if "proxy" in given:  # what is typed wins
+            env |= {"ALL_PROXY": UNKNOWN_PROXY, "all_proxy": UNKNOWN_PROXY, "NO_PROXY": HUB_NAME}
         places = {key: home / name / key for key in ("log_dir", "save_dir", "cache_dir") if key in given}
         return run_script(script, *as_argv({**given, **places}), env=env, cwd=home / name, check=False)
 
@@ -240,9 +245,9 @@ def one_error_line(ended):
 
 
 def test_a_hub_id_is_downloaded_with_and_without_the_subfolder(loads):
-    """A subfolder that is required, or that never is looked at; .bin weights that are not asked for."""
-    channels = {name: loads.told[name].get("channels") for name in ("flat", "nested", "other_variable", "pickled")}
-    assert channels == {"flat": 4, "nested": 16, "other_variable": 16, "pickled": 4}, loads.told
+    """A subfolder that is required, or that never is looked at; .bin weights that are not asked for; an address refused."""
+    channels = {name: loads.told[name].get("channels") for name in ("flat", "nested", "other_variable", "pickled", "page")}
+    assert channels == {"flat": 4, "nested": 16, "other_variable": 16, "pickled": 4, "page": 4}, loads.told
 
 
 def test_downloads_land_in_cache_dir_and_otherwise_in_the_hub_clients_own(loads):
@@ -320,8 +325,9 @@ def test_white_space_in_the_token_does_not_matter(loads, case):
         ("gated_with_token", "owner/gated", "licence"),
         ("missing", "owner/missing", "HUGGINGFACE_TOKEN"),
         ("missing_with_token", "owner/missing", "no such model"),
-        ("no_vae", "owner/no_vae", "no VAE"),
-        ("wrong_subfolder", "owner/nested", "no VAE"),
+        ("no_vae", "owner/no_vae", "no VAE in vae or its root; there is config.json"),
+        ("wrong_subfolder", "owner/nested", "there are models in vae; name the VAE's as the subfolder"),
+        ("broken_proxy", "owner/other", "the proxy of ALL_PROXY"),
         ("bad_token", "owner/flat", "HUGGINGFACE_TOKEN"),
         ("forbidden", "owner/forbidden", "HUGGINGFACE_TOKEN"),
     ],
@@ -347,7 +353,7 @@ def test_the_program_ends_with_one_line(programs):
 
 
 def test_training_reaches_the_hub_through_the_proxy(programs, proxy):
-    """A --proxy that nothing reads: the hub's name resolves for the proxy alone."""
+    """A --proxy that nothing reads, or that yields to the environment's: the hub's name resolves for the proxy alone."""
     assert programs.train.returncode == 0, programs.train.stderr
     through = [(path, headers) for _, path, headers in proxy.seen if headers.get("authorization") == f"Bearer {TOKEN}"]
     assert {urlsplit(path).hostname for path, _ in through} == {HUB_NAME}

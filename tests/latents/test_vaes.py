@@ -4,7 +4,9 @@ import json
 import math
 import os
 import pickle
+import shutil
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -186,6 +188,23 @@ def test_a_vae_path_that_leads_nowhere_is_one_line(path, tmp_path, monkeypatch):
     """A ValueError or OSError of the system's in place of a message."""
     monkeypatch.chdir(tmp_path)
     refusal(lambda: load(path), "--vae2_path")
+
+
+def test_what_is_there_instead_of_a_vae_is_named(folder, tmp_path):
+    """A VAE under another name than the customary one, and a message that knows that one alone; a file that is not there
+    looked for on the hub."""
+    shutil.copytree(folder, tmp_path / "model" / "vae_1_0")
+    refusal(lambda: load(tmp_path / "model"), "there are models in vae_1_0; name the VAE's as the subfolder")
+    (tmp_path / "single").mkdir()
+    (tmp_path / "single" / "ae.safetensors").write_bytes(b"")
+    refusal(lambda: load(tmp_path / "single"), "there is ae.safetensors; name the file itself")
+    refusal(lambda: load("models/vae.safetensors"), "models/vae.safetensors: no such file")
+
+
+def test_a_library_that_cannot_be_imported_is_no_fault_of_the_config(folder, monkeypatch):
+    """ "Its config.json does not describe an AutoencoderKL", where a variable such as HF_HUB_DOWNLOAD_TIMEOUT=soon is to blame."""
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    refusal(lambda: load(folder), "hostile_vae", "diffusers cannot be imported")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -89,6 +89,15 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(flags, 
     assert_same_tensors(again.last, whole.last)
 
 
+def test_what_is_said_of_damaged_checkpoints_is_true(tmp_path, caplog):
+    """ "Trying the one before it" of the only one, which leads nowhere."""
+    for name in ("align_pipeline_20260101_000000.pth", "align_pipeline_20260102_000000.pth"):
+        (tmp_path / name).write_bytes(b"PK")
+    assert resume.find_checkpoint("latest", str(tmp_path)) is None
+    said = [record.message.rpartition("; ")[2] for record in caplog.records]
+    assert said == ["trying the one before it", "there is none before it"]
+
+
 def test_nothing_to_resume_starts_fresh_and_a_finished_run_says_so(flags, tmp_path, caplog, capsys):
     """An error for the first start of a job that always says --resume; a finished run that trains on or is overwritten."""
     run = train(flags, tmp_path, **QUIET, max_train_steps=2, resume=True)

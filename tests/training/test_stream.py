@@ -83,7 +83,7 @@ def test_an_iteration_from_any_place_goes_on_bit_for_bit(shards, world):
         assert list(itertools.islice(iter(resumed), 30 - step)) == batches[step:], step
 
 
-def test_the_order_does_not_depend_on_workers(shards):
+def test_the_order_does_not_depend_on_workers(shards, spawned):
     """A stream that every worker reads for itself, which another number of them would deal out anew."""
     seen = []
     for workers in (0, 2):
