@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 OUTPUT := demo_output
-KILLS := 25
+KILLS := 50
 
 .PHONY: demo page test test-faults lint clean
 

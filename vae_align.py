@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 CHECKPOINT_FORMAT = "vae-align"
 FORMAT_NUMBER = 1  # of both kinds of file; files without a number are older and read the same
 CHECKPOINT_PREFIX = "align_pipeline"
+LARGEST_PIXEL = 8.0  # no picture in [-1, 1] goes so far beyond, not even one that a VAE has decoded and nobody clamped
 PRETRAINED_NAME = "model.safetensors"  # of the weights in a folder that `AlignPipeline.save_pretrained` writes
 ARCHITECTURES = ("plain", "tiny")  # residual blocks on VAE2's grid; the stages of tiny autoencoders, finer grids included
 STAGE_BLOCKS = 3  # of a tiny autoencoder, at each grid
@@ -596,6 +597,12 @@ def doubt_about(latents: torch.Tensor, space: LatentSpace) -> str | None:
 # The pipeline
 
 
+def require_pixel_range(image: torch.Tensor | None) -> None:
+    """AlignError for an image whose values are 8-bit levels. One in [0, 1] cannot be told from one in [-1, 1]."""
+    if image is not None and image.numel() and (largest := image.detach().abs().max().item()) > LARGEST_PIXEL:
+        raise AlignError(f"image values up to {largest:g}: pass values in [-1, 1]; 8-bit levels become them by / 127.5 - 1")
+
+
 class AlignPipeline:
     """A trained module and the two latent spaces that it joins. Works without either VAE.
 
@@ -673,6 +680,7 @@ class AlignPipeline:
             if tensor is not None and not (isinstance(tensor, torch.Tensor) and tensor.is_floating_point()):
                 kind = getattr(tensor, "dtype", type(tensor).__name__)
                 raise AlignError(f"{name} of type {kind}: pass a tensor of floating-point numbers")
+        require_pixel_range(image)
         if raw:
             self._require_maps()
         if latents is not None:

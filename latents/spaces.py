@@ -19,7 +19,7 @@ from latents.families import FAMILIES, SPACES, Family, family_of, named_space, s
 from latents.vaes import FrozenVAE
 from runtime.device import is_out_of_memory, release_memory
 from utils import UserError, count_of
-from vae_align import LatentSpace
+from vae_align import LatentSpace, require_pixel_range
 
 __all__ = ["FAMILIES", "SPACES", "Codec", "good_image_size", "named_space", "recognised", "table_of_families"]
 
@@ -163,6 +163,9 @@ class Codec:
 
         The posterior mean, or with `sample` a draw from the posterior (a tiny autoencoder has none: its mean).
         """
+        if images.ndim != 4 or not images.is_floating_point():
+            raise UserError(f"images of shape {tuple(images.shape)}, {images.dtype}: pass floats (B, 3, H, W) in [-1, 1]")
+        require_pixel_range(images)
         if any(side % self.stride for side in images.shape[2:]):
             raise UserError(f"image of {tuple(images.shape[2:])} px: both sides must be multiples of {self.stride}")
         raw = self.vae.convention.raw_latents(self._encode_parts(images), sample, generator)

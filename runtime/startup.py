@@ -4,6 +4,8 @@ import signal
 import sys
 import traceback
 
+from utils import one_line
+
 
 def before_imports() -> None:
     """Until `cli.run` takes over, SIGINT ends the program without a traceback, and a failed import with one line."""
@@ -12,10 +14,10 @@ def before_imports() -> None:
 
 
 def _import_failed(kind, error, trace) -> None:
-    frames = [frame for frame in traceback.extract_tb(trace) if not frame.filename.startswith("<")]
-    reason = " ".join(f"{kind.__name__}: {error}".split())
+    last = [frame for frame in traceback.extract_tb(trace) if not frame.filename.startswith("<")][-1]
+    where = f"{last.filename}, line {last.lineno}"
     print(
-        f"error: the program's libraries cannot be imported ({reason}; {frames[-1].filename}, line {frames[-1].lineno}); "
+        f"error: the program's libraries cannot be imported ({kind.__name__}: {one_line(error)}; {where}); "
         "install requirements.txt into this Python, or unset the variable of the environment that this is about",
         file=sys.stderr,
     )

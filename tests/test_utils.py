@@ -6,6 +6,7 @@ import re
 from datetime import datetime, timedelta
 
 import pytest
+from hostile import no_hang
 
 from utils import atomic_file, hub_token, next_stamp, one_line, write_json
 
@@ -151,6 +152,16 @@ def test_a_file_system_without_a_comfort_of_posix_takes_files(tmp_path, monkeypa
     write_json(tmp_path / "a.json", 1)
     assert os.listdir(tmp_path) == ["a.json"]
     assert bool(refused) == ("fsync" in calls)  # no mode is set after the file is there: the umask has its say at once
+
+
+def test_a_token_file_that_is_a_pipe_is_not_waited_for(tmp_path, monkeypatch):
+    """A run, or a mere error message, that waits for ever for somebody to write a token."""
+    os.mkfifo(tmp_path / "token")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+    for name in ("HUGGINGFACE_TOKEN", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with no_hang(10):
+        assert hub_token() is None
 
 
 def test_the_token_of_a_login_counts_after_that_of_the_environment(tmp_path, monkeypatch):

@@ -226,6 +226,7 @@ def inputs_that_do_not_fit():
         "image_off_the_grid": (("image",), None, torch.zeros(1, 3, 70, 40), "multiple"),
         "latents_without_batch": (("latent",), torch.zeros(4, 4, 4), None, "(4, 4, 4)"),
         "image_without_batch": (("image",), None, torch.zeros(3, 64, 64), "(3, 64, 64)"),
+        "image_of_8_bit_levels": (both, latents, image + 200, "up to 200"),
         "batches_differ": (both, latents, torch.zeros(2, 3, 72, 40), "2 images"),
     }
 

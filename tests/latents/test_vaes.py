@@ -203,7 +203,7 @@ def test_what_is_there_instead_of_a_vae_is_named(folder, tmp_path):
 
 
 def test_a_library_that_cannot_be_imported_is_no_fault_of_the_config(folder, monkeypatch):
-    """A config.json that is blamed for a variable such as HF_HUB_DOWNLOAD_TIMEOUT=soon."""
+    """A config that is said to be wrong, where a variable such as HF_HUB_DOWNLOAD_TIMEOUT=soon is."""
     monkeypatch.setitem(sys.modules, "diffusers", None)
     refusal(lambda: load(folder), "hostile_vae", "diffusers cannot be imported")
 
