@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import multiprocessing.process
 import os
 import pickle
@@ -18,6 +19,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from runtime.interrupts import leave_signals_to_parent, signals_held_back
 from utils import UserError, one_line
 
+IMPORTS = 480.0  # seconds more for the first batch of workers that are no forks: each imports torch, from whatever disk
 PATIENCE = 120.0  # seconds without a batch after which data workers are given up
 TIMED_OUT = "DataLoader timed out"  # how torch's message begins
 LOST = "lower it (0: none), or give the machine or container more memory (docker: --memory, --shm-size)"
@@ -52,7 +54,8 @@ class WorkerLoader(DataLoader):
         if not self.num_workers:
             yield from super().__iter__()
             return
-        batches, waited = self._started(), 0.0
+        batches = self._started()
+        waited = 0.0 if multiprocessing.get_start_method() == "fork" else -IMPORTS
         while True:
             try:
                 batch = next(batches)

@@ -40,6 +40,7 @@ class Troubled(Dataset):
 def test_a_worker_that_cannot_deliver_ends_the_wait(monkeypatch, trouble, said):
     """A wait for ever for a worker that stands still; a traceback for one that the kernel has killed for memory."""
     monkeypatch.setattr(workers, "TICK", 0.2)
+    monkeypatch.setattr(workers, "IMPORTS", 10.0)  # where Python forks no more
     loader = WorkerLoader(Troubled(trouble), patience=0.4, batch_size=1, num_workers=2)
     with (
         no_hang(30),
