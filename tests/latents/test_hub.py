@@ -261,7 +261,9 @@ def test_downloads_land_in_cache_dir_and_otherwise_in_the_hub_clients_own(loads)
 
 def test_only_config_and_weights_are_asked_for(loads):
     """A snapshot of a repository that holds a whole diffusion model, or files fetched twice."""
-    fetched = [path.rpartition("/")[2] for method, path, _ in loads.seen if method == "GET" and "/owner/nested/resolve/" in path]
+    fetched = [
+        path.rpartition("/")[2] for method, path, _ in loads.seen if method == "GET" and "/owner/nested/resolve/" in path
+    ]
     assert sorted(fetched) == ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
