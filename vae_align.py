@@ -850,7 +850,9 @@ def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict]:
             failure = str(error)
             if path != found[-1]:
                 log.warning("%s; trying the one before it", error)
-    raise AlignError(f"checkpoint {folder}: {failure}")
+    others = sorted(path.name for path in Path(folder).glob("*") if path.suffix in (".pth", ".safetensors"))
+    remedy = "" if found or not others else f"; to use {', '.join(others[-2:])} name the file"
+    raise AlignError(f"checkpoint {folder}: {failure}{remedy}")
 
 
 def _download(name: str, options: dict) -> Path:

@@ -29,7 +29,7 @@ from latents.spaces import Codec
 from latents.vaes import load_vae_model
 from runtime.cli import MISTAKES
 from train_align_with_args import create_align_pipeline, parse_args
-from vae_align import AlignConfig, AlignModule, read_checkpoint
+from vae_align import AlignConfig, AlignError, AlignModule, read_checkpoint
 
 NAME = re.compile(r"align_pipeline_\d{8}_\d{6}\.pth")
 
@@ -302,6 +302,13 @@ def test_a_renamed_copy_does_not_pass_for_the_newest(saved):
     shutil.copy(first, first.parent / "align_pipeline_best.pth")
     save(pipeline, first.parent, step=8)
     assert read_checkpoint(first.parent)["step"] == 8
+
+
+def test_a_folder_of_other_files_says_which_one_to_name(saved, tmp_path):
+    """A best module that a run left, in a folder that is said to hold nothing."""
+    shutil.copy(saved[1], tmp_path / "align_best_20260101_000000.pth")
+    with pytest.raises(AlignError, match=r"in this folder; to use align_best_20260101_000000.pth name the file$"):
+        read_checkpoint(tmp_path)
 
 
 def save_many(pipeline, folder, number, start, names):
