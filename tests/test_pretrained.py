@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from dataloader import ImageDataset, eval_loader
 from evaluation.ladder import Ladder, evaluate
+from evaluation.metrics import Measures
 from images.files import ImageFiles, list_images
 from latents.pipeline import PipelineWithVAEs
 from latents.spaces import SPACES
@@ -17,7 +18,7 @@ from vae_align import AlignPipeline, read_checkpoint
 PRETRAINED = [ROOT / "assets" / "pretrained" / f"taesd_to_taef1{kind}.safetensors" for kind in ("", "_latent")]
 SIZE = 160  # pixels of the photos on which modules are judged here
 RECORDED = {  # mean, standard deviation and three values of what `test_gives_the_recorded_latents` translates
-    "taesd_to_taef1": (-0.0777, 0.8, 0.6532, 0.1863, 0.2674),
+    "taesd_to_taef1": (-0.0825, 0.8142, 0.7437, 0.222, 0.2175),
     "taesd_to_taef1_latent": (-0.092, 0.3614, 0.2061, -0.9688, 0.1244),
 }
 
@@ -88,12 +89,12 @@ def test_translates_any_size_without_its_vaes(path):
 def test_a_large_picture_is_translated_as_its_parts_are(path):
     """Anything that looks at the whole picture, such as a normalisation: good at the training size, wrong at any other."""
     pipeline = PipelineWithVAEs.from_checkpoint(path)
-    latents, image = torch.randn(1, 4, 48, 80), torch.rand(1, 3, 384, 640) * 2 - 1
+    latents, image = torch.randn(1, 4, 64, 80), torch.rand(1, 3, 512, 640) * 2 - 1
     whole = pipeline.translate(latents, image if pipeline.uses_image else None)
-    part = pipeline.translate(latents[..., 8:40, 8:40], image[..., 64:320, 64:320] if pipeline.uses_image else None)
-    reach = 15  # latents; beyond it nothing of a neighbour is seen
+    part = pipeline.translate(latents[..., 4:60, 4:60], image[..., 32:480, 32:480] if pipeline.uses_image else None)
+    reach = 24  # latents; beyond it nothing of a neighbour is seen
     assert torch.allclose(
-        whole[..., 8:40, 8:40][..., reach:-reach, reach:-reach], part[..., reach:-reach, reach:-reach], atol=1e-4
+        whole[..., 4:60, 4:60][..., reach:-reach, reach:-reach], part[..., reach:-reach, reach:-reach], atol=1e-4
     )
 
 
@@ -104,13 +105,13 @@ def test_beats_decoding_and_encoding_again(path, shared):
     pipeline = PipelineWithVAEs.from_checkpoint(path, *vaes, vae1_subfolder="", vae2_subfolder="")
     photos = ImageDataset(ImageFiles(list_images(shared / "photos" / "eval")[::17]), SIZE)  # six, of many kinds
     loader = eval_loader(photos, 6, 0)
-    rungs = Ladder(pipeline, torch.float32, only=("vae2", "reencode", "aligned"))
-    ladder = evaluate(rungs, loader, show_progress=False)["ladder"]
-    aligned, reencode, vae2 = (ladder[name] for name in ("aligned", "reencode", "vae2"))
+    rungs = Ladder(pipeline, torch.float32, only=("reencode", "aligned"))
+    ladder = evaluate(rungs, loader, Measures(("st_lpips",), SIZE), show_progress=False)["ladder"]
+    aligned, reencode = (ladder[name] for name in ("aligned", "reencode"))
     assert aligned["psnr"] > reencode["psnr"]
     assert aligned["latent_mse"] < reencode["latent_mse"]
     if pipeline.uses_image:
-        assert aligned["psnr"] > vae2["psnr"]
+        assert aligned["st_lpips_vgg"] < reencode["st_lpips_vgg"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
