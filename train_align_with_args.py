@@ -47,7 +47,7 @@ import dataloader
 from latents.cached_set import cached_loader
 from latents.encode_once import CacheOptions, cache_latents
 from latents.pipeline import PipelineWithVAEs, require_memory_for
-from latents.spaces import Codec, good_image_size
+from latents.spaces import Codec, decode_picture, good_image_size
 from latents.vaes import load_vae_model
 from losses import LOSSES, get_loss_function
 from runtime.cli import Parser, integer, load_config, naming, real, run, use_proxy
@@ -74,7 +74,7 @@ from training.linear_start import fit_ridge
 from training.log import RunLog, evaluate_and_log, log_hparams, log_model_stats, print_results, visualize_results
 from training.meter import Meter
 from training.muon import Muon
-from training.objective import PERCEPTUAL_LOSSES, Encoded, Objective, needs_pixels
+from training.objective import PERCEPTUAL_LOSSES, Encoded, Objective, needs_decoded, needs_pixels
 from training.preflight import claim_outputs, require_same_everywhere, warn_of_odd_flags
 from training.profile import StepProfile
 from training.resume import (
@@ -150,6 +150,8 @@ def build_parser() -> Parser:
     group.add_argument("--init", choices=("ridge", "vaes", "random"), default="ridge",
                        help="ridge: start at the closed-form linear map (latent inputs only); vaes: at VAE1's decoder and "
                        "VAE2's encoder (tiny autoencoders, --architecture tiny); random: anywhere")  # fmt: skip
+    group.add_argument("--init_module", help="with --init vaes: then take the trained layers of the module in this file, which "
+                       "has the same width and the image among its inputs")  # fmt: skip
     group.add_argument("--load_checkpoint", help="start from this checkpoint's weights; the architecture comes with them")
 
     group = parser.add_argument_group("data")
@@ -399,7 +401,12 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
     options = (args.train_batch_size, args.num_workers, args.seed, args.cache_views)
     if args.cache_latents and vae1 is not None and vae2 is not None:
         kept = CacheOptions(
-            args.latent_cache_dir, args.cache_views, needs_pixels(args), bool(args.reencode_target), args.sample_posterior
+            args.latent_cache_dir,
+            args.cache_views,
+            with_images=needs_pixels(args),
+            reencoded=bool(args.reencode_target),
+            decoded=needs_decoded(args),
+            sample=args.sample_posterior,
         )
         machine = machine_of(accelerator, args.cache_per_machine)
         with naming("--latent_cache_dir", "--num_workers"):
@@ -412,12 +419,13 @@ def setup_optimizer(pipeline: PipelineWithVAEs, args: argparse.Namespace) -> tor
     """The optimizer that --optimizer names, over the align module's parameters and no others; AdamW in one fused kernel
     where the device has it."""
     module = pipeline.training_module
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": pipeline.device.type in ("cuda", "cpu")}
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(module.parameters(), **options)
+        return torch.optim.AdamW(trained, **options)
     matrices = module.hidden_weights()
     known = {id(weight) for weight in matrices}
-    return Muon(matrices, [parameter for parameter in module.parameters() if id(parameter) not in known], **options)
+    return Muon(matrices, [parameter for parameter in trained if id(parameter) not in known], **options)
 
 
 @torch.no_grad()
@@ -543,7 +551,7 @@ def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
                 if args.init == "ridge":
                     pipeline.module.start_from_ridge()
             if args.init == "vaes" and not start:
-                log.info(start_from_vaes(pipeline))
+                log.info(start_from_vaes(pipeline, args.init_module))
             objective.before_first_step(pipeline, train_loader, accelerator)
 
     optimizer = setup_optimizer(pipeline, args)
@@ -860,7 +868,10 @@ def dry_run(args: argparse.Namespace, parts: Parts, datasets, generator: torch.G
                 latents |= {"latents1": encoded.inputs["latents"]} if "latents" in encoded.inputs else {}
                 latents |= {"reencoded": encoded.reencoded.latents} if encoded.reencoded else {}
                 view_bytes = 2 * sum(tensor[0].numel() for tensor in latents.values())  # float16
-                view_bytes += batch["pixel_values"][0].numel() if needs_pixels(args) else 0  # 8 bits
+                if needs_decoded(args):
+                    latents["decoded"] = decode_picture(encoded.inputs["latents"], parts.pipeline.codec1)
+                pictures = needs_pixels(args) + needs_decoded(args)
+                view_bytes += pictures * batch["pixel_values"][0].numel()  # 8 bits
                 batches[number] = batch | latents
         few, judged = FewBatches(train_loader, batches), FewBatches(eval_loader, first_batches(eval_loader, 1))
         run = prepare_run(rehearsed, parts, few)

@@ -236,10 +236,19 @@ class AlignConfig:
             _require_whole(name, getattr(self, name), low, high)
         if self.architecture not in ARCHITECTURES:
             raise AlignError(f"architecture {_shown(self.architecture)}: choose from {', '.join(ARCHITECTURES)}")
-        if self.architecture == "tiny" and "image" in types and self.downsample_times == 0:
+        if self.architecture == "tiny" and self.downsample_times == 0:
             raise AlignError("downsample_times 0: an image branch of architecture tiny halves at least once")
+        if self.draws and self.latent_stride & (self.latent_stride - 1):
+            raise AlignError(
+                f"latent_stride {self.latent_stride}: architecture tiny decodes latents whose stride is a power of 2"
+            )
         if max(self.latent_stride, self.out_stride) % min(self.latent_stride, self.out_stride):
             raise AlignError(f"strides {self.latent_stride} and {self.out_stride}: one must be a multiple of the other")
+
+    @property
+    def draws(self) -> bool:
+        """Whether the module makes the image that it looks at, out of VAE1's latents."""
+        return self.architecture == "tiny" and self.input_types == ("latent",)
 
     def to_dict(self) -> dict:
         """Plain JSON values, from which `from_dict` makes the config again."""
@@ -297,25 +306,16 @@ class Clamp(nn.Module):
         return torch.tanh(x / 3) * 3
 
 
-class LatentStages(nn.Sequential):
-    """Latents -> features on the same grid, by way of one twice as fine, where a decoder puts texture in.
+class PictureStages(nn.Sequential):
+    """Latents -> the picture of them, (B, 3, H, W) in [-1, 1]: the decoder of a tiny autoencoder, layer by layer."""
 
-    The first layers are those of a tiny autoencoder's decoder up to half the latents' stride (3 blocks at each of the two
-    grids), then come `num_blocks` blocks that lead over to the encoder of the other, and its convolution back.
-    """
-
-    def __init__(self, in_channels: int, hidden_channels: int, num_blocks: int):
-        super().__init__(
-            Clamp(),
-            nn.Conv2d(in_channels, hidden_channels, 3, padding=1),
-            nn.ReLU(),
-            *_stage_blocks(hidden_channels),
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1, bias=False),
-            *_stage_blocks(hidden_channels),
-            *_stage_blocks(hidden_channels, num_blocks),
-            _halving(hidden_channels),
-        )
+    def __init__(self, in_channels: int, hidden_channels: int, stride: int):
+        layers = [Clamp(), nn.Conv2d(in_channels, hidden_channels, 3, padding=1), nn.ReLU()]
+        for _ in range(stride.bit_length() - 1):
+            layers += [*_stage_blocks(hidden_channels), nn.Upsample(scale_factor=2)]
+            layers += [nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1, bias=False)]
+        layers += [StageBlock(hidden_channels), nn.Conv2d(hidden_channels, 3, 3, padding=1), nn.Hardtanh()]
+        super().__init__(*layers)
 
 
 class ImageStages(nn.Sequential):
@@ -353,14 +353,14 @@ class AlignModule(nn.Module):
                                               + ── num_blocks residual blocks ── conv ──── + ── z2 (B, C2, H/s2, W/s2)
         image (B, 3, H, W) ── ImageBranch ────┘
 
-    Architecture "tiny", made of a tiny autoencoder's parts, whose weights can be its start (`training/vae_start.py`):
+    Architecture "tiny", made of a tiny autoencoder's parts, whose weights are its start (`training/vae_start.py`):
 
-        z1 alone ── LatentStages ─────┐
-        z1 beside an image ─ conv 3x3 ┤
-                                      + ── 3 stage blocks ── conv ── z2
-        image ── ImageStages ─────────┘
+        z1 ── conv 3x3 ──────┐
+                             + ── 3 + num_blocks stage blocks ── conv ── z2
+        image ─ ImageStages ─┘
 
-    There `num_blocks` counts further blocks: on the finer grid of LatentStages; beside an image, after the three.
+    Without image among its inputs it looks at its own picture of z1, which PictureStages makes. They are VAE1's decoder and
+    stay as they are: the rest sees from them how z1 looks, texture included. Who has that picture may pass it as `image`.
 
     Convolutions only and no batch statistics: any size and aspect ratio, the same in training and in use. The buffers
     `ridge_weight` and `ridge_bias` keep the closed-form linear map that `remember_ridge` was given.
@@ -379,27 +379,27 @@ class AlignModule(nn.Module):
             folded = config.latent_channels * self.fold**2
             if plain:
                 self.linear = nn.Conv2d(folded, config.out_channels, 3, padding=1)
-            if plain or "image" in config.input_types:
-                self.latent_in = nn.Conv2d(folded, hidden, 3, padding=1)
-            else:
-                self.latent_in = LatentStages(folded, hidden, config.num_blocks)
+            self.latent_in = nn.Conv2d(folded, hidden, 3, padding=1)
             self.register_buffer("ridge_weight", torch.zeros(config.out_channels, folded, 3, 3))
             self.register_buffer("ridge_bias", torch.zeros(config.out_channels))
-        if "image" in config.input_types:
+        if config.draws:
+            self.picture = PictureStages(config.latent_channels, hidden, config.latent_stride).requires_grad_(False)
+        if config.draws or "image" in config.input_types:
             self.image_in = (ImageBranch if plain else ImageStages)(hidden, config.downsample_times)
         if plain:
             self.blocks = nn.Sequential(*(ResidualBlock(hidden) for _ in range(config.num_blocks)), nn.SiLU())
         else:
-            between = config.num_blocks if "image" in config.input_types else 0
-            self.blocks = nn.Sequential(*_stage_blocks(hidden, between + STAGE_BLOCKS))
+            self.blocks = nn.Sequential(*_stage_blocks(hidden, STAGE_BLOCKS + config.num_blocks))
         self.out = nn.Conv2d(hidden, config.out_channels, 3, padding=1)
 
     def forward(self, latents: torch.Tensor | None = None, image: torch.Tensor | None = None) -> torch.Tensor:
         hidden = 0
+        if self.config.draws and image is None:
+            image = self.picture(latents)
         if "latent" in self.config.input_types:
             latents = self.on_output_grid(latents)
             hidden = self.latent_in(latents)
-        if "image" in self.config.input_types:
+        if hasattr(self, "image_in"):
             hidden = hidden + self._features_on_output_grid(image)
         aligned = self.out(self.blocks(hidden))
         return aligned + self.linear(latents) if hasattr(self, "linear") else aligned
@@ -457,11 +457,8 @@ class AlignModule(nn.Module):
 
     def hidden_weights(self) -> list[nn.Parameter]:
         """The weights of the convolutions of blocks and image branch, which an optimizer may treat as matrices."""
-        layers = [*self.blocks.modules()]
-        for branch in (getattr(self, "latent_in", None), getattr(self, "image_in", None)):
-            if isinstance(branch, nn.Sequential):
-                layers += branch.modules()
-        return [layer.weight for layer in layers if isinstance(layer, nn.Conv2d)]
+        branch = self.image_in.modules() if hasattr(self, "image_in") else ()
+        return [layer.weight for layer in (*self.blocks.modules(), *branch) if isinstance(layer, nn.Conv2d)]
 
     def remember_ridge(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         """Keep the closed-form linear map (a 3x3 convolution's weight and bias) beside the weights."""

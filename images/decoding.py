@@ -141,3 +141,8 @@ def resized_crop(image: Image.Image, short_side: int, size: int, at: tuple[float
 def to_pixel_values(levels: torch.Tensor) -> torch.Tensor:
     """8-bit levels, uint8 -> float32 in [-1, 1]."""
     return levels.float() / 127.5 - 1
+
+
+def to_levels(pixel_values: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] -> 8-bit levels, uint8."""
+    return ((pixel_values + 1) * 127.5).round().to(torch.uint8)

@@ -17,7 +17,7 @@ class CachedDataset(Dataset):
     """Training batches out of a latent cache, asked for as lists of (index, view).
 
     The index counts the images that are in the cache; the batch carries `latents1`, `latents2` and, where the cache has them,
-    `reencoded` and `pixel_values`, beside what every batch has.
+    `reencoded`, `decoded` and `pixel_values`, beside what every batch has.
 
     Attributes:
         images: (M,) the indices in `dataset` of the images that are in this cache. rows: (M, views) their places in it.
@@ -41,7 +41,7 @@ class CachedDataset(Dataset):
         }
         for name, column in self.cache.read(rows).items():
             values = torch.from_numpy(column)
-            batch[name] = to_pixel_values(values) if name == "pixel_values" else values.float()
+            batch[name] = to_pixel_values(values) if values.dtype == torch.uint8 else values.float()
         return batch
 
 

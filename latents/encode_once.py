@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from dataloader import ImageDataset, UnreadableImage
-from images.decoding import image_reader, to_pixel_values
+from images.decoding import image_reader, to_levels, to_pixel_values
 from images.files import digest_of
 from latents.cache import LatentCache, addresses_of, cache_key
 from latents.cached_set import CachedDataset, as_it_is
 from latents.claims import ChunkClaims
 from latents.contents import WORD, Contents, contents_of, words_of
-from latents.spaces import Codec, reencode
+from latents.spaces import Codec, decode_picture
 from runtime.device import memory_advice
 from runtime.processes import ALONE, Machine
 from runtime.workers import WorkerLoader, loader_options
@@ -97,7 +97,7 @@ class CacheOptions:
     Attributes:
         root: folder of caches. views: random crops and flips of each image.
         with_images: store the pixels too, for whoever reads the image beside its latents.
-        reencoded: store too what decode + re-encode makes of VAE1's latents.
+        reencoded: store too what decode + re-encode makes of VAE1's latents. decoded: the picture that VAE1 decodes, 8 bits.
         sample: store a draw from the posterior in place of its mean.
     """
 
@@ -105,6 +105,7 @@ class CacheOptions:
     views: int
     with_images: bool = False
     reencoded: bool = False
+    decoded: bool = False
     sample: bool = False
 
 
@@ -175,6 +176,8 @@ class LatentEncoder:
             columns["reencoded"] = columns["latents2"]
         if options.with_images:
             columns["pixel_values"] = ((3, size, size), "uint8")
+        if options.decoded:
+            columns["decoded"] = ((3, size, size), "uint8")
         key = {
             "vaes": [codec.fingerprint for codec in self.codecs.values()],
             "precision": [str(codec.vae.dtype) for codec in self.codecs.values()],
@@ -331,9 +334,12 @@ class LatentEncoder:
                     seed = np.random.SeedSequence((self.dataset.seed, first, number)).generate_state(1)[0]
                     generator = torch.Generator(codec.vae.device).manual_seed(int(seed))
                 rows[f"latents{number}"] = codec.encode(images, self.options.sample, generator).half().cpu().numpy()
+            if self.options.reencoded or self.options.decoded:
+                picture = decode_picture(torch.from_numpy(rows["latents1"]).to(self.codecs[1].vae.device), self.codecs[1])
             if self.options.reencoded:
-                latents = torch.from_numpy(rows["latents1"]).to(self.codecs[1].vae.device)
-                rows["reencoded"] = reencode(latents, *self.codecs.values()).half().cpu().numpy()
+                rows["reencoded"] = self.codecs[2].encode(picture).half().cpu().numpy()
+            if self.options.decoded:
+                rows["decoded"] = to_levels(picture).cpu().numpy()
         return rows
 
     def _finite(self, items: list[EncodingItem], encoded: dict[str, np.ndarray], left_out: list[dict]) -> np.ndarray:

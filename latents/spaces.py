@@ -214,7 +214,13 @@ class Codec:
 @torch.no_grad()
 def reencode(latents: torch.Tensor, codec1: Codec, codec2: Codec) -> torch.Tensor:
     """VAE1's scaled latents -> VAE2's of the picture that VAE1 decodes from them: the detour that a module saves."""
-    return codec2.encode(codec1.decode(latents).clamp(-1, 1))
+    return codec2.encode(decode_picture(latents, codec1))
+
+
+@torch.no_grad()
+def decode_picture(latents: torch.Tensor, codec: Codec) -> torch.Tensor:
+    """Scaled latents -> the picture that a viewer sees of them, (B, 3, H, W) in [-1, 1]."""
+    return codec.decode(latents).clamp(-1, 1)
 
 
 def _is_tiny(path, family: Family) -> bool:

@@ -110,7 +110,7 @@ class DecodedWindow:
         self.bias = loss.colours.bias_of(self.shown, reference)
         self.wanted = self._seen_wanted = loss.colours.shifted(reference)
         if reencoded:
-            self._seen_wanted = loss.colours.shifted(reencoded.picture_in(self.window)[self._inner])
+            self._seen_wanted = loss.colours.shifted(self.window.cut(reencoded.picture, self._codec.stride)[self._inner])
             self.wanted = self.wanted.lerp(self._seen_wanted, reencoded.weight)
 
     def _decode(self, latents):

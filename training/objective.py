@@ -257,6 +257,16 @@ def needs_pixels(args: argparse.Namespace) -> bool:
     return "image" in args.input_types or reads_images(args)
 
 
+def draws_pictures(args: argparse.Namespace) -> bool:
+    """Whether the module looks at the picture that VAE1 decodes; see `AlignConfig.draws`."""
+    return args.architecture == "tiny" and set(args.input_types) == {"latent"}
+
+
+def needs_decoded(args: argparse.Namespace) -> bool:
+    """Whether training batches must carry that picture."""
+    return draws_pictures(args) or (bool(args.reencode_target) and decodes_pictures(args))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Adversarial terms
 

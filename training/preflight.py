@@ -9,6 +9,7 @@ import os
 
 from runtime.cli import claim_writable_file, claim_writable_folder
 from runtime.processes import gathered
+from training.objective import draws_pictures
 from training.resume import names_digest
 from training.schedule import total_steps
 from utils import UserError
@@ -20,6 +21,10 @@ def claim_outputs(args: argparse.Namespace) -> None:
     """UserError unless everything that is to be written can be. A dry run creates nothing to find out."""
     if args.cache_only and not args.cache_latents:
         raise UserError("--cache_only: with --no_cache_latents there is no cache to build; leave one of them out")
+    if args.init_module and args.init != "vaes":
+        raise UserError(f"--init_module {args.init_module}: add --init vaes, whose start it goes on from")
+    if draws_pictures(args) and args.init != "vaes" and not (args.load_checkpoint or args.resume):
+        raise UserError("--architecture tiny: from latents alone it looks at the picture that VAE1 decodes; add --init vaes")
     try:
         args.log_dir.encode()
     except UnicodeEncodeError:

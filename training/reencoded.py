@@ -7,15 +7,11 @@ they have the texture that VAE1's decoder invents. With weight W the target is `
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from latents.spaces import Codec, reencode
-from training.window import Window
-
-REACH = 4  # latents around a window that are decoded with it, since VAE1's decoder looks at them
+from latents.spaces import Codec, decode_picture
 
 
 @dataclass
@@ -23,22 +19,13 @@ class Reencoded:
     """What decode + re-encode makes of a batch.
 
     Attributes:
-        latents: VAE2's, of the picture that VAE1 decodes, (B, channels, h, w). source: VAE1's, of any stride. weight: W.
+        latents: VAE2's, of the picture that VAE1 decodes, (B, channels, h, w). picture: that, (B, 3, H, W) in [-1, 1], or None
+            where a cache has left it out because nothing reads it. weight: W.
     """
 
-    codec1: Codec
-    codec2: Codec
-    source: torch.Tensor
     latents: torch.Tensor
+    picture: torch.Tensor | None
     weight: float
-
-    @torch.no_grad()
-    def picture_in(self, window: Window) -> torch.Tensor:
-        """What VAE1 decodes in a window of VAE2's latents: (items, 3, height · stride, width · stride) in [-1, 1]."""
-        stride = self.codec2.stride
-        area = window.widened(REACH, math.lcm(self.codec1.stride, stride) // stride)
-        picture = self.codec1.decode(area.cut_of_stride(self.source, stride, self.codec1.stride)).clamp(-1, 1)
-        return window.cut_from(picture, area, stride)
 
 
 @dataclass
@@ -55,8 +42,10 @@ class Reencoder:
 
     def __call__(self, batch: dict, source: torch.Tensor) -> Reencoded:
         """A training batch and VAE1's latents of it (B, channels, h, w)."""
-        if "reencoded" in batch:
-            latents = batch["reencoded"].to(source.device, non_blocking=True)
-        else:
-            latents = reencode(source, self.codec1, self.codec2)
-        return Reencoded(self.codec1, self.codec2, source, latents, self.weight)
+        if "reencoded" not in batch:
+            picture = decode_picture(source, self.codec1)
+            return Reencoded(self.codec2.encode(picture), picture, self.weight)
+        latents, picture = (
+            batch[name].to(source.device, non_blocking=True) if name in batch else None for name in ("reencoded", "decoded")
+        )
+        return Reencoded(latents, picture, self.weight)

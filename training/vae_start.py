@@ -1,7 +1,7 @@
-"""Where a module of architecture tiny starts: at the layers of VAE1's decoder and of VAE2's encoder.
+"""Where a module of architecture tiny starts: at the layers of VAE2's encoder, behind VAE1's decoder where it sees no image.
 
-A tiny autoencoder's decoder holds, on its two coarsest grids, what VAE1's latents say of an image; the last stage of an
-encoder holds how VAE2's latents say it. A module that has both needs to learn the way between them, not the two ends.
+The last stages of a tiny autoencoder's encoder hold how VAE2's latents say what is in an image, its decoder what VAE1's look
+like. A module that has both need not learn either.
 """
 
 from __future__ import annotations
@@ -13,45 +13,76 @@ from torch import nn
 
 from latents.pipeline import PipelineWithVAEs
 from utils import UserError, count_of
-from vae_align import STAGE_BLOCKS, StageBlock
+from vae_align import STAGE_BLOCKS, StageBlock, module_of, read_checkpoint
+
+LARGEST_DIFFERENCE = 0.05  # between VAE1's pictures and the module's, of their spread: more than bfloat16 rounds off
 
 
 @torch.no_grad()
-def start_from_vaes(pipeline: PipelineWithVAEs) -> str:
-    """Copy into the module what fits of its two tiny autoencoders, and make an identity of every further block.
+def start_from_vaes(pipeline: PipelineWithVAEs, file: str | None = None) -> str:
+    """Copy into the module what fits of its two tiny autoencoders, and make an identity of every further block; then the
+    layers of the module in `file`, if one is named.
 
-    Returns a line that says what was copied. UserError where either VAE is no tiny autoencoder, or where none of its layers
-    has the width of the module.
+    Returns a line that says what was copied. UserError where a VAE that is needed is no tiny autoencoder, where none of its
+    layers has the width of the module, or where the file's module has other layers.
     """
     module = pipeline.module
     if module.config.architecture != "tiny":
         raise UserError("--init vaes: the plain architecture has no layers like theirs; add --architecture tiny")
-    decoder = _layers(pipeline.codec1.vae.model, "decoder", "VAE1")
+    copied = [_copy_decoder(pipeline)] if module.config.draws else []
     encoder = _layers(pipeline.codec2.vae.model, "encoder", "VAE2")
-    copied = []
-    further = [*module.blocks][STAGE_BLOCKS:]
-    coarse = [*zip(module.blocks, encoder[-1 - STAGE_BLOCKS : -1]), (module.out, encoder[-1])]
-    last_halving = encoder[-2 - STAGE_BLOCKS]
-    if "image" in module.config.input_types:
+    pairs = [*zip(module.blocks, encoder[-1 - STAGE_BLOCKS : -1]), (module.out, encoder[-1])]
+    if hasattr(module, "image_in"):
         # from the back, since the fine end differs: the module's first layers work on 2x2 pixels
         mine = [layer for layer in module.image_in if _has_weights(layer)][2:]
-        theirs = encoder[: -1 - STAGE_BLOCKS]
-        pairs = _stages_from_the_back(mine, theirs)
-        if "latent" in module.config.input_types:
-            nn.init.zeros_(module.latent_in.weight)
-            nn.init.zeros_(module.latent_in.bias)
-    else:
-        *mine, halving = [layer for layer in module.latent_in if _has_weights(layer)]
-        like_decoder = 2 * (1 + STAGE_BLOCKS)
-        pairs = [*zip(mine[:like_decoder], decoder), (halving, last_halving)]
-        further += mine[like_decoder:]
-        copied.append(_copy(pairs[:-1], "VAE1's decoder"))
-        pairs = pairs[-1:]
-    copied.append(_copy(pairs + coarse, "VAE2's encoder"))
-    for block in further:
-        nn.init.zeros_(block.conv[-1].weight)
-        nn.init.zeros_(block.conv[-1].bias)
+        pairs += _stages_from_the_back(mine, encoder[: -1 - STAGE_BLOCKS])
+    copied.append(_copy(pairs, "VAE2's encoder"))
+    new = [block.conv[-1] for block in [*module.blocks][STAGE_BLOCKS:]]
+    if "latent" in module.config.input_types:
+        new.append(module.latent_in)
+    for layer in new:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    if file:
+        copied.append(_copy_module(module, file))
     return "the module starts with " + " and ".join(copied)
+
+
+def _copy_decoder(pipeline: PipelineWithVAEs) -> str:
+    """Make the module's picture of latents VAE1's. UserError unless it then draws what VAE1 decodes."""
+    codec, picture = pipeline.codec1, pipeline.module.picture
+    decoder = _layers(codec.vae.model, "decoder", "VAE1")
+    mine = [layer for layer in picture if _has_weights(layer)]
+    said = _copy([*itertools.zip_longest(mine, decoder)], "VAE1's decoder")
+    mine[-1].weight.mul_(2)  # the decoder's pixels are in [0, 1], the module's in [-1, 1]
+    mine[-1].bias.mul_(2).sub_(1)
+    latents = torch.randn(1, codec.channels, 8, 8, generator=torch.Generator().manual_seed(0)).to(mine[-1].weight.device)
+    decoded = codec.decode(latents).clamp(-1, 1)
+    difference = ((picture(latents) - decoded).std() / decoded.std()).item()
+    if not difference < LARGEST_DIFFERENCE:
+        raise UserError(
+            f"--init vaes: the module cannot hold VAE1's decoder ({said} fit, and pictures differ by {difference:.0%}): train "
+            "with another tiny autoencoder of its latent space, or with --architecture plain"
+        )
+    return said
+
+
+def _copy_module(module: nn.Module, file: str) -> str:
+    """Take every trained layer from the module in a file; maps and VAE1's decoder are the pair's own."""
+    found = module_of(read_checkpoint(file)).state_dict()
+    own = module.state_dict()
+    wanted = [name for name in own if name.startswith(("latent_in.", "image_in.", "blocks.", "out."))]
+    other = [name for name in wanted if name in found and found[name].shape != own[name].shape]
+    missing = [name for name in wanted if name not in found and not name.startswith("latent_in.")]
+    if other or missing:
+        raise UserError(
+            f"--init_module {file}: its {(missing + other)[0]} is missing or of another shape than the module's; name one with "
+            "an image among its inputs and the same --architecture, --hidden_channels and --num_blocks"
+        )
+    for name in wanted:
+        if name in found:
+            own[name].copy_(found[name])
+    return f"the trained layers of {file}"
 
 
 def _layers(vae: nn.Module, part: str, label: str) -> list[nn.Module]:
@@ -97,9 +128,11 @@ def _copy(pairs, whose: str) -> str:
     count = total = 0
     for mine, theirs in pairs:
         total += 1
-        weights = [layer for layer in theirs.modules() if isinstance(layer, nn.Conv2d)]
+        if mine is None or theirs is None:
+            continue
         if isinstance(mine, StageBlock):
-            weights = [layer for layer in theirs.conv if isinstance(layer, nn.Conv2d)]
+            theirs = getattr(theirs, "conv", theirs)  # beside it blocks may have layers for a skip
+        weights = [layer for layer in theirs.modules() if isinstance(layer, nn.Conv2d)]
         own = [layer for layer in mine.modules() if isinstance(layer, nn.Conv2d)]
         if [layer.weight.shape for layer in own] != [layer.weight.shape for layer in weights]:
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,26 +27,6 @@ class Window:
         """The window of a batch (B, C, h, w) that has `scale` values where latents have one."""
         rows = slice(self.top * scale, (self.top + self.height) * scale)
         return tensor[: self.items][..., rows, self.left * scale : (self.left + self.width) * scale]
-
-    def cut_of_stride(self, tensor: torch.Tensor, stride: int, other: int) -> torch.Tensor:
-        """The window, which is one in latents of `stride`, of latents of the stride `other`."""
-        edges = (self.top, self.top + self.height, self.left, self.left + self.width)
-        above, below, before, after = (edge * stride // other for edge in edges)
-        return tensor[: self.items][..., above:below, before:after]
-
-    def cut_from(self, tensor: torch.Tensor, area: Window, scale: int = 1) -> torch.Tensor:
-        """The window of what was cut out of a larger `area` around it."""
-        top, left = (self.top - area.top) * scale, (self.left - area.left) * scale
-        return tensor[..., top : top + self.height * scale, left : left + self.width * scale]
-
-    def widened(self, by: int, step: int = 1) -> Window:
-        """The window and at least `by` latents around it, as far as the image goes, with edges at multiples of `step`."""
-        edges = []
-        for start, length, end in zip((self.top, self.left), (self.height, self.width), self.whole):
-            first = max(0, start - by) // step * step
-            edges.append((first, min(end, -(-(start + length + by) // step) * step) - first))
-        (top, height), (left, width) = edges
-        return replace(self, top=top, left=left, height=height, width=width)
 
     def inner(self, margin: int, stride: int) -> tuple:
         """The index of the part of a decoded window (height · stride, width · stride) that is at least `margin` latents

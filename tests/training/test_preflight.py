@@ -31,6 +31,8 @@ REFUSED = {  # changes to a run's flags, and what the line says
     "images that are nowhere": ({"train_data_dir": "{}/none", "vae1_path": "{}/none"}, "--train_data_dir"),
     "a checkpoint without a name": ({"resume": ""}, "--resume ''"),
     "weights without a name": ({"load_checkpoint": ""}, "--load_checkpoint ''"),
+    "latents alone, and no decoder to look with": ({"architecture": "tiny", "input_types": ["latent"]}, "--architecture tiny"),
+    "a module's layers, and no start": ({"init_module": "module.safetensors"}, "--init_module module.safetensors"),
     "compiling without a compiler": ({"compile": True}, "--compile"),
     "device that nobody has": ({"device": "cuda:99"}, "--device cuda:99"),
 }

@@ -18,8 +18,7 @@ from training.decoded_image import (
     pixel_difference,
 )
 from training.objective import Objective
-from training.reencoded import REACH, Reencoder
-from training.window import Window, draw_window
+from training.reencoded import Reencoder
 from utils import UserError
 
 
@@ -40,28 +39,15 @@ def test_latents_and_picture_are_those_of_decode_and_re_encode(codecs):
     picture = codec1.decode(source).clamp(-1, 1)
     torch.testing.assert_close(made.latents, codec2.encode(picture))
     assert not made.latents.requires_grad
-    torch.testing.assert_close(made.picture_in(draw_window((6, 8), 0, 2, 0, 0)), picture[:2])
+    torch.testing.assert_close(made.picture, picture)
 
 
 def test_what_the_batch_brings_is_not_encoded_again(codecs):
     """A cache that is built and not read."""
-    latents = torch.randn(2, 16, 6, 6)
-    made = Reencoder(*codecs, 0.5)({"reencoded": latents}, codecs[0].encode(torch.rand(2, 3, 48, 48)))
-    assert torch.equal(made.latents, latents)
-
-
-def test_a_window_is_decoded_with_its_surroundings_and_put_back_in_its_place():
-    """A window that is off by its margin, or edges that the other VAE's grid does not have."""
-    places = torch.arange(40.0).view(1, 1, 40, 1) + 100 * torch.arange(40.0)
-    window = Window(1, 17, 0, 6, 9, (40, 40))
-    area = window.widened(REACH, 4)
-    assert (area.top, area.top + area.height, area.left, area.left + area.width) == (12, 28, 0, 16)
-    assert torch.equal(window.cut_from(area.cut(places), area), window.cut(places))
-    fine = places.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    assert torch.equal(area.cut_of_stride(fine, 8, 4), area.cut(fine, 2))
-    assert torch.equal(area.cut_of_stride(places[..., ::2, ::2], 8, 16), area.cut(places)[..., ::2, ::2])
-    whole = draw_window((4, 4), 0, 1, 0, 0).widened(REACH)
-    assert (whole.height, whole.width) == (4, 4)
+    source, latents, picture = codecs[0].encode(torch.rand(2, 3, 48, 48)), torch.randn(2, 16, 6, 6), torch.rand(2, 3, 48, 48)
+    made = Reencoder(*codecs, 0.5)({"reencoded": latents, "decoded": picture}, source)
+    assert torch.equal(made.latents, latents) and torch.equal(made.picture, picture)
+    assert Reencoder(*codecs, 0.5)({"reencoded": latents}, source).picture is None
 
 
 def test_pixels_and_perception_follow_the_re_encoded_picture(codecs):
@@ -71,7 +57,7 @@ def test_pixels_and_perception_follow_the_re_encoded_picture(codecs):
     images = torch.rand(2, 3, 48, 48) * 2 - 1
     target, seen = codec2.encode(images), []
     made = reencoded(codecs, images)
-    picture = codec1.decode(made.source).clamp(-1, 1)
+    picture = codec1.decode(codec1.encode(images)).clamp(-1, 1)
     network = picture_distance(lambda shown, wanted: seen.append(wanted) or shown.mean(dim=(1, 2, 3)))
     loss = DecodedImageLoss(codec2, 2, 0, "original", 0, terms=[(1.0, pixel_difference("mse")), (0.0, network)])
     value, window = loss(target, target, images, 0, made)

@@ -4,14 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
 from runs import QUIET, same_weights, train
 
 from latents.tiny import TinyAutoencoder
 from training.vae_start import start_from_vaes
 from utils import UserError
-from vae_align import AlignConfig, AlignModule, AlignPipeline
+from vae_align import PRETRAINED_NAME, AlignConfig, AlignModule, AlignPipeline
 
 WIDTH = 8
 
@@ -21,43 +20,69 @@ def tiny(channels, **options):
     return AutoencoderTiny(latent_channels=channels, **widths, **options).eval().requires_grad_(False)
 
 
-def started(*input_types, num_blocks=2, vaes=None, **changes):
-    """A module that starts at two tiny autoencoders of four and six channels; the two."""
+def tiny_from(folder):
+    return AutoencoderTiny.from_pretrained(folder)
+
+
+def started(*input_types, num_blocks=2, vaes=None, file=None, **changes):
+    """A module that starts at two tiny autoencoders of four and six channels; the two; what is said."""
     vae1, vae2 = vaes or (tiny(4), tiny(6))
     values = {"architecture": "tiny", "hidden_channels": WIDTH, "out_channels": 6, "num_blocks": num_blocks} | changes
     module = AlignModule(AlignConfig(input_types=input_types, **values))
     pipeline = SimpleNamespace(module=module, codec1=_codec(vae1), codec2=_codec(vae2))
-    return module, vae1, vae2, start_from_vaes(pipeline)
+    return module, vae1, vae2, start_from_vaes(pipeline, file)
 
 
 def _codec(model):
-    return SimpleNamespace(vae=SimpleNamespace(model=model))
+    channels = model.config["latent_channels"]
+    return SimpleNamespace(vae=SimpleNamespace(model=model), channels=channels, decode=lambda z: model.decode(z).sample)
 
 
-def test_latents_go_through_the_decoders_coarse_stages_and_the_encoders_last():
-    """Catches a layer copied to another's place, a missing clamp, and a further block that is no identity at the start."""
-    module, vae1, vae2, said = started("latent")
-    latents = 3 * torch.randn(2, 4, 5, 6)
-    decoder, encoder = vae1.decoder.layers, vae2.encoder.layers
-    finer = decoder[:10](torch.tanh(latents / 3) * 3)  # to the last block at half the latents' stride
-    expected = encoder[10:](F.relu(finer))
-    torch.testing.assert_close(module(latents), expected)
-    assert said == "the module starts with 8 layers of 8 from VAE1's decoder and 5 layers of 5 from VAE2's encoder"
+def by_stages(module, vae2, image):
+    """What the module's own first layers and the stages of VAE2's encoder behind them make of an image."""
+    for layer in list(module.image_in)[:4]:
+        image = layer(image)
+    encoder = vae2.encoder.layers
+    return encoder[10:](encoder[6:10](encoder[3](image)))
 
 
 @pytest.mark.parametrize("input_types", [("image",), ("image", "latent")])
 def test_an_image_goes_through_the_encoders_stages(input_types):
     """Catches stages paired from the fine end, where the module has fewer blocks, and latents that disturb the start."""
-    module, _, vae2, _ = started(*input_types)
-    encoder = vae2.encoder.layers
+    module, _, vae2, said = started(*input_types)
     image = torch.rand(2, 3, 32, 48) * 2 - 1
-    front = image
-    for layer in list(module.image_in)[:4]:
-        front = layer(front)
-    expected = encoder[10:](encoder[6:10](encoder[3](front)))
-    torch.testing.assert_close(
-        module(torch.randn(2, 4, 4, 6), image) if len(input_types) == 2 else module(image=image), expected
-    )
+    aligned = module(torch.randn(2, 4, 4, 6), image) if len(input_types) == 2 else module(image=image)
+    torch.testing.assert_close(aligned, by_stages(module, vae2, image))
+    assert said == "the module starts with 10 layers of 10 from VAE2's encoder"
+
+
+def test_latents_alone_go_through_the_picture_that_vae1_decodes():
+    """Catches a decoder's layer copied to another's place, a missing clamp, and pixels of another range than an image's."""
+    module, vae1, vae2, said = started("latent")
+    latents = 3 * torch.randn(2, 4, 5, 6)
+    image = vae1.decode(latents).sample.clamp(-1, 1)
+    torch.testing.assert_close(module.picture(latents), image)
+    torch.testing.assert_close(module(latents), by_stages(module, vae2, image))
+    assert said.startswith("the module starts with 15 layers of 15 from VAE1's decoder and 10 layers of 10 from VAE2's")
+
+
+@pytest.mark.parametrize("hidden_channels", [WIDTH, 2 * WIDTH])
+def test_a_trained_module_gives_its_layers_and_no_other_pairs_map(hidden_channels, tmp_path):
+    """Catches layers left at the VAEs', a picture or a linear map of another pair, and a width that does not fit."""
+    config = AlignConfig(("image", "latent"), 4, 6, hidden_channels, architecture="tiny")
+    trained = AlignPipeline(AlignModule(config))
+    trained.module.remember_ridge(torch.ones(6, 4, 3, 3), torch.ones(6))
+    trained.save_pretrained(tmp_path)
+    file = str(tmp_path / PRETRAINED_NAME)
+    if hidden_channels != WIDTH:
+        with pytest.raises(UserError, match=r"^--init_module .*: its latent_in.weight is .* of another shape"):
+            started("latent", file=file)
+        return
+    module, vae1, _, said = started("latent", file=file)
+    latents = torch.randn(1, 4, 3, 3)
+    torch.testing.assert_close(module(latents), trained.module(latents, vae1.decode(latents).sample.clamp(-1, 1)))
+    assert not module.has_ridge
+    assert said.endswith(f"and the trained layers of {file}")
 
 
 def test_the_authors_own_format_starts_the_same_module():
@@ -71,8 +96,11 @@ def test_the_authors_own_format_starts_the_same_module():
             for layer, source in zip(mine, weights):
                 layer.load_state_dict(source.state_dict())
     latents = torch.randn(1, 4, 3, 3)
-    first, second = (started("latent", vaes=vaes, hidden_channels=64)[0](latents) for vaes in (models, converted))
-    assert torch.equal(first, second)
+    aligned = []
+    for vaes in (models, converted):
+        torch.manual_seed(0)  # the layers that no autoencoder has
+        aligned.append(started("latent", vaes=vaes, hidden_channels=64)[0](latents))
+    assert torch.equal(*aligned)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +109,8 @@ def test_the_authors_own_format_starts_the_same_module():
         ("add --architecture tiny", {"architecture": "plain"}),
         ("set --hidden_channels to the autoencoder's width", {"hidden_channels": 16}),
         ("VAE1 is no tiny autoencoder", {"vaes": (AutoencoderKL(block_out_channels=(32,), norm_num_groups=8), tiny(6))}),
+        ("12 layers of 16 from VAE1's decoder fit", {"vaes": (tiny(4, num_decoder_blocks=(3, 3, 4, 1)), tiny(6))}),
+        ("cannot hold VAE1's decoder .* pictures differ", {"vaes": (tiny(4, act_fn="gelu"), tiny(6))}),
     ],
 )
 def test_what_cannot_be_a_start_is_said(problem, changes):
@@ -93,6 +123,12 @@ def test_an_image_branch_that_never_halves_is_refused():
     """Catches a module whose front works on 2x2 pixels and which cannot be built."""
     with pytest.raises(ValueError, match=r"^downsample_times 0: .*halves at least once$"):
         AlignConfig(architecture="tiny", downsample_times=0)
+
+
+def test_latents_that_no_doubling_leads_to_pixels_are_refused():
+    """Catches a picture of another size than the image's."""
+    with pytest.raises(ValueError, match=r"^latent_stride 12: .*power of 2$"):
+        AlignConfig(("latent",), architecture="tiny", latent_stride=12, out_stride=12)
 
 
 @pytest.mark.parametrize("stride1, stride2", [(8, 16), (16, 8), (32, 8)])
@@ -109,7 +145,8 @@ def test_grids_of_different_stride_meet(input_types, stride1, stride2):
 
 
 def test_a_run_starts_there_resumes_and_is_given_away(flags, tmp_path):
-    """Catches a start that is made anew on resuming, and an architecture that is not in the file."""
+    """Catches a start that is made anew on resuming, a decoder that is trained or decays, and an architecture that is not in
+    the file."""
     for number, channels in ((1, 4), (2, 6)):
         tiny(channels).save_pretrained(tmp_path / f"tiny{number}")
         flags[f"vae{number}_path"] = tmp_path / f"tiny{number}"
@@ -119,5 +156,8 @@ def test_a_run_starts_there_resumes_and_is_given_away(flags, tmp_path):
     train(flags, tmp_path / "parts", **changes, max_train_steps=2)
     parts = train(flags, tmp_path / "parts", **changes, max_train_steps=3, resume="latest")
     assert same_weights(whole.last, parts.last)
+    vae1, module = tiny_from(tmp_path / "tiny1"), AlignPipeline.from_pretrained(whole.checkpoints[-1]).module
+    assert torch.equal(module.picture[1].weight, vae1.decoder.layers[0].weight)
+    assert module.blocks[0].conv[0].weight.ne(tiny_from(tmp_path / "tiny2").encoder.layers[11].conv[0].weight).any()
     AlignPipeline.from_pretrained(whole.checkpoints[-1]).save_pretrained(tmp_path / "given")
     assert AlignPipeline.from_pretrained(tmp_path / "given").config.architecture == "tiny"
