@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from runs import QUIET, same_weights, train
 
+from latents.pipeline import PipelineWithVAEs
 from latents.tiny import TinyAutoencoder
 from training.vae_start import start_from_vaes
 from utils import UserError
@@ -63,6 +64,8 @@ def test_latents_alone_go_through_the_picture_that_vae1_decodes():
     image = vae1.decode(latents).sample.clamp(-1, 1)
     torch.testing.assert_close(module.picture(latents), image)
     torch.testing.assert_close(module(latents), by_stages(module, vae2, image))
+    other = torch.rand_like(image)
+    torch.testing.assert_close(module(latents, other), by_stages(module, vae2, other))  # who has the picture passes it
     assert said.startswith("the module starts with 15 layers of 15 from VAE1's decoder and 10 layers of 10 from VAE2's")
 
 
@@ -142,6 +145,15 @@ def test_grids_of_different_stride_meet(input_types, stride1, stride2):
     if "image" in input_types:
         inputs["image"] = torch.zeros(1, 3, 64, 96)
     assert module(**inputs).shape == (1, 16, 64 // stride2, 96 // stride2)
+
+
+def test_a_picture_that_the_cache_holds_is_not_drawn_again():
+    """Catches steps that decode what is on the disk, at twice the time."""
+    pipeline = PipelineWithVAEs(started("latent")[0], None, None)
+    batch = {"latents1": torch.randn(2, 4, 4, 6), "latents2": torch.randn(2, 6, 4, 6), "decoded": torch.rand(2, 3, 32, 48)}
+    inputs, target, images = pipeline.encode_batch(batch)
+    assert torch.equal(inputs["image"], batch["decoded"]) and torch.equal(target, batch["latents2"])
+    assert images is None
 
 
 def test_a_run_starts_there_resumes_and_is_given_away(flags, tmp_path):
