@@ -58,7 +58,9 @@ def _copy_decoder(pipeline: PipelineWithVAEs) -> str:
     mine[-1].bias.mul_(2).sub_(1)
     latents = torch.randn(1, codec.channels, 8, 8, generator=torch.Generator().manual_seed(0)).to(mine[-1].weight.device)
     decoded = codec.decode(latents)
-    difference = ((picture[:-1](latents) - decoded).std() / decoded.std()).item()  # neither is clamped
+    unclamped = nn.Sequential(*list(picture)[:-1])
+    spread = (decoded - decoded.mean(dim=(2, 3), keepdim=True)).std()
+    difference = ((unclamped(latents) - decoded).std() / spread).item()
     if not difference < LARGEST_DIFFERENCE:
         raise UserError(
             f"--init vaes: the module cannot hold VAE1's decoder ({said} fit, and pictures differ by {difference:.0%}): train "
