@@ -90,7 +90,7 @@ from training.resume import (
 from training.schedule import is_due, save_is_due, setup_scheduler, total_steps
 from training.state import TrainingState
 from training.stream import StreamDataset, open_stream, stream_loader
-from training.vae_start import start_from_vaes
+from training.vae_start import grids_of, start_from_vaes
 from utils import UserError, count_of, one_line, write_json
 from vae_align import ARCHITECTURES, AlignConfig, AlignModule, read_checkpoint, spaces_of
 
@@ -321,6 +321,7 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace, start: Start | N
         require_same_vaes(start.content, codec1, codec2)
     elif start:
         adopt_architecture(args, start)
+    trained_for = AlignConfig.from_dict(start.content["align_config"]) if start else None
     config = AlignConfig(
         input_types=tuple(args.input_types),
         architecture=args.architecture,
@@ -331,12 +332,12 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace, start: Start | N
         latent_stride=codec1.stride,
         out_channels=codec2.channels,
         out_stride=codec2.stride,
+        **grids_of(codec1, codec2, args.architecture, trained_for),
     )
     with naming("--hidden_channels"):
         require_memory_for(config)
     module = AlignModule(config)
     if start:
-        trained_for = AlignConfig.from_dict(start.content["align_config"])
         for name in ("latent_channels", "latent_stride", "out_channels", "out_stride"):
             if getattr(config, name) != getattr(trained_for, name):
                 raise UserError(

@@ -40,6 +40,7 @@ LARGEST_PIXEL = 8.0  # no picture in [-1, 1] goes so far beyond, not even one th
 PRETRAINED_NAME = "model.safetensors"  # of the weights in a folder that `AlignPipeline.save_pretrained` writes
 ARCHITECTURES = ("plain", "tiny")  # residual blocks on VAE2's grid; the stages of tiny autoencoders, finer grids included
 STAGE_BLOCKS = 3  # of a tiny autoencoder, at each grid
+POOL_GROUPS = 4  # of the normalisation in TAEF2's pooled blocks
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)  # owner/name
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")  # of `hf_hub_download`
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -52,6 +53,7 @@ CHANNELS = {  # of scaled latents: the named spaces that have so many
     64: "hunyuan-image, qwen-image-2.1",
     128: "flux2, ltx, ltx2",
 }
+GRID_KEYS = ("latent_fold", "out_fold", "pooled_decoder")
 RANGES = {  # of an `AlignConfig`'s whole numbers; this tool writes no file with a number beyond them
     "latent_channels": (1, 8192),
     "out_channels": (1, 8192),
@@ -60,6 +62,8 @@ RANGES = {  # of an `AlignConfig`'s whole numbers; this tool writes no file with
     "downsample_times": (0, 12),
     "latent_stride": (1, 4096),
     "out_stride": (1, 4096),
+    "latent_fold": (1, 16),
+    "out_fold": (1, 16),
 }
 
 
@@ -215,6 +219,10 @@ class AlignConfig:
     `latent_channels` and `latent_stride` are VAE1's, `out_channels` and `out_stride` VAE2's (stride: image pixels per
     latent). The image branch halves `downsample_times` times. `architecture` says what the branches and blocks are made of:
     see `ARCHITECTURES`.
+
+    Of architecture tiny alone: `latent_fold` and `out_fold` say how many raw latents in a row and in a column one scaled latent
+    holds, 2 in FLUX.2's space; the module works on the raw ones' grid. `pooled_decoder`: whether VAE1's decoder has TAEF2's
+    blocks, which look at the whole picture, on its coarsest grid.
     """
 
     input_types: tuple[str, ...] = ("image", "latent")
@@ -226,6 +234,9 @@ class AlignConfig:
     latent_stride: int = 8
     out_stride: int = 8
     architecture: str = "plain"
+    latent_fold: int = 1
+    out_fold: int = 1
+    pooled_decoder: bool = False
 
     def __post_init__(self):
         types = tuple(kind for kind in ("image", "latent") if kind in self.input_types)
@@ -238,12 +249,28 @@ class AlignConfig:
             raise AlignError(f"architecture {_shown(self.architecture)}: choose from {', '.join(ARCHITECTURES)}")
         if self.architecture == "tiny" and self.downsample_times == 0:
             raise AlignError("downsample_times 0: an image branch of architecture tiny halves at least once")
+        if not isinstance(self.pooled_decoder, bool):
+            raise AlignError(f"pooled_decoder {_shown(self.pooled_decoder)}: must be true or false")
+        for kind in ("latent", "out"):
+            channels, stride, fold = (getattr(self, f"{kind}_{what}") for what in ("channels", "stride", "fold"))
+            if fold > 1 and self.architecture != "tiny":
+                raise AlignError(f"{kind}_fold {fold}: only architecture tiny works on unfolded latents")
+            if channels % fold**2 or stride % fold:
+                raise AlignError(
+                    f"{kind}_fold {fold}: {channels} channels of stride {stride} do not hold {fold}x{fold} latents"
+                )
         if self.draws and self.latent_stride & (self.latent_stride - 1):
             raise AlignError(
                 f"latent_stride {self.latent_stride}: architecture tiny decodes latents whose stride is a power of 2"
             )
-        if max(self.latent_stride, self.out_stride) % min(self.latent_stride, self.out_stride):
-            raise AlignError(f"strides {self.latent_stride} and {self.out_stride}: one must be a multiple of the other")
+        for stride in (self.out_stride, self.grid_stride):
+            if max(self.latent_stride, stride) % min(self.latent_stride, stride):
+                raise AlignError(f"strides {self.latent_stride} and {stride}: one must be a multiple of the other")
+
+    @property
+    def grid_stride(self) -> int:
+        """Image pixels per place of the grid on which the blocks work."""
+        return self.out_stride // self.out_fold
 
     @property
     def draws(self) -> bool:
@@ -251,8 +278,10 @@ class AlignConfig:
         return self.architecture == "tiny" and self.input_types == ("latent",)
 
     def to_dict(self) -> dict:
-        """Plain JSON values, from which `from_dict` makes the config again."""
-        return asdict(self) | {"input_types": list(self.input_types)}
+        """Plain JSON values, from which `from_dict` makes the config again. What older versions do not know is left out where
+        it changes nothing."""
+        values = asdict(self) | {"input_types": list(self.input_types)}
+        return {name: value for name, value in values.items() if name not in GRID_KEYS or value != getattr(AlignConfig, name)}
 
     @classmethod
     def from_dict(cls, values: dict) -> AlignConfig:
@@ -289,13 +318,23 @@ class ImageBranch(nn.Sequential):
 
 
 class StageBlock(nn.Module):
-    """relu(x + conv(relu(conv(relu(conv(x)))))): the block of tiny autoencoders (TAESD), whose weights it can take."""
+    """relu(x + conv(relu(conv(relu(conv(x)))))): the block of tiny autoencoders (TAESD), whose weights it can take. With
+    `pooled`, TAEF2's: x + pool(x) takes the place of x, and its normalisation looks at the whole picture."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, pooled: bool = False):
         super().__init__()
         self.conv = nn.Sequential(*_with_relu(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3)))
+        if pooled:
+            wide = 4 * channels
+            self.pool = nn.Sequential(
+                nn.Conv2d(channels, wide, 1, bias=False),
+                nn.GroupNorm(POOL_GROUPS, wide),
+                nn.ReLU(),
+                nn.Conv2d(wide, channels, 1, bias=False),
+            )
 
     def forward(self, x):
+        x = x + self.pool(x) if hasattr(self, "pool") else x
         return F.relu(x + self.conv(x))
 
 
@@ -309,12 +348,14 @@ class Clamp(nn.Module):
 class PictureStages(nn.Sequential):
     """Latents -> the picture of them, (B, 3, H, W) in [-1, 1]: the decoder of a tiny autoencoder, layer by layer."""
 
-    def __init__(self, in_channels: int, hidden_channels: int, stride: int):
-        layers = [Clamp(), nn.Conv2d(in_channels, hidden_channels, 3, padding=1), nn.ReLU()]
-        for _ in range(stride.bit_length() - 1):
-            layers += [*_stage_blocks(hidden_channels), nn.Upsample(scale_factor=2)]
-            layers += [nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1, bias=False)]
-        layers += [StageBlock(hidden_channels), nn.Conv2d(hidden_channels, 3, 3, padding=1), nn.Hardtanh()]
+    def __init__(self, config: AlignConfig):
+        hidden, fold = config.hidden_channels, config.latent_fold
+        layers = [nn.PixelShuffle(fold)] if fold > 1 else []
+        layers += [Clamp(), nn.Conv2d(config.latent_channels // fold**2, hidden, 3, padding=1), nn.ReLU()]
+        for doubled in range((config.latent_stride // fold).bit_length() - 1):
+            layers += _stage_blocks(hidden, pooled=config.pooled_decoder and doubled == 0)
+            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(hidden, hidden, 3, padding=1, bias=False)]
+        layers += [StageBlock(hidden), nn.Conv2d(hidden, 3, 3, padding=1), nn.Hardtanh()]
         super().__init__(*layers)
 
 
@@ -330,8 +371,8 @@ class ImageStages(nn.Sequential):
         super().__init__(*layers)
 
 
-def _stage_blocks(channels: int, count: int = STAGE_BLOCKS) -> list[nn.Module]:
-    return [StageBlock(channels) for _ in range(count)]
+def _stage_blocks(channels: int, count: int = STAGE_BLOCKS, pooled: bool = False) -> list[nn.Module]:
+    return [StageBlock(channels, pooled) for _ in range(count)]
 
 
 def _halving(channels: int) -> nn.Conv2d:
@@ -374,41 +415,40 @@ class AlignModule(nn.Module):
         self.config = config
         plain, hidden = config.architecture == "plain", config.hidden_channels
         if "latent" in config.input_types:
-            # a finer VAE1 grid is folded into channels, which loses nothing; a coarser one is repeated
-            self.fold = max(1, config.out_stride // config.latent_stride)
-            folded = config.latent_channels * self.fold**2
+            folded = self._channels_on(config.out_stride)
             if plain:
                 self.linear = nn.Conv2d(folded, config.out_channels, 3, padding=1)
-            self.latent_in = nn.Conv2d(folded, hidden, 3, padding=1)
+            self.latent_in = nn.Conv2d(self._channels_on(config.grid_stride), hidden, 3, padding=1)
             self.register_buffer("ridge_weight", torch.zeros(config.out_channels, folded, 3, 3))
             self.register_buffer("ridge_bias", torch.zeros(config.out_channels))
         if config.draws:
-            self.picture = PictureStages(config.latent_channels, hidden, config.latent_stride).requires_grad_(False)
+            self.picture = PictureStages(config).requires_grad_(False)
         if config.draws or "image" in config.input_types:
             self.image_in = (ImageBranch if plain else ImageStages)(hidden, config.downsample_times)
         if plain:
             self.blocks = nn.Sequential(*(ResidualBlock(hidden) for _ in range(config.num_blocks)), nn.SiLU())
         else:
             self.blocks = nn.Sequential(*_stage_blocks(hidden, STAGE_BLOCKS + config.num_blocks))
-        self.out = nn.Conv2d(hidden, config.out_channels, 3, padding=1)
+        self.out = nn.Conv2d(hidden, config.out_channels // config.out_fold**2, 3, padding=1)
 
     def forward(self, latents: torch.Tensor | None = None, image: torch.Tensor | None = None) -> torch.Tensor:
         hidden = 0
         if self.config.draws and image is None:
             image = self.picture(latents)
         if "latent" in self.config.input_types:
-            latents = self.on_output_grid(latents)
-            hidden = self.latent_in(latents)
+            hidden = self.latent_in(self._on_grid(latents, self.config.grid_stride))
         if hasattr(self, "image_in"):
-            hidden = hidden + self._features_on_output_grid(image)
+            hidden = hidden + self._features_on_grid(image)
         aligned = self.out(self.blocks(hidden))
-        return aligned + self.linear(latents) if hasattr(self, "linear") else aligned
+        if self.config.out_fold > 1:
+            aligned = F.pixel_unshuffle(aligned, self.config.out_fold)
+        return aligned + self.linear(self.on_output_grid(latents)) if hasattr(self, "linear") else aligned
 
-    def _features_on_output_grid(self, image: torch.Tensor) -> torch.Tensor:
-        """The image's features, at VAE2's stride. Which operation leads there depends on the config alone, and no size is
+    def _features_on_grid(self, image: torch.Tensor) -> torch.Tensor:
+        """The image's features, on the blocks' grid. Which operation leads there depends on the config alone, and no size is
         read but to hand it on: an exporter can leave sizes open."""
         features = self.image_in(image)
-        halved, stride = 2**self.config.downsample_times, self.config.out_stride
+        halved, stride = 2**self.config.downsample_times, self.config.grid_stride
         if halved == stride:
             return features
         if halved < stride and stride % halved == 0:
@@ -449,11 +489,18 @@ class AlignModule(nn.Module):
             )
 
     def on_output_grid(self, latents: torch.Tensor) -> torch.Tensor:
-        """VAE1's latents on VAE2's grid: folded into channels where VAE1's is finer, repeated where it is coarser."""
-        if self.fold > 1:
-            return F.pixel_unshuffle(latents, self.fold)
-        coarser = self.config.latent_stride // self.config.out_stride
+        """VAE1's latents on VAE2's grid: folded into channels where VAE1's is finer, which loses nothing, repeated where it is
+        coarser."""
+        return self._on_grid(latents, self.config.out_stride)
+
+    def _on_grid(self, latents: torch.Tensor, stride: int) -> torch.Tensor:
+        finer, coarser = stride // self.config.latent_stride, self.config.latent_stride // stride
+        if finer > 1:
+            return F.pixel_unshuffle(latents, finer)
         return F.interpolate(latents, scale_factor=coarser, mode="nearest") if coarser > 1 else latents
+
+    def _channels_on(self, stride: int) -> int:
+        return self.config.latent_channels * max(1, stride // self.config.latent_stride) ** 2
 
     def hidden_weights(self) -> list[nn.Parameter]:
         """The weights of the convolutions of blocks and image branch, which an optimizer may treat as matrices."""

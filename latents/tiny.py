@@ -11,39 +11,14 @@ import torch
 from torch import nn
 
 from utils import UserError, count_of
-from vae_align import Clamp
+from vae_align import Clamp, StageBlock
 
 SUFFIXES = (".safetensors", ".pth")
 WIDTH = 64
-POOL_GROUPS = 4
-
-
-class Block(nn.Module):
-    """relu(convs(x) + skip(x)), after x + pool(x) where the block is pooled."""
-
-    def __init__(self, n_in: int, n_out: int, pooled: bool = False):
-        super().__init__()
-        convs = [nn.Conv2d(n_in, n_out, 3, padding=1), nn.ReLU(), nn.Conv2d(n_out, n_out, 3, padding=1), nn.ReLU()]
-        self.conv = nn.Sequential(*convs, nn.Conv2d(n_out, n_out, 3, padding=1))
-        self.skip = nn.Conv2d(n_in, n_out, 1, bias=False) if n_in != n_out else nn.Identity()
-        self.pool = nn.Identity()
-        if pooled:
-            wide = 4 * n_in
-            self.pool = nn.Sequential(
-                nn.Conv2d(n_in, wide, 1, bias=False),
-                nn.GroupNorm(POOL_GROUPS, wide),
-                nn.ReLU(),
-                nn.Conv2d(wide, n_in, 1, bias=False),
-            )
-        self.pooled = pooled
-
-    def forward(self, x):
-        x = x + self.pool(x) if self.pooled else x
-        return torch.relu(self.conv(x) + self.skip(x))
 
 
 def _blocks(width: int, count: int = 3, pooled: bool = False) -> list[nn.Module]:
-    return [Block(width, width, pooled) for _ in range(count)]
+    return [StageBlock(width, pooled) for _ in range(count)]
 
 
 def make_encoder(channels: int, stride: int, pooled: bool = False) -> nn.Sequential:

@@ -249,13 +249,24 @@ def test_a_finer_vae1_grid_that_ends_within_a_latent_of_vae2_is_refused():
 
 @pytest.mark.parametrize(
     "options",
-    [{"input_types": ()}, {"input_types": ("latents",)}, {"hidden_channels": 0}, {"num_blocks": -1}, {"downsample_times": -1}],
+    [
+        {"input_types": ()}, {"input_types": ("latents",)}, {"hidden_channels": 0}, {"num_blocks": -1},
+        {"downsample_times": -1}, {"latent_fold": 2}, {"out_fold": 3, "architecture": "tiny"}, {"out_fold": 0},
+        {"pooled_decoder": 1},
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_a_config_that_makes_no_module_is_refused(options):
     """A typing error that becomes a module without inputs, or a traceback."""
     with pytest.raises(MISTAKES, match=next(iter(options))):
         AlignConfig(**options)
+
+
+def test_a_config_that_needs_nothing_new_stays_readable():
+    """A plain module's file with keys that older versions refuse; a folded one's without them."""
+    assert "out_fold" not in AlignConfig().to_dict()
+    config = AlignConfig(("latent",), 4, 128, out_stride=16, architecture="tiny", out_fold=2)
+    assert AlignConfig.from_dict(config.to_dict()) == config
 
 
 def test_order_and_repetition_of_input_types_do_not_matter():

@@ -12,10 +12,22 @@ import torch
 from torch import nn
 
 from latents.pipeline import PipelineWithVAEs
+from latents.spaces import Codec
 from utils import UserError, count_of
-from vae_align import STAGE_BLOCKS, StageBlock, module_of, read_checkpoint
+from vae_align import GRID_KEYS, STAGE_BLOCKS, AlignConfig, StageBlock, module_of, read_checkpoint
 
 LARGEST_DIFFERENCE = 0.05  # between VAE1's pictures and the module's, of their spread: more than bfloat16 rounds off
+
+
+def grids_of(codec1: Codec, codec2: Codec, architecture: str, trained_for: AlignConfig | None = None) -> dict:
+    """What a module's config says of its VAEs' own grids and blocks: only architecture tiny works on these. A module that was
+    trained before keeps what it was trained for."""
+    if trained_for:
+        return {name: getattr(trained_for, name) for name in GRID_KEYS}
+    if architecture != "tiny":
+        return {}
+    pooled = bool(codec1.vae.config.get("pooled"))
+    return dict(zip(GRID_KEYS, (codec1.vae.fold, codec2.vae.fold, pooled)))
 
 
 @torch.no_grad()
@@ -133,7 +145,11 @@ def _copy(pairs, whose: str) -> str:
         if mine is None or theirs is None:
             continue
         if isinstance(mine, StageBlock):
-            theirs = getattr(theirs, "conv", theirs)  # beside it blocks may have layers for a skip
+            if hasattr(mine, "pool"):
+                if not hasattr(theirs, "pool"):
+                    continue
+                mine.pool.load_state_dict(theirs.pool.state_dict())
+            mine, theirs = mine.conv, getattr(theirs, "conv", theirs)  # beside it blocks may have layers for a skip
         weights = [layer for layer in theirs.modules() if isinstance(layer, nn.Conv2d)]
         own = [layer for layer in mine.modules() if isinstance(layer, nn.Conv2d)]
         if [layer.weight.shape for layer in own] != [layer.weight.shape for layer in weights]:

@@ -4,14 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
 from runs import QUIET, same_weights, train
 
 from latents.pipeline import PipelineWithVAEs
 from latents.tiny import TinyAutoencoder
-from training.vae_start import start_from_vaes
+from training.vae_start import grids_of, start_from_vaes
 from utils import UserError
-from vae_align import PRETRAINED_NAME, AlignConfig, AlignModule, AlignPipeline
+from vae_align import PRETRAINED_NAME, AlignConfig, AlignModule, AlignPipeline, StageBlock
 
 WIDTH = 8
 
@@ -36,7 +37,12 @@ def started(*input_types, num_blocks=2, vaes=None, file=None, **changes):
 
 def _codec(model):
     channels = model.config["latent_channels"]
-    return SimpleNamespace(vae=SimpleNamespace(model=model), channels=channels, decode=lambda z: model.decode(z).sample)
+    fold = model.config.get("fold", 1)
+
+    def decode(latents):
+        return model.decode(F.pixel_shuffle(latents, fold)).sample
+
+    return SimpleNamespace(vae=SimpleNamespace(model=model), channels=channels * fold**2, decode=decode)
 
 
 def by_stages(module, vae2, image):
@@ -104,6 +110,50 @@ def test_the_authors_own_format_starts_the_same_module():
         torch.manual_seed(0)  # the layers that no autoencoder has
         aligned.append(started("latent", vaes=vaes, hidden_channels=64)[0](latents))
     assert torch.equal(*aligned)
+
+
+def folded(**changes):
+    """What `started` gives for FLUX.2's kind on both sides: pooled blocks, and 2x2 latents of eight channels as one."""
+    vaes = [TinyAutoencoder(8, pooled=True, fold=2).requires_grad_(False) for _ in range(2)]
+    for layer in vaes[0].decoder.modules():
+        if isinstance(layer, torch.nn.GroupNorm):
+            torch.nn.init.normal_(layer.weight, 1.0)
+    sides = {
+        f"{side}_{what}": value for side in ("latent", "out") for what, value in (("channels", 32), ("stride", 16), ("fold", 2))
+    }
+    return started("latent", vaes=vaes, hidden_channels=64, **sides | {"pooled_decoder": True} | changes)
+
+
+def test_folded_latents_are_drawn_and_made_on_their_own_grid():
+    """Catches 2x2 latents unfolded in another order, a pooled block without its pool, and a grid of stride 16 in between."""
+    module, vae1, vae2, said = folded()
+    latents = torch.randn(1, 32, 4, 6)
+    image = vae1.decode(F.pixel_shuffle(latents, 2)).sample.clamp(-1, 1)
+    torch.testing.assert_close(module.picture(latents), image, atol=1e-4, rtol=1e-4)
+    for layer in vae2.encoder.modules():
+        if isinstance(layer, StageBlock) and hasattr(layer, "pool"):
+            del layer.pool  # which the module's own blocks do without
+    encoder = [layer for layer in vae2.encoder if any(True for _ in layer.parameters())]
+    for layer in [*list(module.image_in)[:4], encoder[3], *encoder[6:]]:
+        image = layer(image)
+    torch.testing.assert_close(module(latents), F.pixel_unshuffle(image, 2), atol=1e-4, rtol=1e-4)
+    assert said.startswith("the module starts with 15 layers of 15 from VAE1's decoder and 10 layers of 10 from VAE2's")
+
+
+def test_a_picture_without_the_decoders_pool_is_refused():
+    """Catches a module that draws next to what VAE1 decodes, and is trained on it."""
+    with pytest.raises(UserError, match=r"cannot hold VAE1's decoder .* pictures differ"):
+        folded(pooled_decoder=False)
+
+
+def test_only_architecture_tiny_works_on_the_vaes_own_grids():
+    """Catches a plain module with a key in its file that older versions refuse, and a trained module that is built anew with
+    another grid than its weights are for."""
+    codec = SimpleNamespace(vae=SimpleNamespace(fold=2, config={"pooled": True}))
+    grids = {"latent_fold": 2, "out_fold": 2, "pooled_decoder": True}
+    assert grids_of(codec, codec, "plain") == {}
+    assert grids_of(codec, codec, "tiny") == grids
+    assert grids_of(codec, codec, "tiny", AlignConfig(architecture="tiny"))["out_fold"] == 1
 
 
 @pytest.mark.parametrize(
