@@ -24,7 +24,7 @@ import reprlib
 import stat
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -813,21 +813,51 @@ class AlignPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, **options
+        cls,
+        path: str | os.PathLike,
+        into: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        **options,
     ) -> AlignPipeline:
-        """The pipeline of a .safetensors file, of a folder that `save_pretrained` wrote, or of such a folder on the hub.
+        """The pipeline of a .safetensors file, of a folder that `save_pretrained` wrote, or of such a folder on the hub; or of
+        two latent spaces, by their names, from the zoo beside this file.
 
         Args:
-            path: a file, a folder, or the name of a model on the hub, owner/name, where there is no such file or folder.
+            path: a file, a folder, or the name of a model on the hub, owner/name, where there is no such file or folder. With
+                `into` the name of VAE1's latent space, such as "sd15", or "image" for a module that takes the image instead.
+            into: the name of VAE2's latent space, such as "flux1". `zoo_pairs` lists the names.
             device: of the module; dtype: of its weights, and so of the computation, whatever they are stored in.
             options: `cache_dir`, `force_download`, `local_files_only`, `revision` and `token` of the hub's download, and
                 `torch_dtype`, diffusers' name for `dtype`. What else `AutoModel` hands on changes nothing here.
         """
         dtype = options.get("torch_dtype") or dtype
+        if into is not None:
+            return _pair_of_zoo(cls, path, into).to(device, dtype)
         name, path = str(path), Path(path)
         if HUB_NAME.fullmatch(name) and path.suffix not in (".safetensors", ".pth") and not os.path.lexists(path):
             path = _download(name, {option: options[option] for option in HUB_OPTIONS if options.get(option) is not None})
         return cls._from_content(read_checkpoint(path / PRETRAINED_NAME if os.path.isdir(path) else path), device, dtype)
+
+    @classmethod
+    def joined(cls, first: AlignPipeline | None, second: AlignPipeline, shift: list[float] | None = None) -> AlignPipeline:
+        """The pipeline from `first`'s VAE1 to `second`'s VAE2: `first` draws the picture of its latents, and `second` makes of
+        it the latents that it makes of an image.
+
+        Args:
+            first: of a module that draws, see `AlignConfig.draws`; None for a pipeline that takes the image instead.
+            second: of architecture tiny, trained without VAE1's latents or with none but its picture of them.
+            shift: added to each channel of the latents: what VAE1's decoder moves their means by. VAE2's raw channels.
+
+        AlignError where the two do not fit.
+        """
+        module = _joined_modules(first and first.module, second.module)
+        if shift is not None:
+            if len(shift) != len(module.out.bias) or not all(map(_is_finite, shift)):
+                raise AlignError(f"shift of {len(shift)} numbers: {second.space2} needs {len(module.out.bias)} finite ones")
+            with torch.no_grad():
+                module.out.bias += torch.tensor(shift).to(module.out.bias)
+        return cls(module.eval(), first.space1 if first else second.space1, second.space2)
 
     @classmethod
     def from_checkpoint(
@@ -840,6 +870,34 @@ class AlignPipeline:
     @classmethod
     def _from_content(cls, content: dict, device, dtype) -> AlignPipeline:
         return cls(module_of(content), *spaces_of(content), content["metrics"]).to(device, dtype)
+
+
+def _joined_modules(first: AlignModule | None, second: AlignModule) -> AlignModule:
+    """See `AlignPipeline.joined`; its weights are copies, its own map from latents is zero."""
+    if first is not None and not first.config.draws:
+        raise AlignError("the first module draws no picture of its latents; join one of architecture tiny from latents alone")
+    if second.config.architecture != "tiny" or not hasattr(second, "image_in"):
+        raise AlignError("the second module looks at no picture; join one of architecture tiny")
+    if hasattr(second, "latent_in") and any(bool(weight.any()) for weight in second.latent_in.parameters()):
+        raise AlignError("the second module was trained with latents of its own VAE1, so no other's can take their place")
+    config, state = replace(second.config, input_types=("image",)), {}
+    if first is not None:
+        names = ("hidden_channels", "latent_channels", "latent_stride", "latent_fold", "pooled_decoder")
+        own = {name: getattr(first.config, name) for name in names}
+        if own["hidden_channels"] != config.hidden_channels:
+            raise AlignError(
+                f"hidden_channels {own['hidden_channels']} and {config.hidden_channels}: join two of the same width"
+            )
+        config = replace(config, input_types=("latent",), **own)
+        state = {name: tensor for name, tensor in first.state_dict().items() if name.startswith("picture.")}
+    module = AlignModule(config)
+    for name, tensor in second.state_dict().items():
+        if name.startswith(("image_in.", "blocks.", "out.")):
+            state[name] = tensor
+    if first is not None:
+        state |= {name: torch.zeros_like(tensor) for name, tensor in module.state_dict().items() if name not in state}
+    module.load_state_dict(state)
+    return module
 
 
 def module_of(content: dict) -> AlignModule:
@@ -870,6 +928,51 @@ def _require_own_spaces(config: AlignConfig, space1: LatentSpace, space2: Latent
             own, needed = getattr(space, name), getattr(config, f"{side}_{name}")
             if own != needed:
                 raise AlignError(f"{name} {own} of the latent space {space} contradicts the module's {side}_{name} {needed}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The zoo: a module from each latent space into itself, of which any two make a pair
+
+ZOO = Path(__file__).resolve().parent / "assets" / "zoo"
+ZOO_NAME = "zoo.json"
+IMAGE = "image"  # in place of VAE1's space, for a module that takes the image
+
+
+def read_zoo(folder: str | os.PathLike = ZOO) -> dict:
+    """The manifest of a zoo. `spaces`: {name: {"file", "sha256", …}}; `pairs`: {VAE1's: {VAE2's: {"shift", "figures"}}}.
+    AlignError where there is none."""
+    path = Path(folder) / ZOO_NAME
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        if not (isinstance(manifest["spaces"], dict) and isinstance(manifest["pairs"], dict)):
+            raise ValueError("no spaces or no pairs in it")
+    except FileNotFoundError:
+        raise AlignError(f"{path}: no such file, so no module is known by its spaces' names; name a module's file") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AlignError(f"{path}: cannot be read ({_one_line(error)}); fetch it anew") from None
+    return manifest
+
+
+def zoo_pairs(folder: str | os.PathLike = ZOO) -> list[tuple[str, str]]:
+    """What `AlignPipeline.from_pretrained` takes by the names of two spaces, [(VAE1's, VAE2's)]; [] where there is no zoo."""
+    if not (Path(folder) / ZOO_NAME).is_file():
+        return []
+    return [(one, into) for one, pairs in read_zoo(folder)["pairs"].items() for into in pairs]
+
+
+def _pair_of_zoo(cls, one: str, into: str, folder: Path = ZOO) -> AlignPipeline:
+    manifest = read_zoo(folder)
+    pair = manifest["pairs"].get(str(one), {}).get(str(into))
+    if pair is None:
+        known = ", ".join(f"{one} to {into}" for one, into in zoo_pairs(folder))
+        raise AlignError(f"{_shown(str(one))} to {_shown(str(into))}: no such pair; there are {known}")
+
+    def of(name):
+        return AlignPipeline.from_checkpoint(Path(folder) / manifest["spaces"][name]["file"])
+
+    joined = cls.joined(None if one == IMAGE else of(one), of(into), pair.get("shift"))
+    joined.figures = pair.get("figures", {})
+    return joined
 
 
 # ----------------------------------------------------------------------------------------------------------------------

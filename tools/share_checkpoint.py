@@ -45,13 +45,17 @@ def space_to_record(number: int, recorded, name: str | None):
     return space
 
 
+def figures_in(results: dict, names: tuple[str, ...] = FIGURES) -> dict:
+    """{rung: {metric: mean}} of what `ladder.evaluate` returns, with its `image_size`; KeyError where one is missing."""
+    rungs = {rung: results["ladder"][rung] for rung in RUNGS if rung in results["ladder"]}
+    judged_on = {"images": results["images"], "image_size": results["image_size"]}
+    return {rung: {name: figures.get(name) for name in names} | judged_on for rung, figures in rungs.items()}
+
+
 def figures_of(path: str) -> dict:
     """{rung: {metric: mean}} of the rungs that a reader compares, from a metrics.json of `eval_align.py`."""
     try:
-        results = read_json(path)
-        rungs = {rung: results["ladder"][rung] for rung in RUNGS if rung in results["ladder"]}
-        judged_on = {"images": results["images"], "image_size": results["image_size"]}
-        return {rung: {name: figures.get(name) for name in FIGURES} | judged_on for rung, figures in rungs.items()}
+        return figures_in(read_json(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a metrics.json of eval_align.py ({one_line(error)})") from None
 

@@ -1,0 +1,199 @@
+"""The zoo: modules of a space into itself joined to pairs, what is shipped of it, and the tool that makes it."""
+
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, child_environment, make_photo
+from diffusers import AutoencoderTiny
+
+from latents.spaces import SPACES
+from tools.zoo_results import PAGE, carried_psnr, results_page
+from utils import read_json
+from vae_align import IMAGE, ZOO, ZOO_NAME, AlignConfig, AlignError, AlignModule, AlignPipeline, read_zoo, zoo_pairs
+
+SPACE_NAMES = ("sd15", "sdxl", "sd3", "flux1", "flux2")
+ALL_PAIRS = {(one, into) for one in (IMAGE, *SPACE_NAMES) for into in SPACE_NAMES if one != into}
+
+
+def of_itself(name, seed=0, **changes):
+    """A module from a space into itself with random weights, but none for its latents."""
+    torch.manual_seed(seed)
+    space = SPACES[name]
+    fold = 2 if name == "flux2" else 1
+    sides = {f"{side}_{what}": value for side in ("latent", "out")
+             for what, value in (("channels", space.channels), ("stride", space.stride), ("fold", fold))}  # fmt: skip
+    options = {"input_types": ("latent",), "architecture": "tiny", "hidden_channels": 8, "num_blocks": 1}
+    module = AlignModule(AlignConfig(**sides | options | changes)).eval()
+    if hasattr(module, "latent_in"):
+        for parameter in module.latent_in.parameters():
+            torch.nn.init.zeros_(parameter)
+    return AlignPipeline(module, space, space)
+
+
+@pytest.mark.parametrize("one, into", [("sd15", "flux1"), ("flux2", "sd15"), ("flux1", "flux2")])
+def test_a_pair_is_the_first_ones_picture_in_the_second_ones_latents(one, into):
+    """Catches parts taken from the wrong side, a grid of the other's, and a shift that lands elsewhere than in the latents."""
+    first, second = of_itself(one, 1), of_itself(into, 2, pooled_decoder=into == "flux2")
+    pair = AlignPipeline.joined(first, second)
+    latents = torch.randn(1, SPACES[one].channels, 64 // SPACES[one].stride, 96 // SPACES[one].stride)
+    image = first.module.picture(latents)
+    encoder = AlignPipeline.joined(None, second)
+    expected = encoder.translate(image=image)
+    torch.testing.assert_close(pair.translate(latents), expected)
+    assert (pair.space1.name, pair.space2.name, encoder.config.input_types) == (one, into, ("image",))
+    fold = pair.config.out_fold
+    shift = torch.arange(SPACES[into].channels / fold**2) / 10
+    moved = AlignPipeline.joined(first, second, shift.tolist()).translate(latents) - expected
+    torch.testing.assert_close(torch.pixel_shuffle(moved, fold).mean(dim=(0, 2, 3)), shift, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "first, second, shift, said",
+    [
+        ({}, {"hidden_channels": 16}, None, "hidden_channels 8 and 16"),
+        ({"input_types": ("image",)}, {}, None, "draws no picture"),
+        ({}, {"architecture": "plain"}, None, "looks at no picture"),
+        ({}, {}, [0.0], "shift of 1 numbers"),
+        ({}, {}, [float("nan")] * 16, "finite"),
+    ],
+)
+def test_what_makes_no_pair_is_refused(first, second, shift, said):
+    """Catches a traceback of torch's, and a pair that computes something that nobody trained."""
+    with pytest.raises(AlignError, match=said):
+        AlignPipeline.joined(of_itself("sd15", **first), of_itself("flux1", **second), shift)
+
+
+def test_a_module_that_knows_its_own_latents_takes_no_others():
+    """Catches a pair's module, trained with SD1.5's latents, that is given SDXL's in their place."""
+    second = of_itself("flux1")
+    torch.nn.init.ones_(second.module.latent_in.weight)
+    with pytest.raises(AlignError, match="latents of its own VAE1"):
+        AlignPipeline.joined(of_itself("sd15"), second)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is shipped
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """(the manifest, {space: the pipeline of its file})."""
+    if not (ZOO / ZOO_NAME).exists():
+        pytest.skip("no zoo is shipped yet")
+    manifest = read_zoo()
+    return manifest, {name: AlignPipeline.from_checkpoint(ZOO / of["file"]) for name, of in manifest["spaces"].items()}
+
+
+def test_every_pair_is_there_by_its_name(shipped):
+    """A pair that the README names and that is not shipped."""
+    assert set(zoo_pairs()) == ALL_PAIRS
+
+
+@pytest.mark.parametrize("name", SPACE_NAMES)
+def test_a_file_is_what_the_manifest_says(name, shipped):
+    """Other weights beside the figures of the old ones; a file of another space under this one's name."""
+    manifest, pipelines = shipped
+    content = (ZOO / manifest["spaces"][name]["file"]).read_bytes()
+    assert hashlib.sha256(content).hexdigest() == manifest["spaces"][name]["sha256"]
+    assert (pipelines[name].space1, pipelines[name].space2) == (SPACES[name], SPACES[name])
+    judged_with = [pair["of"][name] for pairs in manifest["pairs"].values() for pair in pairs.values() if name in pair["of"]]
+    assert set(judged_with) == {manifest["spaces"][name]["sha256"]}
+    assert b"/" not in re.sub(rb"madebyollin/\w+", b"", content[: content.index(b"}}") + 2])  # a folder of a machine
+
+
+@pytest.mark.parametrize("into", SPACE_NAMES)
+def test_a_pair_carries_photos_as_well_as_the_manifest_says(into, shipped):
+    """Code that computes something else than was judged; a shift of another pair."""
+    manifest, pipelines = shipped
+    for one in (IMAGE, *SPACE_NAMES):
+        if one != into:
+            pair = manifest["pairs"][one][into]
+            psnr = carried_psnr(pipelines.get(one), pipelines[into], pair["shift"])
+            assert psnr == pytest.approx(pair["embedded_psnr"], abs=0.05), one
+
+
+def test_a_pair_is_had_by_the_names_of_its_spaces(shipped):
+    """Names that lead to another pair, figures left behind, an unknown name that ends in a traceback of the file system."""
+    manifest, pipelines = shipped
+    pair = AlignPipeline.from_pretrained("sd15", "flux1", dtype=torch.bfloat16)
+    assert (pair.space1.name, pair.space2.name, pair.module.out.weight.dtype) == ("sd15", "flux1", torch.bfloat16)
+    assert pair.figures == manifest["pairs"]["sd15"]["flux1"]["figures"]
+    latents = torch.randn(1, 4, 8, 8)
+    by_hand = AlignPipeline.joined(pipelines["sd15"], pipelines["flux1"], manifest["pairs"]["sd15"]["flux1"]["shift"])
+    torch.testing.assert_close(AlignPipeline.from_pretrained("sd15", "flux1").translate(latents), by_hand.translate(latents))
+    assert AlignPipeline.from_pretrained(IMAGE, "flux1").translate(image=torch.zeros(1, 3, 64, 64)).shape == (1, 16, 8, 8)
+    with pytest.raises(AlignError, match=r"'sd15' to 'flux9': no such pair; there are .*sd15 to flux1"):
+        AlignPipeline.from_pretrained("sd15", "flux9")
+
+
+def test_the_page_is_made_of_the_manifest(shipped):
+    """Figures that were edited by hand, or trained anew without the page."""
+    assert PAGE.read_text("utf-8") == results_page(shipped[0]), "run python tools/zoo_results.py"
+
+
+def test_a_manifest_that_cannot_be_read_is_said(tmp_path):
+    """A traceback of the JSON reader; a missing zoo that is taken for an empty one."""
+    with pytest.raises(AlignError, match="no such file"):
+        read_zoo(tmp_path)
+    assert zoo_pairs(tmp_path) == []
+    (tmp_path / "zoo.json").write_text('{"spaces": []')
+    with pytest.raises(AlignError, match="cannot be read"):
+        read_zoo(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tools/train_zoo.py
+
+
+def test_a_killed_zoo_goes_on_where_it_was(tmp_path):
+    """Catches a space trained again after a kill, and a manifest or a page that a kill leaves half written."""
+    torch.manual_seed(0)
+    for name, channels in (("taesd", 4), ("taef1", 16)):
+        AutoencoderTiny(latent_channels=channels).save_pretrained(tmp_path / "vaes" / name)
+    rng = np.random.default_rng(0)
+    for folder in ("train", "eval"):
+        (tmp_path / folder).mkdir()
+        for number in range(2):
+            make_photo(rng, (256, 256)).save(tmp_path / folder / f"{number}.png")
+    command = [sys.executable, str(ROOT / "tools" / "train_zoo.py"), "--pairs", "sd15:flux1", "--minutes", "0.05"]
+    command += ["--train_data_dir", "train", "--eval_data_dir", "eval", "--vaes", "vaes", "--work_dir", "work"]
+    command += [
+        "--output_dir",
+        "zoo",
+        "--results",
+        "RESULTS.md",
+        "--device",
+        "cpu",
+        "--precision",
+        "float32",
+        "--image_size",
+        "64",
+    ]
+    options = {
+        "cwd": tmp_path,
+        "env": child_environment(),
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+    }
+    killed = subprocess.Popen(command, start_new_session=True, **options)
+    manifest = tmp_path / "zoo" / "zoo.json"
+    while not manifest.exists() and killed.poll() is None:
+        time.sleep(0.1)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    trained = (tmp_path / "zoo" / "sd15.safetensors").stat().st_mtime_ns
+    ended = subprocess.run(command, **options)
+    assert ended.returncode == 0, ended.stdout
+    assert (tmp_path / "zoo" / "sd15.safetensors").stat().st_mtime_ns == trained
+    made = read_json(manifest)
+    assert set(made["spaces"]) == {"sd15", "flux1"} and set(made["pairs"]) == {"sd15"}
+    assert "| SD1.5 → FLUX.1 |" in (tmp_path / "RESULTS.md").read_text("utf-8")
