@@ -3,9 +3,10 @@
 import torch
 
 from latents.pipeline import PipelineWithVAEs
-from latents.spaces import Codec
+from latents.spaces import SPACES, Codec
 from latents.vaes import load_vae_model
-from vae_align import AlignConfig, AlignModule
+from utils import write_json
+from vae_align import ZOO_NAME, AlignConfig, AlignModule, AlignPipeline
 
 
 def make_pipeline(path1, path2, seed=0, subfolder="vae", **options):
@@ -24,6 +25,33 @@ def make_pipeline(path1, path2, seed=0, subfolder="vae", **options):
     if "latent" in module.config.input_types:
         module.remember_ridge(torch.randn_like(module.ridge_weight), torch.randn_like(module.ridge_bias))
     return PipelineWithVAEs(module, *spaces)
+
+
+def of_itself(name, seed=0, **changes):
+    """A module from a space into itself with random weights, but none for its latents."""
+    torch.manual_seed(seed)
+    space = SPACES[name]
+    fold = 2 if name == "flux2" else 1
+    sides = {f"{side}_{what}": value for side in ("latent", "out")
+             for what, value in (("channels", space.channels), ("stride", space.stride), ("fold", fold))}  # fmt: skip
+    options = {"input_types": ("latent",), "architecture": "tiny", "hidden_channels": 8, "num_blocks": 1}
+    module = AlignModule(AlignConfig(**sides | options | changes)).eval()
+    if hasattr(module, "latent_in"):
+        for parameter in module.latent_in.parameters():
+            torch.nn.init.zeros_(parameter)
+    return AlignPipeline(module, space, space)
+
+
+def make_zoo(folder, one, into):
+    """A zoo of two spaces and of the pair between them, with a shift of a tenth; the pair as it should be."""
+    folder.mkdir(parents=True)
+    pipelines = {name: of_itself(name, seed) for seed, name in enumerate((one, into))}
+    shift = [0.1] * SPACES[into].channels
+    for name, pipeline in pipelines.items():
+        pipeline.save_pretrained(folder / f"{name}.safetensors")
+    spaces = {name: {"file": f"{name}.safetensors"} for name in pipelines}
+    write_json(folder / ZOO_NAME, {"spaces": spaces, "pairs": {one: {into: {"shift": shift, "figures": {"aligned": {}}}}}})
+    return AlignPipeline.joined(*pipelines.values(), shift)
 
 
 def save(pipeline, folder, **changes):

@@ -2,9 +2,9 @@
 
     python integrations/comfyui/install.py PATH_TO_COMFYUI [MODULE.safetensors …]
 
-Writes custom_nodes/align_latents and models/latent_align; further modules that are named go along. PATH_TO_COMFYUI is the
-folder that holds custom_nodes and models. What an earlier install wrote is replaced; nothing else is touched. Restart ComfyUI
-afterwards.
+Writes custom_nodes/align_latents, with it the zoo, and models/latent_align; further modules that are named go along.
+PATH_TO_COMFYUI is the folder that holds custom_nodes and models. What an earlier install wrote is replaced; nothing else is
+touched. Restart ComfyUI afterwards.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 
 PACK = Path(__file__).resolve().parent
 ROOT = PACK.parent.parent
+ZOO = ROOT / "assets" / "zoo"  # where vae_align.py looks for it, from wherever it is
 FILES = [PACK / name for name in ("__init__.py", "nodes.py", "latent_dict.py", "pyproject.toml", "README.md")]
 FILES += [ROOT / "vae_align.py", ROOT / "LICENSE"]
 
@@ -27,6 +28,8 @@ def install(comfyui: Path, modules: list[Path]) -> tuple[Path, Path]:
         shutil.copyfile(file, pack / file.name)
     for workflow in (PACK / "workflows").glob("*.json"):
         shutil.copyfile(workflow, pack / "example_workflows" / workflow.name)
+    if ZOO.is_dir():
+        shutil.copytree(ZOO, pack / ZOO.relative_to(ROOT), dirs_exist_ok=True)
     for module in modules:
         shutil.copyfile(module, models / module.name)
     return pack, models

@@ -7,9 +7,10 @@ import comfy.model_management
 import folder_paths
 
 from .latent_dict import align_latent, describe
-from .vae_align import AlignPipeline
+from .vae_align import ZOO, ZOO_NAME, AlignPipeline, zoo_pairs
 
 FOLDER = "latent_align"  # below ComfyUI's models
+TO = " to "  # between the two spaces of a pair of the zoo
 
 
 def _register_folder() -> None:
@@ -19,8 +20,18 @@ def _register_folder() -> None:
     folder_paths.folder_names_and_paths[FOLDER] = ([*paths, *[own] * (own not in paths)], {".safetensors", ".pth"})
 
 
+def _module_names() -> list[str]:
+    """The files of models/latent_align, and the pairs of the zoo in this pack, such as "sd15 to flux1"."""
+    return [*folder_paths.get_filename_list(FOLDER), *map(TO.join, zoo_pairs())]
+
+
+def _pair_of(module_name: str) -> tuple[str, ...] | None:
+    pair = tuple(module_name.split(TO))
+    return pair if pair in zoo_pairs() else None
+
+
 def _path_of(module_name: str) -> str:
-    return folder_paths.get_full_path_or_raise(FOLDER, module_name)
+    return str(ZOO / ZOO_NAME) if _pair_of(module_name) else folder_paths.get_full_path_or_raise(FOLDER, module_name)
 
 
 def _version_of(module_name: str) -> int:
@@ -28,12 +39,13 @@ def _version_of(module_name: str) -> int:
 
 
 @functools.lru_cache(maxsize=4)
-def _load(path: str, version: int) -> AlignPipeline:
-    return AlignPipeline.from_checkpoint(path)
+def _load(module_name: str, version: int) -> AlignPipeline:
+    pair = _pair_of(module_name)
+    return AlignPipeline.from_pretrained(*pair) if pair else AlignPipeline.from_checkpoint(_path_of(module_name))
 
 
 class LoadAlignModule:
-    """A file of models/latent_align -> the module in it, and a line that says what it does."""
+    """A file of models/latent_align, or a pair of the zoo -> its module, and a line that says what it does."""
 
     CATEGORY = "latent/align"
     DESCRIPTION = "Loads a module that carries latents from one VAE's latent space into another's."
@@ -43,14 +55,14 @@ class LoadAlignModule:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"module_name": (folder_paths.get_filename_list(FOLDER),)}}
+        return {"required": {"module_name": (_module_names(),)}}
 
     @classmethod
     def IS_CHANGED(cls, module_name):
         return _version_of(module_name)
 
     def load(self, module_name):
-        pipeline = _load(_path_of(module_name), _version_of(module_name))
+        pipeline = _load(module_name, _version_of(module_name))
         return pipeline, describe(pipeline)
 
 
@@ -66,7 +78,7 @@ class AlignLatents:
     def INPUT_TYPES(cls):
         image_help = "The image that the latents were encoded from, for modules that were trained with it."
         return {
-            "required": {"samples": ("LATENT",), "module_name": (folder_paths.get_filename_list(FOLDER),)},
+            "required": {"samples": ("LATENT",), "module_name": (_module_names(),)},
             "optional": {
                 "image": ("IMAGE", {"tooltip": image_help}),
                 "align_module": ("ALIGN_MODULE", {"tooltip": "From Load Align Module; takes the place of module_name."}),
@@ -78,7 +90,7 @@ class AlignLatents:
         return 0 if align_module else _version_of(module_name)
 
     def align(self, samples, module_name, image=None, align_module=None):
-        pipeline = align_module or _load(_path_of(module_name), _version_of(module_name))
+        pipeline = align_module or _load(module_name, _version_of(module_name))
         pipeline.to(comfy.model_management.get_torch_device())
         return (align_latent(pipeline, samples, image),)
 

@@ -14,6 +14,7 @@ import torch
 from comfyui import INSTALL, load_pack, make_host, serving
 from conftest import ROOT
 from PIL import Image
+from pipelines import make_zoo
 from safetensors.torch import load_file, save_file
 
 from latents.spaces import SPACES
@@ -110,6 +111,19 @@ def test_a_workflow_uses_the_nodes_as_they_are(path, host):
     assert set(inputs["required"]) <= set(aligning[0]["inputs"]) <= set(inputs["required"]) | set(inputs["optional"])
     links = [link for node in workflow.values() for link in node["inputs"].values() if isinstance(link, list)]
     assert all(link[0] in workflow for link in links)
+
+
+def test_a_pair_of_the_zoo_is_chosen_by_its_name(host):
+    """A pair that the list leaves out, or that is searched among the files of models/latent_align."""
+    pair = make_zoo(host.folder / "custom_nodes" / "align_latents" / "assets" / "zoo", "sd15", "flux1")
+    chosen = host.nodes["LoadAlignModule"].INPUT_TYPES()["required"]["module_name"][0]
+    assert "sd15 to flux1" in chosen and set(MODULES) <= set(chosen)
+    raw = torch.randn(1, 4, 6, 8)
+    loaded, described = host.nodes["LoadAlignModule"]().load("sd15 to flux1")
+    assert described == "SD1.5 -> FLUX.1, from latents"
+    for given in ({}, {"align_module": loaded}):
+        aligned = host.nodes["AlignLatents"]().align({"samples": raw}, "sd15 to flux1", **given)[0]["samples"]
+        torch.testing.assert_close(aligned, pair.translate(raw, raw=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
