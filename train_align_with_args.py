@@ -146,10 +146,11 @@ def build_parser() -> Parser:
         "--input_types", nargs="+", choices=("image", "latent"), default=["image", "latent"], help="what goes in"
     )
     group.add_argument("--architecture", choices=ARCHITECTURES, default="plain",
-                       help="plain: residual blocks on VAE2's grid; tiny: the stages of tiny autoencoders")  # fmt: skip
+                       help="plain: residual blocks on VAE2's grid; tiny: the stages of tiny autoencoders, the finest cut "
+                       "down; whole: all of them")  # fmt: skip
     group.add_argument("--init", choices=("ridge", "vaes", "random"), default="ridge",
                        help="ridge: start at the closed-form linear map (latent inputs only); vaes: at VAE1's decoder and "
-                       "VAE2's encoder (tiny autoencoders, --architecture tiny); random: anywhere")  # fmt: skip
+                       "VAE2's encoder (tiny autoencoders, --architecture tiny or whole); random: anywhere")  # fmt: skip
     group.add_argument("--init_module", help="with --init vaes: then take the trained layers of the module in this file, which "
                        "has the same width and the image among its inputs")  # fmt: skip
     group.add_argument("--load_checkpoint", help="start from this checkpoint's weights; the architecture comes with them")

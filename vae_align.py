@@ -38,7 +38,8 @@ FORMAT_NUMBER = 1  # of both kinds of file; files without a number are older and
 CHECKPOINT_PREFIX = "align_pipeline"
 LARGEST_PIXEL = 8.0  # no picture in [-1, 1] goes so far beyond, not even one that a VAE has decoded and nobody clamped
 PRETRAINED_NAME = "model.safetensors"  # of the weights in a folder that `AlignPipeline.save_pretrained` writes
-ARCHITECTURES = ("plain", "tiny")  # residual blocks on VAE2's grid; the stages of tiny autoencoders, finer grids included
+# residual blocks on VAE2's grid; the stages of tiny autoencoders, finer grids included: the finest one cut down, or whole
+ARCHITECTURES = ("plain", "tiny", "whole")
 STAGE_BLOCKS = 3  # of a tiny autoencoder, at each grid
 POOL_GROUPS = 4  # of the normalisation in TAEF2's pooled blocks
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)  # owner/name
@@ -220,7 +221,7 @@ class AlignConfig:
     latent). The image branch halves `downsample_times` times. `architecture` says what the branches and blocks are made of:
     see `ARCHITECTURES`.
 
-    Of architecture tiny alone: `latent_fold` and `out_fold` say how many raw latents in a row and in a column one scaled latent
+    Not of architecture plain: `latent_fold` and `out_fold` say how many raw latents in a row and in a column one scaled latent
     holds, 2 in FLUX.2's space; the module works on the raw ones' grid. `pooled_decoder`: whether VAE1's decoder has TAEF2's
     blocks, which look at the whole picture, on its coarsest grid.
     """
@@ -247,21 +248,22 @@ class AlignConfig:
             _require_whole(name, getattr(self, name), low, high)
         if self.architecture not in ARCHITECTURES:
             raise AlignError(f"architecture {_shown(self.architecture)}: choose from {', '.join(ARCHITECTURES)}")
-        if self.architecture == "tiny" and self.downsample_times == 0:
-            raise AlignError("downsample_times 0: an image branch of architecture tiny halves at least once")
+        if self.architecture != "plain" and self.downsample_times == 0:
+            raise AlignError(f"downsample_times 0: an image branch of architecture {self.architecture} halves at least once")
         if not isinstance(self.pooled_decoder, bool):
             raise AlignError(f"pooled_decoder {_shown(self.pooled_decoder)}: must be true or false")
         for kind in ("latent", "out"):
             channels, stride, fold = (getattr(self, f"{kind}_{what}") for what in ("channels", "stride", "fold"))
-            if fold > 1 and self.architecture != "tiny":
-                raise AlignError(f"{kind}_fold {fold}: only architecture tiny works on unfolded latents")
+            if fold > 1 and self.architecture == "plain":
+                raise AlignError(f"{kind}_fold {fold}: architecture plain does not work on unfolded latents")
             if channels % fold**2 or stride % fold:
                 raise AlignError(
                     f"{kind}_fold {fold}: {channels} channels of stride {stride} do not hold {fold}x{fold} latents"
                 )
         if self.draws and self.latent_stride & (self.latent_stride - 1):
             raise AlignError(
-                f"latent_stride {self.latent_stride}: architecture tiny decodes latents whose stride is a power of 2"
+                f"latent_stride {self.latent_stride}: architecture {self.architecture} decodes latents of a stride that is a "
+                "power of 2"
             )
         for stride in (self.out_stride, self.grid_stride):
             if max(self.latent_stride, stride) % min(self.latent_stride, stride):
@@ -275,7 +277,7 @@ class AlignConfig:
     @property
     def draws(self) -> bool:
         """Whether the module makes the image that it looks at, out of VAE1's latents."""
-        return self.architecture == "tiny" and self.input_types == ("latent",)
+        return self.architecture != "plain" and self.input_types == ("latent",)
 
     def to_dict(self) -> dict:
         """Plain JSON values, from which `from_dict` makes the config again. What older versions do not know is left out where
@@ -371,6 +373,24 @@ class ImageStages(nn.Sequential):
         super().__init__(*layers)
 
 
+class WholeStages(nn.Sequential):
+    """Image in [-1, 1] -> features, halved `downsample_times` times: a tiny autoencoder's encoder, layer by layer, without its
+    last blocks."""
+
+    def __init__(self, hidden_channels: int, downsample_times: int):
+        layers = [UnitRange(), nn.Conv2d(3, hidden_channels, 3, padding=1)]
+        for halved in range(downsample_times):
+            layers += [*_stage_blocks(hidden_channels, STAGE_BLOCKS if halved else 1), _halving(hidden_channels)]
+        super().__init__(*layers)
+
+
+class UnitRange(nn.Module):
+    """[-1, 1] -> [0, 1], on which tiny autoencoders work: beyond the edge they see black."""
+
+    def forward(self, x):
+        return x * 0.5 + 0.5
+
+
 def _stage_blocks(channels: int, count: int = STAGE_BLOCKS, pooled: bool = False) -> list[nn.Module]:
     return [StageBlock(channels, pooled) for _ in range(count)]
 
@@ -384,6 +404,9 @@ def _with_relu(layers) -> list[nn.Module]:
     return [part for layer in layers for part in (nn.ReLU(), layer)][1:]
 
 
+BRANCHES = {"plain": ImageBranch, "tiny": ImageStages, "whole": WholeStages}
+
+
 class AlignModule(nn.Module):
     """VAE1's latents, the image, or both -> VAE2's latents. All latents are scaled latents.
 
@@ -394,11 +417,12 @@ class AlignModule(nn.Module):
                                               + ── num_blocks residual blocks ── conv ──── + ── z2 (B, C2, H/s2, W/s2)
         image (B, 3, H, W) ── ImageBranch ────┘
 
-    Architecture "tiny", made of a tiny autoencoder's parts, whose weights are its start (`training/vae_start.py`):
+    Architectures "tiny" and "whole", made of a tiny autoencoder's parts, whose weights are their start (see
+    `training/vae_start.py`):
 
         z1 ── conv 3x3 ──────┐
                              + ── 3 + num_blocks stage blocks ── conv ── z2
-        image ─ ImageStages ─┘
+        image ─ ImageStages ─┘  (of "whole": WholeStages)
 
     Without image among its inputs it looks at its own picture of z1, which PictureStages makes. They are VAE1's decoder and
     stay as they are: the rest sees from them how z1 looks, texture included. Who has that picture may pass it as `image`.
@@ -424,7 +448,7 @@ class AlignModule(nn.Module):
         if config.draws:
             self.picture = PictureStages(config).requires_grad_(False)
         if config.draws or "image" in config.input_types:
-            self.image_in = (ImageBranch if plain else ImageStages)(hidden, config.downsample_times)
+            self.image_in = BRANCHES[config.architecture](hidden, config.downsample_times)
         if plain:
             self.blocks = nn.Sequential(*(ResidualBlock(hidden) for _ in range(config.num_blocks)), nn.SiLU())
         else:
@@ -515,7 +539,7 @@ class AlignModule(nn.Module):
     @torch.no_grad()
     def start_from_ridge(self) -> None:
         """Set the linear path to the remembered closed-form map and the deep path to zero: training starts where linear
-        methods end. Nothing in architecture tiny, which has no linear path."""
+        methods end. Nothing in the other architectures, which have no linear path."""
         if not hasattr(self, "linear"):
             return
         self.linear.weight.copy_(self.ridge_weight)
@@ -846,7 +870,7 @@ class AlignPipeline:
 
         Args:
             first: of a module that draws, see `AlignConfig.draws`; None for a pipeline that takes the image instead.
-            second: of architecture tiny, trained without VAE1's latents or with none but its picture of them.
+            second: of another architecture than plain, trained without VAE1's latents or with none but its picture of them.
             shift: added to each channel of the latents: what VAE1's decoder moves their means by. VAE2's raw channels.
 
         AlignError where the two do not fit.
@@ -875,9 +899,11 @@ class AlignPipeline:
 def _joined_modules(first: AlignModule | None, second: AlignModule) -> AlignModule:
     """See `AlignPipeline.joined`; its weights are copies, its own map from latents is zero."""
     if first is not None and not first.config.draws:
-        raise AlignError("the first module draws no picture of its latents; join one of architecture tiny from latents alone")
-    if second.config.architecture != "tiny" or not hasattr(second, "image_in"):
-        raise AlignError("the second module looks at no picture; join one of architecture tiny")
+        raise AlignError(
+            "the first module draws no picture of its latents; join one of architecture tiny or whole, from latents alone"
+        )
+    if second.config.architecture == "plain" or not hasattr(second, "image_in"):
+        raise AlignError("the second module looks at no picture; join one of architecture tiny or whole")
     if hasattr(second, "latent_in") and any(bool(weight.any()) for weight in second.latent_in.parameters()):
         raise AlignError("the second module was trained with latents of its own VAE1, so no other's can take their place")
     config, state = replace(second.config, input_types=("image",)), {}

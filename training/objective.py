@@ -259,7 +259,7 @@ def needs_pixels(args: argparse.Namespace) -> bool:
 
 def draws_pictures(args: argparse.Namespace) -> bool:
     """Whether the module looks at the picture that VAE1 decodes; see `AlignConfig.draws`."""
-    return args.architecture == "tiny" and set(args.input_types) == {"latent"}
+    return args.architecture != "plain" and set(args.input_types) == {"latent"}
 
 
 def needs_decoded(args: argparse.Namespace) -> bool:

@@ -24,7 +24,9 @@ def claim_outputs(args: argparse.Namespace) -> None:
     if args.init_module and args.init != "vaes":
         raise UserError(f"--init_module {args.init_module}: add --init vaes, whose start it goes on from")
     if draws_pictures(args) and args.init != "vaes" and not (args.load_checkpoint or args.resume):
-        raise UserError("--architecture tiny: from latents alone it looks at the picture that VAE1 decodes; add --init vaes")
+        raise UserError(
+            f"--architecture {args.architecture}: from latents alone it looks at the picture that VAE1 decodes; add --init vaes"
+        )
     try:
         args.log_dir.encode()
     except UnicodeEncodeError:

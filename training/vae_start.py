@@ -1,4 +1,4 @@
-"""Where a module of architecture tiny starts: at the layers of VAE2's encoder, behind VAE1's decoder where it sees no image.
+"""Where a module of architecture tiny or whole starts: at VAE2's encoder, behind VAE1's decoder where it sees no image.
 
 The last stages of a tiny autoencoder's encoder hold how VAE2's latents say what is in an image, its decoder what VAE1's look
 like. A module that has both need not learn either.
@@ -20,11 +20,11 @@ LARGEST_DIFFERENCE = 0.05  # between VAE1's pictures and the module's, of their 
 
 
 def grids_of(codec1: Codec, codec2: Codec, architecture: str, trained_for: AlignConfig | None = None) -> dict:
-    """What a module's config says of its VAEs' own grids and blocks: only architecture tiny works on these. A module that was
-    trained before keeps what it was trained for."""
+    """What a module's config says of its VAEs' own grids and blocks: architecture plain does not work on these. A module that
+    was trained before keeps what it was trained for."""
     if trained_for:
         return {name: getattr(trained_for, name) for name in GRID_KEYS}
-    if architecture != "tiny":
+    if architecture == "plain":
         return {}
     pooled = bool(codec1.vae.config.get("pooled"))
     return dict(zip(GRID_KEYS, (codec1.vae.fold, codec2.vae.fold, pooled)))
@@ -39,15 +39,19 @@ def start_from_vaes(pipeline: PipelineWithVAEs, file: str | None = None) -> str:
     layers has the width of the module, or where the file's module has other layers.
     """
     module = pipeline.module
-    if module.config.architecture != "tiny":
-        raise UserError("--init vaes: the plain architecture has no layers like theirs; add --architecture tiny")
+    if module.config.architecture == "plain":
+        raise UserError("--init vaes: the plain architecture has no layers like theirs; add --architecture tiny or whole")
     copied = [_copy_decoder(pipeline)] if module.config.draws else []
     encoder = _layers(pipeline.codec2.vae.model, "encoder", "VAE2")
     pairs = [*zip(module.blocks, encoder[-1 - STAGE_BLOCKS : -1]), (module.out, encoder[-1])]
     if hasattr(module, "image_in"):
-        # from the back, since the fine end differs: the module's first layers work on 2x2 pixels
-        mine = [layer for layer in module.image_in if _has_weights(layer)][2:]
-        pairs += _stages_from_the_back(mine, encoder[: -1 - STAGE_BLOCKS])
+        mine, theirs = [layer for layer in module.image_in if _has_weights(layer)], encoder[: -1 - STAGE_BLOCKS]
+        if (
+            module.config.architecture == "tiny"
+        ):  # from the back, since the fine end differs: its first layers work on 2x2 pixels
+            pairs += _stages_from_the_back(mine[2:], theirs)
+        else:
+            pairs += itertools.zip_longest(mine, theirs)
     copied.append(_copy(pairs, "VAE2's encoder"))
     new = [block.conv[-1] for block in [*module.blocks][STAGE_BLOCKS:]]
     if "latent" in module.config.input_types:

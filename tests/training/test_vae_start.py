@@ -172,6 +172,19 @@ def test_what_cannot_be_a_start_is_said(problem, changes):
         started("latent", **changes)
 
 
+@pytest.mark.parametrize("input_types", [("image",), ("latent",)])
+def test_the_whole_architecture_starts_as_decode_and_reencode(input_types):
+    """Catches a layer of VAE2's encoder that is left out, and an edge beyond which it sees grey in place of black."""
+    module, vae1, vae2, said = started(*input_types, architecture="whole")
+    latents, image = 3 * torch.randn(2, 4, 5, 6), torch.rand(2, 3, 40, 48) * 2 - 1
+    if input_types == ("latent",):
+        image = vae1.decode(latents).sample.clamp(-1, 1)
+        torch.testing.assert_close(module(latents), vae2.encode(image).latents)
+    else:
+        torch.testing.assert_close(module(image=image), vae2.encode(image).latents)
+    assert said.endswith("15 layers of 15 from VAE2's encoder")
+
+
 def test_an_image_branch_that_never_halves_is_refused():
     """Catches a module whose front works on 2x2 pixels and which cannot be built."""
     with pytest.raises(ValueError, match=r"^downsample_times 0: .*halves at least once$"):
