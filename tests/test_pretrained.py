@@ -19,7 +19,7 @@ PRETRAINED = [ROOT / "assets" / "pretrained" / f"taesd_to_taef1{kind}.safetensor
 SIZE = 160  # pixels of the photos on which modules are judged here
 RECORDED = {  # mean, standard deviation and three values of what `test_gives_the_recorded_latents` translates
     "taesd_to_taef1": (-0.0825, 0.8142, 0.7437, 0.222, 0.2175),
-    "taesd_to_taef1_latent": (-0.0684, 0.5342, 0.1489, -0.8751, 0.3026),
+    "taesd_to_taef1_latent": (-0.0755, 0.5711, 0.3915, -1.062, 0.4502),
 }
 
 
@@ -90,12 +90,12 @@ def test_translates_any_size_without_its_vaes(path):
 def test_a_large_picture_is_translated_as_its_parts_are(path):
     """Anything that looks at the whole picture, such as a normalisation: good at the training size, wrong at any other."""
     pipeline = PipelineWithVAEs.from_checkpoint(path)
-    latents, image = torch.randn(1, 4, 64, 80), torch.rand(1, 3, 512, 640) * 2 - 1
+    latents, image = torch.randn(1, 4, 88, 92), torch.rand(1, 3, 704, 736) * 2 - 1
     whole = pipeline.translate(latents, image if pipeline.uses_image else None)
-    part = pipeline.translate(latents[..., 4:60, 4:60], image[..., 32:480, 32:480] if pipeline.uses_image else None)
-    reach = 24  # latents; beyond it nothing of a neighbour is seen
+    part = pipeline.translate(latents[..., 4:84, 4:88], image[..., 32:672, 32:704] if pipeline.uses_image else None)
+    reach = 38  # latents; the convolutions of decoder and encoder, one behind the other, see no neighbour beyond it
     assert torch.allclose(
-        whole[..., 4:60, 4:60][..., reach:-reach, reach:-reach], part[..., reach:-reach, reach:-reach], atol=1e-4
+        whole[..., 4:84, 4:88][..., reach:-reach, reach:-reach], part[..., reach:-reach, reach:-reach], atol=1e-4
     )
 
 
@@ -110,11 +110,11 @@ def test_beats_decoding_and_encoding_again(path, shared):
     ladder = evaluate(rungs, loader, Measures(("st_lpips",), SIZE), show_progress=False)["ladder"]
     aligned, reencode = (ladder[name] for name in ("aligned", "reencode"))
     assert aligned["latent_mse"] < reencode["latent_mse"]
+    assert aligned["st_lpips_vgg"] < reencode["st_lpips_vgg"]
     if pipeline.uses_image:
         assert aligned["psnr"] > reencode["psnr"]
-        assert aligned["st_lpips_vgg"] < reencode["st_lpips_vgg"]
-    else:  # on a hundred photos it is nearer by 0.006, which six cannot show; farther in PSNR, as the README says
-        assert aligned["st_lpips_vgg"] < 1.1 * reencode["st_lpips_vgg"]
+    else:  # on a hundred photos they are level
+        assert aligned["psnr"] > reencode["psnr"] - 0.3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def test_a_module_is_shared_from_a_training_checkpoint(tmp_path):
     torch.save(content | vaes | training, tmp_path / "training.pth")
     output = tmp_path / "shared.safetensors"
     result = share(tmp_path / "training.pth", output, "--vae1_space", "sd15")
-    assert f"{output}: 4.7 MB" in result.stdout
+    assert f"{output}: 4.9 MB" in result.stdout
     assert "VAE2's latent space has no name" in result.stderr and "VAE1's" not in result.stderr
     assert b"/a/folder" not in output.read_bytes()
     pipeline = AlignPipeline.from_pretrained(output)
