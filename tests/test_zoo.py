@@ -158,18 +158,8 @@ def test_a_killed_zoo_goes_on_where_it_was(tmp_path):
             make_photo(rng, (256, 256)).save(tmp_path / folder / f"{number}.png")
     command = [sys.executable, str(ROOT / "tools" / "train_zoo.py"), "--pairs", "sd15:flux1", "--minutes", "0.05"]
     command += ["--train_data_dir", "train", "--eval_data_dir", "eval", "--vaes", "vaes", "--work_dir", "work"]
-    command += [
-        "--output_dir",
-        "zoo",
-        "--results",
-        "RESULTS.md",
-        "--device",
-        "cpu",
-        "--precision",
-        "float32",
-        "--image_size",
-        "64",
-    ]
+    command += ["--output_dir", "zoo", "--results", "RESULTS.md", "--image_size", "64"]
+    command += ["--device", "cpu", "--precision", "float32"]
     options = {
         "cwd": tmp_path,
         "env": child_environment(),

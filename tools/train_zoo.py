@@ -34,7 +34,7 @@ from latents.pipeline import PipelineWithVAEs
 from latents.spaces import Codec
 from latents.vaes import load_vae_model
 from runtime.cli import Parser, claim_writable_folder, integer, real, run
-from runtime.device import PRECISIONS, get_dtype, keep_freed_memory, resolve_device, resolve_precision
+from runtime.device import PRECISIONS, autocast, get_dtype, keep_freed_memory, resolve_device, resolve_precision
 from training.linear_start import RidgeRegression
 from training.vae_start import start_from_vaes
 from utils import UserError, atomic_file, file_digest, read_json, write_json
@@ -163,7 +163,8 @@ class Zoo:
         results = finite(evaluate(ladder, self._loader(self._judged), measures, costs=True))
         entry = {"of": {name: self.manifest["spaces"][name]["sha256"] for name in (one, into) if name != IMAGE}}
         entry["shift"] = shift
-        entry["embedded_psnr"] = round(carried_psnr((one != IMAGE and self._module(one)) or None, self._module(into), shift), 3)
+        first = None if one == IMAGE else self._module(one)
+        entry["embedded_psnr"] = round(carried_psnr(first, self._module(into), shift), 3)
         entry["figures"] = figures_in(
             results | {"image_size": self._args.image_size}, (*FIGURES, "st_lpips_alex", "latent_variance", "grid", "macs")
         )
@@ -198,7 +199,7 @@ class Zoo:
         for batch in self._loader(self._calibrating):
             images = batch["pixel_values"].to(self._device)
             latents, target = pipeline.codec1.encode(images), pipeline.codec2.encode(images)
-            with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+            with autocast(self._device, self._dtype):
                 made = module(latents)
             lacking.append(torch.pixel_shuffle(target.float() - made.float(), fold).mean(dim=(2, 3)))
             regression.add(module.on_output_grid(latents), target)

@@ -146,7 +146,7 @@ def test_a_picture_without_the_decoders_pool_is_refused():
         folded(pooled_decoder=False)
 
 
-def test_only_architecture_tiny_works_on_the_vaes_own_grids():
+def test_the_plain_architecture_knows_nothing_of_the_vaes_own_grids():
     """Catches a plain module with a key in its file that older versions refuse, and a trained module that is built anew with
     another grid than its weights are for."""
     codec = SimpleNamespace(vae=SimpleNamespace(fold=2, config={"pooled": True}))
