@@ -74,7 +74,7 @@ from training.linear_start import fit_ridge
 from training.log import RunLog, evaluate_and_log, log_hparams, log_model_stats, print_results, visualize_results
 from training.meter import Meter
 from training.muon import Muon
-from training.objective import PERCEPTUAL_LOSSES, Encoded, Objective, needs_decoded, needs_pixels
+from training.objective import PERCEPTUAL_LOSSES, Encoded, Objective, needs_decoded, needs_pixels, seen_through
 from training.preflight import claim_outputs, require_same_everywhere, warn_of_odd_flags
 from training.profile import StepProfile
 from training.resume import (
@@ -145,6 +145,9 @@ def build_parser() -> Parser:
     group.add_argument(
         "--input_types", nargs="+", choices=("image", "latent"), default=["image", "latent"], help="what goes in"
     )
+    group.add_argument("--seen_through", nargs="+", metavar="VAE",
+                       help="with --input_types image: show the module some images as they are and the others each as one of "
+                       "these VAEs decodes it, so that it can stand behind their decoders: folders or hub ids")  # fmt: skip
     group.add_argument("--architecture", choices=ARCHITECTURES, default="plain",
                        help="plain: residual blocks on VAE2's grid; tiny: the stages of tiny autoencoders, the finest cut "
                        "down; whole: all of them")  # fmt: skip
@@ -408,6 +411,7 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
             with_images=needs_pixels(args),
             reencoded=bool(args.reencode_target),
             decoded=needs_decoded(args),
+            seen_through=seen_through(args, vae2.device, vae2.dtype),
             sample=args.sample_posterior,
         )
         machine = machine_of(accelerator, args.cache_per_machine)
@@ -871,7 +875,11 @@ def dry_run(args: argparse.Namespace, parts: Parts, datasets, generator: torch.G
                 latents |= {"reencoded": encoded.reencoded.latents} if encoded.reencoded else {}
                 view_bytes = 2 * sum(tensor[0].numel() for tensor in latents.values())  # float16
                 if needs_decoded(args):
-                    latents["decoded"] = decode_picture(encoded.inputs["latents"], parts.pipeline.codec1)
+                    latents["decoded"] = (
+                        encoded.inputs["image"]
+                        if args.seen_through
+                        else decode_picture(encoded.inputs["latents"], parts.pipeline.codec1)
+                    )
                 pictures = needs_pixels(args) + needs_decoded(args)
                 view_bytes += pictures * batch["pixel_values"][0].numel()  # 8 bits
                 batches[number] = batch | latents

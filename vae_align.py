@@ -864,23 +864,17 @@ class AlignPipeline:
         return cls._from_content(read_checkpoint(path / PRETRAINED_NAME if os.path.isdir(path) else path), device, dtype)
 
     @classmethod
-    def joined(cls, first: AlignPipeline | None, second: AlignPipeline, shift: list[float] | None = None) -> AlignPipeline:
+    def joined(cls, first: AlignPipeline | None, second: AlignPipeline) -> AlignPipeline:
         """The pipeline from `first`'s VAE1 to `second`'s VAE2: `first` draws the picture of its latents, and `second` makes of
         it the latents that it makes of an image.
 
         Args:
             first: of a module that draws, see `AlignConfig.draws`; None for a pipeline that takes the image instead.
             second: of another architecture than plain, trained without VAE1's latents or with none but its picture of them.
-            shift: added to each channel of the latents: what VAE1's decoder moves their means by. VAE2's raw channels.
 
         AlignError where the two do not fit.
         """
         module = _joined_modules(first and first.module, second.module)
-        if shift is not None:
-            if len(shift) != len(module.out.bias) or not all(map(_is_finite, shift)):
-                raise AlignError(f"shift of {len(shift)} numbers: {second.space2} needs {len(module.out.bias)} finite ones")
-            with torch.no_grad():
-                module.out.bias += torch.tensor(shift).to(module.out.bias)
         return cls(module.eval(), first.space1 if first else second.space1, second.space2)
 
     @classmethod
@@ -965,7 +959,7 @@ IMAGE = "image"  # in place of VAE1's space, for a module that takes the image
 
 
 def read_zoo(folder: str | os.PathLike = ZOO) -> dict:
-    """The manifest of a zoo. `spaces`: {name: {"file", "sha256", …}}; `pairs`: {VAE1's: {VAE2's: {"shift", "figures"}}}.
+    """The manifest of a zoo. `spaces`: {name: {"file", "sha256", …}}; `pairs`: {VAE1's: {VAE2's: {"figures", …}}}.
     AlignError where there is none."""
     path = Path(folder) / ZOO_NAME
     try:
@@ -996,7 +990,7 @@ def _pair_of_zoo(cls, one: str, into: str, folder: Path = ZOO) -> AlignPipeline:
     def of(name):
         return AlignPipeline.from_checkpoint(Path(folder) / manifest["spaces"][name]["file"])
 
-    joined = cls.joined(None if one == IMAGE else of(one), of(into), pair.get("shift"))
+    joined = cls.joined(None if one == IMAGE else of(one), of(into))
     joined.figures = pair.get("figures", {})
     return joined
 

@@ -29,11 +29,12 @@ LPIPS_SIDE = 32  # px: below that nothing is left after AlexNet's pooling
 
 @dataclass(frozen=True)
 class Setting:
-    """What a metric may ask before it is loaded: the side of the images in px, and the device. `perceptual` keeps the networks
-    of ST-LPIPS, which several metrics look through, by name."""
+    """What a metric may ask before it is loaded: the side of the images in px, the device, and the precision of ST-LPIPS'
+    networks. `perceptual` keeps these, which several metrics look through, by name."""
 
     image_size: int
     device: torch.device | str
+    dtype: torch.dtype = torch.float32
     perceptual: dict[str, PerceptualFeatures] = field(default_factory=dict)
 
 
@@ -126,14 +127,14 @@ class PerceptualFeatures:
 
     KEPT = 2  # the originals, and what the rung at hand made of them
 
-    def __init__(self, network: str, device: torch.device | str):
-        self.network = st_lpips(network, device)
+    def __init__(self, network: str, device: torch.device | str, dtype: torch.dtype = torch.float32):
+        self.network = st_lpips(network, device).to(dtype)
         self._recent = []
 
     def __call__(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Images (B, 3, H, W) in [-1, 1] -> the network's features of their 8-bit levels, see `PerceptualDistance.features`."""
         found = next((kept for kept in self._recent if kept[0] is images), None)
-        found = found or (images, self.network.features(per_image.to_8bit(images) / 127.5 - 1))
+        found = found or (images, [stage.float() for stage in self.network.features(per_image.to_8bit(images) / 127.5 - 1)])
         others = [kept for kept in self._recent if kept[0] is not images]
         self._recent = [*others[1 - self.KEPT :], found]
         return found[1]
@@ -147,7 +148,7 @@ class PerceptualFeatures:
 def perceptual_features(setting: Setting, network: str) -> PerceptualFeatures:
     require_side(setting, SMALLEST_SIDE)
     if network not in setting.perceptual:
-        setting.perceptual[network] = PerceptualFeatures(network, setting.device)
+        setting.perceptual[network] = PerceptualFeatures(network, setting.device, setting.dtype)
     return setting.perceptual[network]
 
 
@@ -288,18 +289,24 @@ class Measures:
 
     Args:
         choices: words of `CHOICES`; the metrics that need no choice are always measured.
-        image_size: side of the images, px. device: where networks are put.
+        image_size: side of the images, px. device: where networks are put. dtype: the precision of ST-LPIPS' networks.
 
     Attributes:
         names: of the metrics that are measured, in the order of `METRICS`.
         left_out: {metric: in a phrase, why it cannot be had}. Nothing is ever downloaded.
     """
 
-    def __init__(self, choices=("ssim",), image_size: int = 256, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        choices=("ssim",),
+        image_size: int = 256,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
         self.left_out = {}
         self._of_each_image = {}
         self._of_the_set = {}
-        setting = Setting(image_size, device)
+        setting = Setting(image_size, device, dtype)
         for metric in METRICS.values():
             if metric.scope == "cost" or (metric.choice and metric.choice not in choices):
                 continue

@@ -23,6 +23,7 @@ from latents.cache import LatentCache, addresses_of, cache_key
 from latents.cached_set import CachedDataset, as_it_is
 from latents.claims import ChunkClaims
 from latents.contents import WORD, Contents, contents_of, words_of
+from latents.seen_through import SeenThrough
 from latents.spaces import Codec, decode_picture
 from runtime.device import memory_advice
 from runtime.processes import ALONE, Machine
@@ -98,6 +99,7 @@ class CacheOptions:
         root: folder of caches. views: random crops and flips of each image.
         with_images: store the pixels too, for whoever reads the image beside its latents.
         reencoded: store too what decode + re-encode makes of VAE1's latents. decoded: the picture that VAE1 decodes, 8 bits.
+        seen_through: what makes that picture in VAE1's place.
         sample: store a draw from the posterior in place of its mean.
     """
 
@@ -106,6 +108,7 @@ class CacheOptions:
     with_images: bool = False
     reencoded: bool = False
     decoded: bool = False
+    seen_through: SeenThrough | None = None
     sample: bool = False
 
 
@@ -185,6 +188,8 @@ class LatentEncoder:
             "columns": {name: list(shape) for name, (shape, _) in columns.items()},
             **dataset.view_key(),
         }
+        if options.seen_through:
+            key["seen_through"] = [codec.fingerprint for codec in options.seen_through.codecs]
         about = {"vae1": codec1.vae.where, "vae2": codec2.vae.where, **key}
         self.cache = LatentCache(options.root, cache_key(**key), columns, about)
 
@@ -335,12 +340,18 @@ class LatentEncoder:
                     generator = torch.Generator(codec.vae.device).manual_seed(int(seed))
                 rows[f"latents{number}"] = codec.encode(images, self.options.sample, generator).half().cpu().numpy()
             if self.options.reencoded or self.options.decoded:
-                picture = decode_picture(torch.from_numpy(rows["latents1"]).to(self.codecs[1].vae.device), self.codecs[1])
+                picture = self._picture(images, rows["latents1"])
             if self.options.reencoded:
                 rows["reencoded"] = self.codecs[2].encode(picture).half().cpu().numpy()
             if self.options.decoded:
                 rows["decoded"] = to_levels(picture).cpu().numpy()
         return rows
+
+    def _picture(self, images: torch.Tensor, latents1: np.ndarray) -> torch.Tensor:
+        device = self.codecs[1].vae.device
+        if self.options.seen_through:
+            return self.options.seen_through(images.to(device))
+        return decode_picture(torch.from_numpy(latents1).to(device), self.codecs[1])
 
     def _finite(self, items: list[EncodingItem], encoded: dict[str, np.ndarray], left_out: list[dict]) -> np.ndarray:
         """Which rows are of images whose views are all finite in float16: (rows,) bool. The other images are left out."""

@@ -102,19 +102,20 @@ class PipelineWithVAEs(AlignPipeline):
         Latents that the batch already carries (from the latent cache) are taken as they are; the others are encoded from
         `pixel_values`, the posterior mean or with `sample` a draw from the posterior. The images go to the device once, and
         only if the module, an encoder or, with `images_needed`, the caller reads them; otherwise they are None. A module that
-        draws what it looks at is given VAE1's picture where the batch has it.
+        draws what it looks at is given VAE1's picture where the batch has it, and so is one that takes the image alone.
         """
         on_device = {"device": self.device, "non_blocking": True}
         encoded = "latents2" in batch and (not self.uses_latents or "latents1" in batch)
         images = None
-        if self.uses_image or images_needed or not encoded:
+        sees_picture = "decoded" in batch and (self.config.draws or not self.uses_latents)
+        if (self.uses_image and not sees_picture) or images_needed or not encoded:
             images = batch["pixel_values"].to(**on_device)
 
         def latents(name, codec):
             return batch[name].to(**on_device) if name in batch else codec().encode(images, sample, generator)
 
         inputs = {"image": images} if self.uses_image else {}
-        if self.config.draws and "decoded" in batch:
+        if sees_picture:
             inputs["image"] = batch["decoded"].to(**on_device)
         if self.uses_latents:
             inputs["latents"] = latents("latents1", lambda: self.codec1)

@@ -43,15 +43,14 @@ def of_itself(name, seed=0, **changes):
 
 
 def make_zoo(folder, one, into):
-    """A zoo of two spaces and of the pair between them, with a shift of a tenth; the pair as it should be."""
+    """A zoo of two spaces and of the pair between them; the pair as it should be."""
     folder.mkdir(parents=True)
     pipelines = {name: of_itself(name, seed) for seed, name in enumerate((one, into))}
-    shift = [0.1] * SPACES[into].channels
     for name, pipeline in pipelines.items():
         pipeline.save_pretrained(folder / f"{name}.safetensors")
     spaces = {name: {"file": f"{name}.safetensors"} for name in pipelines}
-    write_json(folder / ZOO_NAME, {"spaces": spaces, "pairs": {one: {into: {"shift": shift, "figures": {"aligned": {}}}}}})
-    return AlignPipeline.joined(*pipelines.values(), shift)
+    write_json(folder / ZOO_NAME, {"spaces": spaces, "pairs": {one: {into: {"figures": {"aligned": {}}}}}})
+    return AlignPipeline.joined(*pipelines.values())
 
 
 def save(pipeline, folder, **changes):

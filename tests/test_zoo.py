@@ -27,7 +27,7 @@ ALL_PAIRS = {(one, into) for one in (IMAGE, *SPACE_NAMES) for into in SPACE_NAME
 
 @pytest.mark.parametrize("one, into", [("sd15", "flux1"), ("flux2", "sd15"), ("flux1", "flux2")])
 def test_a_pair_is_the_first_ones_picture_in_the_second_ones_latents(one, into):
-    """Catches parts taken from the wrong side, a grid of the other's, and a shift that lands elsewhere than in the latents."""
+    """Catches parts taken from the wrong side, and a grid of the other's."""
     first, second = of_itself(one, 1), of_itself(into, 2, pooled_decoder=into == "flux2")
     pair = AlignPipeline.joined(first, second)
     latents = torch.randn(1, SPACES[one].channels, 64 // SPACES[one].stride, 96 // SPACES[one].stride)
@@ -36,26 +36,20 @@ def test_a_pair_is_the_first_ones_picture_in_the_second_ones_latents(one, into):
     expected = encoder.translate(image=image)
     torch.testing.assert_close(pair.translate(latents), expected)
     assert (pair.space1.name, pair.space2.name, encoder.config.input_types) == (one, into, ("image",))
-    fold = pair.config.out_fold
-    shift = torch.arange(SPACES[into].channels / fold**2) / 10
-    moved = AlignPipeline.joined(first, second, shift.tolist()).translate(latents) - expected
-    torch.testing.assert_close(torch.pixel_shuffle(moved, fold).mean(dim=(0, 2, 3)), shift, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "first, second, shift, said",
+    "first, second, said",
     [
-        ({}, {"hidden_channels": 16}, None, "hidden_channels 8 and 16"),
-        ({"input_types": ("image",)}, {}, None, "draws no picture"),
-        ({}, {"architecture": "plain"}, None, "looks at no picture"),
-        ({}, {}, [0.0], "shift of 1 numbers"),
-        ({}, {}, [float("nan")] * 16, "finite"),
+        ({}, {"hidden_channels": 16}, "hidden_channels 8 and 16"),
+        ({"input_types": ("image",)}, {}, "draws no picture"),
+        ({}, {"architecture": "plain"}, "looks at no picture"),
     ],
 )
-def test_what_makes_no_pair_is_refused(first, second, shift, said):
+def test_what_makes_no_pair_is_refused(first, second, said):
     """Catches a traceback of torch's, and a pair that computes something that nobody trained."""
     with pytest.raises(AlignError, match=said):
-        AlignPipeline.joined(of_itself("sd15", **first), of_itself("flux1", **second), shift)
+        AlignPipeline.joined(of_itself("sd15", **first), of_itself("flux1", **second))
 
 
 def test_a_module_that_knows_its_own_latents_takes_no_others():
@@ -66,8 +60,8 @@ def test_a_module_that_knows_its_own_latents_takes_no_others():
         AlignPipeline.joined(of_itself("sd15"), second)
 
 
-def test_names_lead_to_the_pair_with_its_shift_and_figures(tmp_path):
-    """Catches a shift or figures left behind, names taken for files, an unknown name that ends in a traceback."""
+def test_names_lead_to_the_pair_with_its_figures(tmp_path):
+    """Catches figures left behind, names taken for files, an unknown name that ends in a traceback."""
     pair = make_zoo(tmp_path / "assets" / "zoo", "sd15", "flux1")
     shutil.copy(ROOT / "vae_align.py", tmp_path)  # the zoo is searched beside the file, as in ComfyUI's pack
     torch.save(torch.randn(1, 4, 8, 8), tmp_path / "latents.pt")
@@ -118,12 +112,12 @@ def test_a_file_is_what_the_manifest_says(name, shipped):
 
 @pytest.mark.parametrize("into", SPACE_NAMES)
 def test_a_pair_carries_photos_as_well_as_the_manifest_says(into, shipped):
-    """Code that computes something else than was judged; a shift of another pair."""
+    """Code that computes something else than was judged."""
     manifest, pipelines = shipped
     for one in (IMAGE, *SPACE_NAMES):
         if one != into:
             pair = manifest["pairs"][one][into]
-            psnr = carried_psnr(pipelines.get(one), pipelines[into], pair["shift"])
+            psnr = carried_psnr(pipelines.get(one), pipelines[into])
             assert psnr == pytest.approx(pair["embedded_psnr"], abs=0.05), one
 
 

@@ -3,11 +3,11 @@
     python tools/train_zoo.py --train_data_dir PHOTOS --eval_data_dir OTHER_PHOTOS
 
 Each space's tiny autoencoder gives a decoder, and a module of the recipe in config/zoo.json learns its encoder from photos.
-VAE1's decoder with VAE2's learned encoder behind it is a pair's module: five trainings make twenty pairs. What VAE1's decoder
-moves the means of VAE2's latents by is measured on training photos and taken back.
+VAE1's decoder with VAE2's learned encoder behind it is a pair's module: five trainings make twenty pairs. An encoder is shown
+its photos as they are and as the other spaces' autoencoders decode them, in turn.
 
 One command does it all, and may be killed: run again, it goes on with the space and the step, or the pair, where it was.
---output_dir gets a file per space and the manifest zoo.json; RESULTS.md beside it is made of the manifest alone.
+--output_dir gets a file per space, the manifest zoo.json and two sheets of pictures; RESULTS.md is made of the manifest.
 """
 
 import argparse
@@ -20,13 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+import zoo_trials
 from share_checkpoint import FIGURES, figures_in
 from tqdm import tqdm
-from zoo_results import carried_psnr, results_page
+from zoo_results import PHOTOS_SHEET, STRANGE_SHEET, carried_psnr, embedded_photos, gains_in, pairs_in, results_page, write_page
 
 from dataloader import ImageDataset, eval_loader, find_images
 from evaluation.ladder import Ladder, evaluate
-from evaluation.metrics import Measures
+from evaluation.metrics import Measures, PerceptualFeatures
 from evaluation.summary import finite
 from evaluation.verdict import verdict
 from latents.families import family_of
@@ -34,7 +35,7 @@ from latents.pipeline import PipelineWithVAEs
 from latents.spaces import Codec
 from latents.vaes import load_vae_model
 from runtime.cli import Parser, claim_writable_folder, integer, real, run
-from runtime.device import PRECISIONS, autocast, get_dtype, keep_freed_memory, resolve_device, resolve_precision
+from runtime.device import PRECISIONS, get_dtype, keep_freed_memory, resolve_device, resolve_precision
 from training.linear_start import RidgeRegression
 from training.vae_start import start_from_vaes
 from utils import UserError, atomic_file, file_digest, read_json, write_json
@@ -44,7 +45,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SPACES = ("sd15", "sdxl", "sd3", "flux1", "flux2")
 RECIPE = ROOT / "config" / "zoo.json"
 OWNER = "madebyollin"  # of the tiny autoencoders on the hub
-CALIBRATION_PHOTOS = 128  # for the means of latents and the linear map
+REGRESSED_PHOTOS = 64  # for the linear map: some ten thousand latents
+DRIFT_PHOTOS = 8
 RUNGS = {True: ("vae2", "reencode", "linear", "aligned"), False: ("vae2", "aligned")}  # with latents as input, without
 VERDICT = ("answer", "gain_db", "gain_error_db", "perceptual_gain", "perceptual_gain_error", "macs_fraction")
 
@@ -54,7 +56,12 @@ def build_parser() -> Parser:
     parser.add_argument("--train_data_dir", required=True, help="folder of photos to train on")
     parser.add_argument("--eval_data_dir", required=True, help="folder of other photos, on which every pair is judged")
     parser.add_argument("--vaes", help="folder that holds taesd, taesdxl, … (default: the hub)")
-    parser.add_argument("--pairs", nargs="+", metavar="VAE1:VAE2", help="spaces by name, or image:VAE2 (default: all)")
+    parser.add_argument(
+        "--pairs",
+        nargs="+",
+        metavar="VAE1:VAE2",
+        help="spaces by name, or image:VAE2 (default: all); the spaces among them are learned, each for the others",
+    )
     parser.add_argument(
         "--minutes", type=real(0, above=True), default=10, help="of training, each space; its cache comes on top"
     )
@@ -96,7 +103,8 @@ class Zoo:
         self.manifest = read_json(path) if path.exists() else {"spaces": {}, "pairs": {}}
         self._judged = find_images(args.eval_data_dir, "default", False, "--eval_data_dir").paths[: args.photos]
         trained = find_images(args.train_data_dir, "default", False, "--train_data_dir").paths
-        self._calibrating = trained[:: max(1, len(trained) // CALIBRATION_PHOTOS)][:CALIBRATION_PHOTOS]
+        self._regressed = trained[:: max(1, len(trained) // REGRESSED_PHOTOS)][:REGRESSED_PHOTOS]
+        self._features = PerceptualFeatures("vgg", device, self._dtype)
 
     def place_of(self, space: str) -> str:
         """Folder or hub id of the space's tiny autoencoder."""
@@ -120,13 +128,16 @@ class Zoo:
     def has_pair(self, one: str, into: str) -> bool:
         """Whether the pair is judged with the files that are there."""
         pair = self.manifest["pairs"].get(one, {}).get(into)
-        files = {name: self.manifest["spaces"].get(name, {}).get("sha256") for name in (one, into) if name != IMAGE}
-        return bool(pair) and pair["of"] == files
+        return bool(pair) and pair["of"] == self._digests_of(one, into)
 
-    def train(self, space: str) -> None:
-        """Learn the space's encoder, and write the file of its module into itself."""
+    def has_trial(self, one: str, into: str) -> bool:
+        """Whether the pair, judged with the files that are there, is tried out too."""
+        return self.has_pair(one, into) and "drift" in self.manifest["pairs"][one][into]
+
+    def train(self, space: str, others: list[str]) -> None:
+        """Learn the space's encoder, to stand behind the others' decoders, and write the file of its module into itself."""
         folder = self._work / space
-        self._run_training(space, folder)
+        self._run_training(space, others, folder)
         checkpoint, content = newest_checkpoint(folder)
         codec = self.codec(space)
         image = AlignPipeline.from_checkpoint(checkpoint)
@@ -137,10 +148,11 @@ class Zoo:
         pipeline.save_pretrained(file, vaes=[f"{OWNER}/{family_of(space).tiny[0]}"] * 2)
         self.manifest["spaces"][space] = {
             "file": file.name, "sha256": file_digest(file).hex(), "steps": content["step"], "minutes": self._args.minutes,
+            "seen_through": others,
         }  # fmt: skip
         self._write()
 
-    def _run_training(self, space, folder):
+    def _run_training(self, space, others, folder):
         place = self.place_of(space)
         flags = {
             "load_config": RECIPE, "vae1_path": place, "vae2_path": place, "vae1_space": space, "vae2_space": space,
@@ -151,70 +163,112 @@ class Zoo:
         }  # fmt: skip
         command = [sys.executable, str(ROOT / "train_align_with_args.py"), "--resume"]
         command += [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+        command += ["--seen_through", *map(self.place_of, others)]
         ended = subprocess.run(command).returncode
         if ended:
             raise UserError(f"the training of {space} ended with code {ended}; the same command goes on where it was")
 
     def judge(self, one: str, into: str) -> None:
-        """Measure the pair's shift and its figures, and put both into the manifest."""
-        pipeline, shift = self._pipeline(one, into)
-        measures = Measures(("ssim", "st_lpips", "texture"), self._args.image_size, self._device)
+        """Put the pair's figures into the manifest."""
+        pipeline = self._pipeline(one, into)
+        measures = Measures(("ssim", "st_lpips", "texture"), self._args.image_size, self._device, self._dtype)
         ladder = Ladder(pipeline, self._dtype, only=RUNGS[pipeline.uses_latents])
         results = finite(evaluate(ladder, self._loader(self._judged), measures, costs=True))
-        entry = {"of": {name: self.manifest["spaces"][name]["sha256"] for name in (one, into) if name != IMAGE}}
-        entry["shift"] = shift
+        results["image_size"] = self._args.image_size
         first = None if one == IMAGE else self._module(one)
-        entry["embedded_psnr"] = round(carried_psnr(first, self._module(into), shift), 3)
-        entry["figures"] = figures_in(
-            results | {"image_size": self._args.image_size}, (*FIGURES, "st_lpips_alex", "latent_variance", "grid", "macs")
-        )
+        entry = {
+            "of": self._digests_of(one, into),
+            "embedded_psnr": round(carried_psnr(first, self._module(into)), 3),
+            "figures": figures_in(results, (*FIGURES, "st_lpips_alex", "latent_variance", "grid", "macs")),
+        }
         if pipeline.uses_latents:
             answer = verdict(results)
             entry["verdict"] = {name: answer[name] for name in VERDICT}
         self.manifest["pairs"].setdefault(one, {})[into] = entry
         self._write()
 
-    def _pipeline(self, one, into) -> tuple[PipelineWithVAEs, list[float] | None]:
-        """The pair with its VAEs, its shift taken back and its linear map remembered; the shift."""
+    def try_out(self, one: str, into: str) -> None:
+        """Put into the manifest what many hops, unseen photos and strange latents do to the pair."""
+        there, back = self._ladder(one, into), self._ladder(into, one)
+        photos = self._pixels(self._judged[:: max(1, len(self._judged) // DRIFT_PHOTOS)][:DRIFT_PHOTOS])
+        self.manifest["pairs"][one][into] |= {
+            "drift": zoo_trials.drift(there, back, photos, self._features),
+            "photos": zoo_trials.transfer(there, self._embedded(there.pipeline.codec1), self._features),
+            "transfer": zoo_trials.transfer(there, self._strange(there.pipeline.codec1), self._features),
+        }
+        self._write()
+
+    def draw(self) -> None:
+        """Write a sheet of the best and the worst photos into each space, and one of what each strange input is at its worst;
+        nothing before there is a trial."""
+        tried = [each for each in pairs_in(self.manifest) if "transfer" in each[2]]
+        photos, strange = [], []
+        for group in ([each for each in tried if each[1] == into] for into in SPACES):
+            found = sorted(gains_in(group, "photos", "st_lpips_vgg"))
+            chosen = zip(("best", "worst"), found[-1:] + found[:1])
+            photos += [self._shown(word, *each, self._embedded) for word, each in chosen]
+        for name in tried[0][2]["transfer"] if tried else ():
+            worst = min(each for each in gains_in(tried, "transfer", "psnr") if each[-1] == name)
+            strange.append(self._shown(name, *worst, self._strange))
+        for name, rows in ((PHOTOS_SHEET, photos), (STRANGE_SHEET, strange)):
+            if rows:
+                with atomic_file(self._folder / name) as file:
+                    zoo_trials.sheet_of(rows).save(file, "JPEG", quality=85)
+
+    def _shown(self, word: str, gain: float, one: str, into: str, name: str, inputs) -> tuple[str, list[torch.Tensor]]:
+        ladder = self._ladder(one, into)
+        return f"{word}: {one} to {into}", zoo_trials.carried(ladder, inputs(ladder.pipeline.codec1)[name])
+
+    def _embedded(self, codec: Codec) -> dict[str, torch.Tensor]:
+        photos = embedded_photos(None, self._args.image_size).to(self._device)
+        return {str(number): photo[None] for number, photo in enumerate(photos)}
+
+    def _strange(self, codec: Codec) -> dict[str, torch.Tensor]:
+        photos = torch.cat(list(self._embedded(codec).values()))
+        return zoo_trials.strange_inputs(photos, codec.encode(photos))
+
+    def _ladder(self, one, into) -> Ladder:
+        module = AlignPipeline.joined(self._module(one), self._module(into)).module
+        return Ladder(PipelineWithVAEs(module, self.codec(one), self.codec(into)), self._dtype, only=zoo_trials.WAYS)
+
+    def _pipeline(self, one, into) -> PipelineWithVAEs:
+        """The pair with its VAEs, and its linear map remembered."""
         second, codec2 = self._module(into), self.codec(into)
         if one == IMAGE:
-            return PipelineWithVAEs(AlignPipeline.joined(None, second).module, codec2, codec2), None
-        first, codec1 = self._module(one), self.codec(one)
-        pipeline = PipelineWithVAEs(AlignPipeline.joined(first, second).module, codec1, codec2)
-        shift, linear = self._calibrate(pipeline)
-        module = AlignPipeline.joined(first, second, shift).module
-        module.remember_ridge(*linear)
-        return PipelineWithVAEs(module, codec1, codec2), shift
+            return PipelineWithVAEs(AlignPipeline.joined(None, second).module, codec2, codec2)
+        codec1 = self.codec(one)
+        module = AlignPipeline.joined(self._module(one), second).module
+        pipeline = PipelineWithVAEs(module, codec1, codec2)
+        module.remember_ridge(*self._linear_map(pipeline))
+        return pipeline
 
     def _module(self, space) -> AlignPipeline:
         return AlignPipeline.from_checkpoint(self._folder / self.manifest["spaces"][space]["file"], self._device)
 
-    @torch.no_grad()
-    def _calibrate(self, pipeline: PipelineWithVAEs):
-        """(what the mean of each raw channel of the pair's latents lacks of VAE2's; the closed-form linear map), on training
-        photos."""
-        module, fold = pipeline.module.eval(), pipeline.config.out_fold
+    def _linear_map(self, pipeline: PipelineWithVAEs):
+        """The closed-form linear map between the pair's latents of training photos."""
+        module = pipeline.module
         regression = RidgeRegression(module.ridge_weight.shape[1], pipeline.config.out_channels)
-        lacking = []
-        for batch in self._loader(self._calibrating):
+        for batch in self._loader(self._regressed):
             images = batch["pixel_values"].to(self._device)
             latents, target = pipeline.codec1.encode(images), pipeline.codec2.encode(images)
-            with autocast(self._device, self._dtype):
-                made = module(latents)
-            lacking.append(torch.pixel_shuffle(target.float() - made.float(), fold).mean(dim=(2, 3)))
             regression.add(module.on_output_grid(latents), target)
-        shift = torch.cat(lacking).mean(dim=0)
-        return [round(value, 4) for value in shift.tolist()], regression.solve()
+        return regression.solve()
+
+    def _pixels(self, paths) -> torch.Tensor:
+        return torch.cat([batch["pixel_values"] for batch in self._loader(paths)]).to(self._device)
 
     def _loader(self, paths):
         return eval_loader(ImageDataset(paths, self._args.image_size), 4, 1)
+
+    def _digests_of(self, *names) -> dict[str, str | None]:
+        return {name: self.manifest["spaces"].get(name, {}).get("sha256") for name in names if name != IMAGE}
 
     def _write(self) -> None:
         for name in ("spaces", "pairs"):
             self.manifest[name] = dict(sorted(self.manifest[name].items()))
         write_json(self._folder / ZOO_NAME, self.manifest)
-        with atomic_file(Path(self._args.results)) as file:
-            file.write(results_page(self.manifest).encode())
+        write_page(self.manifest, Path(self._args.results), self._folder)
 
 
 def main():
@@ -224,19 +278,26 @@ def main():
     keep_freed_memory(device)
     zoo = Zoo(args, device)
     spaces = [space for space in SPACES if any(space in pair for pair in pairs)]
-    with tqdm(total=len(spaces) + len(pairs), unit="part") as progress:
+    between = [pair for pair in pairs if pair[0] != IMAGE]
+    with tqdm(total=len(spaces) + len(pairs) + len(between), unit="part") as progress:
         for space in spaces:
             progress.set_description(f"train {space}")
             if not zoo.has_space(space):
-                zoo.train(space)
+                zoo.train(space, [other for other in (spaces if len(spaces) > 1 else SPACES) if other != space])
             progress.update()
         for one, into in pairs:
             progress.set_description(f"judge {one} to {into}")
             if not zoo.has_pair(one, into):
                 zoo.judge(one, into)
             progress.update()
+        for one, into in between:
+            progress.set_description(f"try {one} to {into}")
+            if not zoo.has_trial(one, into):
+                zoo.try_out(one, into)
+            progress.update()
+        zoo.draw()
     print(results_page(zoo.manifest))
-    print(f"{args.output_dir}: {len(spaces)} modules and {ZOO_NAME}; {args.results}")
+    print(f"{args.output_dir}: {len(spaces)} modules, {ZOO_NAME} and two sheets of pictures; {args.results}")
 
 
 if __name__ == "__main__":

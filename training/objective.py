@@ -10,6 +10,7 @@ import torch
 from evaluation.networks import lpips_network
 from evaluation.st_lpips import SMALLEST_SIDE, PerceptualDistance, st_lpips
 from latents.pipeline import PipelineWithVAEs
+from latents.seen_through import SeenThrough
 from latents.spaces import Codec
 from latents.vaes import load_vae_model
 from losses import channel_moments, get_loss_function
@@ -78,6 +79,7 @@ class Objective:
         self.latent_loss = get_loss_function(args.loss_type)
         self.latent_weight = args.loss_weight
         self.moments_weight = args.moments_loss_weight
+        self._seen_through = seen_through(args, pipeline.device, pipeline.codec2.vae.dtype)
         self._reencoder = _reencoder(pipeline, args)
         self.decoded = _decoded_loss(pipeline, args) if decodes_pictures(args) else None
         self._decoded_start = args.decoder_loss_start
@@ -86,8 +88,10 @@ class Objective:
 
     def encode(self, batch: dict, sample: bool = False, generator: torch.Generator | None = None) -> Encoded:
         """A training batch as a step needs it; see `PipelineWithVAEs.encode_batch`."""
+        if self._seen_through and "decoded" not in batch:
+            batch = batch | {"decoded": self._seen_through(batch["pixel_values"].to(self._pipeline.device))}
         inputs, target, images = self._pipeline.encode_batch(batch, sample, generator, self.reads_images)
-        return Encoded(inputs, target, images, self._reencoder and self._reencoder(batch, inputs["latents"]))
+        return Encoded(inputs, target, images, self._reencoder and self._reencoder(batch, inputs.get("latents")))
 
     def decodes_at(self, progress: float) -> bool:
         """Whether losses on the decoded image have begun when that share of the run is done."""
@@ -182,12 +186,24 @@ def _decoded_loss(pipeline, args):
 def _reencoder(pipeline, args) -> Reencoder | None:
     if not args.reencode_target:
         return None
-    if not pipeline.uses_latents:
+    if not (pipeline.uses_latents or args.seen_through):
         raise UserError(
             f"--reencode_target {args.reencode_target:g}: the module does not see VAE1's latents, which are re-encoded; "
             "add latent to --input_types"
         )
     return Reencoder(pipeline.codec1, pipeline.codec2, args.reencode_target)
+
+
+def seen_through(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> SeenThrough | None:
+    """The VAEs of --seen_through, whose weights are read when something first needs them. UserError where the module takes
+    VAE1's latents."""
+    if not args.seen_through:
+        return None
+    if "latent" in args.input_types:
+        raise UserError("--seen_through: a module that takes VAE1's latents sees VAE1's picture; add --input_types image")
+    places = [(place, args.vae1_subfolder) for place in args.seen_through]
+    options = (args.cache_dir, device, dtype, "--seen_through")
+    return SeenThrough([Codec(load_vae_model(*place, *options), *place) for place in places])
 
 
 def _terms(args, device) -> list[tuple]:
@@ -254,7 +270,7 @@ def reads_images(args: argparse.Namespace) -> bool:
 
 def needs_pixels(args: argparse.Namespace) -> bool:
     """Whether training batches must carry the image beside its latents."""
-    return "image" in args.input_types or reads_images(args)
+    return ("image" in args.input_types and not args.seen_through) or reads_images(args)
 
 
 def draws_pictures(args: argparse.Namespace) -> bool:
@@ -263,8 +279,8 @@ def draws_pictures(args: argparse.Namespace) -> bool:
 
 
 def needs_decoded(args: argparse.Namespace) -> bool:
-    """Whether training batches must carry that picture."""
-    return draws_pictures(args) or (bool(args.reencode_target) and decodes_pictures(args))
+    """Whether training batches must carry that picture, or the one of --seen_through."""
+    return draws_pictures(args) or bool(args.seen_through) or (bool(args.reencode_target) and decodes_pictures(args))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

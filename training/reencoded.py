@@ -40,12 +40,13 @@ class Reencoder:
     codec2: Codec
     weight: float
 
-    def __call__(self, batch: dict, source: torch.Tensor) -> Reencoded:
-        """A training batch and VAE1's latents of it (B, channels, h, w)."""
+    def __call__(self, batch: dict, source: torch.Tensor | None) -> Reencoded:
+        """A training batch and VAE1's latents of it (B, channels, h, w), which may be None where the batch has the picture."""
         if "reencoded" not in batch:
-            picture = decode_picture(source, self.codec1)
+            picture = batch["decoded"] if "decoded" in batch else decode_picture(source, self.codec1)
             return Reencoded(self.codec2.encode(picture), picture, self.weight)
+        device = self.codec2.vae.device
         latents, picture = (
-            batch[name].to(source.device, non_blocking=True) if name in batch else None for name in ("reencoded", "decoded")
+            batch[name].to(device, non_blocking=True) if name in batch else None for name in ("reencoded", "decoded")
         )
         return Reencoded(latents, picture, self.weight)
