@@ -76,18 +76,20 @@ class Ladder:
             by that precision's rounding, as training does.
         others: {label: pipeline} of the same two VAEs, whose modules are judged too: the rungs "aligned_2", "aligned_3", …
         only: names of rungs; the others are left out. None: all.
+        more: further rungs of the same VAE2, below the others.
 
     Attributes:
         rungs: {name: `Rung`}, in the order in which tables show them.
         vae2: the rung that all others are held against, whether it is among `rungs` or not.
     """
 
-    def __init__(self, pipeline: PipelineWithVAEs, dtype: torch.dtype, others: dict | None = None, only=None):
+    def __init__(self, pipeline: PipelineWithVAEs, dtype: torch.dtype, others: dict | None = None, only=None, more=()):
         self.pipeline = pipeline
         self.dtype = dtype
         rungs = self._baselines() + self._modules(others or {})
         self.vae2 = next(rung for rung in rungs if rung.kind == "vae2")
         self.rungs = {rung.name: rung for rung in rungs if only is None or rung.name in only}
+        self.rungs |= {rung.name: rung for rung in more}
 
     def _baselines(self) -> list[Rung]:
         codec1, codec2 = self.pipeline.codec1, self.pipeline.codec2

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from zoo_results import PHOTOS_SHEET, STRANGE_SHEET, carried_psnr, embedded_photos, gains_in, pairs_in, results_page, write_page
 
 from dataloader import ImageDataset, eval_loader, find_images
-from evaluation.ladder import Ladder, evaluate
+from evaluation.ladder import Ladder, Rung, evaluate
 from evaluation.metrics import Measures, PerceptualFeatures
 from evaluation.summary import finite
 from evaluation.verdict import verdict
@@ -84,6 +84,26 @@ def wanted_pairs(typed: list[str] | None) -> list[tuple[str, str]]:
         if len(pair) != 2 or pair[0] == pair[1] or pair[1] not in SPACES or pair[0] not in (IMAGE, *SPACES):
             raise UserError(f"--pairs {text}: name two of {', '.join(SPACES)}, or image:VAE2, such as sd15:flux1")
     return pairs
+
+
+def _from_images(one: str, ladder: Ladder) -> list[Rung]:
+    """The rungs of a pair but VAE2's own, each with VAE1's space in its name, for a ladder of VAE2 that has another VAE1."""
+    codec1 = ladder.pipeline.codec1
+
+    def with_own_latents(rung):
+        return lambda latents, images: rung(codec1.encode(images), images)
+
+    rungs = [rung for rung in ladder.rungs.values() if rung.kind != "vae2"]
+    return [replace(rung, name=f"{one} {rung.name}", translate=with_own_latents(rung)) for rung in rungs]
+
+
+def _results_of(one: str, judged: dict) -> dict:
+    """What `evaluate` would have returned of the pair alone."""
+    results = dict(judged)
+    for part in ("ladder", "per_image", "summary", "intervals"):
+        of_pair = {name.removeprefix(f"{one} "): value for name, value in judged[part].items() if name.startswith(f"{one} ")}
+        results[part] = {"vae2": dict(judged[part]["vae2"])} | of_pair
+    return results
 
 
 class Zoo:
@@ -147,7 +167,7 @@ class Zoo:
         pipeline = AlignPipeline(module, codec.space, codec.space).to(torch.float16)
         pipeline.save_pretrained(file, vaes=[f"{OWNER}/{family_of(space).tiny[0]}"] * 2)
         self.manifest["spaces"][space] = {
-            "file": file.name, "sha256": file_digest(file).hex(), "steps": content["step"], "minutes": self._args.minutes,
+            "file": file.name, "sha256": file_digest(file).hex(), "steps": content["step"], "minutes": content["config"]["minutes"],
             "seen_through": others,
         }  # fmt: skip
         self._write()
@@ -168,23 +188,29 @@ class Zoo:
         if ended:
             raise UserError(f"the training of {space} ended with code {ended}; the same command goes on where it was")
 
-    def judge(self, one: str, into: str) -> None:
-        """Put the pair's figures into the manifest."""
-        pipeline = self._pipeline(one, into)
+    def judge(self, into: str, ones: list[str]) -> None:
+        """Put the figures of the pairs from these into one space into the manifest. They are judged at once, since all are held
+        against the same photos and the same VAE2."""
+        second, codec2 = self._module(into), self.codec(into)
+        ladders = {one: Ladder(self._pipeline(one, into), self._dtype, only=RUNGS[one != IMAGE]) for one in ones}
+        image = PipelineWithVAEs(AlignPipeline.joined(None, second).module, codec2, codec2)
+        more = [rung for one, ladder in ladders.items() for rung in _from_images(one, ladder)]
         measures = Measures(("ssim", "st_lpips", "texture"), self._args.image_size, self._device, self._dtype)
-        ladder = Ladder(pipeline, self._dtype, only=RUNGS[pipeline.uses_latents])
-        results = finite(evaluate(ladder, self._loader(self._judged), measures, costs=True))
-        results["image_size"] = self._args.image_size
-        first = None if one == IMAGE else self._module(one)
-        entry = {
-            "of": self._digests_of(one, into),
-            "embedded_psnr": round(carried_psnr(first, self._module(into)), 3),
-            "figures": figures_in(results, (*FIGURES, "st_lpips_alex", "latent_variance", "grid", "macs")),
-        }
-        if pipeline.uses_latents:
-            answer = verdict(results)
-            entry["verdict"] = {name: answer[name] for name in VERDICT}
-        self.manifest["pairs"].setdefault(one, {})[into] = entry
+        judged = evaluate(Ladder(image, self._dtype, only=("vae2",), more=more), self._loader(self._judged), measures)
+        for one, ladder in ladders.items():
+            results = _results_of(one, judged)
+            for name, cost in ladder.costs(self._args.image_size).items():
+                results["ladder"][name] |= cost
+            results = finite(results | {"image_size": self._args.image_size})
+            entry = {
+                "of": self._digests_of(one, into),
+                "embedded_psnr": round(carried_psnr(None if one == IMAGE else self._module(one), second), 3),
+                "figures": figures_in(results, (*FIGURES, "st_lpips_alex", "latent_variance", "grid", "macs")),
+            }
+            if one != IMAGE:
+                answer = verdict(results)
+                entry["verdict"] = {name: answer[name] for name in VERDICT}
+            self.manifest["pairs"].setdefault(one, {})[into] = entry
         self._write()
 
     def try_out(self, one: str, into: str) -> None:
@@ -285,11 +311,12 @@ def main():
             if not zoo.has_space(space):
                 zoo.train(space, [other for other in (spaces if len(spaces) > 1 else SPACES) if other != space])
             progress.update()
-        for one, into in pairs:
-            progress.set_description(f"judge {one} to {into}")
-            if not zoo.has_pair(one, into):
-                zoo.judge(one, into)
-            progress.update()
+        for into in spaces:
+            wanted = [one for one, other in pairs if other == into]
+            if missing := [one for one in wanted if not zoo.has_pair(one, into)]:
+                progress.set_description(f"judge {', '.join(missing)} to {into}")
+                zoo.judge(into, missing)
+            progress.update(len(wanted))
         for one, into in between:
             progress.set_description(f"try {one} to {into}")
             if not zoo.has_trial(one, into):

@@ -50,9 +50,9 @@ HEAD = """# Results: the zoo
 The VAEs are the tiny autoencoders of the five spaces (TAESD and its kin), which work on the same latents as the full ones.
 Judged on {images} photos that no training has seen, {size} px, bfloat16. PSNR and ST-LPIPS (VGG, smaller is nearer) against
 the original; texture: Fréchet distance of early features from the originals', per cent of their variance; detail: power of the
-finest detail; variance: of the latents; both relative to
-VAE2's own. A verdict is "yes" where the module is behind decode + re-encode in neither PSNR nor ST-LPIPS beyond the 95 %
-interval.
+finest detail; variance: of the latents; both relative to VAE2's own. A verdict is "yes" where the module is better than decode +
+re-encode in PSNR or ST-LPIPS and worse in neither, beyond the 95 % interval and at least 0.05 dB or 0.002; "equal" where it is
+neither better nor worse.
 """
 DRIFT = """## Drift
 
