@@ -1,5 +1,7 @@
 """Untrained pipelines with random weights, their checkpoints, and a file that would run code."""
 
+import shutil
+
 import torch
 
 from latents.pipeline import PipelineWithVAEs
@@ -43,7 +45,8 @@ def of_itself(name, seed=0, **changes):
 
 
 def make_zoo(folder, one, into):
-    """A zoo of two spaces and of the pair between them; the pair as it should be."""
+    """A zoo of two spaces and of the pair between them, in place of one that is there; the pair as it should be."""
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     pipelines = {name: of_itself(name, seed) for seed, name in enumerate((one, into))}
     for name, pipeline in pipelines.items():

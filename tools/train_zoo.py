@@ -167,8 +167,8 @@ class Zoo:
         pipeline = AlignPipeline(module, codec.space, codec.space).to(torch.float16)
         pipeline.save_pretrained(file, vaes=[f"{OWNER}/{family_of(space).tiny[0]}"] * 2)
         self.manifest["spaces"][space] = {
-            "file": file.name, "sha256": file_digest(file).hex(), "steps": content["step"], "minutes": content["config"]["minutes"],
-            "seen_through": others,
+            "file": file.name, "sha256": file_digest(file).hex(), "steps": content["step"],
+            "minutes": content["config"]["minutes"], "seen_through": others,
         }  # fmt: skip
         self._write()
 
@@ -240,6 +240,7 @@ class Zoo:
             if rows:
                 with atomic_file(self._folder / name) as file:
                     zoo_trials.sheet_of(rows).save(file, "JPEG", quality=85)
+        self._write()
 
     def _shown(self, word: str, gain: float, one: str, into: str, name: str, inputs) -> tuple[str, list[torch.Tensor]]:
         ladder = self._ladder(one, into)

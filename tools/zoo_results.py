@@ -50,9 +50,9 @@ HEAD = """# Results: the zoo
 The VAEs are the tiny autoencoders of the five spaces (TAESD and its kin), which work on the same latents as the full ones.
 Judged on {images} photos that no training has seen, {size} px, bfloat16. PSNR and ST-LPIPS (VGG, smaller is nearer) against
 the original; texture: Fréchet distance of early features from the originals', per cent of their variance; detail: power of the
-finest detail; variance: of the latents; both relative to VAE2's own. A verdict is "yes" where the module is better than decode +
-re-encode in PSNR or ST-LPIPS and worse in neither, beyond the 95 % interval and at least 0.05 dB or 0.002; "equal" where it is
-neither better nor worse.
+finest detail; variance: of the latents; both relative to VAE2's own. A verdict is "yes" where the module is better than decode
++ re-encode in PSNR or ST-LPIPS and worse in neither, beyond the 95 % interval and at least 0.05 dB or 0.002; "equal" where it
+is neither better nor worse.
 """
 DRIFT = """## Drift
 
@@ -93,8 +93,9 @@ def carried_psnr(first: AlignPipeline | None, second: AlignPipeline) -> float:
 
 
 def pairs_in(manifest: dict) -> list[tuple[str, str, dict]]:
-    """[(VAE1's space, VAE2's, what the manifest has of the pair)]."""
-    return [(one, into, pair) for one, group in manifest["pairs"].items() for into, pair in group.items()]
+    """[(VAE1's space, VAE2's, what the manifest has of the pair)], in the order of `TITLES`."""
+    pairs = manifest["pairs"]
+    return [(one, into, pairs[one][into]) for one in TITLES for into in TITLES if into in pairs.get(one, {})]
 
 
 def gains_in(pairs: list[tuple[str, str, dict]], trial: str, metric: str) -> list[tuple[float, str, str, str]]:
@@ -118,12 +119,18 @@ def results_page(manifest: dict) -> str:
     one, into, first = (between or pairs)[0]
     judged = first["figures"]["aligned"]
     parts = [HEAD.format(one=one, into=into, images=judged["images"], size=judged["image_size"])]
+    parts += [_training(manifest["spaces"])]
     parts += [_matrix(between), _behind(between)] if between else []
     parts += [_pairs(between)] if between else []
     parts += [_images([each for each in pairs if each[0] == IMAGE])]
     tried = [each for each in between if "drift" in each[2]]
     parts += [_drift(tried), PHOTOS, _strange(tried)] if tried else []
     return "\n".join(part for part in parts if part)
+
+
+def _training(spaces: dict) -> str:
+    learned = [f"{TITLES[name]} {of['steps']} steps in {of['minutes']:g} minutes" for name, of in spaces.items()]
+    return f"Of each space one encoder was learned, by the recipe `config/zoo.json`: {'; '.join(learned)}.\n"
 
 
 def _matrix(pairs) -> str:
