@@ -47,7 +47,7 @@ HEAD = """# Results: the zoo
 `AlignPipeline.from_pretrained("{one}", "{into}")` is a pair by the names of its two latent spaces. Written by
 `tools/train_zoo.py`, from `assets/zoo/zoo.json`; do not edit.
 
-The VAEs are the tiny autoencoders of the five spaces (TAESD and its kin), which work on the same latents as the full ones.
+The VAEs are the spaces' tiny autoencoders (TAESD and its kin), which work on the same latents as the full ones.
 Judged on {images} photos that no training has seen, {size} px, bfloat16. PSNR and ST-LPIPS (VGG, smaller is nearer) against
 the original; texture: Fréchet distance of early features from the originals', per cent of their variance; detail: power of the
 finest detail; variance: of the latents; both relative to VAE2's own. A verdict is "yes" where the module is better than decode
