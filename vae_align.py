@@ -54,7 +54,7 @@ CHANNELS = {  # of scaled latents: the named spaces that have so many
     64: "hunyuan-image, qwen-image-2.1",
     128: "flux2, ltx, ltx2",
 }
-GRID_KEYS = ("latent_fold", "out_fold", "pooled_decoder")
+GRID_KEYS = ("latent_fold", "out_fold", "pooled_decoder", "pooled_encoder")
 RANGES = {  # of an `AlignConfig`'s whole numbers; this tool writes no file with a number beyond them
     "latent_channels": (1, 8192),
     "out_channels": (1, 8192),
@@ -222,8 +222,8 @@ class AlignConfig:
     see `ARCHITECTURES`.
 
     Not of architecture plain: `latent_fold` and `out_fold` say how many raw latents in a row and in a column one scaled latent
-    holds, 2 in FLUX.2's space; the module works on the raw ones' grid. `pooled_decoder`: whether VAE1's decoder has TAEF2's
-    blocks, which look at the whole picture, on its coarsest grid.
+    holds, 2 in FLUX.2's space; the module works on the raw ones' grid. `pooled_decoder` and `pooled_encoder`: whether VAE1's
+    decoder and VAE2's encoder have TAEF2's blocks, which look at the whole picture, on their coarsest grid.
     """
 
     input_types: tuple[str, ...] = ("image", "latent")
@@ -238,6 +238,7 @@ class AlignConfig:
     latent_fold: int = 1
     out_fold: int = 1
     pooled_decoder: bool = False
+    pooled_encoder: bool = False
 
     def __post_init__(self):
         types = tuple(kind for kind in ("image", "latent") if kind in self.input_types)
@@ -250,8 +251,9 @@ class AlignConfig:
             raise AlignError(f"architecture {_shown(self.architecture)}: choose from {', '.join(ARCHITECTURES)}")
         if self.architecture != "plain" and self.downsample_times == 0:
             raise AlignError(f"downsample_times 0: an image branch of architecture {self.architecture} halves at least once")
-        if not isinstance(self.pooled_decoder, bool):
-            raise AlignError(f"pooled_decoder {_shown(self.pooled_decoder)}: must be true or false")
+        for name in ("pooled_decoder", "pooled_encoder"):
+            if not isinstance(getattr(self, name), bool):
+                raise AlignError(f"{name} {_shown(getattr(self, name))}: must be true or false")
         for kind in ("latent", "out"):
             channels, stride, fold = (getattr(self, f"{kind}_{what}") for what in ("channels", "stride", "fold"))
             if fold > 1 and self.architecture == "plain":
@@ -427,8 +429,8 @@ class AlignModule(nn.Module):
     Without image among its inputs it looks at its own picture of z1, which PictureStages makes. They are VAE1's decoder and
     stay as they are: the rest sees from them how z1 looks, texture included. Who has that picture may pass it as `image`.
 
-    Convolutions only and no batch statistics: any size and aspect ratio, the same in training and in use. The buffers
-    `ridge_weight` and `ridge_bias` keep the closed-form linear map that `remember_ridge` was given.
+    No batch statistics, and convolutions only but in TAEF2's blocks: any size and aspect ratio, the same in training and in
+    use. The buffers `ridge_weight` and `ridge_bias` keep the closed-form linear map that `remember_ridge` was given.
 
     `forward` computes and checks nothing, so that exporters can trace it with sizes left open; `check_inputs` says in words
     what does not fit.
@@ -452,7 +454,8 @@ class AlignModule(nn.Module):
         if plain:
             self.blocks = nn.Sequential(*(ResidualBlock(hidden) for _ in range(config.num_blocks)), nn.SiLU())
         else:
-            self.blocks = nn.Sequential(*_stage_blocks(hidden, STAGE_BLOCKS + config.num_blocks))
+            further = _stage_blocks(hidden, config.num_blocks)
+            self.blocks = nn.Sequential(*_stage_blocks(hidden, pooled=config.pooled_encoder), *further)
         self.out = nn.Conv2d(hidden, config.out_channels // config.out_fold**2, 3, padding=1)
 
     def forward(self, latents: torch.Tensor | None = None, image: torch.Tensor | None = None) -> torch.Tensor:

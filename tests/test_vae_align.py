@@ -252,7 +252,7 @@ def test_a_finer_vae1_grid_that_ends_within_a_latent_of_vae2_is_refused():
     [
         {"input_types": ()}, {"input_types": ("latents",)}, {"hidden_channels": 0}, {"num_blocks": -1},
         {"downsample_times": -1}, {"latent_fold": 2}, {"out_fold": 3, "architecture": "tiny"}, {"out_fold": 0},
-        {"pooled_decoder": 1},
+        {"pooled_decoder": 1}, {"pooled_encoder": None},
     ],
     ids=str,
 )  # fmt: skip

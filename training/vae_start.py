@@ -26,8 +26,8 @@ def grids_of(codec1: Codec, codec2: Codec, architecture: str, trained_for: Align
         return {name: getattr(trained_for, name) for name in GRID_KEYS}
     if architecture == "plain":
         return {}
-    pooled = bool(codec1.vae.config.get("pooled"))
-    return dict(zip(GRID_KEYS, (codec1.vae.fold, codec2.vae.fold, pooled)))
+    vaes = (codec1.vae, codec2.vae)
+    return dict(zip(GRID_KEYS, (*(vae.fold for vae in vaes), *(bool(vae.config.get("pooled")) for vae in vaes))))
 
 
 @torch.no_grad()
