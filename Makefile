@@ -29,7 +29,7 @@ demo/node_modules: demo/package.json
 test: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses 2 --dist loadscope
 
 test-faults: $(VENV)/installed
 	VAE_ALIGN_FAULTS=$(KILLS) $(RUN) -m pytest -s tests/training/test_faults.py

@@ -23,7 +23,17 @@ import torch
 import zoo_trials
 from share_checkpoint import FIGURES, figures_in
 from tqdm import tqdm
-from zoo_results import PHOTOS_SHEET, STRANGE_SHEET, carried_psnr, embedded_photos, gains_in, pairs_in, results_page, write_page
+from zoo_results import (
+    DRIFT_PHOTOS,
+    PHOTOS_SHEET,
+    STRANGE_SHEET,
+    carried_psnr,
+    embedded_photos,
+    gains_in,
+    pairs_in,
+    results_page,
+    write_page,
+)
 
 from dataloader import ImageDataset, eval_loader, find_images
 from evaluation.ladder import Ladder, Rung, evaluate
@@ -46,7 +56,6 @@ SPACES = ("sd15", "sdxl", "sd3", "flux1", "flux2")
 RECIPE = ROOT / "config" / "zoo.json"
 OWNER = "madebyollin"  # of the tiny autoencoders on the hub
 REGRESSED_PHOTOS = 64  # for the linear map: some ten thousand latents
-DRIFT_PHOTOS = 8
 RUNGS = {True: ("vae2", "reencode", "linear", "aligned"), False: ("vae2", "aligned")}  # with latents as input, without
 VERDICT = ("answer", "gain_db", "gain_error_db", "perceptual_gain", "perceptual_gain_error", "macs_fraction")
 

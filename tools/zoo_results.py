@@ -24,6 +24,7 @@ from vae_align import IMAGE, ZOO, AlignPipeline, read_zoo
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "RESULTS.md"
 EMBEDDED_PHOTOS, EMBEDDED_SIZE = 2, 128  # how many of assets/photos/eval, px: a figure that any machine computes in a moment
+DRIFT_PHOTOS = 8  # that are carried there and back again
 PHOTOS_SHEET, STRANGE_SHEET = "photos.jpg", "unseen.jpg"
 BROKEN_DB = 0.5
 CHARTS = (("drift_psnr.svg", "psnr", "PSNR after hops"), ("drift_st_lpips.svg", "st_lpips_vgg", "ST-LPIPS after hops"))
@@ -54,10 +55,10 @@ finest detail; variance: of the latents; both relative to VAE2's own. A verdict 
 + re-encode in PSNR or ST-LPIPS and worse in neither, beyond the 95 % interval and at least 0.05 dB or 0.002; "equal" where it
 is neither better nor worse.
 """
-DRIFT = """## Drift
+DRIFT = f"""## Drift
 
-The same photos, carried there and back again and again: PSNR in dB / ST-LPIPS against the original after so many hops; *none*
-is VAE1's own reconstruction. The charts show the mean over all pairs: solid the modules, dotted decode + re-encode.
+{DRIFT_PHOTOS} of the photos, carried there and back again and again: PSNR in dB / ST-LPIPS against the original after so many
+hops; *none* is VAE1's own reconstruction. The charts show the mean over all pairs: solid the modules, dotted re-encoding.
 """
 PHOTOS = f"""## Pictures
 

@@ -43,7 +43,7 @@ def test_a_worker_that_cannot_deliver_ends_the_wait(monkeypatch, trouble, said):
     monkeypatch.setattr(workers, "IMPORTS", 10.0)  # where Python forks no more
     loader = WorkerLoader(Troubled(trouble), patience=0.4, batch_size=1, num_workers=2)
     with (
-        no_hang(30),
+        no_hang(),
         pytest.raises(WorkersLost, match=rf"^num_workers 2: .*{said}.*lower it \(0: none\).*--shm-size"),
     ):
         list(loader)
@@ -95,7 +95,7 @@ def test_batches_need_no_shared_memory(monkeypatch):
     monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", refuse)
     monkeypatch.setattr(workers, "TICK", 0.5)
     loader = WorkerLoader(Troubled(int), patience=1, batch_size=2, num_workers=2, collate_fn=None)
-    with no_hang(30):
+    with no_hang():
         assert [batch.tolist() for batch in loader] == [[[i] * 3, [i + 1] * 3] for i in range(0, 10, 2)]
 
 
