@@ -130,7 +130,10 @@ def results_page(manifest: dict) -> str:
 
 
 def _training(spaces: dict) -> str:
-    learned = [f"{TITLES[name]} {of['steps']} steps in {of['minutes']:g} minutes" for name, of in spaces.items()]
+    learned = []
+    for name, of in spaces.items():
+        flags = [f", `--{flag} {value}`" for flag, value in of.get("own_flags", {}).items()]
+        learned.append(f"{TITLES[name]} {of['steps']} steps in {of['minutes']:g} minutes{''.join(flags)}")
     return f"Of each space one encoder was learned, by the recipe `config/zoo.json`: {'; '.join(learned)}.\n"
 
 
