@@ -51,8 +51,8 @@ class Race:
     def __init__(self, loader, judged, pipeline, args, every):
         self.dataset, self.batch_sampler = loader.dataset, loader.batch_sampler
         self._loader, self._judged, self._pipeline, self._every = loader, judged, pipeline, every
-        self._measures = lambda: Measures(("st_lpips",), args.image_size, pipeline.device)
         self._dtype = get_dtype(args.precision)
+        self._measures = lambda: Measures(("st_lpips",), args.image_size, pipeline.device, self._dtype)
         self.checks, self.won = [], False
         self.reencode = self._judge("reencode")
 

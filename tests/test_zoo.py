@@ -21,7 +21,7 @@ from tools.zoo_results import PAGE, carried_psnr, results_page
 from utils import read_json
 from vae_align import IMAGE, ZOO, ZOO_NAME, AlignError, AlignPipeline, read_zoo, zoo_pairs
 
-SPACE_NAMES = ("sd15", "sdxl", "flux1")  # that are shipped
+SPACE_NAMES = ("sd15", "sdxl", "sd3", "flux1", "flux2")  # that are shipped
 ALL_PAIRS = {(one, into) for one in (IMAGE, *SPACE_NAMES) for into in SPACE_NAMES if one != into}
 
 
