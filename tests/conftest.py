@@ -33,6 +33,14 @@ def pytest_configure(config):
         os.environ["VAE_ALIGN_GPU"] = "1"
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """The processes of a suite on several cores exchange UTF-8 alone; what a test prints may be a name that is not."""
+    report = yield
+    report.sections = [(title, text.encode("utf-8", "backslashreplace").decode()) for title, text in report.sections]
+    return report
+
+
 def child_environment(**more):
     """The environment of a program that a test starts: one thread, no GPU unless GPU tests are asked for, and `more`."""
     hidden = {} if os.environ.get("VAE_ALIGN_GPU") else {"CUDA_VISIBLE_DEVICES": ""}
