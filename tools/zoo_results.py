@@ -133,8 +133,9 @@ def results_page(manifest: dict) -> str:
 def _training(spaces: dict) -> str:
     learned = []
     for name, of in spaces.items():
-        flags = [f", `--{flag} {value}`" for flag, value in of.get("own_flags", {}).items()]
-        learned.append(f"{TITLES[name]} {of['steps']} steps in {of['minutes']:g} minutes{''.join(flags)}")
+        own = [f"`--{flag} {value}`" for flag, value in of.get("own_flags", {}).items()]
+        flags = f" with {' '.join(own)} ({of['why']})" if own else ""
+        learned.append(f"{TITLES[name]} {of['steps']} steps in {of['minutes']:g} minutes{flags}")
     return f"Of each space one encoder was learned, by the recipe `config/zoo.json`: {'; '.join(learned)}.\n"
 
 
