@@ -45,11 +45,22 @@ from evaluation.pictures import comparison_sheets
 from evaluation.run_logs import read_curves
 from evaluation.summary import finite
 from evaluation.verdict import verdict
-from latents.spaces import good_image_size
 from runtime.cli import Parser, claim_writable_folder, integer, naming, run, use_proxy
-from runtime.device import PRECISIONS, get_dtype, keep_freed_memory, memory_advice, resolve_device, resolve_precision
 from runtime.processes import create_accelerator
-from utils import UserError, atomic_file, count_of, one_line, plain_stem
+from utils import (
+    PRECISIONS,
+    UserError,
+    atomic_file,
+    count_of,
+    get_dtype,
+    keep_freed_memory,
+    memory_advice,
+    one_line,
+    plain_stem,
+    resolve_device,
+    resolve_precision,
+)
+from vaes.codec import good_image_size
 
 log = logging.getLogger(__name__)
 

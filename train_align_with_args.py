@@ -44,37 +44,32 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import dataloader
-from latents.cached_set import cached_loader
-from latents.encode_once import CacheOptions, cache_latents
-from latents.pipeline import PipelineWithVAEs, require_memory_for
-from latents.spaces import Codec, decode_picture, good_image_size
-from latents.vaes import load_vae_model
-from losses import LOSSES, get_loss_function
-from runtime.cli import Parser, integer, load_config, naming, real, run, use_proxy
-from runtime.device import (
-    PRECISIONS,
-    get_dtype,
-    keep_freed_memory,
-    memory_advice,
-    peak_memory,
-    require_compiler,
-    resolve_device,
-    resolve_precision,
+from cache.build import CacheOptions, cache_latents
+from cache.read import cached_loader
+from dataloader import StreamDataset, WorkersLost, open_stream, stream_loader
+from losses import (
+    KINDS,
+    LOSSES,
+    PERCEPTUAL_LOSSES,
+    Encoded,
+    Objective,
+    get_loss_function,
+    needs_decoded,
+    needs_pixels,
+    seen_through,
 )
+from runtime.cli import Parser, integer, load_config, naming, real, run, use_proxy
 from runtime.interrupts import StopRequest
 from runtime.processes import create_accelerator, gathered, machine_of, machines_of
-from runtime.workers import WorkersLost
 from training.bad_steps import BadSteps
 from training.budget import Budget, time_of_day
 from training.checkpoints import BEST_METRICS, RunCheckpoints
 from training.claims import RunClaim
-from training.decoded_image import KINDS
 from training.dry_run import FewBatches, Plan, first_batches
 from training.linear_start import fit_ridge
 from training.log import RunLog, evaluate_and_log, log_hparams, log_model_stats, print_results, visualize_results
 from training.meter import Meter
 from training.muon import Muon
-from training.objective import PERCEPTUAL_LOSSES, Encoded, Objective, needs_decoded, needs_pixels, seen_through
 from training.preflight import claim_outputs, require_same_everywhere, warn_of_odd_flags
 from training.profile import StepProfile
 from training.resume import (
@@ -89,10 +84,25 @@ from training.resume import (
 )
 from training.schedule import is_due, save_is_due, setup_scheduler, total_steps
 from training.state import TrainingState
-from training.stream import StreamDataset, open_stream, stream_loader
 from training.vae_start import grids_of, start_from_vaes
-from utils import UserError, count_of, one_line, write_json
+from utils import (
+    PRECISIONS,
+    UserError,
+    count_of,
+    get_dtype,
+    keep_freed_memory,
+    memory_advice,
+    one_line,
+    peak_memory,
+    require_compiler,
+    resolve_device,
+    resolve_precision,
+    write_json,
+)
 from vae_align import ARCHITECTURES, AlignConfig, AlignModule, read_checkpoint, spaces_of
+from vaes.codec import Codec, decode_picture, good_image_size
+from vaes.loading import load_vae_model
+from vaes.pipeline import PipelineWithVAEs, require_memory_for
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -25,10 +25,9 @@ import dataloader
 from evaluation import tables
 from evaluation.ladder import Ladder, evaluate
 from evaluation.metrics import Measures
-from latents.pipeline import PipelineWithVAEs
-from latents.vaes import load_vae_model
-from runtime.device import get_dtype
-from utils import write_json
+from utils import get_dtype, write_json
+from vaes.loading import load_vae_model
+from vaes.pipeline import PipelineWithVAEs
 
 KEPT = (
     "latent_mse", "psnr", "ssim", "psnr_vs_vae2", "st_lpips_vgg", "st_lpips_alex", "texture", "detail", "latent_variance",

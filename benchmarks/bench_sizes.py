@@ -16,7 +16,7 @@ from common import print_result
 from PIL import Image
 
 from evaluation.ladder import Ladder, evaluate
-from latents.pipeline import PipelineWithVAEs
+from vaes.pipeline import PipelineWithVAEs
 
 SIZES = {"256x256": (256, 256), "768x512": (768, 512)}  # width, height
 RUNGS = ("vae2", "reencode", "aligned")

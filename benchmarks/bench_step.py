@@ -24,10 +24,10 @@ from common import open_vae, prepared_step, print_result, recipe_args, train
 from tqdm import tqdm
 
 import dataloader
-from latents.cached_set import cached_loader
-from latents.encode_once import CacheOptions, cache_latents
-from latents.spaces import Codec
-from runtime.device import get_dtype, peak_memory
+from cache.build import CacheOptions, cache_latents
+from cache.read import cached_loader
+from utils import get_dtype, peak_memory
+from vaes.codec import Codec
 
 FIRST = {
     "architecture": "plain", "init": "ridge", "hidden_channels": 128, "num_blocks": 4, "optimizer": "muon", "loss_type": "mse",

@@ -22,10 +22,10 @@ from processes import process_rates
 from tqdm import tqdm
 
 import dataloader
-from latents.cached_set import cached_loader
-from latents.encode_once import CacheOptions, cache_latents
-from latents.spaces import Codec
-from runtime.device import get_dtype
+from cache.build import CacheOptions, cache_latents
+from cache.read import cached_loader
+from utils import get_dtype
+from vaes.codec import Codec
 
 
 def rate_of(work, images, rounds):

@@ -15,7 +15,7 @@ import torch
 from common import ROOT, open_vae, print_result, recipe_args, train
 
 from evaluation.ladder import Ladder
-from runtime.device import autocast, get_dtype
+from utils import autocast, get_dtype
 
 
 def seconds_per_image(translate, latents, images, rounds):

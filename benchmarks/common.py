@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import train_align_with_args as train  # noqa: E402 - the project is not installed, it is beside this folder
-from latents.vaes import freeze, load_vae_model  # noqa: E402
+from vaes.loading import freeze, load_vae_model  # noqa: E402
 
 RECIPES = {("image", "latent"): "taesd_to_taef1.json", ("latent",): "taesd_to_taef1_latent.json"}
 FULL_SIZE = {

@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dataloader import ImageDataset
 from images.files import list_images
-from latents.spaces import Codec
-from runtime.device import autocast, get_dtype
+from utils import autocast, get_dtype
+from vaes.codec import Codec
 
 GPUS = (1, 8, 64)
 IMAGES = (1e6, 1e7, 1e8)

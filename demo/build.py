@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from export_onnx import export_graph, export_pipeline
 
-from latents.pipeline import PipelineWithVAEs
-from latents.spaces import Codec
 from runtime.cli import run
 from utils import UserError, atomic_file
+from vaes.codec import Codec
+from vaes.pipeline import PipelineWithVAEs
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"

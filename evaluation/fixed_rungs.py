@@ -9,8 +9,8 @@ import torch
 
 from evaluation.ladder import Ladder, evaluate
 from evaluation.per_image import to_8bit
-from latents.pipeline import PipelineWithVAEs
 from runtime.processes import gathered
+from vaes.pipeline import PipelineWithVAEs
 
 MOVED = ("aligned",)  # the rungs that training moves
 

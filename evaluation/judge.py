@@ -14,9 +14,9 @@ from evaluation.histograms import LatentHistograms
 from evaluation.ladder import Ladder, evaluate
 from evaluation.metrics import Measures
 from evaluation.spectrum import ErrorSpectrum
-from latents.pipeline import PipelineWithVAEs
 from utils import UserError
 from vae_align import newest_checkpoint, read_checkpoint
+from vaes.pipeline import PipelineWithVAEs
 
 log = logging.getLogger(__name__)
 

@@ -22,12 +22,11 @@ from tqdm import tqdm
 from evaluation.metrics import METRICS, Measures
 from evaluation.sample import Sample
 from evaluation.summary import finite, mean_and_interval, mean_of, summarise
-from latents.pipeline import PipelineWithVAEs
-from latents.spaces import Codec, reencode
-from runtime.device import autocast
 from runtime.processes import gathered, is_main
-from utils import UserError
+from utils import UserError, autocast
 from vae_align import AlignModule
+from vaes.codec import Codec, reencode
+from vaes.pipeline import PipelineWithVAEs
 
 
 @dataclass(frozen=True)

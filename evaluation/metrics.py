@@ -19,9 +19,8 @@ import torch
 from evaluation import per_image, set_figures
 from evaluation.exact_sum import ExactSums
 from evaluation.frechet import FeatureSums, frechet_distance
-from evaluation.networks import inception_network, lpips_network
 from evaluation.sample import Sample
-from evaluation.st_lpips import SMALLEST_SIDE, st_lpips
+from losses import SMALLEST_SIDE, inception_network, lpips_network, st_lpips
 from utils import UserError, one_line
 
 LPIPS_SIDE = 32  # px: below that nothing is left after AlexNet's pooling

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.device import ACCELERATE_NAMES, get_dtype
-from utils import UserError, one_line
+from utils import ACCELERATE_NAMES, UserError, get_dtype, one_line
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

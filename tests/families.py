@@ -146,7 +146,7 @@ def make_family(name, seed=0):
     """The tiny model of that row, in eval mode."""
     import diffusers
 
-    from latents.families import SPACES
+    from vaes.families import SPACES
 
     class_name, options = RECIPES[name]
     if name == "wan22":

@@ -22,9 +22,9 @@ import torch
 
 import train_align_with_args
 import utils
-from latents import cache as latent_cache
-from latents.pipeline import PipelineWithVAEs
+from cache import store as latent_cache
 from runtime.cli import run
+from vaes.pipeline import PipelineWithVAEs
 
 WHERE = ("checkpoint", "rename", "kept", "cache", "addresses")
 

@@ -4,11 +4,11 @@ import shutil
 
 import torch
 
-from latents.pipeline import PipelineWithVAEs
-from latents.spaces import SPACES, Codec
-from latents.vaes import load_vae_model
 from utils import write_json
 from vae_align import ZOO_NAME, AlignConfig, AlignModule, AlignPipeline
+from vaes.codec import SPACES, Codec
+from vaes.loading import load_vae_model
+from vaes.pipeline import PipelineWithVAEs
 
 
 def make_pipeline(path1, path2, seed=0, subfolder="vae", **options):

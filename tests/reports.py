@@ -9,10 +9,10 @@ import torch
 from conftest import as_argv, make_photo, own_environment
 
 import eval_align
-from latents.pipeline import PipelineWithVAEs
-from latents.spaces import Codec
-from latents.vaes import load_vae_model
 from vae_align import AlignConfig, AlignModule
+from vaes.codec import Codec
+from vaes.loading import load_vae_model
+from vaes.pipeline import PipelineWithVAEs
 
 HOSTILE = (
     "<img src=x onerror=window.hacked=1><script>",

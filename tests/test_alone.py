@@ -9,9 +9,9 @@ import torch
 from conftest import ROOT
 from torch.export import Dim
 
-from latents.spaces import SPACES
 from runtime.cli import MISTAKES
 from vae_align import AlignConfig, AlignModule, AlignPipeline
+from vaes.codec import SPACES
 
 SHIPPED = ROOT / "assets" / "pretrained" / "taesd_to_taef1_latent.safetensors"
 INPUT_TYPES = (("latent",), ("image",), ("image", "latent"))

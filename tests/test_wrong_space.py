@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from images.decoding import to_pixel_values
 from images.files import list_images
-from latents.families import SPACES
-from latents.spaces import Codec
-from latents.vaes import load_vae_model
 from vae_align import CLEAR, MOMENTS, AlignConfig, AlignModule, AlignPipeline, LatentSpace, doubt_about, moments_of
+from vaes.codec import Codec
+from vaes.families import SPACES
+from vaes.loading import load_vae_model
 
 OTHER = {"sd15": "sdxl", "sdxl": "sd15", "sd3": "flux1", "flux1": "sd3"}
 REAL = {"sd15": "taesd", "sdxl": "taesdxl", "sd3": "taesd3", "flux1": "taef1"}

@@ -16,10 +16,10 @@ from conftest import ROOT, child_environment, make_photo
 from diffusers import AutoencoderTiny
 from pipelines import make_zoo, of_itself
 
-from latents.spaces import SPACES
 from tools.zoo_results import PAGE, carried_psnr, results_page
 from utils import read_json
 from vae_align import IMAGE, ZOO, ZOO_NAME, AlignError, AlignPipeline, read_zoo, zoo_pairs
+from vaes.codec import SPACES
 
 SPACE_NAMES = ("sd15", "sdxl", "sd3", "flux1", "flux2")  # that are shipped
 ALL_PAIRS = {(one, into) for one in (IMAGE, *SPACE_NAMES) for into in SPACE_NAMES if one != into}

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from latents.cache import LatentCache, today
+from cache.store import LatentCache, today
 from runtime.cli import Parser, integer, run
 from utils import UserError, count_of, read_json
 

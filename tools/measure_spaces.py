@@ -17,10 +17,10 @@ import torch
 import vae_align
 from dataloader import ImageDataset, eval_loader
 from images.files import ImageFiles, list_images
-from latents.spaces import Codec
-from latents.vaes import load_vae_model
 from runtime.cli import run
 from utils import UserError
+from vaes.codec import Codec
+from vaes.loading import load_vae_model
 
 ITERATIONS = 15
 

@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from latents.spaces import named_space
 from runtime.cli import run
 from utils import UserError, one_line, read_json, shown
 from vae_align import AlignPipeline, module_of, read_checkpoint, spaces_of
+from vaes.codec import named_space
 
 log = logging.getLogger(__name__)
 

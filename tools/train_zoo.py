@@ -40,16 +40,26 @@ from evaluation.ladder import Ladder, Rung, evaluate
 from evaluation.metrics import Measures, PerceptualFeatures
 from evaluation.summary import finite
 from evaluation.verdict import verdict
-from latents.families import family_of
-from latents.pipeline import PipelineWithVAEs
-from latents.spaces import Codec
-from latents.vaes import load_vae_model
 from runtime.cli import Parser, claim_writable_folder, integer, real, run
-from runtime.device import PRECISIONS, get_dtype, keep_freed_memory, resolve_device, resolve_precision
 from training.linear_start import RidgeRegression
 from training.vae_start import start_from_vaes
-from utils import UserError, atomic_file, file_digest, read_json, write_json
+from utils import (
+    PRECISIONS,
+    UserError,
+    atomic_file,
+    file_digest,
+    get_dtype,
+    keep_freed_memory,
+    read_json,
+    resolve_device,
+    resolve_precision,
+    write_json,
+)
 from vae_align import IMAGE, ZOO, ZOO_NAME, AlignModule, AlignPipeline, newest_checkpoint
+from vaes.codec import Codec
+from vaes.families import family_of
+from vaes.loading import load_vae_model
+from vaes.pipeline import PipelineWithVAEs
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACES = ("sd15", "sdxl", "sd3", "flux1", "flux2")

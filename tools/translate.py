@@ -26,12 +26,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from dataloader import ImageDataset, UnreadableImage
 from images.decoding import to_pixel_values
 from images.files import list_images
-from latents.spaces import SPACES, Codec
-from latents.vaes import load_vae_model
 from runtime.cli import MISTAKES, claim_writable_folder, run
-from runtime.device import resolve_device
-from utils import UserError, atomic_file, one_line
+from utils import UserError, atomic_file, one_line, resolve_device
 from vae_align import AlignPipeline, read_checkpoint
+from vaes.codec import SPACES, Codec
+from vaes.loading import load_vae_model
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from evaluation.per_image import psnr, to_8bit
 from evaluation.pictures import comparison_picture
 from evaluation.summary import finite
 from images.decoding import to_pixel_values
-from latents.spaces import decode_picture
+from vaes.codec import decode_picture
 
 HOPS = 5  # there and back, each
 WAYS = ("reencode", "aligned")  # rungs of the ladder

@@ -9,8 +9,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from latents.pipeline import PipelineWithVAEs
 from training.state import TrainingState
+from vaes.pipeline import PipelineWithVAEs
 
 OWN_NAME = re.compile(r"align_pipeline_\d{8}_\d{6}\.pth")  # of a checkpoint as a run writes it
 ABANDONED = 3600  # seconds since a temporary file last grew, after which its writer is no longer alive

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from latents.pipeline import PipelineWithVAEs, encoded_batches
+from vaes.pipeline import PipelineWithVAEs, encoded_batches
 
 DAMPING = 1e-4  # ridge penalty, relative to the mean squared input
 RIDGE_IMAGES = 512  # half a million equations at 256 px

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from runtime.device import cpu_has_bfloat16
+from utils import cpu_has_bfloat16
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients and number of iterations are the published ones
 ITERATIONS = 5

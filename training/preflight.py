@@ -7,9 +7,9 @@ import argparse
 import logging
 import os
 
+from losses import draws_pictures
 from runtime.cli import claim_writable_file, claim_writable_folder
 from runtime.processes import gathered
-from training.objective import draws_pictures
 from training.resume import names_digest
 from training.schedule import total_steps
 from utils import UserError

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from latents.spaces import Codec
 from training.budget import Budget
 from training.checkpoints import OWN_NAME
 from utils import UserError
 from vae_align import AlignError, checkpoints_in, read_checkpoint
+from vaes.codec import Codec
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 
 from evaluation.fixed_rungs import FixedRungs
+from losses import Objective
 from training.bad_steps import BadSteps
 from training.budget import Budget
 from training.meter import Meter
-from training.objective import Objective
 from training.restore import load_optimizer, on_cpu
 from utils import UserError, one_line
 from vae_align import AlignModule

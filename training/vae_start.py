@@ -11,10 +11,10 @@ import itertools
 import torch
 from torch import nn
 
-from latents.pipeline import PipelineWithVAEs
-from latents.spaces import Codec
 from utils import UserError, count_of
 from vae_align import GRID_KEYS, STAGE_BLOCKS, AlignConfig, StageBlock, module_of, read_checkpoint
+from vaes.codec import Codec
+from vaes.pipeline import PipelineWithVAEs
 
 LARGEST_DIFFERENCE = 0.05  # between VAE1's pictures and the module's, of their spread: more than bfloat16 rounds off
 

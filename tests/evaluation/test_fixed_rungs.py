@@ -11,10 +11,10 @@ from dataloader import ImageDataset, eval_loader
 from evaluation import fixed_rungs
 from evaluation.fixed_rungs import FixedRungs
 from images.files import list_images
-from latents.pipeline import PipelineWithVAEs
-from latents.spaces import Codec
-from latents.vaes import load_vae_model
 from vae_align import AlignConfig, AlignModule
+from vaes.codec import Codec
+from vaes.loading import load_vae_model
+from vaes.pipeline import PipelineWithVAEs
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from PIL import Image
 from pipelines import make_zoo
 from safetensors.torch import load_file, save_file
 
-from latents.spaces import SPACES
 from vae_align import AlignConfig, AlignModule, AlignPipeline, LatentSpace
+from vaes.codec import SPACES
 
 WORKFLOWS = ROOT / "integrations" / "comfyui" / "workflows"
 MODULES = sorted(path.name for path in (ROOT / "assets" / "pretrained").glob("*.safetensors"))
@@ -267,8 +267,8 @@ def halves(folder):
 @pytest.mark.parametrize("name", MODULES)
 def test_a_real_comfyui_draws_our_pipelines_picture(name, real, shared):
     """Whatever the emulated host does not have: the loader, the folders, the latents' scale, the crop of the real program."""
-    from latents.spaces import Codec
-    from latents.vaes import load_vae_model
+    from vaes.codec import Codec
+    from vaes.loading import load_vae_model
 
     server, base = real
     workflow = json.loads((WORKFLOWS / "tiny_autoencoders_cpu.json").read_text())

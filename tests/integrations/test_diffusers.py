@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import ROOT, make_kl_vae, run_script
 
-from latents.spaces import SPACES
 from runtime.cli import MISTAKES
 from vae_align import AlignConfig, AlignModule, AlignPipeline, pack
+from vaes.codec import SPACES
 
 PAGE = (ROOT / "integrations" / "diffusers.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

@@ -2,15 +2,15 @@
 us to the very picture that the pipeline decodes it to.
 
 Not here: QwenImage21Pipeline, which asks a processor for tokens even where embeddings are given, and GlmImagePipeline. Their
-formulas and their unpacking are in tests/latents/test_families.py.
+formulas and their unpacking are in tests/vaes/test_families.py.
 """
 
 import pytest
 import torch
 from families import make_family
 
-from latents.spaces import SPACES, Codec
 from vae_align import AlignConfig, AlignModule, AlignPipeline
+from vaes.codec import SPACES, Codec
 
 pytest.importorskip("transformers", reason="diffusers' pipelines need the package transformers")
 import diffusers

@@ -7,9 +7,9 @@ import pytest
 from hostile import is_one_line, no_hang
 from torch.utils.data import get_worker_info
 
+from dataloader import WorkerLoader
 from runtime.cli import run
 from runtime.interrupts import ONCE, POLITE, RELAY, StopRequest, leave_signals_to_parent, unwinding_on_signals
-from runtime.workers import WorkerLoader
 
 
 @pytest.fixture(autouse=True)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from conftest import make_photo
 
+from cache.build import CacheOptions, cache_latents
+from cache.store import today
 from dataloader import ImageDataset
 from images.files import list_images
-from latents.cache import today
-from latents.encode_once import CacheOptions, cache_latents
-from latents.spaces import Codec
-from latents.vaes import load_vae_model
+from vaes.codec import Codec
+from vaes.loading import load_vae_model
 
 
 @pytest.fixture

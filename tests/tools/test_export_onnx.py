@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import ROOT, run_each, run_script
 
-from latents.spaces import SPACES
 from vae_align import AlignConfig, AlignModule, AlignPipeline, LatentSpace
+from vaes.codec import SPACES
 
 onnx = pytest.importorskip("onnx", reason="the package onnx is not installed")
 pytest.importorskip("onnxscript", reason="the package onnxscript is not installed")

@@ -10,9 +10,9 @@ from hostile import refusal
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from latents.spaces import SPACES, Codec
-from latents.vaes import load_vae_model
 from vae_align import AlignConfig, AlignModule, AlignPipeline
+from vaes.codec import SPACES, Codec
+from vaes.loading import load_vae_model
 
 SCRIPT = "tools/translate.py"
 

@@ -8,13 +8,10 @@ import torch
 from runs import QUIET, assert_same_tensors, same_weights, tensors_of, train
 
 import train_align_with_args as train_script
-from latents.spaces import Codec
-from latents.vaes import load_vae_model
-from training.adversarial import Adversary, Rules
-from training.decoded_image import DecodedImageLoss, eyes_difference
-from training.discriminators import LatentDiscriminator, PictureDiscriminator
-from training.objective import _eyes
+from losses import Adversary, DecodedImageLoss, LatentDiscriminator, PictureDiscriminator, Rules, _eyes, eyes_difference
 from utils import UserError
+from vaes.codec import Codec
+from vaes.loading import load_vae_model
 
 ALONE = SimpleNamespace(reduce=lambda tensor, how: tensor, num_processes=1, is_main_process=True)
 OK = torch.tensor(True)

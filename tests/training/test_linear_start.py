@@ -6,9 +6,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from latents.pipeline import PipelineWithVAEs, encoded_batches
 from training.linear_start import RidgeRegression, fit_ridge
 from vae_align import AlignConfig, AlignModule
+from vaes.pipeline import PipelineWithVAEs, encoded_batches
 
 ONE_PROCESS = SimpleNamespace(num_processes=1)
 

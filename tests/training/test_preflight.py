@@ -44,8 +44,8 @@ def test_flags_that_cannot_work_together_are_refused_before_anything_is_encoded(
 ):
     """An hour of encoding, or a whole training run, that is lost to a flag which could not work from the start."""
     monkeypatch.setattr("train_align_with_args.cache_latents", lambda *_, **__: pytest.fail("the cache is built"))
-    monkeypatch.setattr("latents.vaes.FrozenVAE.model", property(lambda vae: pytest.fail("a VAE's weights are read")))
-    monkeypatch.setattr("runtime.device.torch.compile", lambda _: lambda _: (_ for _ in ()).throw(RuntimeError("no compiler")))
+    monkeypatch.setattr("vaes.loading.FrozenVAE.model", property(lambda vae: pytest.fail("a VAE's weights are read")))
+    monkeypatch.setattr("utils.torch.compile", lambda _: lambda _: (_ for _ in ()).throw(RuntimeError("no compiler")))
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "pipe")
     changes, said = REFUSED[kind]

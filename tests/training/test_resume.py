@@ -14,7 +14,7 @@ from conftest import as_argv, tiny_flags
 from runs import QUIET, assert_same_tensors, results_of, start, tensors_of, tiny_of, train
 
 import train_align_with_args as train_script
-from runtime.workers import WorkersLost
+from dataloader import WorkersLost
 from training import resume
 
 KINDS = {

@@ -16,10 +16,10 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from evaluation.pictures import PADDING
-from latents.pipeline import PipelineWithVAEs
 from train_align_with_args import create_data_loaders, load_vae_model, main, parse_args, train_align_pipeline
 from utils import UserError
 from vae_align import AlignConfig, AlignModule
+from vaes.pipeline import PipelineWithVAEs
 
 SHORT = {**QUIET, "max_train_steps": 2}
 

@@ -11,7 +11,7 @@ from conftest import ROOT, as_argv, child_environment, make_photo, tiny_flags
 from hostile import refusal
 from runs import QUIET, assert_same_tensors, results_of, train
 
-from latents.cache import LatentCache
+from cache.store import LatentCache
 
 IMAGES = 7  # indices 0, 2, 4, 6 and 1, 3, 5, of which 3 is broken: two steps an epoch and one
 

@@ -1,0 +1,101 @@
+"""Data sets of the hub's kind: which configuration, split and column, the pixels that files give, and content."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from drawn import BLUE, RED, bands, encoded, levels, oriented, smooth_picture
+from hostile import refusal
+from PIL import Image
+
+from dataloader import HubImages, ImageDataset, eval_loader, load_hub_split
+from images.files import ImageFiles, list_images
+from utils import UserError
+
+
+def test_hub_data_set_gives_the_pixels_that_files_give(tmp_path):
+    """A photo that `datasets` turned upright and we turn again; a reduced decode of what is decoded already."""
+    import datasets
+
+    oriented(tmp_path / "0.jpg", np.asarray(smooth_picture(640, 320)), 6, quality=95)
+    Image.fromarray(bands((255, 0, 0, 255), (0, 0, 0, 0), (0, 0, 255, 255))).save(tmp_path / "1.png")
+    (tmp_path / "2.png").write_bytes(b"no picture")
+    Image.fromarray(bands(0, 32896, 65535, np.uint16)).save(tmp_path / "3.png")
+    paths = list_images(tmp_path)
+    rows = [{"bytes": (tmp_path / os.path.basename(path)).read_bytes(), "path": None} for path in paths]
+    data = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features({"image": datasets.Image()}))
+    from_hub, from_files = (list(eval_loader(ImageDataset(source, 24), 4, 0)) for source in (HubImages(data), paths))
+    assert from_hub[0]["index"].tolist() == [0, 1, 3]
+    assert torch.equal(from_hub[0]["pixel_values"], from_files[0]["pixel_values"])
+    assert len(from_hub[0]["unreadable"]) == 1 and "[2]" in from_hub[0]["unreadable"][0]
+    trained = [ImageDataset(source, 24, random_crop=True)[0, 1]["pixel_values"] for source in (HubImages(data), paths)]
+    assert (trained[0] - trained[1]).abs().mean() < 0.05
+    item = ImageDataset(HubImages(data), 24, random_crop=True)[2, 0]
+    assert item["index"] == 3 and len(item["unreadable"]) == 1
+
+
+@pytest.fixture
+def hub_folder(tmp_path):
+    """A data set folder as the hub has them: parquet files per split, the image column named `picture` beside others."""
+    import datasets
+
+    folder = tmp_path / "data set"
+    folder.mkdir()
+    features = datasets.Features({"label": datasets.Value("int64"), "picture": datasets.Image()})
+    for split, colour, count in (("train", RED, 3), ("validation", BLUE, 2)):
+        rows = [{"bytes": encoded("PNG", Image.new("RGB", (8, 8), colour)), "path": None}] * count
+        data = datasets.Dataset.from_dict({"label": list(range(count)), "picture": rows}, features=features)
+        data.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
+    return folder
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_hub_data_set_gives_the_split_and_column_asked_for(hub_folder, tmp_path, train):
+    """Judging on training images since the splits are not known before the first download; a column of another name."""
+    data = load_hub_split(str(hub_folder), train, "--flag", str(tmp_path / "cache"))
+    assert data.split.column_names == ["image"] and len(data) == (3 if train else 2)
+    assert (levels(ImageDataset(data, 8)[0]["pixel_values"]) == (RED if train else BLUE)).all()
+
+
+def test_images_of_a_hub_data_set_are_known_by_their_content(hub_folder, tmp_path):
+    """A latent cache that is built anew in every run, or for every row when one is added."""
+    first, again = (load_hub_split(str(hub_folder), True, "--flag", str(tmp_path / "cache")) for _ in range(2))
+    assert [first.stamp(index) for index in range(3)] == [again.stamp(index) for index in range(3)]
+    assert len({first.stamp(index) for index in range(3)}) == 3
+    (tmp_path / "red.png").write_bytes(encoded("PNG", Image.new("RGB", (8, 8), RED)))
+    assert first.content(2) == ImageFiles([str(tmp_path / "red.png")]).content(0)
+
+
+def test_data_set_without_images_is_one_line(tmp_path):
+    """A traceback from the first batch."""
+    import datasets
+
+    (tmp_path / "words").mkdir()
+    datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(str(tmp_path / "words" / "train.parquet"))
+    with pytest.raises(UserError, match=r"^--flag .*no image column.* its columns are text \(string\)$"):
+        load_hub_split(str(tmp_path / "words"), True, "--flag", str(tmp_path / "cache"))
+
+
+def test_the_column_called_image_is_used_whatever_comes_before_it(tmp_path):
+    """Training on masks or conditioning pictures since they are the first column."""
+    import datasets
+
+    names = {"mask": "black", "conditioning_image": "blue", "image": "red"}
+    rows = {name: [{"bytes": encoded("PNG", Image.new("RGB", (8, 8), colour)), "path": None}] for name, colour in names.items()}
+    features = datasets.Features(dict.fromkeys(names, datasets.Image()))
+    folder = tmp_path / "masked photos"
+    folder.mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / "train.parquet"))
+    data = load_hub_split(str(folder), True, "--flag", str(tmp_path / "cache"))
+    assert ImageDataset(data, 8).open(0).getpixel((0, 0)) == RED
+
+
+def test_a_configuration_of_a_data_set_can_be_chosen(hub_folder, tmp_path):
+    """A data set that demands a choice which no flag can make."""
+    (hub_folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: full\n  data_files: train*\n- config_name: small\n  data_files: valid*\n---\n"
+    )
+    name, cache = str(hub_folder), str(tmp_path / "cache")
+    refusal(lambda: load_hub_split(name, True, "--flag", cache), f"{name}:full, {name}:small")
+    assert len(load_hub_split(f"{name}:small", True, "--flag", cache)) == 2

@@ -1,0 +1,296 @@
+"""What a latent space is: diffusers' own convention, the VAE's own class, frozen weights; and how VAEs fail to load."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import make_tiny_vae
+from diffusers import AutoencoderKL, AutoencoderTiny
+from hostile import refusal
+from safetensors.torch import load_file, save_file
+
+from vaes.codec import Codec, good_image_size
+from vaes.loading import load_vae_model
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+KL_VAES = ("kl4", "kl16", "kl4_stride4")
+
+
+def load(folder, subfolder="", **options):
+    return load_vae_model(folder, subfolder, None, "cpu", torch.float32, **options)
+
+
+def make_images(height=32, width=24, batch=2):
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scale, shift, mean, sample
+
+
+@pytest.mark.parametrize("name", KL_VAES)
+def test_encode_is_what_diffusers_pipelines_compute(vae_folders, name):
+    """A shift added instead of taken off, scale before shift, a sample for the mean, or a shift of None read as text."""
+    reference = AutoencoderKL.from_pretrained(vae_folders[name]).eval()
+    shift = reference.config.shift_factor or 0.0  # as FluxImg2ImgPipeline and StableDiffusionImg2ImgPipeline use them
+    with torch.no_grad():
+        expected = (reference.encode(make_images()).latent_dist.mean - shift) * reference.config.scaling_factor
+    latents = Codec(load(vae_folders[name])).encode(make_images())
+    assert latents.dtype == torch.float32
+    torch.testing.assert_close(latents, expected)
+
+
+@pytest.mark.parametrize(
+    "images, said",
+    [
+        (torch.full((1, 3, 32, 32), 200.0), "up to 200"),
+        (torch.ones(1, 3, 8, 8).byte(), "uint8"),
+        (torch.zeros(3, 32, 32), "32"),
+    ],
+    ids=["8-bit levels", "uint8", "no batch"],
+)
+def test_images_of_another_range_or_kind_are_refused(vae_folders, images, said):
+    """Latents of a picture in 0 to 255, computed without a word; an IndexError of torch's."""
+    refusal(lambda: Codec(load(vae_folders["kl4"])).encode(images), said, "[-1, 1]")
+
+
+@pytest.mark.parametrize("name", KL_VAES)
+def test_decode_is_what_diffusers_pipelines_compute(vae_folders, name):
+    """The inverse taken in the wrong order, which encode alone cannot show."""
+    reference = AutoencoderKL.from_pretrained(vae_folders[name]).eval()
+    space = Codec(load(vae_folders[name]))
+    latents = torch.randn(2, space.channels, 4, 3, generator=torch.Generator().manual_seed(2))
+    raw = latents / reference.config.scaling_factor + (reference.config.shift_factor or 0.0)
+    with torch.no_grad():
+        torch.testing.assert_close(space.decode(latents), reference.decode(raw).sample)
+
+
+@pytest.mark.parametrize("name", ["kl16", "tiny4"])
+def test_round_trip_is_the_vaes_own_reconstruction(vae_folders, name):
+    """encode and decode that do not undo each other's scale and shift, or images taken to be in [0, 1]."""
+    space, images = Codec(load(vae_folders[name])), make_images()
+    with torch.no_grad():
+        own = space.vae.model(images, sample_posterior=False) if name == "kl16" else space.vae.model(images)
+        # the tiny autoencoder's forward stores its latents in 8 bits; up to there it is the same
+        tolerance = {"rtol": 1e-4, "atol": 1e-4} if name == "kl16" else {"rtol": 0.05, "atol": 0.05}
+        torch.testing.assert_close(space.decode(space.encode(images)), own.sample, **tolerance)
+
+
+def test_the_tiny_autoencoders_latents_are_taken_as_scaled(vae_folders):
+    """Scale applied a second time, a missing posterior asked for, or the image range shifted to [0, 1] twice."""
+    reference = AutoencoderTiny.from_pretrained(vae_folders["tiny4"]).eval()
+    space, images = Codec(load(vae_folders["tiny4"])), make_images()
+    with torch.no_grad():
+        expected = reference.encode(images).latents
+        torch.testing.assert_close(space.encode(images), expected)
+        torch.testing.assert_close(space.encode(images, sample=True), expected)  # it has no posterior to draw from
+        torch.testing.assert_close(space.decode(expected), reference.decode(expected).sample)
+    assert (space.channels, space.stride, space.space.name, space.space.map_is_known) == (4, 8, None, False)
+
+
+def test_sample_draws_from_the_posterior_with_the_given_generator(vae_folders):
+    """A generator that is ignored, a draw without scale or shift, or a draw that is the mean."""
+    reference = AutoencoderKL.from_pretrained(vae_folders["kl16"]).eval()
+    space, images = Codec(load(vae_folders["kl16"])), make_images()
+
+    def draw(seed):
+        return space.encode(images, sample=True, generator=torch.Generator().manual_seed(seed))
+
+    torch.manual_seed(3)
+    first = draw(7)
+    torch.manual_seed(4)  # the global generator must not matter
+    assert torch.equal(draw(7), first)
+    assert not torch.equal(draw(8), first)
+    assert not torch.equal(space.encode(images), first)
+    with torch.no_grad():
+        raw = reference.encode(images).latent_dist.sample(torch.Generator().manual_seed(7))
+    torch.testing.assert_close(first, (raw - 0.1159) * 0.3611)
+
+
+def test_mean_is_the_default_and_repeats(vae_folders):
+    """A posterior that is sampled without being asked to: targets that change from one pass to the next."""
+    space = Codec(load(vae_folders["kl4"]))
+    assert torch.equal(space.encode(make_images()), space.encode(make_images()))
+
+
+def test_latents_and_images_are_float32_whatever_the_vaes_precision(vae_folders):
+    """bfloat16 targets, which cost the loss three digits; a scale applied after rounding would show in the tolerance."""
+    space = Codec(load_vae_model(vae_folders["kl16"], "", None, "cpu", torch.bfloat16))
+    exact = Codec(load(vae_folders["kl16"]))
+    latents = space.encode(make_images())
+    assert latents.dtype == torch.float32
+    assert space.decode(latents).dtype == torch.float32
+    torch.testing.assert_close(latents, exact.encode(make_images()), rtol=0.05, atol=0.05)
+    assert {parameter.dtype for parameter in space.vae.model.parameters()} == {torch.bfloat16}
+
+
+def test_channels_stride_scale_and_shift_are_read_from_the_vae(vae_folders):
+    """A stride of 8 or a channel count of 4 taken for granted."""
+    expected = {
+        "kl4": (4, 8, 0.18215, 0.0),
+        "kl16": (16, 8, 0.3611, 0.1159),
+        "kl4_stride4": (4, 4, 0.5, 0.0),
+    }
+    for name, values in expected.items():
+        space = Codec(load(vae_folders[name]))
+        assert (space.channels, space.stride) == values[:2]
+        assert (1 / space.space.std[0], space.space.mean[-1]) == pytest.approx(values[2:])
+        assert space.encode(make_images()).shape[2:] == (32 // values[1], 24 // values[1])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Frozen
+
+
+@pytest.mark.parametrize("name", ["kl4", "tiny4"])
+def test_weights_take_no_gradient_but_decode_passes_it_to_the_latents(vae_folders, name):
+    """decode under no_grad (a decoded-image loss that teaches nothing), or a VAE that trains along."""
+    space = Codec(load(vae_folders[name]))
+    latents = torch.zeros(1, 4, 2, 2, requires_grad=True)
+    space.decode(latents).square().mean().backward()
+    assert latents.grad.abs().sum() > 0
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in space.vae.model.parameters())
+    assert not space.encode(make_images().requires_grad_()).requires_grad
+    assert not space.vae.model.training
+
+
+def test_a_vae_given_as_an_object_is_frozen_too():
+    """Only VAEs that our own loader read are frozen: a caller's object would get gradients."""
+    vae = make_tiny_vae(4).train()
+    space = Codec(vae)
+    assert space.vae.model is vae
+    assert not vae.training
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Finding and reading
+
+
+def test_class_follows_config_json(vae_folders):
+    """AutoencoderKL for everything: a tiny autoencoder that comes up with random weights."""
+    classes = {name: type(load(vae_folders[name]).model) for name in ("kl4", "tiny4")}
+    assert classes == {"kl4": AutoencoderKL, "tiny4": AutoencoderTiny}
+
+
+def test_subfolder_is_looked_at_first_and_the_folder_itself_second(vae_folders, tmp_path):
+    """A subfolder that is required, ignored, or loses against a VAE in the folder itself."""
+    assert load(vae_folders["nested"], "vae").config.latent_channels == 16
+    assert load(vae_folders["kl4"], "vae").config.latent_channels == 4  # no such subfolder: the folder is a VAE
+    assert load(vae_folders["kl4"], None).config.latent_channels == 4
+    shutil.copytree(vae_folders["kl4"], tmp_path / "both")
+    shutil.copytree(vae_folders["kl16"], tmp_path / "both" / "vae")
+    assert load(tmp_path / "both", "vae").config.latent_channels == 16
+    assert load(tmp_path / "both", "").config.latent_channels == 4
+
+
+def test_weights_are_read_at_first_use_only(vae_folders, tmp_path):
+    """A VAE read from disk although the latent cache makes it unnecessary; a config that needs the weights."""
+    folder = shutil.copytree(vae_folders["kl16"], tmp_path / "vae")
+    vae = load(folder)
+    space = Codec(vae)
+    assert (space.channels, space.stride, vae.device.type, vae.dtype) == (16, 8, "cpu", torch.float32)
+    assert len(space.fingerprint) == 64
+    assert not vae.loaded
+    space.encode(make_images())
+    assert vae.loaded
+    (folder / WEIGHTS).unlink()
+    space.encode(make_images())  # read once, not at every use
+
+
+def test_fingerprint_changes_with_the_weights_and_with_the_config(vae_folders, tmp_path):
+    """A latent cache that is taken for another VAE's because only the path, the shapes or the weights count."""
+    folder = shutil.copytree(vae_folders["kl4"], tmp_path / "vae")
+    prints = {Codec(load(vae_folders["kl4"])).fingerprint, Codec(load(folder)).fingerprint}
+    assert len(prints) == 1  # a copy elsewhere is the same VAE
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.2}))
+    prints.add(Codec(load(folder)).fingerprint)
+    tensors = load_file(folder / WEIGHTS)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name] + 1e-3}, folder / WEIGHTS, metadata={"format": "pt"})
+    prints.add(Codec(load(folder)).fingerprint)
+    assert len(prints) == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What goes wrong
+
+
+def drop_a_key(folder):
+    tensors = load_file(folder / WEIGHTS)
+    tensors.pop("decoder.conv_out.weight")
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def truncate(folder):
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+
+
+def reshape_a_weight(folder):
+    tensors = load_file(folder / WEIGHTS)
+    tensors["decoder.conv_out.bias"] = torch.zeros(5)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def edit_config(**changes):
+    def edit(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return edit
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+DAMAGE = {
+    "missing_key": (drop_a_key, "decoder.conv_out.weight"),  # diffusers itself would start it at random
+    "truncated": (truncate, "weights cannot be loaded"),
+    "wrong_shape": (reshape_a_weight, "decoder.conv_out.bias"),
+    "empty_file": (write(WEIGHTS, b""), "weights cannot be loaded"),
+    "unknown_class": (edit_config(_class_name="UNet2DModel"), "UNet2DModel"),
+    "levels_disagree": (edit_config(block_out_channels=[8, 8]), "config.json"),
+    "channels_not_a_number": (edit_config(latent_channels="four"), "config.json"),
+    "scale_not_a_number": (edit_config(scaling_factor="big"), "scaling_factor"),
+    "not_json": (write("config.json", b"{not json"), "config.json"),
+    "not_text": (write("config.json", b"\xff\xfe\x00"), "config.json"),
+    "json_list": (write("config.json", b"[1, 2]"), "config.json"),
+    "no_class": (write("config.json", b"{}"), "config.json"),
+    "no_weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
+    "no_config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    "no_folder": (shutil.rmtree, "neither a folder"),
+}
+
+
+@pytest.mark.parametrize("damage, said", DAMAGE.values(), ids=DAMAGE)
+def test_a_broken_vae_is_one_line_that_names_flag_and_folder(vae_folders, tmp_path, damage, said):
+    """A traceback from inside safetensors or diffusers, or (worse) a VAE with some of its weights at random."""
+    folder = shutil.copytree(vae_folders["kl4"], tmp_path / "broken_vae")
+    damage(folder)
+    images = make_images()
+    refusal(lambda: Codec(load(folder, label="--vae2_path")).encode(images), "--vae2_path", "broken_vae", said)
+
+
+def test_a_vae_path_that_is_a_file_is_one_line(vae_folders):
+    """A weights file in place of its folder, taken for a hub id or opened as a folder."""
+    refusal(lambda: load(vae_folders["kl4"] / WEIGHTS), "VAE", WEIGHTS)
+
+
+@pytest.mark.parametrize("size", [(36, 32), (32, 20), (31, 31)])
+def test_image_that_does_not_fit_the_stride_is_refused(vae_folders, size):
+    """Latents of a rounded size, which fit nothing later on."""
+    for name, multiple in (("kl4", "8"), ("tiny4", "8")):
+        refusal(lambda name=name: Codec(load(vae_folders[name])).encode(make_images(*size)), str(size), multiple)
+
+
+def test_good_image_size_names_the_nearest():
+    """Always rounding down (0 for small sizes), or one stride looked at instead of both."""
+    assert good_image_size(256, 8, 8) == 256
+    assert good_image_size(24, 4, 8) == 24
+    for size, strides, nearest in ((250, (8, 8), 248), (253, (8, 8), 256), (36, (4, 16), 32), (3, (8,), 8), (0, (8, 4), 8)):
+        text = refusal(lambda size=size, strides=strides: good_image_size(size, *strides), f"image_size {size}")
+        assert text.endswith(f"nearest is {nearest}")

@@ -1,0 +1,364 @@
+"""Each family's tiny model, encoded and decoded by us and by the formula of its own diffusers pipeline."""
+
+import __future__
+
+import ast
+import inspect
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+from families import RECIPES, make_family
+from hostile import refusal
+
+from vae_align import LatentSpace
+from vaes.codec import Codec
+from vaes.families import FAMILIES, SPACES, family_of, named_space, table_of_families
+
+SPACE_OF = {"qwen-image": "wan21", "asymmetric": "sd15", "consistency": "sd15"}  # the others are called like their space
+
+OF_PICTURES = (  # the classes whose images have no frames
+    "AutoencoderKL",
+    "AutoencoderDC",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLHunyuanImage",
+    "AsymmetricAutoencoderKL",
+    "ConsistencyDecoderVAE",
+)
+
+
+def images(model_stride, batch=2):
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(batch, 3, 2 * model_stride, 3 * model_stride, generator=generator) * 2 - 1
+
+
+def mode(model, x):
+    return model.encode(x).latent_dist.mode()
+
+
+def broadcast(values, ndim):
+    return torch.tensor(values).view(1, -1, *[1] * (ndim - 2))
+
+
+def moments(model, ndim):
+    return broadcast(model.config.latents_mean, ndim), broadcast(model.config.latents_std, ndim)
+
+
+def pipeline_code(file, class_name, *names):
+    """Methods of a pipeline's class as plain functions, out of its source: importing it would need transformers."""
+    tree = ast.parse((Path(diffusers.__file__).parent / "pipelines" / file).read_text(encoding="utf-8"))
+    chosen = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "retrieve_latents"]
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    chosen += [node for node in body if isinstance(node, ast.FunctionDef) and node.name in names]
+    for node in chosen:
+        node.decorator_list = []
+    scope = {"torch": torch}
+    flags = __future__.annotations.compiler_flag  # annotations name classes that the scope lacks
+    exec(compile(ast.Module(chosen, []), file, "exec", flags), scope)
+    return [scope[name] for name in names]
+
+
+# Each formula: (model, RGB images) -> scaled latents, with the pipeline's own code where it can be called by itself.
+
+
+def by_scale(model, x):  # StableDiffusionImg2ImgPipeline, StableDiffusion3Img2ImgPipeline
+    return (mode(model, x) - (model.config.get("shift_factor") or 0)) * model.config.scaling_factor
+
+
+def by_sdxl(model, x):  # StableDiffusionXLImg2ImgPipeline.prepare_latents
+    mean, std = moments(model, 4)
+    return (mode(model, x) - mean) * model.config.scaling_factor / std
+
+
+def by_flux(model, x):
+    (encode,) = pipeline_code("flux/pipeline_flux_img2img.py", "FluxImg2ImgPipeline", "_encode_vae_image")
+    means = SimpleNamespace(config=model.config, encode=lambda image: SimpleNamespace(latents=mode(model, image)))
+    return encode(SimpleNamespace(vae=means), x, None)
+
+
+def by_kandinsky(model, x):  # Kandinsky5T2IPipeline decodes `latents / scaling_factor`
+    return mode(model, x) * model.config.scaling_factor
+
+
+def by_glm(model, x):  # GlmImagePipeline: (condition_latent - latents_mean) / latents_std
+    mean, std = moments(model, 4)
+    return (mode(model, x) - mean) / std
+
+
+def by_flux2(model, x):
+    names = ("_patchify_latents", "_encode_vae_image")
+    patchify, encode = pipeline_code("flux2/pipeline_flux2.py", "Flux2Pipeline", *names)
+    return encode(SimpleNamespace(vae=model, _patchify_latents=patchify), x, None)
+
+
+def by_sana(model, x):  # SanaSprintImg2ImgPipeline
+    return model.encode(x).latent * model.config.scaling_factor
+
+
+def by_video_scale(model, x):
+    return torch.cat([mode(model, one[None].unsqueeze(2)) for one in x]) * model.config.scaling_factor
+
+
+def by_moments(model, x):  # WanVideoToVideoPipeline.prepare_latents
+    mean, std = moments(model, 5)
+    return (mode(model, x.unsqueeze(2)) - mean) / std
+
+
+def by_qwen(model, x):
+    (encode,) = pipeline_code("qwenimage/pipeline_qwenimage_edit.py", "QwenImageEditPipeline", "_encode_vae_image")
+    return encode(SimpleNamespace(vae=model, latent_channels=model.config.z_dim), x.unsqueeze(2), None)
+
+
+def by_qwen21(model, x):
+    (encode,) = pipeline_code("qwenimage21/pipeline_qwenimage21.py", "QwenImage21Pipeline", "_encode_vae_image")
+    rgba = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+    return encode(SimpleNamespace(vae=model, latent_channels=model.config.z_dim), rgba.unsqueeze(2), None)
+
+
+def by_ltx(model, x):
+    raw = mode(model, x.unsqueeze(2))
+    (normalize,) = pipeline_code("ltx/pipeline_ltx.py", "LTXPipeline", "_normalize_latents")
+    return normalize(raw, model.latents_mean, model.latents_std, model.config.scaling_factor)
+
+
+def by_mochi(model, x):  # the inverse of MochiPipeline's `latents * latents_std / scaling_factor + latents_mean`
+    mean, std = moments(model, 5)
+    return (mode(model, x.unsqueeze(2)) - mean) * model.config.scaling_factor / std
+
+
+def by_cosmos(model, x):  # CosmosVideoToWorldPipeline.prepare_latents
+    raw, sigma_data = mode(model, x.unsqueeze(2)), diffusers.EDMEulerScheduler().config.sigma_data
+    mean, std = (
+        torch.tensor(values).view(1, model.config.latent_channels, -1, 1, 1)[:, :, : raw.size(2)]
+        for values in (model.config.latents_mean, model.config.latents_std)
+    )
+    return (raw - mean) * sigma_data / std
+
+
+FORMULAS = {
+    "playground25": by_sdxl,
+    "flux1": by_flux,
+    "kandinsky5": by_kandinsky,
+    "glm-image": by_glm,
+    "flux2": by_flux2,
+    "sana": by_sana,
+    "wan21": by_moments,
+    "wan22": by_moments,
+    "qwen-image": by_qwen,
+    "qwen-image-2.1": by_qwen21,
+    "ltx": by_ltx,
+    "ltx2": by_ltx,
+    "mochi": by_mochi,
+    "cosmos1": by_cosmos,
+    **dict.fromkeys(("hunyuan-video", "hunyuan-video-1.5", "cogvideox", "cogvideox-5b", "easyanimate"), by_video_scale),
+}
+
+
+def codec_of(name, model):
+    asked = name if name in ("kandinsky5", "glm-image") else None  # the two that their VAE's numbers alone do not tell
+    return Codec(model, space=asked)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_family_is_encoded_and_decoded_as_its_own_pipeline_does(name):
+    """A mean left out, a scale twice, statistics of another frame, channels folded in another order, RGBA without opacity."""
+    model = make_family(name)
+    codec, x = codec_of(name, model), images(32)
+    row = family_of(SPACE_OF.get(name, name))
+    assert (codec.space.name, codec.channels, codec.stride) == (row.name, row.channels, row.stride)
+    with torch.no_grad():
+        latents = codec.encode(x)
+        own = FORMULAS.get(name, by_scale)(make_family(name), x)
+        own = own[:, :, 0] if own.ndim == 5 else own
+        torch.testing.assert_close(latents, own, rtol=1e-4, atol=1e-5)
+        assert latents.shape == (2, row.channels, x.shape[2] // row.stride, x.shape[3] // row.stride)
+        torch.testing.assert_close(codec.decode(latents), reconstruction(make_family(name), x), rtol=1e-3, atol=1e-4)
+
+
+def reconstruction(model, x):
+    """decode(encode(x)) by the model alone, image by image: what the two maps must not change."""
+    frames = type(model).__name__ not in OF_PICTURES
+    if model.config.get("in_channels") == 4:
+        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+    made = []
+    for one in x.split(len(x) if type(model).__name__ == "ConsistencyDecoderVAE" else 1):
+        encoded = model.encode(one.unsqueeze(2) if frames else one)
+        raw = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+        takes = inspect.signature(model.decode).parameters
+        more = {"generator": torch.Generator().manual_seed(0)} if "num_inference_steps" in takes else {}
+        if model.config.get("timestep_conditioning"):
+            more["temb"] = torch.zeros(len(raw))
+        made.append(model.decode(raw, **more).sample)
+    made = torch.cat(made)
+    return (made[:, :, 0] if frames else made)[:, :3]
+
+
+@pytest.mark.parametrize("name", ["flux2", "wan21", "sana", "ltx", "qwen-image-2.1"])
+def test_gradients_reach_the_latents_through_every_kind_of_decoder(name):
+    """A decoder under no_grad, or a map that detaches: a loss on the decoded image would teach nothing."""
+    codec = codec_of(name, make_family(name))
+    latents = torch.zeros(1, codec.channels, 2, 2, requires_grad=True)
+    codec.decode(latents).square().mean().backward()
+    assert latents.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["flux2", "ltx", "wan21", "cosmos1", "sana"])
+def test_a_saved_family_loads_by_its_config(name, tmp_path):
+    """Statistics that stay at their defaults, or a class that only works as an object."""
+    from vaes.loading import load_vae_model
+
+    model = make_family(name)
+    model.save_pretrained(tmp_path)
+    vae = load_vae_model(tmp_path, "vae", None, "cpu", torch.float32)
+    codec = Codec(vae, str(tmp_path))
+    assert not vae.loaded  # the space is known before the weights are read
+    torch.testing.assert_close(codec.encode(images(32)), codec_of(name, model).encode(images(32)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names
+
+
+def test_every_class_and_every_row_is_tested():
+    """A row or a class added without a model that is compared with its pipeline."""
+    from vaes.conventions import CONVENTIONS
+
+    assert {class_name for class_name, _ in RECIPES.values()} == set(CONVENTIONS) - {"AutoencoderTiny", "TinyAutoencoder"}
+    assert {SPACE_OF.get(name, name) for name in RECIPES} == {family.name for family in FAMILIES}
+
+
+def test_numbers_of_the_table_are_those_of_the_classes():
+    """A constant mistyped: diffusers' class defaults have the same."""
+    for name in (
+        "wan21",
+        "qwen-image-2.1",
+        "hunyuan-video",
+        "hunyuan-video-1.5",
+        "cogvideox",
+        "easyanimate",
+        "mochi",
+        "cosmos1",
+    ):
+        assert Codec(make_family(name)).space is SPACES[name]
+
+
+def test_aliases_name_one_space_each():
+    """z-image that means nothing, case that matters, or a name that two rows claim."""
+    assert named_space("z-image") is named_space("Z_Image") is SPACES["flux1"]
+    assert named_space("Qwen-Image") is SPACES["wan21"]
+    names = [name for family in FAMILIES for name in (family.name, *family.aliases)]
+    for name in names:
+        assert {family.name for family in FAMILIES if family_of(name) is family} == {
+            family.name for family in FAMILIES if name in (family.name, *family.aliases)
+        }
+    refusal(lambda: named_space("sd99"), "sd99", "sd15", "flux2")
+
+
+def test_a_name_that_does_not_fit_is_refused_with_those_that_do():
+    """A space recorded against the VAE's own channels or numbers."""
+    sdxl = make_family("sdxl")
+    refusal(lambda: Codec(sdxl, space="flux1"), "4 channels", "16", "sd15, sdxl, playground25")
+    refusal(lambda: Codec(sdxl, space="sd15"), "those of sdxl", "not of sd15")
+    refusal(lambda: named_space("glm-image"), "glm-image", "config")
+
+
+def test_kandinskys_exception_is_taken_on_request_only():
+    """FLUX.1's VAE without its shift because a row of the table says so, or Kandinsky's latents 0.042 off."""
+    model = make_family("flux1")
+    with_shift, without = Codec(model), Codec(model, space="kandinsky-5")
+    assert (with_shift.space, without.space) == (SPACES["flux1"], SPACES["kandinsky5"])
+    off = without.encode(images(8)) - with_shift.encode(images(8))
+    torch.testing.assert_close(off, torch.full_like(off, 0.1159 * 0.3611))
+
+
+def test_the_spaces_maps_are_their_families():
+    """to_scaled of a row that divides where its VAE multiplies."""
+    space = SPACES["cosmos1"]
+    assert isinstance(space, LatentSpace)
+    codec = Codec(make_family("cosmos1"))
+    raw = torch.randn(1, 16, 2, 2)
+    torch.testing.assert_close(space.to_scaled(raw), codec._map.to_scaled(raw))
+
+
+def test_a_wrong_number_of_channels_names_the_spaces_that_have_it():
+    """A list in the inference file that falls behind the table, or an error that does not say whose latents these are."""
+    from vae_align import CHANNELS, AlignConfig, AlignModule, AlignPipeline
+
+    for count, names in CHANNELS.items():
+        assert names.split(", ") == [family.name for family in FAMILIES if family.channels == count]
+    assert set(CHANNELS) == {family.channels for family in FAMILIES}
+    pipeline = AlignPipeline(AlignModule(AlignConfig(("latent",), 4, 16, 8, 1)).eval(), SPACES["sd15"], SPACES["flux1"])
+    refusal(lambda: pipeline.translate(torch.zeros(1, 128, 4, 4)), "128 channels", "takes 4", "flux2")
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_the_readmes_table_is_the_codes(readme):
+    """A family that the README does not list, or a number that changed in one of the two."""
+    from conftest import ROOT
+
+    assert table_of_families() in (ROOT / readme).read_text(encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What pipelines give with output_type="latent"
+
+
+def unpacked_by(file, class_name, x, *more):
+    (unpack,) = pipeline_code(file, class_name, "_unpack_latents")
+    return unpack(x, *more)
+
+
+def test_packed_tokens_are_unpacked_as_the_pipelines_do():
+    """Channels before the place in a 2x2 patch, rows for columns: latents of the right shape that are noise."""
+    flux, ltx = SPACES["flux1"], SPACES["ltx"]
+    tokens = torch.randn(2, 6, 64)
+    expected = unpacked_by("flux/pipeline_flux.py", "FluxPipeline", tokens, 32, 48, 8)
+    assert torch.equal(flux.from_pipeline(tokens, (32, 48)), expected)
+    qwen = unpacked_by("qwenimage/pipeline_qwenimage.py", "QwenImagePipeline", tokens, 32, 48, 8)
+    assert torch.equal(SPACES["wan21"].from_pipeline(tokens, (32, 48)), qwen[:, :, 0])
+    wide = torch.randn(2, 6, 128)
+    expected = unpacked_by("ltx/pipeline_ltx.py", "LTXPipeline", wide, 1, 2, 3, 1, 1)
+    assert torch.equal(ltx.from_pipeline(wide, (64, 96)), expected[:, :, 0])
+    tokens = torch.randn(2, 24, 64)
+    qwen = unpacked_by("qwenimage21/pipeline_qwenimage21.py", "QwenImage21Pipeline", tokens, 64, 96, 16)
+    assert torch.equal(SPACES["qwen-image-2.1"].from_pipeline(tokens, (64, 96)), qwen[:, :, 0])
+    ids = torch.tensor([[0, row, column, 0] for row in range(2) for column in range(3)]).expand(2, 6, 4)
+    (unpack,) = pipeline_code("flux2/pipeline_flux2.py", "Flux2Pipeline", "_unpack_latents_with_ids")
+    assert torch.equal(SPACES["flux2"].from_pipeline(wide, (32, 48)), unpack(wide, ids))
+
+
+def test_frames_and_channels_last_are_taken():
+    """A frame that is taken for a batch, Kandinsky's width for channels, or CogVideoX's frames before its channels refused."""
+    latents = torch.randn(2, 16, 4, 6)
+    for given in (latents, latents.unsqueeze(2), latents.permute(0, 2, 3, 1).unsqueeze(1)):
+        assert torch.equal(SPACES["kandinsky5"].from_pipeline(given), latents)
+    for size in ((4, 6), (4, 16), (16, 16)):  # a width of 16 is no channel
+        latents = torch.randn(2, 16, *size)
+        assert torch.equal(SPACES["cogvideox"].from_pipeline(latents.unsqueeze(1)), latents)
+        assert torch.equal(SPACES["kandinsky5"].from_pipeline(latents.permute(0, 2, 3, 1).unsqueeze(1)), latents)
+
+
+def test_latents_that_are_no_picture_are_one_line():
+    """The first frame of a video translated as if it were all, or tokens on a guessed grid."""
+    space = SPACES["flux1"]
+    refusal(lambda: space.from_pipeline(torch.zeros(1, 16, 3, 4, 4)), "3 frames")
+    refusal(lambda: SPACES["cogvideox"].from_pipeline(torch.zeros(1, 3, 16, 4, 4)), "3 frames")
+    refusal(lambda: space.from_pipeline(torch.zeros(1, 4, 64)), "size=(height, width)")
+    refusal(lambda: space.from_pipeline(torch.zeros(1, 4, 64), (32, 48)), "(32, 48)")
+    refusal(lambda: space.from_pipeline(torch.zeros(1, 4, 64), (33, 33)), "(33, 33)")
+    refusal(lambda: space.from_pipeline(torch.zeros(1, 4, 17)), "16 numbers, or 4 times")
+
+
+def test_translate_takes_what_a_pipeline_gives():
+    """A helper that exists beside a translate that refuses the same latents."""
+    from vae_align import AlignConfig, AlignModule, AlignPipeline
+
+    config = AlignConfig(("latent",), 16, 4, 8, 1)
+    pipeline = AlignPipeline(AlignModule(config).eval(), SPACES["flux1"], SPACES["sd15"])
+    tokens = torch.randn(1, 6, 64)
+    latents = SPACES["flux1"].from_pipeline(tokens, (32, 48))
+    assert torch.equal(pipeline.translate(tokens, size=(32, 48)), pipeline.translate(latents))
+    assert torch.equal(pipeline.translate(latents.unsqueeze(2)), pipeline.translate(latents))
+    assert torch.equal(pipeline.translate(latents.unsqueeze(2), raw=True), pipeline.translate(latents, raw=True))

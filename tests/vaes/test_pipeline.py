@@ -1,0 +1,678 @@
+"""Checkpoints: they carry all that use needs, run no code, appear whole, and never replace one another."""
+
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import as_argv, make_kl_vae, tiny_flags
+from hostile import no_hang, refusal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pipelines import Payload, make_pipeline, save
+from runs import QUIET, train
+from safetensors.torch import save_file
+
+import eval_align
+import train_align_with_args as train_script
+from runtime.cli import MISTAKES
+from train_align_with_args import create_align_pipeline, parse_args
+from vae_align import AlignConfig, AlignError, AlignModule, read_checkpoint
+from vaes.codec import Codec
+from vaes.loading import load_vae_model
+from vaes.pipeline import PipelineWithVAEs, require_memory_for
+
+NAME = re.compile(r"align_pipeline_\d{8}_\d{6}\.pth")
+
+
+def make_inputs():
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(1, 4, 5, 3, generator=generator), torch.rand(1, 3, 40, 24, generator=generator) * 2 - 1
+
+
+@pytest.fixture
+def saved(vae_folders, tmp_path):
+    """(pipeline kl4 -> kl16, its checkpoint)."""
+    pipeline = make_pipeline(vae_folders["kl4"], vae_folders["kl16"])
+    return pipeline, save(pipeline, tmp_path / "ckpt")
+
+
+@pytest.fixture
+def orphan(vae_folders, tmp_path):
+    """(pipeline, its checkpoint), both VAEs gone from where they were."""
+    for name in ("kl4", "kl16"):
+        shutil.copytree(vae_folders[name], tmp_path / "gone" / name)
+    pipeline = make_pipeline(tmp_path / "gone" / "kl4", tmp_path / "gone" / "kl16")
+    path = save(pipeline, tmp_path / "ckpt")
+    shutil.rmtree(tmp_path / "gone")
+    return pipeline, path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# There and back
+
+
+@pytest.mark.parametrize("input_types", [("latent",), ("image",), ("image", "latent")], ids="-".join)
+def test_a_checkpoint_gives_the_same_pipeline_back(vae_folders, tmp_path, input_types):
+    """A default in place of an architecture value, a buffer that is not saved, VAEs swapped, progress lost."""
+    options = {"input_types": input_types, "hidden_channels": 12, "num_blocks": 3, "downsample_times": 4}
+    pipeline = make_pipeline(vae_folders["kl4_stride4"], vae_folders["kl16"], **options)
+    metrics = {"aligned": {"psnr": 20.5, "ssim": None}}
+    path = save(pipeline, tmp_path, config={"image_size": 32, "input_types": ["image"]}, metrics=metrics)
+    again = PipelineWithVAEs.from_checkpoint(path)
+    assert again.config == pipeline.config
+    assert again.progress == {
+        "step": 7,
+        "epoch": 1.5,
+        "metrics": metrics,
+        "config": {"image_size": 32, "input_types": ["image"]},
+    }
+    torch.testing.assert_close(again.module.state_dict(), pipeline.module.state_dict(), rtol=0, atol=0)
+    latents, image = torch.randn(1, 4, 10, 6), torch.rand(1, 3, 40, 24)
+    assert torch.equal(again.translate(latents, image), pipeline.translate(latents, image))
+    assert again.module.has_ridge == ("latent" in input_types)
+    assert not again.module.training
+    assert again.codec1.identity == pipeline.codec1.identity
+    assert again.codec2.identity == pipeline.codec2.identity
+    assert torch.equal(again.codec2.encode(image), pipeline.codec2.encode(image))
+
+
+def test_training_afterwards_does_not_change_what_was_saved(saved):
+    """Tensors shared with the file's content, or the live module in the place of a copy."""
+    pipeline, path = saved
+    expected = pipeline.translate(*make_inputs())
+    with torch.no_grad():
+        for parameter in pipeline.module.parameters():
+            parameter.zero_()
+    assert torch.equal(PipelineWithVAEs.from_checkpoint(path).translate(*make_inputs()), expected)
+
+
+def test_plain_torch_reads_the_file_without_running_code(saved):
+    """An object of ours (config, path, dtype) among the content: a file that only pickle can read."""
+    pipeline, path = saved
+    content = torch.load(path, weights_only=True)
+    assert content["state_dict"].keys() == pipeline.module.state_dict().keys()
+    assert content["vae2"]["channels"] == 16
+    assert (content["vae2"]["space"]["name"], content["vae2"]["space"]["mean"][0]) == ("flux1", pytest.approx(0.1159))
+    assert all(tensor.device.type == "cpu" for tensor in content["state_dict"].values())
+
+
+def test_paths_given_as_path_objects_can_be_read_back(vae_folders, tmp_path):
+    """A pathlib.Path in the file, which weights_only refuses: a checkpoint that is written and never read again."""
+    args = parse_args(["--hidden_channels", "8"])
+    args.vae1_path, args.vae2_path = vae_folders["kl4"], vae_folders["kl16"]
+    vaes = [load_vae_model(path, "", None, "cpu", torch.float32) for path in (args.vae1_path, args.vae2_path)]
+    path = save(create_align_pipeline(*vaes, args), tmp_path)
+    assert PipelineWithVAEs.from_checkpoint(path).codec2.channels == 16
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# With and without VAEs
+
+
+def test_translate_needs_neither_vae(orphan):
+    """VAEs that are loaded, looked for or asked about although only the module is used."""
+    pipeline, path = orphan
+    again = PipelineWithVAEs.from_checkpoint(path)
+    assert torch.equal(again.translate(*make_inputs()), pipeline.translate(*make_inputs()))
+
+
+def test_moving_to_a_device_needs_neither_vae(orphan):
+    """`from_checkpoint(...).to(device).translate(...)`: the three lines of a diffusers user without our VAE folders."""
+    pipeline, path = orphan
+    again = PipelineWithVAEs.from_checkpoint(path).to("cpu")
+    assert torch.equal(again.translate(*make_inputs()), pipeline.translate(*make_inputs()))
+
+
+def test_a_vae_that_is_gone_is_one_line_that_names_it(orphan):
+    """The other VAE's flag, or a traceback from the hub client."""
+    pipeline = PipelineWithVAEs.from_checkpoint(orphan[1])
+    refusal(lambda: pipeline.vae2, "VAE2", "gone")
+    refusal(lambda: pipeline.codec1, "VAE1", "gone")
+
+
+def test_vae_of_a_relative_path_is_found_from_another_directory(vae_folders, tmp_path, monkeypatch):
+    """A path recorded as typed: elsewhere it means another folder, and one such as `vaes/kl16` reads like a hub id."""
+    for name in ("kl4", "kl16"):
+        shutil.copytree(vae_folders[name], tmp_path / "here" / "assets" / "vaes" / name)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    path = save(make_pipeline("assets/vaes/kl4", "assets/vaes/kl16"), tmp_path / "ckpt")  # two slashes: no hub id
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert PipelineWithVAEs.from_checkpoint(path).codec2.channels == 16
+
+
+@pytest.mark.parametrize("given", ["folder", "path", "subfolder", "lazy", "object"])
+def test_vaes_can_be_named_anew(orphan, vae_folders, given):
+    """An override that is ignored, taken only as text, or that must lie in the recorded subfolder."""
+    path = orphan[1]
+    vae2 = {
+        "folder": str(vae_folders["kl16"]),
+        "path": vae_folders["kl16"],
+        "subfolder": vae_folders["nested"],
+        "lazy": load_vae_model(vae_folders["kl16"], "", None, "cpu", torch.float32),
+        "object": load_vae_model(vae_folders["kl16"], "", None, "cpu", torch.float32).model,
+    }[given]
+    again = PipelineWithVAEs.from_checkpoint(path, vae2=vae2)
+    _, image = make_inputs()
+    assert again.codec2.encode(image).shape == (1, 16, 5, 3)
+    if given in ("lazy", "object"):
+        assert again.vae2 is vae2 or again.vae2.model is vae2
+    refusal(lambda: again.codec1, "VAE1")  # only the one that was named
+
+
+@pytest.mark.parametrize("number, other, said", [(2, "kl4", "channels"), (1, "kl4_stride4", "stride"), (1, "kl16", "channels")])
+def test_a_vae_of_another_latent_space_is_one_line_that_names_it(saved, vae_folders, number, other, said):
+    """Wrong channels found by a convolution much later; VAEs given the wrong way round."""
+    for vae in (vae_folders[other], load_vae_model(vae_folders[other], "", None, "cpu", torch.float32).model):
+        pipeline = PipelineWithVAEs.from_checkpoint(saved[1], **{f"vae{number}": vae})
+        refusal(lambda pipeline=pipeline: getattr(pipeline, f"codec{number}"), f"VAE{number}", said)
+
+
+def test_a_pipeline_of_objects_says_that_it_does_not_know_where_they_are(tmp_path):
+    """The path None looked up as a folder of that name."""
+    spaces = [Codec(make_kl_vae(4)), Codec(make_kl_vae(16))]
+    path = save(PipelineWithVAEs(AlignModule(AlignConfig(hidden_channels=8)), *spaces), tmp_path)
+    refusal(lambda: PipelineWithVAEs.from_checkpoint(path).codec2, "VAE2", "does not say")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files that are not ours
+
+
+@pytest.mark.parametrize("form", ["torch", "torch_legacy", "pickle"])
+def test_a_malicious_file_runs_no_code(saved, tmp_path, form):
+    """torch.load with weights_only off, or with a fall-back to it."""
+    target, path = tmp_path / "executed", tmp_path / "malicious.pth"
+    pickle.loads(pickle.dumps(Payload(target))).close()
+    assert target.exists()  # the payload is live
+    target.unlink()
+    content = torch.load(saved[1], weights_only=True) | {"metrics": Payload(target)}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(content["metrics"], protocol=2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "torch")
+    refusal(lambda: PipelineWithVAEs.from_checkpoint(path), path, "code")
+    assert not target.exists()
+
+
+def cut(path, share):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+FOREIGN = {
+    "cut_in_half": lambda path: cut(path, 0.5),
+    "cut_at_the_end": lambda path: cut(path, 0.99),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("# a page of text, not a checkpoint\n" * 9),
+    "picture": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100)),
+    "dict": lambda path: torch.save({"step": 1}, path),
+    "tensor": lambda path: torch.save(torch.zeros(3), path),
+    "state_dict": lambda path: torch.save(torch.nn.Linear(2, 2).state_dict(), path),
+    "format_only": lambda path: torch.save({"format": "vae-align"}, path),
+    "folder_without_checkpoints": lambda path: (path.unlink(), path.mkdir()),
+    "nothing_there": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_file_is_refused_in_one_line(saved, kind):
+    """A traceback from zipfile, pickle or torch; a warning about malicious code for a file that merely is another kind."""
+    path = saved[1]
+    FOREIGN[kind](path)
+    text = refusal(lambda: PipelineWithVAEs.from_checkpoint(path), path)
+    assert "run code" not in text
+
+
+def change(path, **changes):
+    torch.save(torch.load(path, weights_only=True) | changes, path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"state_dict": {}},
+        {"state_dict": [1, 2]},
+        {"align_config": {"hidden_channels": "many"}},
+        {"align_config": {"hidden_channels": 16}},  # not what the weights are
+        {"align_config": None},
+        {"align_config": {"input_types": ["sound"]}},
+        {"vae2": None},
+        {"vae2": {"path": "somewhere"}},
+        {"config": [1]},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_with_a_broken_part_is_one_line(saved, changes):
+    """A traceback from a missing key or a wrong type, far from where the file was read."""
+    path = saved[1]
+    change(path, **changes)
+
+    def use():
+        pipeline = PipelineWithVAEs.from_checkpoint(path)
+        return pipeline.codec2, pipeline.progress["config"].get("seed")
+
+    refusal(use)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names and appearance
+
+
+def test_two_saves_within_a_second_get_two_names_that_sort(saved):
+    """One name for both (the first is lost), or a suffix that sorts before."""
+    pipeline, first = saved
+    paths = [first, *(save(pipeline, first.parent, step=step) for step in range(8, 12))]
+    assert all(NAME.fullmatch(path.name) for path in paths)
+    assert sorted(path.name for path in paths) == [path.name for path in paths]
+    assert [read_checkpoint(path)["step"] for path in paths] == [7, 8, 9, 10, 11]
+
+
+def test_a_clock_that_went_back_does_not_change_the_order(saved):
+    """A checkpoint of the future sorts after everything saved from now on."""
+    pipeline, first = saved
+    future = first.rename(first.parent / "align_pipeline_20991231_235959.pth")
+    latest = save(pipeline, first.parent, step=8)
+    assert latest.name > future.name
+    assert NAME.fullmatch(latest.name)
+
+
+def test_a_folder_stands_for_its_newest_checkpoint(saved, tmp_path):
+    """The oldest, or the one that the file system lists last."""
+    pipeline, first = saved
+    latest = save(pipeline, first.parent, step=8)
+    os.utime(first)  # touched later, but not newer
+    assert read_checkpoint(first.parent)["step"] == 8
+    assert PipelineWithVAEs.from_checkpoint(latest.parent).progress["step"] == 8
+
+
+def test_a_renamed_copy_does_not_pass_for_the_newest(saved):
+    """`align_pipeline_best.pth` sorts after every date."""
+    pipeline, first = saved
+    shutil.copy(first, first.parent / "align_pipeline_best.pth")
+    save(pipeline, first.parent, step=8)
+    assert read_checkpoint(first.parent)["step"] == 8
+
+
+def test_a_folder_of_other_files_says_which_one_to_name(saved, tmp_path):
+    """A best module that a run left, in a folder that is said to hold nothing."""
+    shutil.copy(saved[1], tmp_path / "align_best_20260101_000000.pth")
+    with pytest.raises(AlignError, match=r"in this folder; to use align_best_20260101_000000.pth name the file$"):
+        read_checkpoint(tmp_path)
+
+
+def save_many(pipeline, folder, number, start, names):
+    start.wait()
+    names.put([(number, save(pipeline, folder, step=100 * number + count).name, 100 * number + count) for count in range(4)])
+
+
+def test_two_processes_that_save_at_once_never_overwrite(saved, tmp_path):
+    """A name that is looked up and taken in two steps, with another process in between."""
+    context = multiprocessing.get_context("fork")
+    start, names = context.Barrier(2), context.Queue()
+    folder = tmp_path / "together"
+    workers = [context.Process(target=save_many, args=(saved[0], folder, number, start, names)) for number in (1, 2)]
+    for worker in workers:
+        worker.start()
+    written = [entry for _ in workers for entry in names.get(timeout=240)]
+    for worker in workers:
+        worker.join(60)
+    assert len({name for _, name, _ in written}) == 8
+    assert {entry.name for entry in folder.iterdir()} == {name for _, name, _ in written}
+    for _, name, step in written:
+        assert read_checkpoint(folder / name)["step"] == step
+
+
+def test_a_save_that_fails_leaves_nothing_behind(saved):
+    """Half a checkpoint under its final name, or a temporary file for ever."""
+    pipeline, first = saved
+    with pytest.raises(Exception, match="pickle"):
+        save(pipeline, first.parent, metrics={"unwritable": lambda: None})
+    assert list(first.parent.iterdir()) == [first]
+
+
+def test_a_checkpoint_is_readable_by_whoever_the_umask_allows(saved):
+    """mkstemp's 0600 left on the file: a group that shares a folder cannot read each other's checkpoints."""
+    before = os.umask(0o022)
+    try:
+        assert Path(save(saved[0], saved[1].parent)).stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(before)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From a hostile hand or a dying disk: each loads as it was saved, or is refused in one line, and runs no code
+
+
+@pytest.fixture(scope="module")
+def good(vae_folders, tmp_path_factory):
+    """(pipeline kl4 -> kl16, its checkpoint, which no test changes)."""
+    pipeline = make_pipeline(vae_folders["kl4"], vae_folders["kl16"])
+    config = {"seed": 1, "image_size": 32, "precision": "float32"}
+    return pipeline, save(pipeline, tmp_path_factory.mktemp("good"), config=config)
+
+
+@pytest.fixture
+def path(good, tmp_path):
+    """A copy of the good checkpoint, to be damaged."""
+    return shutil.copy(good[1], tmp_path / "align_pipeline_20260101_000000.pth")
+
+
+def rewrite(path, change):
+    """Load the checkpoint, `change` its dict, and save it as torch does, checksums and all."""
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+
+def rezip(path, change, compression=zipfile.ZIP_STORED):
+    """Copy the zip part by part with sound checksums; `change(name, content)` gives each part's new content."""
+    with zipfile.ZipFile(path) as parts:
+        contents = {name: parts.read(name) for name in parts.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as parts:
+        for name, content in contents.items():
+            parts.writestr(name, change(name, content))
+
+
+def setting(part, **values):
+    return lambda path: rewrite(path, lambda content: content[part].update(values))
+
+
+def top(**values):
+    return lambda path: rewrite(path, lambda content: content.update(values))
+
+
+def without(*names):
+    def drop(content):
+        for name in names[:-1]:
+            content = content[name]
+        del content[names[-1]]
+
+    return lambda path: rewrite(path, drop)
+
+
+def cut_to(path, share):
+    os.truncate(path, int(path.stat().st_size * share))
+
+
+def claim_more_elements(path):
+    """A storage that says it holds a billion numbers, in a part of the file that holds a few."""
+    rezip(
+        path,
+        lambda name, content: (
+            content.replace(b"K\x10", b"J" + (10**9).to_bytes(4, "little")) if name.endswith(".pkl") else content
+        ),
+    )
+
+
+def flip_in_weights(path):
+    with zipfile.ZipFile(path) as parts:
+        part = max(parts.infolist(), key=lambda part: part.file_size)
+    content = bytearray(path.read_bytes())
+    content[part.header_offset + 200] ^= 1
+    path.write_bytes(content)
+
+
+BIAS = "out.bias"
+KINDS = {  # kind: (what makes it of a good one, what the message says)
+    "cut to nothing": (lambda path: cut_to(path, 0), "checkpoint"),
+    "cut to a few bytes": (lambda path: path.write_bytes(b"PK"), "damaged"),
+    "cut in half": (lambda path: cut_to(path, 0.5), "damaged"),
+    "cut by a byte": (lambda path: os.truncate(path, path.stat().st_size - 1), "damaged"),
+    "of zeros": (lambda path: path.write_bytes(bytes(4096)), "checkpoint"),
+    "of noise": (lambda path: path.write_bytes(random.Random(0).randbytes(4096)), "checkpoint"),
+    "one bit of a weight flipped": (flip_in_weights, "damaged"),
+    "json": (lambda path: path.write_text(json.dumps({"format": "vae-align"})), "checkpoint"),
+    "picture": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99)), "checkpoint"),
+    "safetensors": (lambda path: save_file({"out.bias": torch.zeros(3)}, path), "checkpoint"),
+    "zip of something else": (lambda path: zipfile.ZipFile(path, "w").close(), "checkpoint"),
+    "zip that compresses": (lambda path: rezip(path, lambda name, content: content, zipfile.ZIP_DEFLATED), "compresses"),
+    "zip bomb": (lambda path: rezip(path, lambda name, content: bytes(1 << 18), zipfile.ZIP_DEFLATED), "compresses"),
+    "state dict alone": (lambda path: torch.save(torch.load(path, weights_only=True)["state_dict"], path), "not a checkpoint"),
+    "tensor alone": (lambda path: torch.save(torch.zeros(3), path), "not a checkpoint"),
+    "list": (lambda path: torch.save([1, 2], path), "not a checkpoint"),
+    "another tool's": (top(format="other"), "not a checkpoint"),
+    "format of the wrong type": (top(format=["vae-align"]), "not a checkpoint"),
+    "storage that claims more than it has": (claim_more_elements, "damaged"),
+    "no weights": (top(state_dict={}), "do not fit"),
+    "weights in a list": (top(state_dict=[]), "incomplete"),
+    "a weight missing": (without("state_dict", BIAS), "out.bias"),
+    "a weight too many": (setting("state_dict", extra=torch.zeros(1)), "extra"),
+    "a weight whose name is a number": (lambda path: rewrite(path, lambda content: content["state_dict"].update({7: 7})), "7"),
+    "a weight of another shape": (setting("state_dict", **{BIAS: torch.zeros(3)}), "out.bias"),
+    "a weight of no shape": (setting("state_dict", **{BIAS: torch.tensor(1.0)}), "out.bias"),
+    "a weight that is a number": (setting("state_dict", **{BIAS: 3.0}), "out.bias"),
+    "a weight that is none": (setting("state_dict", **{BIAS: None}), "out.bias"),
+    "a weight of whole numbers": (setting("state_dict", **{BIAS: torch.zeros(16, dtype=torch.int64)}), "out.bias"),
+    "a weight that is complex": (setting("state_dict", **{BIAS: torch.zeros(16, dtype=torch.complex64)}), "out.bias"),
+    "a weight without memory": (setting("state_dict", **{BIAS: torch.zeros(16, device="meta")}), "out.bias"),
+    "a weight that is NaN": (setting("state_dict", **{BIAS: torch.full((16,), math.nan)}), "not finite"),
+    "a weight that is infinite": (setting("state_dict", **{BIAS: torch.full((16,), math.inf)}), "not finite"),
+    "a billion channels": (setting("align_config", hidden_channels=10**9), "hidden_channels 1000000000"),
+    "a billion blocks": (setting("align_config", num_blocks=10**9), "num_blocks 1000000000"),
+    "a thousand blocks that are not there": (setting("align_config", num_blocks=1000), "do not fit"),
+    "8192 channels that are not there": (setting("align_config", hidden_channels=8192), "do not fit"),
+    "a billion halvings": (setting("align_config", downsample_times=10**9), "downsample_times"),
+    "a stride of 10**30": (setting("align_config", out_stride=10**30), "out_stride"),
+    "strides that share no grid": (setting("align_config", latent_stride=3), "strides"),
+    "zero channels": (setting("align_config", out_channels=0), "out_channels"),
+    "half a channel": (setting("align_config", hidden_channels=8.5), "hidden_channels"),
+    "true channels": (setting("align_config", hidden_channels=True), "hidden_channels"),
+    "channels in words": (setting("align_config", hidden_channels="eight"), "hidden_channels"),
+    "an input of another kind": (setting("align_config", input_types=["sound"]), "input_types"),
+    "inputs in a list of lists": (setting("align_config", input_types=[["image"]]), "input_types"),
+    "inputs of number": (setting("align_config", input_types=3), "checkpoint"),
+    "no architecture": (without("align_config"), "incomplete"),
+    "no VAE": (without("vae1"), "incomplete"),
+    "a VAE without channels": (without("vae2", "channels"), "incomplete"),
+    "a VAE of another space": (setting("vae1", channels=16), "contradicts"),
+    "a VAE whose path is a number": (setting("vae1", path=3), "incomplete"),
+    "a VAE whose subfolder is a list": (setting("vae2", subfolder=["vae"]), "incomplete"),
+    "no step": (without("step"), "incomplete"),
+    "a step before the first": (top(step=-1), "step"),
+    "a step of NaN": (top(step=math.nan), "step"),
+    "an epoch in words": (top(epoch="one"), "incomplete"),
+    "metrics in a list": (top(metrics=[]), "incomplete"),
+    "a config that is text": (top(config="{}"), "incomplete"),
+    "a seed in words": (setting("config", seed="one"), "seed"),
+    "an image size of 10**30": (setting("config", image_size=10**30), "image_size"),
+    "a precision that is a list": (setting("config", precision=["float32"]), "incomplete"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hostile_checkpoint_is_one_line(path, kind):
+    """A traceback far from where the file was read; memory taken for a billion channels; NaN that trains on."""
+    make, said = KINDS[kind]
+    make(path)
+    refusal(lambda: read_checkpoint(path), path, said)
+    refusal(lambda: PipelineWithVAEs.from_checkpoint(path), path)
+
+
+PLACES = {
+    "folder without any": lambda path: path.mkdir(),
+    "folder of one damaged": lambda path: (path.mkdir(), (path / "align_pipeline_20260101_000000.pth").write_bytes(b"PK")),
+    "folder of one pipe": lambda path: (path.mkdir(), os.mkfifo(path / "align_pipeline_20260101_000000.pth")),
+    "named pipe": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "dangling link": lambda path: path.symlink_to("nowhere"),
+    "link to itself": lambda path: path.symlink_to(path.name),
+    "nothing": lambda path: None,
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_a_checkpoint_that_is_no_file_is_one_line(tmp_path, kind):
+    """Waiting for someone to write into a pipe, or for a device to end."""
+    PLACES[kind](tmp_path / "wanted")
+    refusal(lambda: read_checkpoint(tmp_path / "wanted"), tmp_path / "wanted")
+
+
+@pytest.mark.parametrize("path", ["a\0b", "\ud800", "x" * 5000], ids=["NUL", "half a letter", "too long"])
+def test_a_checkpoint_that_cannot_be_named_is_one_line(path):
+    """A ValueError or OSError of the system's in place of a message."""
+    refusal(lambda: read_checkpoint(path))
+
+
+def test_what_is_damaged_is_passed_over_in_a_folder(path, caplog):
+    """A folder whose newest file a full disk cut short, or a pipe, that counts as holding none."""
+    newer = path.with_name("align_pipeline_20260102_000000.pth")
+    shutil.copy(path, newer)
+    cut_to(newer, 0.9)
+    os.mkfifo(path.with_name("align_pipeline_20260103_000000.pth"))
+    with no_hang():
+        assert read_checkpoint(path.parent)["step"] == 7
+    assert caplog.text.count("trying the one before it") == 2
+
+
+@pytest.mark.parametrize("part", ["top", "config", "vae1", "state_dict", "align_config"])
+def test_code_anywhere_in_a_checkpoint_is_not_run(path, tmp_path, part):
+    """A part of the file that is unpickled on its own, past torch's guard."""
+    marker = tmp_path / "executed"
+    content = torch.load(path, weights_only=True)
+    (content if part == "top" else content[part])["step"] = Payload(marker)
+    torch.save(content, path)
+    refusal(lambda: read_checkpoint(path), "code")
+    assert not marker.exists()
+
+
+def same(content, other):
+    """Whether two checkpoints' contents are equal, tensors bit for bit."""
+    if isinstance(content, dict):
+        return content.keys() == other.keys() and all(same(content[name], other[name]) for name in content)
+    return torch.equal(content, other) if isinstance(content, torch.Tensor) else content == other
+
+
+def test_a_checkpoint_with_any_bytes_changed_is_refused_or_read_as_it_was(good, tmp_path_factory):
+    """A flipped bit that passes for a weight, or that makes zipfile, pickle or torch fail in a way of its own."""
+    whole, expected = good[1].read_bytes(), read_checkpoint(good[1])
+    path = tmp_path_factory.mktemp("flipped") / "any.pth"
+    outcomes = set()
+    edges = st.integers(0, 700) | st.integers(len(whole) - 3000, len(whole) - 1)  # headers, pickle and directory
+    flip = st.tuples(edges | st.integers(0, len(whole) - 1), st.integers(1, 255))
+
+    @settings(max_examples=120)
+    @given(st.lists(flip, min_size=1, max_size=3), st.none() | st.integers(0, len(whole)))
+    def check(flips, end):
+        content = bytearray(whole)
+        for place, bits in flips:
+            content[place] ^= bits
+        path.write_bytes(content[:end])
+        try:
+            with no_hang():
+                found = read_checkpoint(path)
+        except MISTAKES as error:
+            assert str(error).isprintable()
+            outcomes.add("refused")
+        else:
+            assert same(found, expected)
+            outcomes.add("the same")
+
+    check()
+    assert "refused" in outcomes
+
+
+def test_a_checkpoint_read_back_is_the_same(good):
+    """The comparison above that would call anything equal."""
+    content = read_checkpoint(good[1])
+    assert same(content, read_checkpoint(good[1]))
+    changed = read_checkpoint(good[1])
+    changed["state_dict"][BIAS][0] += 1
+    assert not same(content, changed)
+
+
+def test_the_programs_refuse_a_hostile_checkpoint_at_once(flags, path, tmp_path, monkeypatch):
+    """A flag of one of the programs that reads checkpoints past the checks above."""
+    monkeypatch.chdir(tmp_path)
+    setting("state_dict", **{BIAS: torch.zeros(3)})(path)
+    refusal(lambda: train_script.main(as_argv(flags | {"load_checkpoint": path})), path, BIAS)
+    judge = ["--checkpoint", str(path), "--eval_data_dir", str(flags["eval_data_dir"]), "--device", "cpu"]
+    refusal(lambda: eval_align.main(judge), path, BIAS)
+
+
+def test_a_checkpoint_for_other_vaes_is_one_line(flags, vae_folders, path, tmp_path, monkeypatch):
+    """Weights of one pair of VAEs that are trained on for another."""
+    monkeypatch.chdir(tmp_path)
+    changes = {"vae1_path": vae_folders["kl16"], "vae2_path": vae_folders["kl4"], "load_checkpoint": path}
+    for name in ("hidden_channels", "num_blocks"):
+        changes[name] = None
+    refusal(lambda: train_script.main(as_argv(flags | changes)), "trained for")
+
+
+def test_a_module_larger_than_the_memory_is_refused_before_it_is_built(monkeypatch):
+    """A process that the system ends without a word; a billion parameters started at random first."""
+    monkeypatch.setattr("vaes.pipeline.physical_memory", lambda: 4 * 100_000)
+    refusal(lambda: require_memory_for(AlignConfig(hidden_channels=64)), "hidden_channels 64", "num_blocks 2")
+    require_memory_for(AlignConfig(hidden_channels=8, num_blocks=0))
+
+
+def test_a_full_disk_while_saving_is_one_line_and_leaves_nothing(good, tmp_path):
+    """An hour of training that ends in torch's traceback, or half a checkpoint with the name of a whole one."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        refusal(lambda: save(good[0], tmp_path / "full"), "cannot be written", tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "full").iterdir())
+
+
+STATES = {  # what is set in the state of the training, or beside it
+    "nothing in it": {"training": {}},
+    "a list": {"training": [1]},
+    "no order": {"order": {}},
+    "an epoch of no steps": {"order": {"images": 10, "steps in an epoch": 0, "processes": 1}},
+    "checkpoints of its own that are elsewhere": {"own": ["../precious.pth"]},
+    "a name that is a path": {"run": "../../align_20260101_000000"},
+    "no name": {"run": None},
+    "a best in words": {"best": "yes"},
+    "half a bad step": {"bad_steps": 0.5},
+    "a sum of losses that is none": {"loss_sum": None},
+    "a colour of one channel": {"colours": {"vae2_bias": torch.zeros(1, 8, 8), "shift": torch.zeros(3, 8, 8)}},
+    "a colour of another name": {"colours": {"decoded": torch.zeros(3)}},
+    "discriminators that are none": {"adversaries": [1]},
+    "no optimizer": {"state": {"weights": None}},
+    "another optimizer": {"optimizer": {"state": {}, "param_groups": []}},
+    "moments of another shape": {"optimizer": "moments"},
+    "a scheduler that is none": {"scheduler": None},
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(vae_folders, photo_folders, tmp_path_factory):
+    """(flags of a short run, its checkpoint)."""
+    folder = tmp_path_factory.mktemp("stopped")
+    flags = tiny_flags(vae_folders, photo_folders, folder)
+    return flags, train(flags, folder, **QUIET, max_train_steps=1).checkpoints[-1]
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_hostile_state_of_a_training_is_one_line(stopped, tmp_path, kind):
+    """A traceback; a name in the file by which --keep_last deletes, or TensorBoard writes, whatever its author likes."""
+    flags, path = stopped
+
+    def change(content):
+        training = content["training"]
+        for name, value in STATES[kind].items():
+            if value == "moments":
+                for moments in training["state"]["optimizer"]["state"].values():
+                    moments["exp_avg"] = torch.zeros(3)
+                continue
+            place = content if name in ("training", "run") else training if name in training else training["state"]
+            place[name] = value
+
+    path = shutil.copy(path, tmp_path / path.name)
+    rewrite(path, change)
+    changes = {**QUIET, "resume": path, "max_train_steps": 2}
+    text = refusal(lambda: train(flags, tmp_path, **changes))
+    assert "state of its training" in text, text

@@ -1,0 +1,1 @@
+"""Latent spaces, the frozen VAEs behind them, and the cache of what they encode."""

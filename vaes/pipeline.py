@@ -1,0 +1,227 @@
+"""A checkpoint together with its VAEs: what training moves and what evaluation judges."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from utils import UserError, atomic_file, next_stamp, one_line, physical_memory
+from vae_align import (
+    CHECKPOINT_FORMAT,
+    CHECKPOINT_PREFIX,
+    FORMAT_NUMBER,
+    AlignConfig,
+    AlignModule,
+    AlignPipeline,
+    LatentSpace,
+    ResidualBlock,
+    module_of,
+    read_checkpoint,
+    spaces_of,
+)
+from vaes.codec import Codec
+from vaes.loading import FrozenVAE, load_vae_model
+
+
+def require_memory_for(config: AlignConfig) -> None:
+    """UserError when this machine's memory could not hold a module of that config, in float32."""
+    with torch.device("meta"):
+        parts = AlignModule(replace(config, num_blocks=0)), ResidualBlock(config.hidden_channels)
+    rest, block = (sum(parameter.numel() for parameter in part.parameters()) for part in parts)
+    parameters = rest + config.num_blocks * block
+    memory = physical_memory()
+    if 4 * parameters > memory:
+        raise UserError(
+            f"hidden_channels {config.hidden_channels}, num_blocks {config.num_blocks}: {parameters / 1e6:.0f} M parameters "
+            f"do not fit into this machine's {memory / 1e9:.0f} GB; lower one of them"
+        )
+
+
+class PipelineWithVAEs(AlignPipeline):
+    """An `AlignPipeline` together with the frozen VAEs of its two spaces.
+
+    Attributes:
+        module: the `AlignModule` that is judged, used and saved. float32.
+        training_module: the one that the optimizer moves: the same, unless `module` is its running average.
+        codec1, codec2: the VAEs behind their conventions. A checkpoint's pipeline opens them when something first asks, so it
+            translates on a machine that has neither.
+        progress: what a checkpoint says of its training: `step`, `epoch`, `metrics`, `config`.
+    """
+
+    def __init__(self, module: AlignModule, codec1: Codec | None, codec2: Codec | None):
+        """A codec may be None where nothing is encoded or decoded with it."""
+        super().__init__(module, codec1 and codec1.space, codec2 and codec2.space)
+        self._begin(lambda: codec1, lambda: codec2)
+
+    def _begin(self, open_codec1: Callable[[], Codec], open_codec2: Callable[[], Codec]) -> None:
+        self.training_module = self.module
+        self.progress = {"step": 0, "epoch": 0, "metrics": {}, "config": {}}
+        self._openers = {1: open_codec1, 2: open_codec2}
+        self._opened = {}
+
+    def _codec(self, number: int) -> Codec:
+        if number not in self._opened:
+            self._opened[number] = self._openers[number]()
+            self._opened[number].vae.to(self.device)
+        return self._opened[number]
+
+    @property
+    def codec1(self) -> Codec:
+        return self._codec(1)
+
+    @property
+    def codec2(self) -> Codec:
+        return self._codec(2)
+
+    @property
+    def vae1(self) -> FrozenVAE:
+        return self.codec1.vae
+
+    @property
+    def vae2(self) -> FrozenVAE:
+        return self.codec2.vae
+
+    def to(self, device: str | torch.device) -> PipelineWithVAEs:
+        """Move the module and the VAEs; the module stays in float32, in which it trains."""
+        self.module.to(device)
+        self.training_module.to(device)
+        for codec in self._opened.values():
+            codec.vae.to(device)
+        return self
+
+    def encode_batch(
+        self, batch: dict, sample: bool = False, generator: torch.Generator | None = None, images_needed: bool = False
+    ):
+        """A training batch -> (keyword arguments of `AlignModule.forward`, VAE2's scaled latents as the target, the images).
+
+        Latents that the batch already carries (from the latent cache) are taken as they are; the others are encoded from
+        `pixel_values`, the posterior mean or with `sample` a draw from the posterior. The images go to the device once, and
+        only if the module, an encoder or, with `images_needed`, the caller reads them; otherwise they are None. A module that
+        draws what it looks at is given VAE1's picture where the batch has it, and so is one that takes the image alone.
+        """
+        on_device = {"device": self.device, "non_blocking": True}
+        encoded = "latents2" in batch and (not self.uses_latents or "latents1" in batch)
+        images = None
+        sees_picture = "decoded" in batch and (self.config.draws or not self.uses_latents)
+        if (self.uses_image and not sees_picture) or images_needed or not encoded:
+            images = batch["pixel_values"].to(**on_device)
+
+        def latents(name, codec):
+            return batch[name].to(**on_device) if name in batch else codec().encode(images, sample, generator)
+
+        inputs = {"image": images} if self.uses_image else {}
+        if sees_picture:
+            inputs["image"] = batch["decoded"].to(**on_device)
+        if self.uses_latents:
+            inputs["latents"] = latents("latents1", lambda: self.codec1)
+        return inputs, latents("latents2", lambda: self.codec2), images
+
+    def save_checkpoint(
+        self, folder: str | os.PathLike, config: dict, step: int, epoch: float, metrics: dict, name=None, **more
+    ) -> Path:
+        """Write `align_pipeline_YYYYMMDD_HHMMSS.pth` into `folder` and return its path.
+
+        The file appears whole or not at all, never replaces another, and sorts after those already there; with `name` it
+        is called that instead, and replaces an older one. It holds tensors and plain values only (those of `more` too), so
+        that `torch.load(weights_only=True)` reads it.
+        """
+        content = {
+            "format": CHECKPOINT_FORMAT,
+            "format_number": FORMAT_NUMBER,
+            "align_config": self.config.to_dict(),
+            "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in self.module.state_dict().items()},
+            "vae1": self.codec1.identity,
+            "vae2": self.codec2.identity,
+            "config": config,
+            "step": step,
+            "epoch": epoch,
+            "metrics": metrics,
+        } | more
+        while True:
+            path = Path(folder) / (name or f"{CHECKPOINT_PREFIX}_{next_stamp(folder, CHECKPOINT_PREFIX)}.pth")
+            try:
+                with atomic_file(path, exclusive=name is None) as file:
+                    torch.save(content, file)
+                return path
+            except FileExistsError:
+                continue  # another run took this second; take the next
+            except OSError as error:
+                raise UserError(f"checkpoint {path}: cannot be written ({one_line(error)}); free some space there") from None
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike | dict,
+        vae1=None,
+        vae2=None,
+        device="cpu",
+        dtype=torch.float32,
+        cache_dir=None,
+        vae1_subfolder=None,
+        vae2_subfolder=None,
+        labels=("VAE1", "VAE2"),
+    ) -> PipelineWithVAEs:
+        """A pipeline from `save_checkpoint`'s file or a shared .safetensors file. Executes no code from the file.
+
+        Args:
+            path: the file, or its content as `read_checkpoint` gave it.
+            vae1, vae2: a VAE, or a folder or hub id in place of the recorded one; by default the VAE that the checkpoint
+                names, read only when something other than `translate` asks for it.
+            device, dtype: of the VAEs; the module stays in float32.
+            vae1_subfolder, vae2_subfolder: in place of the recorded ones.
+            labels: what error messages call the two VAEs.
+        """
+        content = path if isinstance(path, dict) else read_checkpoint(path)
+        spaces = spaces_of(content)
+        options = {"cache_dir": cache_dir, "device": device, "dtype": dtype}
+
+        def opener(number, given, subfolder):
+            recorded = content[f"vae{number}"]
+            return lambda: _open_codec(labels[number - 1], recorded, spaces[number - 1], given, subfolder, options)
+
+        pipeline = cls.__new__(cls)
+        AlignPipeline.__init__(pipeline, module_of(content).to(device), *spaces, content["metrics"])
+        pipeline._begin(opener(1, vae1, vae1_subfolder), opener(2, vae2, vae2_subfolder))
+        pipeline.progress = {name: content[name] for name in ("step", "epoch", "metrics", "config")}
+        return pipeline
+
+
+def _open_codec(label: str, recorded: dict, space: LatentSpace, given, subfolder: str | None, options: dict) -> Codec:
+    """The codec of a checkpoint's VAE, from `given` (a VAE, a folder, a hub id) or from where it was recorded. UserError if its
+    latent space is another one than the checkpoint's."""
+    path = recorded["path"]
+    subfolder = recorded["subfolder"] if subfolder is None else subfolder
+    if given is None or isinstance(given, (str, os.PathLike)):
+        path = str(given or path or "")
+        if not path:
+            raise UserError(f"{label}: the checkpoint does not say where it is; name a folder or a hub id")
+        given = load_vae_model(path, subfolder, **options, label=label)
+    codec = Codec(given, path, subfolder)
+    for name in ("channels", "stride"):
+        if getattr(codec, name) != getattr(space, name):
+            raise UserError(
+                f"{label} {path}: its latents have {name} {getattr(codec, name)}, those of the checkpoint's VAE "
+                f"{getattr(space, name)}; name a VAE of the same latent space"
+            )
+    if codec.space.name and space.name and codec.space.name != space.name:
+        raise UserError(f"{label} {path}: its latent space is {codec.space.name}, the checkpoint's is {space.name}")
+    return codec
+
+
+def encoded_batches(
+    pipeline: PipelineWithVAEs, loader, accelerator, images: int, of_each: int | None = None, images_needed: bool = False
+):
+    """What `PipelineWithVAEs.encode_batch` returns, for about `images` training images over all processes, of each batch the
+    first `of_each` being counted. A batch that is not finite is left out, as its training step would be."""
+    wanted = min(images, len(loader.dataset))
+    for batch in loader:
+        inputs, target, pixels = pipeline.encode_batch(batch, images_needed=images_needed)
+        if all(tensor.isfinite().all() for tensor in (target, *inputs.values())):
+            yield inputs, target, pixels
+        wanted -= min(len(target), of_each or len(target)) * accelerator.num_processes
+        if wanted <= 0:
+            break
