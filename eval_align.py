@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> dict:
     wanted = args.precision or trained.get("precision", "bfloat16")
     args.precision = precision = resolve_precision(wanted, device, args.precision is not None)
     dtype = get_dtype(precision)
-    accelerator = create_accelerator(args)
+    accelerator = create_accelerator(torch.device(args.device), args.precision)
     device, main_process = accelerator.device, accelerator.is_main_process
     if not main_process:
         logging.getLogger().setLevel(logging.ERROR)  # what one process says is enough

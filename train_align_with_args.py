@@ -20,18 +20,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import logging
 import math
 import re
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # which some Pythons leave out, such as an embedded one
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # some Pythons leave it out, such as an embedded one
 
 from runtime.startup import before_imports
 
@@ -40,51 +38,32 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from torch.profiler import record_function
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import dataloader
 from cache.build import CacheOptions, cache_latents
 from cache.read import cached_loader
-from dataloader import StreamDataset, WorkersLost, open_stream, stream_loader
-from losses import (
-    KINDS,
-    LOSSES,
-    PERCEPTUAL_LOSSES,
-    Encoded,
-    Objective,
-    get_loss_function,
-    needs_decoded,
-    needs_pixels,
-    seen_through,
-)
-from runtime.cli import Parser, integer, load_config, naming, real, run, use_proxy
+from losses import KINDS, LOSSES, PERCEPTUAL_LOSSES, Objective, decoded_image_loss, get_loss_function
+from runtime.cli import Parser, claim_writable_file, claim_writable_folder, integer, load_config, naming, real, run, use_proxy
 from runtime.interrupts import StopRequest
 from runtime.processes import create_accelerator, gathered, machine_of, machines_of
-from training.bad_steps import BadSteps
-from training.budget import Budget, time_of_day
-from training.checkpoints import BEST_METRICS, RunCheckpoints
-from training.claims import RunClaim
-from training.dry_run import FewBatches, Plan, first_batches
-from training.linear_start import fit_ridge
-from training.log import RunLog, evaluate_and_log, log_hparams, log_model_stats, print_results, visualize_results
-from training.meter import Meter
-from training.muon import Muon
-from training.preflight import claim_outputs, require_same_everywhere, warn_of_odd_flags
-from training.profile import StepProfile
-from training.resume import (
-    Start,
-    adopt_flags,
-    data_order,
-    find_checkpoint,
-    names_digest,
-    require_same_files,
-    require_same_order,
-    require_same_vaes,
+from training import checkpoint
+from training.budget import Budget, is_due, time_of_day, total_steps
+from training.checkpoint import BEST_METRICS, Run
+from training.log import (
+    RunLog,
+    Speed,
+    StepProfile,
+    evaluate_and_log,
+    log_hparams,
+    log_model_stats,
+    print_results,
+    visualize_results,
 )
-from training.schedule import is_due, save_is_due, setup_scheduler, total_steps
-from training.state import TrainingState
-from training.vae_start import grids_of, start_from_vaes
+from training.optimizer import BadSteps, Muon, update_average
+from training.starts import fit_ridge, grids_of, start_from_vaes
 from utils import (
     PRECISIONS,
     UserError,
@@ -100,12 +79,10 @@ from utils import (
     write_json,
 )
 from vae_align import ARCHITECTURES, AlignConfig, AlignModule, read_checkpoint, spaces_of
-from vaes.codec import Codec, decode_picture, good_image_size
+from vaes.codec import Codec, good_image_size
 from vaes.loading import load_vae_model
 from vaes.pipeline import PipelineWithVAEs, require_memory_for
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from vaes.seen_through import SeenThrough
 
 __all__ = ["get_dtype", "get_loss_function", "load_config", "load_vae_model"]  # part of this script's interface
 
@@ -113,7 +90,7 @@ log = logging.getLogger("train_align")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Command line and config
+# Flags
 
 
 def build_parser() -> Parser:
@@ -243,14 +220,6 @@ def build_parser() -> Parser:
     group.add_argument("--perceptual_loss", choices=PERCEPTUAL_LOSSES, default="decoder",
                        help="on the decoded image too: the decoder's features, LPIPS, or ST-LPIPS (AlexNet)")  # fmt: skip
     group.add_argument("--perceptual_loss_weight", type=real(0, 1e6), default=0.0, help="factor of that loss; 0: none")
-    group.add_argument("--adversarial_weight", type=real(0, 1e6), default=0.0,
-                       help="factor of what a discriminator says to the decoded image; 0: none")  # fmt: skip
-    group.add_argument("--latent_adversarial_weight", type=real(0, 1e6), default=0.0,
-                       help="factor of what a discriminator says to the latents, beside VAE1's; 0: none")  # fmt: skip
-    group.add_argument("--adversarial_lr", type=real(0, 1e3), default=3e-4, help="learning rate of the discriminators")
-    group.add_argument("--adversarial_start_step", type=integer(0), default=500, help="step at which discriminators begin")
-    group.add_argument("--adversarial_warmup_steps", type=integer(0), default=500,
-                       help="steps from there in which their factor grows to its value; 0: at once")  # fmt: skip
     group.add_argument("--decoder_loss_path", help="a cheaper VAE of VAE2's latent space to decode with: folder or hub id")
     group.add_argument("--decoder_loss_subfolder", default="vae", help="where that VAE is in its folder")
 
@@ -272,20 +241,28 @@ def build_parser() -> Parser:
 
 PARSER = build_parser()
 SETTINGS = PARSER.settings().keys() - {"load_config", "resume", "dry_run"}  # what a config holds
+# Flags that may change on resume: run length, paths and logging. The others shape the weights and come from the checkpoint.
+MAY_CHANGE = frozenset({
+    "epochs", "max_train_steps", "minutes", "device", "num_workers", "compile", "cache_only", "max_bad_steps",
+    "train_data_dir", "eval_data_dir", "latent_cache_dir", "log_dir", "save_dir", "config_save_path", "cache_dir", "proxy",
+    "vae1_path", "vae1_subfolder", "vae2_path", "vae2_subfolder", "decoder_loss_path", "decoder_loss_subfolder",
+    "log_frequency", "profile", "eval_frequency", "visualize_frequency", "save_frequency", "save_steps", "keep_last",
+    "eval_batch_size", "num_visualize_samples",
+})  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags as given: parser default < --load_config < typed. `typed_flags` names those that were typed."""
+    """The flags as given: parser default < --load_config < typed. `typed_flags` names the typed ones."""
     return PARSER.parse(argv)
 
 
 def save_config(args: argparse.Namespace, save_path) -> None:
-    """Write the flags as JSON that --load_config reads back; a proxy's password and the like stay out."""
+    """Write the settings as JSON that --load_config reads back; a proxy's password stays out."""
     write_json(save_path, config_dict(args))
 
 
 def config_dict(args: argparse.Namespace) -> dict:
-    """The flags as plain values, without what is not a setting or must not be stored."""
+    """The settings as plain values that a checkpoint or a config may hold."""
     config = {name: value for name, value in vars(args).items() if name in SETTINGS}
     if config.get("proxy"):
         config["proxy"] = re.sub(r"^([\w+.-]+://)?.*@", r"\1", config["proxy"])
@@ -293,36 +270,112 @@ def config_dict(args: argparse.Namespace) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Parts
+# Settings
 
 
-def adopt_architecture(args: argparse.Namespace, start: Start) -> None:
-    """Set the module's flags to those of the checkpoint whose weights a new run takes; UserError if a typed one contradicts."""
-    config = AlignConfig.from_dict(start.content["align_config"])
-    for name in ("input_types", "architecture", "hidden_channels", "num_blocks", "downsample_times"):
-        value, given = getattr(config, name), getattr(args, name)
-        if isinstance(value, tuple):
-            value, given = list(value), sorted(set(given))
-        if name in args.typed_flags and given != value:
-            raise UserError(
-                f"--{name} {given}: --load_checkpoint brings its own architecture, with {value}; leave the flag out"
-            )
-        setattr(args, name, value)
+class Settings(argparse.Namespace):
+    """The settings of a run, one attribute for each flag. They never change: AttributeError for whoever tries."""
+
+    def __init__(self, values: dict):
+        self.__dict__.update(values)
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"{name}: settings never change; see `resolve`")
+
+    def but(self, **changes) -> Settings:
+        """Other settings, which differ in these."""
+        return Settings(vars(self) | changes)
 
 
-def create_align_pipeline(vae1, vae2, args: argparse.Namespace, start: Start | None = None) -> PipelineWithVAEs:
-    """The pipeline between two frozen VAEs, with the architecture of `args`, or of `start` and its weights; `start` is by
-    default what --load_checkpoint names.
+def resolve(args: argparse.Namespace) -> tuple[Settings, tuple[Path, dict] | None, list]:
+    """What the flags mean on this machine: (the settings, the checkpoint to start from, [VAE1, VAE2]).
 
-    Channels and strides are the VAEs'; `args.out_channels` is set to what VAE2 has, unless it was typed and contradicts.
+    In this order: flags as parsed; the device; with --resume the checkpoint's settings, with --load_checkpoint its
+    architecture; the precision; VAE2's channels. The checkpoint is (path, content), or None for a fresh start. The weights of
+    the VAEs are read when something first needs them. UserError names a flag that contradicts another or the machine.
     """
-    if start is None and args.load_checkpoint:
-        start = Start(Path(args.load_checkpoint), read_checkpoint(args.load_checkpoint))
-    codec1 = Codec(vae1, args.vae1_path, args.vae1_subfolder, args.vae1_space)
-    codec2 = Codec(vae2, args.vae2_path, args.vae2_subfolder, args.vae2_space)
-    if start:  # a space that the checkpoint names need not be typed again
-        for codec, recorded in zip((codec1, codec2), spaces_of(start.content)):
-            codec.adopt_name_of(recorded)
+    use_proxy(args.proxy)
+    values = dict(vars(args))
+    with naming("--device"):
+        device = resolve_device(args.device, "device" in args.typed_flags)
+    values["device"] = str(device)
+    start = find_start(args, device)
+    if start and args.resume:
+        values |= settings_of_run(args, *start)
+    elif start:
+        values |= architecture_of(args, start[1])
+    values["resume"] = args.resume if start else None
+    values["precision"] = resolve_precision(values["precision"], device, "precision" in args.typed_flags)
+    if values["streaming"] and values["cache_latents"]:
+        log.info("--streaming: images are encoded as they come, there is no latent cache")
+        values["cache_latents"] = False
+    settings = Settings(values)
+    check_flags(settings, fresh=start is None)
+    vaes = load_vaes(settings)
+    settings = settings.but(out_channels=out_channels(settings, Codec(vaes[1])))
+    return settings, start, vaes
+
+
+def find_start(args: argparse.Namespace, device: torch.device) -> tuple[Path, dict] | None:
+    """The checkpoint that --resume or --load_checkpoint means, as (path, content).
+
+    The first process reads it for all: another machine may have another disk.
+    """
+    for name in ("resume", "load_checkpoint"):
+        if getattr(args, name) == "":  # an unset variable in a job's script
+            raise UserError(f"--{name} '': names nothing; leave the flag out to start anew")
+    if not (args.resume or args.load_checkpoint):
+        return None
+    everyone = machine_of(create_accelerator(device, "float32"), separate=False)
+    if args.resume:
+        start = everyone.of_first(lambda: checkpoint.find_checkpoint(args.resume, args.save_dir))
+        if start:
+            return start
+        log.warning("--resume: no checkpoint in %s that can be resumed, starting fresh", args.save_dir)
+    if args.load_checkpoint:
+        return everyone.of_first(lambda: (Path(args.load_checkpoint), read_checkpoint(args.load_checkpoint)))
+    return None
+
+
+def settings_of_run(args: argparse.Namespace, path: Path, content: dict) -> dict:
+    """The settings that a resumed run takes from its checkpoint; UserError names a given flag that contradicts them."""
+    config = {name: value for name, value in content["config"].items() if name in SETTINGS}
+    found = {}
+    for name, value in PARSER.check_config(config, f"--resume {path}").items():
+        given = name in args.given_flags
+        if name in MAY_CHANGE:
+            if not given and name != "device":  # which is chosen by what this machine has
+                found[name] = value
+        elif given and _comparable(getattr(args, name)) != _comparable(value):
+            raise UserError(
+                f"--{name} {getattr(args, name)}: the run to resume has {value}; leave the flag out, or start a new run "
+                f"without --resume. What may change: {', '.join('--' + flag for flag in sorted(MAY_CHANGE))}"
+            )
+        else:
+            found[name] = value
+    return found
+
+
+def architecture_of(args: argparse.Namespace, content: dict) -> dict:
+    """The module's settings of the checkpoint whose weights a new run takes; UserError if a typed one contradicts."""
+    config, found = AlignConfig.from_dict(content["align_config"]), {}
+    for name in ("input_types", "architecture", "hidden_channels", "num_blocks", "downsample_times"):
+        value = getattr(config, name)
+        found[name] = list(value) if isinstance(value, tuple) else value
+        if name in args.typed_flags and _comparable(getattr(args, name)) != _comparable(found[name]):
+            raise UserError(
+                f"--{name} {getattr(args, name)}: --load_checkpoint brings its own architecture, with {found[name]}; "
+                "leave the flag out"
+            )
+    return found
+
+
+def _comparable(value):
+    return sorted(set(value)) if isinstance(value, list) else value
+
+
+def out_channels(args: argparse.Namespace, codec2: Codec) -> int:
+    """VAE2's latent channels; UserError if --out_channels was typed and contradicts."""
     if args.out_channels != codec2.channels:
         if "out_channels" in args.typed_flags:
             raise UserError(
@@ -330,12 +383,108 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace, start: Start | N
                 "leave the flag out"
             )
         log.info("out_channels: %d, as VAE2 has", codec2.channels)
-        args.out_channels = codec2.channels
-    if start and start.resumed:
-        require_same_vaes(start.content, codec1, codec2)
-    elif start:
-        adopt_architecture(args, start)
-    trained_for = AlignConfig.from_dict(start.content["align_config"]) if start else None
+    return codec2.channels
+
+
+def check_flags(settings: Settings, fresh: bool) -> None:
+    """UserError where flags contradict each other; `fresh`: whether no checkpoint gives the run its weights."""
+    if settings.cache_only and not settings.cache_latents:
+        raise UserError("--cache_only: with --no_cache_latents there is no cache to build; leave one of them out")
+    if settings.init_module and settings.init != "vaes":
+        raise UserError(f"--init_module {settings.init_module}: add --init vaes, whose start it goes on from")
+    if draws_pictures(settings) and settings.init != "vaes" and fresh:
+        raise UserError(
+            f"--architecture {settings.architecture}: from latents alone it looks at the picture that VAE1 decodes; add "
+            "--init vaes"
+        )
+    if settings.seen_through and "latent" in settings.input_types:
+        raise UserError("--seen_through: a module that takes VAE1's latents sees VAE1's picture; add --input_types image")
+
+
+def check_outputs(settings: Settings) -> None:
+    """UserError unless everything that is to be written can be. A dry run creates nothing to find out."""
+    try:
+        settings.log_dir.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--log_dir {settings.log_dir}: TensorBoard needs a name in UTF-8; name another folder") from None
+    folders = ["save_dir", "log_dir"]
+    if settings.cache_latents and not Path(settings.latent_cache_dir).is_dir():  # a complete cache that is there is only read
+        folders.append("latent_cache_dir")
+    for name in folders:
+        claim_writable_folder(getattr(settings, name), f"--{name}", create=not settings.dry_run)
+    if settings.config_save_path and not settings.dry_run:
+        claim_writable_file(settings.config_save_path, "--config_save_path")
+
+
+def warn_of_odd_flags(settings: Settings, images: int, processes: int) -> None:
+    """Warn of flags that are allowed and probably a mistake; `images`: number of training images."""
+    batch_size = settings.train_batch_size * processes
+    if batch_size > images:
+        log.warning("--train_batch_size: %d images a step of %d; some come twice in each", batch_size, images)
+    steps = steps_of(settings, -(-images // batch_size))
+    if settings.warmup_steps > steps:
+        log.warning(
+            "--warmup_steps %d: the run has %d, so it ends before --learning_rate is reached", settings.warmup_steps, steps
+        )
+
+
+def steps_of(args: argparse.Namespace, steps_per_epoch: int) -> int:
+    """Optimizer steps in the whole run."""
+    return total_steps(steps_per_epoch, args.epochs, args.max_train_steps, args.minutes)
+
+
+def decodes_pictures(args: argparse.Namespace) -> bool:
+    """Whether a loss looks at decoded pictures."""
+    return bool(args.decoder_loss_weight or args.perceptual_loss_weight)
+
+
+def needs_pixels(args: argparse.Namespace) -> bool:
+    """Whether training batches must carry the image beside its latents."""
+    compared = decodes_pictures(args) and args.decoder_loss_reference == "original"
+    return ("image" in args.input_types and not args.seen_through) or compared
+
+
+def draws_pictures(args: argparse.Namespace) -> bool:
+    """Whether the module looks at the picture that VAE1 decodes."""
+    return args.architecture != "plain" and set(args.input_types) == {"latent"}
+
+
+def needs_decoded(args: argparse.Namespace) -> bool:
+    """Whether training batches must carry that picture, or the one of --seen_through."""
+    return draws_pictures(args) or bool(args.seen_through) or (bool(args.reencode_target) and decodes_pictures(args))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+def load_vaes(args: argparse.Namespace) -> list:
+    """[VAE1, VAE2], whose weights are read when something first needs them."""
+    sides = (
+        (args.vae1_path, args.vae1_subfolder, "--vae1_path"),
+        (args.vae2_path, args.vae2_subfolder, "--vae2_path"),
+    )
+    device, dtype = torch.device(args.device), get_dtype(args.precision)
+    return [load_vae_model(path, subfolder, args.cache_dir, device, dtype, label) for path, subfolder, label in sides]
+
+
+def create_align_pipeline(vae1, vae2, args: argparse.Namespace, start: tuple[Path, dict] | None = None) -> PipelineWithVAEs:
+    """The pipeline between two frozen VAEs, with the architecture of `args` and fresh weights, or those of `start`.
+
+    Channels and strides are the VAEs'. `start` is (path, content) of a checkpoint, by default that of --load_checkpoint.
+    """
+    resumed = start is not None and bool(args.resume)
+    if start is None and args.load_checkpoint:
+        start = Path(args.load_checkpoint), read_checkpoint(args.load_checkpoint)
+        args = Settings(vars(args) | architecture_of(args, start[1]))
+    codec1 = Codec(vae1, args.vae1_path, args.vae1_subfolder, args.vae1_space)
+    codec2 = Codec(vae2, args.vae2_path, args.vae2_subfolder, args.vae2_space)
+    if start:  # a space that the checkpoint names need not be typed again
+        for codec, recorded in zip((codec1, codec2), spaces_of(start[1])):
+            codec.adopt_name_of(recorded)
+    if resumed:
+        checkpoint.require_same_vaes(start[1], codec1, codec2)
+    trained_for = AlignConfig.from_dict(start[1]["align_config"]) if start else None
     config = AlignConfig(
         input_types=tuple(args.input_types),
         architecture=args.architecture,
@@ -344,7 +493,7 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace, start: Start | N
         downsample_times=args.downsample_times,
         latent_channels=codec1.channels,
         latent_stride=codec1.stride,
-        out_channels=codec2.channels,
+        out_channels=out_channels(args, codec2),
         out_stride=codec2.stride,
         **grids_of(codec1, codec2, args.architecture, trained_for),
     )
@@ -355,21 +504,56 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace, start: Start | N
         for name in ("latent_channels", "latent_stride", "out_channels", "out_stride"):
             if getattr(config, name) != getattr(trained_for, name):
                 raise UserError(
-                    f"--load_checkpoint {start.path}: trained for VAEs with {name} {getattr(trained_for, name)}, "
+                    f"--load_checkpoint {start[0]}: trained for VAEs with {name} {getattr(trained_for, name)}, "
                     f"these have {getattr(config, name)}"
                 )
-        module.load_state_dict(start.content["state_dict"])
+        module.load_state_dict(start[1]["state_dict"])
     return PipelineWithVAEs(module, codec1, codec2)
 
 
-def load_vaes(args: argparse.Namespace, device: torch.device) -> list:
-    """[VAE1, VAE2], whose weights are read when something first needs them."""
-    sides = (
-        (args.vae1_path, args.vae1_subfolder, "--vae1_path"),
-        (args.vae2_path, args.vae2_subfolder, "--vae2_path"),
-    )
-    dtype = get_dtype(args.precision)
-    return [load_vae_model(path, subfolder, args.cache_dir, device, dtype, label) for path, subfolder, label in sides]
+def create_objective(pipeline: PipelineWithVAEs, args: argparse.Namespace) -> Objective:
+    """The weighted sum of losses that the flags ask for."""
+    codec, decoded = pipeline.codec2, None
+    if decodes_pictures(args):
+        if args.decoder_loss_path:
+            label = "--decoder_loss_path"
+            place = (args.decoder_loss_path, args.decoder_loss_subfolder)
+            codec = Codec(load_vae_model(*place, args.cache_dir, codec.vae.device, codec.vae.dtype, label), *place)
+            if (codec.channels, codec.stride) != (pipeline.codec2.channels, pipeline.codec2.stride):
+                raise UserError(f"{label} {place[0]}: its latent space is not VAE2's (other channels or stride)")
+        with naming("--perceptual_loss", "--decoder_loss_window", "--image_size"):
+            decoded = decoded_image_loss(
+                codec,
+                args.image_size,
+                pixel_weight=args.decoder_loss_weight,
+                pixel_kind=args.decoder_loss_type,
+                perceptual_weight=args.perceptual_loss_weight,
+                perceptual_loss=args.perceptual_loss,
+                batch_size=args.decoder_loss_batch,
+                window=args.decoder_loss_window,
+                reference=args.decoder_loss_reference,
+                seed=args.seed,
+            )
+    with naming("--reencode_target"):
+        return Objective(
+            pipeline,
+            loss_type=args.loss_type,
+            loss_weight=args.loss_weight,
+            moments_weight=args.moments_loss_weight,
+            reencode_weight=args.reencode_target,
+            decoded=decoded,
+            decoded_start=args.decoder_loss_start,
+            seen_through=seen_through(args, pipeline.codec2.vae),
+        )
+
+
+def seen_through(args: argparse.Namespace, vae2) -> SeenThrough | None:
+    """The VAEs of --seen_through, on VAE2's device and in its dtype; None without the flag."""
+    if not args.seen_through:
+        return None
+    places = [(place, args.vae1_subfolder) for place in args.seen_through]
+    options = (args.cache_dir, vae2.device, vae2.dtype, "--seen_through")
+    return SeenThrough([Codec(load_vae_model(*place, *options), *place) for place in places])
 
 
 def open_datasets(args: argparse.Namespace) -> tuple[dataloader.ImageDataset, dataloader.ImageDataset]:
@@ -378,25 +562,21 @@ def open_datasets(args: argparse.Namespace) -> tuple[dataloader.ImageDataset, da
     if needs_pixels(args) or not args.cache_latents:
         dataloader.require_memory(args.train_batch_size, args.image_size, "--train_batch_size")
     datasets = []
-    wanted = (("train", args.train_data_dir, True), ("eval", args.eval_data_dir, False))
-    if args.streaming:
-        datasets.append(open_streaming_set(args))
-    for flag, folder, train in wanted[len(datasets) :]:
-        source = dataloader.find_images(folder, args.dataset_type, train, f"--{flag}_data_dir", args.cache_dir)
-        options = {"random_crop": True, "random_flip": args.random_flip, "seed": args.seed} if train else {}
-        dataset = dataloader.ImageDataset(source, args.image_size, **options)
-        dataset.require_readable(f"--{flag}_data_dir {folder}")
-        dataset.warn_of_small(f"--{flag}_data_dir {folder}")
+    for name, train in (("train_data_dir", True), ("eval_data_dir", False)):
+        folder = getattr(args, name)
+        label = f"--{name} {folder}"
+        if train and args.streaming:
+            stream = dataloader.open_stream(folder, f"--{name}", args.cache_dir)
+            dataset = dataloader.StreamDataset(stream, args.image_size, args.random_flip, args.seed, args.epoch_images)
+            dataset.look_at_first(label)
+        else:
+            source = dataloader.find_images(folder, args.dataset_type, train, f"--{name}", args.cache_dir)
+            options = {"random_crop": True, "random_flip": args.random_flip, "seed": args.seed} if train else {}
+            dataset = dataloader.ImageDataset(source, args.image_size, **options)
+            dataset.require_readable(label)
+            dataset.warn_of_small(label)
         datasets.append(dataset)
     return tuple(datasets)
-
-
-def open_streaming_set(args: argparse.Namespace) -> StreamDataset:
-    """The training set as a stream."""
-    stream = open_stream(args.train_data_dir, "--train_data_dir", args.cache_dir)
-    dataset = StreamDataset(stream, args.image_size, args.random_flip, args.seed, args.epoch_images)
-    dataset.look_at_first(f"--train_data_dir {args.train_data_dir}")
-    return dataset
 
 
 def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelerator=None, datasets=None):
@@ -412,7 +592,7 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
     judged_images = dataloader.eval_loader(eval_set, args.eval_batch_size, args.num_workers, **place)
     if args.streaming:
         options = (args.train_batch_size, args.num_workers, args.seed, args.shuffle_buffer)
-        return stream_loader(train_set, *options, **place), judged_images
+        return dataloader.stream_loader(train_set, *options, **place), judged_images
     options = (args.train_batch_size, args.num_workers, args.seed, args.cache_views)
     if args.cache_latents and vae1 is not None and vae2 is not None:
         kept = CacheOptions(
@@ -421,7 +601,7 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
             with_images=needs_pixels(args),
             reencoded=bool(args.reencode_target),
             decoded=needs_decoded(args),
-            seen_through=seen_through(args, vae2.device, vae2.dtype),
+            seen_through=seen_through(args, vae2),
             sample=args.sample_posterior,
         )
         machine = machine_of(accelerator, args.cache_per_machine)
@@ -444,119 +624,48 @@ def setup_optimizer(pipeline: PipelineWithVAEs, args: argparse.Namespace) -> tor
     return Muon(matrices, [parameter for parameter in trained if id(parameter) not in known], **options)
 
 
-@torch.no_grad()
-def update_average(average: AlignModule, module: AlignModule, decay: float, step: int) -> None:
-    """Exponential moving average of the weights after `step` steps. Its decay grows from 0, a copy, over 1/6 to `decay`, so
-    that short runs are averaged too. (torch's `AveragedModel` keeps its count on the device and waits for it in every step.)"""
-    decay = min(decay, step / (10 + step)) if step > 1 else 0.0
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
+def setup_scheduler(
+    optimizer: torch.optim.Optimizer, args: argparse.Namespace, steps_per_epoch: int = 1, budget: Budget | None = None
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Warm-up by steps times StepLR by epochs; to be stepped once per optimizer step, on one process or many.
 
+        lr(step) = learning_rate · min(1, (step + 1) / warmup_steps) · gamma^(epoch // step_size)
 
-def seed_of_step(seed: int, step: int, process: int) -> int:
-    """A seed of its own for every step and process."""
-    return int(np.random.SeedSequence((seed, step, process)).generate_state(1)[0])
-
-
-def endless(loader):
-    while True:
-        yield from loader
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-
-
-@dataclass
-class Parts:
-    """What a run is made of before its data is touched: built once, so that whatever does not fit is said at once."""
-
-    accelerator: Accelerator
-    pipeline: PipelineWithVAEs
-    objective: Objective
-    start: Start | None
-
-
-def build_parts(args: argparse.Namespace, vae1, vae2, accelerator=None, start: Start | None = None) -> Parts:
-    """The parts of a run from its flags and two frozen VAEs. UserError names what does not fit together."""
-    accelerator = accelerator or create_accelerator(args)
-    torch.manual_seed(args.seed)
-    pipeline = create_align_pipeline(vae1, vae2, args, start).to(accelerator.device)
-    pipeline.progress["config"] = config_dict(args)
-    return Parts(accelerator, pipeline, Objective(pipeline, args), start)
-
-
-@dataclass
-class Run:
-    """One run of the training loop.
-
-    Attributes:
-        state: what goes on from step to step. module, optimizer: those of `state` as Accelerate prepared them.
-        steps_per_epoch: of the clock. batch_size: images of a step over all processes.
-        checkpoints: where the run saves; writer: where it logs; claim: of its name (the last two None on a helper process).
-        last_inputs: of the module in the last step.
-        profile: of a few of its steps.
-        images_per_second: since the last log entry, over all processes; evaluations and saving do not count.
-        images, seconds: trained on in this session, and what that took, without its first log entry, when things start.
+    with epoch = step // steps_per_epoch; at the default of 1 the scheduler is to be stepped once per epoch, as torch's own are.
+    Under `--scheduler cosine` the last factor is (1 + cos(pi · step / steps)) / 2 instead. Under `--minutes` the schedule of
+    --epochs epochs is spread over the time: step / steps and epoch / epochs are the `position` of `budget`.
     """
 
-    state: TrainingState
-    module: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    steps_per_epoch: int
-    batch_size: int
-    checkpoints: RunCheckpoints
-    writer: RunLog | None
-    claim: RunClaim | None
-    profile: StepProfile
-    images_per_second: float = 0.0
-    images: int = 0
-    seconds: float = 0.0
-    last_inputs: dict | None = None
+    def factor(step):
+        warmup = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
+        by_time = args.minutes and budget
+        if args.scheduler == "cosine":
+            position = budget.position(step) if by_time else min(1.0, step / steps_of(args, steps_per_epoch))
+            return warmup * (1 + math.cos(math.pi * position)) / 2
+        epoch = int(budget.position(step) * args.epochs) if by_time else step // steps_per_epoch
+        return warmup * args.scheduler_gamma ** (epoch // args.scheduler_step_size)
 
-    @property
-    def end(self) -> int:
-        """The step after which the run ends, as far as is known."""
-        return self.state.budget.end
-
-    def speed(self) -> str:
-        """How fast this session trained and, where that was profiled, where the time went: a line each."""
-        lines = [f"trained at {self.images / self.seconds:.1f} images/s"] if self.seconds else []
-        return "\n".join([*lines, *filter(None, [self.profile.text()])])
-
-    def note_pace(self, steps: int, seconds: float) -> None:
-        """So many steps took so many seconds."""
-        if self.images_per_second:
-            self.images += steps * self.batch_size
-            self.seconds += seconds
-        self.images_per_second = steps * self.batch_size / seconds
-
-    def require_sound(self) -> None:
-        """UserError if what the module puts out is not finite: a checkpoint of it would pass for the last good one."""
-        # a batch that is not finite itself says nothing about the module
-        if self.last_inputs is not None and all(values.isfinite().all() for values in self.last_inputs.values()):
-            with torch.no_grad():  # not through DDP, which would wait for the other processes: only the first one saves
-                sound = bool(self.state.module(**self.last_inputs).float().square().sum().isfinite())  # as errors are measured
-            if not sound:
-                kept = self.checkpoints.last or (self.checkpoints.best and self.checkpoints.best_path)
-                raise UserError(
-                    f"the module's output is not finite at step {self.state.step}: lower --learning_rate or set --grad_clip 1; "
-                    + (f"the last checkpoint is {kept}" if kept else "no checkpoint was written")
-                )
-
-    def close(self) -> None:
-        """Write out what is logged, and let another process go on with this run."""
-        if self.writer:
-            self.writer.close()
-            self.claim.release()
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
-    """What the loop needs: what is measured before the first step, optimizer, schedule, and the state to go on from."""
-    accelerator, pipeline, objective, start = parts.accelerator, parts.pipeline, parts.objective, parts.start
-    resumed = start.content if start and start.resumed else None
-    data = {"order": data_order(train_loader, accelerator.num_processes), "files": names_digest(image_files(train_loader))}
+def image_files(train_loader) -> list[str] | None:
+    """The files behind a training loader; None for a data set that has none of its own."""
+    dataset = getattr(train_loader.dataset, "dataset", train_loader.dataset)  # a latent cache's own, or the images themselves
+    source = getattr(dataset, "source", None)
+    return source.paths if source else None
+
+
+def prepare_run(
+    args: argparse.Namespace, pipeline: PipelineWithVAEs, objective: Objective, accelerator, train_loader, start=None
+) -> Run:
+    """The run that the loop goes on with: measurements before the first step, optimizer, schedule, or a checkpoint's state."""
+    resumed = start[1] if start and args.resume else None
+    data = {
+        "order": checkpoint.data_order(train_loader, accelerator.num_processes),
+        "files": checkpoint.names_digest(image_files(train_loader)),
+    }
     if resumed:
-        require_same_order(resumed["training"]["order"], data["order"])
+        checkpoint.require_same_order(resumed["training"]["order"], data["order"])
         places = resumed["training"]["places"]
         with naming("--train_data_dir"):
             train_loader.batch_sampler.go_on(resumed["step"], places and places[accelerator.process_index])
@@ -568,265 +677,248 @@ def prepare_run(args: argparse.Namespace, parts: Parts, train_loader) -> Run:
                     pipeline.module.start_from_ridge()
             if args.init == "vaes" and not start:
                 log.info(start_from_vaes(pipeline, args.init_module))
-            objective.before_first_step(pipeline, train_loader, accelerator)
+            objective.before_first_step(train_loader, accelerator)
 
     optimizer = setup_optimizer(pipeline, args)
     trained = pipeline.training_module
-    average = copy.deepcopy(trained).requires_grad_(False) if args.ema_decay else None
-    if average:
-        pipeline.module = average  # what is judged and saved
+    if args.ema_decay:
+        pipeline.module = copy.deepcopy(trained).requires_grad_(False)  # the average is judged and saved
     module, prepared_optimizer = accelerator.prepare(trained, optimizer)
-    budget = Budget(total_steps(args, len(train_loader)), args.minutes)
-    state = TrainingState(
-        module=trained,
-        average=average,
-        optimizer=optimizer,
-        scheduler=setup_scheduler(optimizer, args, len(train_loader), budget),
-        scaler=accelerator.scaler,
-        bad_steps=BadSteps(args.max_bad_steps, accelerator),
-        objective=objective,
-        meter=Meter(accelerator.device),
-        budget=budget,
-        data=data,
-    )
-    claim = RunClaim(args.log_dir, args.save_dir, resumed["run"] if resumed else None) if accelerator.is_main_process else None
-    name = claim.name if claim else ""
-    checkpoints = RunCheckpoints(pipeline, config_dict(args), Path(args.save_dir), name, args.keep_last, args.best_metric)
-    if resumed:
-        try:
-            state.load_state_dict(resumed)
-        except UserError as error:
-            raise UserError(f"--resume {start.path}: {error}") from None
-        checkpoints.load_state_dict(resumed["training"], start.path)
-        if resumed["config"].get("eval_data_dir") != args.eval_data_dir:
-            state.metrics = {}
-    return Run(
-        state=state,
+    budget = Budget(steps_of(args, len(train_loader)), args.minutes)
+    going = Run(
+        pipeline=pipeline,
         module=torch.compile(module) if args.compile else module,
         optimizer=prepared_optimizer,
-        steps_per_epoch=len(train_loader),
-        batch_size=train_loader.batch_sampler.batch_size * accelerator.num_processes,
-        checkpoints=checkpoints,
-        writer=RunLog(Path(args.log_dir) / name, state.step, state.fixed) if claim else None,
-        profile=StepProfile(args.profile, state.step, accelerator.device, Path(args.log_dir) / name if claim else None),
-        claim=claim,
+        scheduler=setup_scheduler(optimizer, args, len(train_loader), budget),
+        objective=objective,
+        budget=budget,
+        bad_steps=BadSteps(args.max_bad_steps, accelerator),
+        accelerator=accelerator,
+        data=data,
+        config=config_dict(args),
+        folder=Path(args.save_dir),
+        keep_last=args.keep_last,
+        best_metric=args.best_metric,
     )
+    if resumed:
+        going.load_state_dict(resumed, start[0])
+        if resumed["config"].get("eval_data_dir") != args.eval_data_dir:
+            going.metrics = {}
+    return going
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
 
 
 def train_align_pipeline(
-    args: argparse.Namespace, vae1, vae2, train_loader, eval_loader, generator: torch.Generator, parts: Parts | None = None
+    args: argparse.Namespace,
+    vae1,
+    vae2,
+    train_loader,
+    eval_loader,
+    generator: torch.Generator,
+    *,
+    pipeline: PipelineWithVAEs | None = None,
+    objective: Objective | None = None,
+    accelerator=None,
+    start: tuple[Path, dict] | None = None,
 ) -> Path | None:
     """Train an align module between two frozen VAEs; returns the final checkpoint's path (None on a helper process).
 
     Args:
-        args: as from `parse_args`, with device and precision resolved.
+        args: the settings, from `resolve` or `parse_args`.
         train_loader: batches with `pixel_values` and `path`, forever or epoch by epoch; its length is the steps in an epoch,
             its `batch_sampler` knows its `batch_size`.
         eval_loader: one pass over this process's share of the evaluation images.
         generator: draws posterior samples under --sample_posterior; seeded anew for each step.
-        parts: as from `build_parts`, which is called if None.
+        pipeline, objective, accelerator: made from `args` where they are None. start: the checkpoint to start from.
 
     On SIGINT or SIGTERM it finishes the step, saves, and leaves by SystemExit with 128 + the signal's number.
     """
-    parts = parts or build_parts(args, vae1, vae2)
-    run = prepare_run(args, parts, train_loader)
-    accelerator, state, writer = parts.accelerator, run.state, run.writer
-    if writer:
-        log.info("%s", description_of(args, parts, run))
+    accelerator = accelerator or create_accelerator(torch.device(args.device), args.precision)
+    if pipeline is None:
+        torch.manual_seed(args.seed)
+        pipeline = create_align_pipeline(vae1, vae2, args, start).to(accelerator.device)
+    objective = objective or create_objective(pipeline, args)
+    going = prepare_run(args, pipeline, objective, accelerator, train_loader, start)
+    writer = claim = None
+    if accelerator.is_main_process:
+        resumed = start[1]["run"] if start and args.resume else None
+        going.name, claim = checkpoint.claim_name(Path(args.log_dir), Path(args.save_dir), resumed)
+        writer = RunLog(Path(args.log_dir) / going.name, going.step, going.fixed)
+        log.info("%s", description_of(args, going, train_loader))
+    speed = Speed(train_loader.batch_sampler.batch_size * accelerator.num_processes, going.step)
+    profile = StepProfile(args.profile, accelerator.device, writer and writer.folder)
     try:
-        try:
-            stopped = training_loop(args, parts, run, train_loader, eval_loader, generator)
-        except WorkersLost as error:
-            sampler = train_loader.batch_sampler
-            if not writer or (accelerator.num_processes > 1 and sampler.state_after(state.step)):
-                raise  # the places of the other processes in their streams are not known here
-            note_places(state, sampler, None)
-            save_checkpoint(args, run)
-            raise UserError(f"--{error}; saved in {run.checkpoints.last}; go on with the same command and --resume") from None
-        if writer and state.step == run.end and state.metrics:
-            log_hparams(writer, run.checkpoints.config, state.metrics)
+        stopped = training_loop(args, going, train_loader, eval_loader, writer, generator, speed, profile)
+        if writer and not stopped and going.metrics:
+            log_hparams(writer, going.config, going.metrics)
     finally:
-        run.close()
-    if stopped and state.step < run.end:
         if writer:
-            of_all = f" of {run.end}" if state.budget.known else ""
-            print(f"stopped at step {state.step}{of_all}, saved in {run.checkpoints.last}")
+            for part, share in profile.shares.items():
+                writer.add_scalar(f"profile/{part}", share)
+            writer.close()
+            checkpoint.release_name(claim)
+    if stopped:
+        if writer:
+            of_all = f" of {going.budget.end}" if going.budget.known else ""
+            print(f"stopped at step {going.step}{of_all}, saved in {going.last}")
             print("to go on: the same command with --resume")
         raise SystemExit(128 + stopped)
-    if not writer:
-        return None
-    print_results(run.checkpoints, state.metrics, state.step, args, run.speed())
-    return run.checkpoints.last
+    if writer:
+        print_results(going, args.log_dir, speed.text(), profile.text())
+    return going.last
 
 
-def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, generator) -> int | None:
+def training_loop(
+    args: argparse.Namespace,
+    going: Run,
+    train_loader,
+    eval_loader,
+    writer: RunLog | None,
+    generator: torch.Generator,
+    speed: Speed,
+    profile: StepProfile,
+) -> int | None:
     """Step after step until the run's end; returns the signal that stopped it before, or None."""
-    accelerator, pipeline, state, writer = parts.accelerator, parts.pipeline, run.state, run.writer
-    main_process = accelerator.is_main_process
+    pipeline, objective, budget, accelerator = going.pipeline, going.objective, going.budget, going.accelerator
     dtype = get_dtype(args.precision)
     batches = endless(train_loader)
     unreadable = set()
-    first_step = state.step
-    decoding = False
-    resumed = parts.start is not None and parts.start.resumed
+    # a checkpoint is written after everything else that is due at its step
+    done_at = going.step if going.last else None
 
-    with StopRequest() as stop, memory_advice("training", **memory_flags(args)):
-        bar = tqdm(initial=state.step, desc="train", unit="step", disable=not main_process)
-        state.budget.start(state.step)
-        clock, clocked_step = time.perf_counter(), state.step
+    def save_now() -> None:
+        """Write a checkpoint of this step, if there is none; all processes call this together."""
+        if going.saved_at == going.step:
+            return
+        going.saved_at = going.step
+        place = train_loader.batch_sampler.state_after(going.step)
+        going.places = None if place is None else gathered(place, accelerator)
+        if writer:
+            writer.flush()  # the events first, so that a resumed run's logs lack no point
+            path = going.save()
+            save_config(args, args.config_save_path or path.with_suffix(".json"))
+
+    with StopRequest() as stop, memory_advice("training", **memory_flags(args)), profile:
+        bar = tqdm(initial=going.step, desc="train", unit="step", disable=not accelerator.is_main_process)
+        budget.start(going.step)
         while True:
             # ---- where we are: the clock is the step, epochs are counted from it
-            state.budget.look(state.step, accelerator)
-            bar.total = run.end if state.budget.known else None
-            epoch = state.step / run.steps_per_epoch
-            last = state.step == run.end
-            due = functools.partial(is_due, epoch, last)
-            # the checkpoint that a resumed run starts from was written after everything that was due at its step
-            news = not (resumed and state.step == first_step)
-            saved = not news
+            budget.look(going.step, accelerator)
+            bar.total = budget.end if budget.known else None
+            epoch, last = going.epoch, going.step == budget.end
             paused = time.perf_counter()
             if writer:
-                writer.step = state.step
+                writer.step = going.step
 
             # ---- evaluate, visualise, save
-            if news and due(args.eval_frequency):
-                state.metrics = evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype, accelerator, state.fixed)
-                if main_process:
-                    run.checkpoints.save_if_best(state, epoch)
-                    log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype)
-            if news and main_process and due(args.visualize_frequency):
-                visualize_results(pipeline, eval_loader, writer, epoch, args, dtype)
-            if news and save_is_due(state.step, epoch, last, args):
-                note_places(state, train_loader.batch_sampler, accelerator)
-                if main_process:
-                    save_checkpoint(args, run)
-                saved = True
-            if last:
-                accelerator.wait_for_everyone()
-            stopped = stop.agreed(accelerator, state.step)
-            if stopped and not saved:
-                note_places(state, train_loader.batch_sampler, accelerator)
-                if main_process:
-                    save_checkpoint(args, run)
+            if going.step != done_at:
+                due = partial(is_due, epoch, last)
+                if due(args.eval_frequency):
+                    going.metrics = evaluate_and_log(
+                        pipeline, eval_loader, writer, epoch, args, dtype, accelerator, going.fixed
+                    )
+                    if writer:
+                        going.save_if_best()
+                        log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype)
+                if writer and due(args.visualize_frequency):
+                    visualize_results(pipeline, eval_loader, writer, epoch, args, dtype)
+                by_steps = args.save_steps and going.step % args.save_steps == 0
+                if last or (going.step and (by_steps or due(args.save_frequency))):
+                    save_now()
+                if due(args.eval_frequency) or due(args.visualize_frequency):
+                    budget.note_evaluation(time.perf_counter() - paused)
+            stopped = None if last else stop.agreed(accelerator, going.step)
             if stopped:
-                accelerator.wait_for_everyone()  # a launcher ends the others when the first one leaves
+                save_now()
             if last or stopped:
+                accelerator.wait_for_everyone()  # a launcher ends the others when the first one leaves
                 break
-            pause = time.perf_counter() - paused
-            clock += pause  # images/s is the training's own
-            if news and (due(args.eval_frequency) or due(args.visualize_frequency)):
-                state.budget.note_evaluation(pause)
+            speed.pause(time.perf_counter() - paused)
 
             # ---- one step
-            if not decoding and parts.objective.decodes_at(state.budget.position(state.step)):
-                decoding = True
-                state.budget.forget_pace(state.step)
-            run.profile.begin(state.step)
-            run.profile.enter("data")
-            batch = next(batches)
-            run.profile.enter("encoding")
-            if args.sample_posterior:
-                generator.manual_seed(seed_of_step(args.seed, state.step, accelerator.process_index))
-            encoded = parts.objective.encode(batch, args.sample_posterior, generator)
-            learning_rate = state.optimizer.param_groups[0]["lr"]
-            loss, grad_norm, ok = train_step(args, parts, run, encoded)
-            run.last_inputs = encoded.inputs
+            with record_function("waiting for data"):
+                try:
+                    batch = next(batches)
+                except dataloader.WorkersLost as error:
+                    one_place = accelerator.num_processes == 1 or not train_loader.batch_sampler.state_after(going.step)
+                    if not writer or not one_place:
+                        raise  # the places of the other processes in their streams are not known here
+                    save_now()
+                    raise UserError(f"--{error}; saved in {going.last}; go on with the same command and --resume") from None
+            position = budget.position(going.step)
+            budget.note_kind(going.step, objective.decodes_at(position))
+            with record_function("encoding"):
+                if args.sample_posterior:
+                    generator.manual_seed(seed_of_step(args.seed, going.step, accelerator.process_index))
+                encoded = objective.encode(batch, args.sample_posterior, generator)
+            with record_function("module"):
+                aligned = going.module(**encoded.inputs).float()
+            with record_function("losses and decoding"):
+                loss, bias = objective(aligned, encoded, going.step, position)
+            with record_function("backward"):
+                going.optimizer.zero_grad(set_to_none=True)
+                accelerator.backward(loss)
+            with record_function("optimizer"):
+                grad_norm = accelerator.clip_grad_norm_(going.module.parameters(), args.grad_clip or math.inf)
+                ok = going.bad_steps.mask(going.optimizer.optimizer, loss, grad_norm)  # a bad step changes nothing
+                learning_rate = going.optimizer.param_groups[0]["lr"]
+                going.optimizer.step()
+                going.scheduler.step()
+                going.step += 1
+                if going.average:
+                    update_average(going.average, pipeline.training_module, args.ema_decay, going.step, ok)
+                objective.after_step(bias, ok, accelerator)
+            going.last_inputs = encoded.inputs
 
             # ---- log
-            run.profile.enter("logging")
-            state.meter.add(loss, ok)
-            state.bad_steps.note(ok, state.step, batch["path"])
-            for message in set(batch.get("unreadable", ())) - unreadable:
-                unreadable.add(message)
-                with logging_redirect_tqdm():
-                    log.warning("left out: %s", message)
-            if state.step == 1 or state.step % args.log_frequency == 0 or state.step == run.end:
-                skipped = state.bad_steps.read()
-                mean_loss = state.meter.read(accelerator)
-                terms = parts.objective.read(accelerator)
-                now = time.perf_counter()
-                run.note_pace(state.step - clocked_step, now - clock)
-                clock, clocked_step = now, state.step
-                if main_process:
-                    if skipped:
-                        with logging_redirect_tqdm():
-                            log.warning(
-                                "step %d: %s skipped, loss or gradient not finite", state.step, count_of(skipped, "step")
-                            )
-                    writer.step = state.step
-                    writer.log_training(
-                        loss=mean_loss,
-                        learning_rate=learning_rate,
-                        terms=terms,
-                        grad_norm=float(grad_norm) if ok else math.nan,
-                        images_per_second=run.images_per_second,
-                        skipped_steps=state.bad_steps.total,
-                    )
-                    left = state.budget.seconds_left(state.step, run.batch_size / run.images_per_second)
-                    bar.set_postfix(
-                        loss=f"{mean_loss:.4f}", images_per_s=f"{run.images_per_second:.1f}", ends=time_of_day(left)
-                    )
+            with record_function("logging"):
+                going.loss.add(loss, ok)
+                going.bad_steps.note(ok, going.step, batch["path"])
+                for message in set(batch.get("unreadable", ())) - unreadable:
+                    unreadable.add(message)
+                    with logging_redirect_tqdm():
+                        log.warning("left out: %s", message)
+                if going.step == 1 or going.step % args.log_frequency == 0 or going.step == budget.end:
+                    skipped = going.bad_steps.read()
+                    mean_loss = going.loss.read(accelerator)
+                    rate = speed.read(going.step)
+                    if writer:
+                        if skipped:
+                            with logging_redirect_tqdm():
+                                skipped = count_of(skipped, "step")
+                                log.warning("step %d: %s skipped, loss or gradient not finite", going.step, skipped)
+                        writer.step = going.step
+                        writer.log_training(
+                            loss=mean_loss,
+                            learning_rate=learning_rate,
+                            grad_norm=float(grad_norm) if ok else math.nan,
+                            images_per_second=rate,
+                            skipped_steps=going.bad_steps.total,
+                        )
+                        ends = time_of_day(budget.seconds_left(going.step, speed.seconds_per_step))
+                        bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{rate:.1f}", ends=ends)
             bar.update()
-            run.profile.enter(None)
-    bar.close()
-    run.profile.close()
-    for part, share in run.profile.shares.items():
-        writer.add_scalar(f"profile/{part}", share)
-    if main_process and last:
+            profile.step()
+        bar.close()
+    if writer and last:
         if unreadable:
             log.warning("%s left out during training", count_of(len(unreadable), "unreadable image"))
-        if state.bad_steps.total:
-            log.warning("%s skipped: loss or gradient not finite", count_of(state.bad_steps.total, "step"))
+        if going.bad_steps.total:
+            log.warning("%s skipped: loss or gradient not finite", count_of(going.bad_steps.total, "step"))
     return stopped
 
 
-def note_places(state: TrainingState, sampler, accelerator) -> None:
-    """Remember where each process is in its stream of training images; all processes call this together."""
-    place = sampler.state_after(state.step)
-    state.places = None if place is None else gathered(place, accelerator)
+def endless(loader):
+    while True:
+        yield from loader
 
 
-def save_checkpoint(args, run: Run) -> None:
-    """Write everything that is known; the events first, so that a resumed run's logs lack no point."""
-    run.require_sound()
-    run.writer.flush()
-    path = run.checkpoints.save(run.state, run.state.step / run.steps_per_epoch)
-    save_config(args, args.config_save_path or path.with_suffix(".json"))
-
-
-def train_step(args, parts: Parts, run: Run, encoded: Encoded):
-    """One optimizer step on an encoded batch: (loss and gradient norm, on the device; whether both were finite, as a tensor).
-
-    A step that was not finite changes no weight, moment or average. Nothing here waits for a device that has fused kernels.
-    """
-    accelerator, state = parts.accelerator, run.state
-
-    # align
-    run.profile.enter("module")
-    aligned = run.module(**encoded.inputs).float()
-    run.profile.watch(aligned)
-
-    # loss
-    run.profile.enter("decoding")
-    loss, seen = parts.objective(aligned, encoded, state.step, state.budget.position(state.step))
-
-    # backward
-    run.optimizer.zero_grad(set_to_none=True)
-    accelerator.backward(loss)
-
-    # clip
-    run.profile.enter("optimizer")
-    grad_norm = accelerator.clip_grad_norm_(run.module.parameters(), args.grad_clip or math.inf)
-
-    # step
-    ok = state.bad_steps.mask(state.optimizer, loss, grad_norm)
-    run.optimizer.step()
-    state.scheduler.step()
-    state.step += 1
-    if state.average:
-        update_average(state.average, state.module, args.ema_decay, state.step)
-    parts.objective.after_step(seen, ok, accelerator)
-    return loss.detach(), grad_norm, ok
+def seed_of_step(seed: int, step: int, process: int) -> int:
+    """A seed of its own for every step and process."""
+    return int(np.random.SeedSequence((seed, step, process)).generate_state(1)[0])
 
 
 def memory_flags(args: argparse.Namespace) -> dict:
@@ -834,181 +926,133 @@ def memory_flags(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in ("train_batch_size", "image_size", "precision")}
 
 
-def image_files(train_loader) -> list[str] | None:
-    """The files behind a training loader; None for a data set that has none of its own."""
-    dataset = getattr(train_loader.dataset, "dataset", train_loader.dataset)  # a latent cache's own, or the images themselves
-    source = getattr(dataset, "source", None)
-    return source.paths if source else None
-
-
-def description_of(args, parts: Parts, run: Run) -> str:
+def description_of(args: argparse.Namespace, going: Run, train_loader) -> str:
     """A line about a run that begins: what it trains, for how long, and where."""
-    accelerator = parts.accelerator
-    parameters = sum(parameter.numel() for parameter in run.state.judged.parameters())
-    length = (
-        f"{run.end} steps of {count_of(run.batch_size, 'image')} in {count_of(-(-run.end // run.steps_per_epoch), 'epoch')}"
-    )
+    accelerator, end = going.accelerator, going.budget.end
+    parameters = sum(parameter.numel() for parameter in going.pipeline.module.parameters())
+    images = count_of(train_loader.batch_sampler.batch_size * accelerator.num_processes, "image")
+    length = f"{end} steps of {images} in {count_of(-(-end // going.steps_per_epoch), 'epoch')}"
     if args.minutes:
-        length = f"{args.minutes:g} minutes of {count_of(run.batch_size, 'image')} a step"
+        length = f"{args.minutes:g} minutes of {images} a step"
     return (
-        f"{' + '.join(parts.pipeline.config.input_types)} inputs, {parameters / 1e6:.2f} M parameters, {length} on "
+        f"{' + '.join(going.pipeline.config.input_types)} inputs, {parameters / 1e6:.2f} M parameters, {length} on "
         f"{accelerator.device} in {args.precision} channels_last, {count_of(accelerator.num_processes, 'process')}"
     )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The program
 
 
-def dry_run(args: argparse.Namespace, parts: Parts, datasets, generator: torch.Generator) -> None:
-    """Run the real loop for two steps and one evaluation batch, and print what the whole run would take.
-
-    What the loop writes goes into a temporary folder. With a latent cache the steps get latents that were encoded before.
-    """
-    accelerator = parts.accelerator
-    parts.objective.begin_at_once()
-    views = args.cache_views if args.cache_latents else 0
-    with tempfile.TemporaryDirectory() as folder:
-        changes = {"max_train_steps": 2, "minutes": 0.0, "log_frequency": 1, "config_save_path": "", "cache_latents": False}
-        changes |= {"eval_frequency": min(args.eval_frequency, 1), "log_dir": folder, "save_dir": folder}
-        rehearsed = argparse.Namespace(**(vars(args) | changes))
-        train_loader, eval_loader = create_data_loaders(rehearsed, accelerator=accelerator, datasets=datasets)
-        batches = first_batches(train_loader, 2)
-        view_bytes, seconds_to_encode = 0, 0.0
-        for number, batch in enumerate(batches):
-            start = time.perf_counter()
-            encoded = parts.objective.encode(batch)
-            encoded.target.sum().item()  # waits for the device
-            seconds_to_encode = time.perf_counter() - start
-            if views:
-                latents = {"latents2": encoded.target}
-                latents |= {"latents1": encoded.inputs["latents"]} if "latents" in encoded.inputs else {}
-                latents |= {"reencoded": encoded.reencoded.latents} if encoded.reencoded else {}
-                view_bytes = 2 * sum(tensor[0].numel() for tensor in latents.values())  # float16
-                if needs_decoded(args):
-                    latents["decoded"] = (
-                        encoded.inputs["image"]
-                        if args.seen_through
-                        else decode_picture(encoded.inputs["latents"], parts.pipeline.codec1)
-                    )
-                pictures = needs_pixels(args) + needs_decoded(args)
-                view_bytes += pictures * batch["pixel_values"][0].numel()  # 8 bits
-                batches[number] = batch | latents
-        few, judged = FewBatches(train_loader, batches), FewBatches(eval_loader, first_batches(eval_loader, 1))
-        run = prepare_run(rehearsed, parts, few)
-        stopped = training_loop(rehearsed, parts, run, few, judged, generator)
-        run.close()
-        if run.writer:
-            checkpoint_bytes = run.checkpoints.last.stat().st_size
-    if stopped:
-        raise SystemExit(128 + stopped)
-    if run.writer:
-        seconds_per_step = run.batch_size / run.images_per_second
-        seconds_to_evaluate = len(eval_loader) * judged.seconds[-1] if judged.seconds else 0.0
-        between = args.eval_frequency * len(train_loader)  # steps from one evaluation to the next
-        steps = total_steps(args, len(train_loader))
-        if args.minutes:
-            average = seconds_per_step + (seconds_to_evaluate / between if between else 0.0)
-            steps = min(steps, max(1, int(60 * args.minutes / average)))
-        evaluations = 1 + -(-steps // between) if between else 0
-        plan = Plan(
-            steps=steps,
-            steps_per_epoch=len(train_loader),
-            batch_size=run.batch_size,
-            train_images=len(train_loader.dataset),
-            eval_images=len(eval_loader.dataset),
-            views=views,
-            view_bytes=view_bytes,
-            checkpoint_bytes=checkpoint_bytes,
-            evaluations=evaluations,
-            seconds_per_step=seconds_per_step,
-            seconds_to_encode=seconds_to_encode,
-            seconds_to_evaluate=seconds_to_evaluate,
-            peak_memory=peak_memory(accelerator.device),
-        )
-        print(plan.text())
-
-
-def find_start(args: argparse.Namespace) -> Start | None:
-    """The checkpoint that --resume or --load_checkpoint means; with --resume `args` takes its flags. The first process reads it
-    for all: another machine may have another disk."""
-    for name in ("resume", "load_checkpoint"):
-        if getattr(args, name) == "":  # an unset variable in a job's script
-            raise UserError(f"--{name} '': names nothing; leave the flag out to start anew")
-    if not (args.resume or args.load_checkpoint):
-        return None
-    everyone = machine_of(create_accelerator(args), separate=False)
-    if args.resume:
-        start = everyone.of_first(lambda: find_checkpoint(args.resume, args.save_dir))
-        if start:
-            config = {name: value for name, value in start.content["config"].items() if name in SETTINGS}
-            adopt_flags(args, PARSER.check_config(config, f"--resume {start.path}"))
-            return start
-        log.warning("--resume: no checkpoint in %s that can be resumed, starting fresh", args.save_dir)
-    if args.load_checkpoint:
-        start = everyone.of_first(lambda: Start(Path(args.load_checkpoint), read_checkpoint(args.load_checkpoint)))
-        adopt_architecture(args, start)
-        return start
-    return None
-
-
-def is_finished(args: argparse.Namespace, start: Start) -> bool:
-    """Whether the run that --resume means has come to its end; either way it says where the run stands."""
-    step, training = start.content["step"], start.content["training"]
-    budget = Budget(total_steps(args, training["order"]["steps_per_epoch"]), args.minutes)
+def is_finished(settings: Settings, path: Path, content: dict) -> bool:
+    """Whether the run that --resume means has come to its end; says where the run stands."""
+    step, training = content["step"], content["training"]
+    budget = Budget(steps_of(settings, training["order"]["steps_per_epoch"]), settings.minutes)
     budget.load_state_dict(training["budget"])
     where = f"step {step} of {budget.end}" if budget.known else f"step {step}"
     if budget.is_over(step):
-        more = "--minutes" if args.minutes else "--epochs"
-        print(f"already finished: {start.path} stands at {where}; to train on, give more {more}")
+        more = "--minutes" if settings.minutes else "--epochs"
+        print(f"already finished: {path} stands at {where}; to train on, give more {more}")
         return True
-    left = f", {budget.seconds_left(step, 0) / 60:.1f} minutes left" if args.minutes else ""
-    log.info("going on from %s, %s%s", start.path, where, left)
+    left = f", {budget.seconds_left(step, 0) / 60:.1f} minutes left" if settings.minutes else ""
+    log.info("going on from %s, %s%s", path, where, left)
     return False
+
+
+def dry_run(
+    settings: Settings, vaes: list, pipeline: PipelineWithVAEs, objective: Objective, accelerator, datasets, generator
+) -> None:
+    """Train two steps on a few images into a temporary folder, evaluate one batch, and print what the whole run would take."""
+    train_set, eval_set = datasets
+    batch_size = settings.train_batch_size * accelerator.num_processes
+    images, steps_per_epoch = len(train_set), -(-len(train_set) // batch_size)
+    views = settings.cache_views if settings.cache_latents else 0
+    if not settings.streaming:
+        train_set = train_set.part(np.arange(min(images, 2 * batch_size)))
+    few = (train_set, eval_set.part(np.arange(min(len(eval_set), settings.eval_batch_size * accelerator.num_processes))))
+    for vae in vaes:
+        _ = vae.model  # read now, so that the clock does not count it
+    with tempfile.TemporaryDirectory() as folder:
+        tried = settings.but(
+            max_train_steps=2, minutes=0.0, log_frequency=1, cache_views=1, eval_frequency=min(settings.eval_frequency, 1),
+            save_frequency=0, save_steps=0, save_dir=folder, config_save_path="", latent_cache_dir=f"{folder}/cache",
+        )  # fmt: skip
+        objective.decoded_start = 0.0
+        started = time.perf_counter()
+        loaders = create_data_loaders(tried, *vaes, accelerator, few)
+        encoding = (time.perf_counter() - started) / len(few[0]) if views else 0.0  # seconds a view
+        cached = sum(file.stat().st_size for file in Path(folder, "cache").rglob("*")) / len(few[0])  # bytes a view
+        going = prepare_run(tried, pipeline, objective, accelerator, loaders[0])
+        going.name = "align_dry_run"
+        writer = RunLog(Path(folder), 0, going.fixed) if accelerator.is_main_process else None
+        speed, profile = Speed(batch_size, 0), StepProfile(0, accelerator.device, None)
+        stopped = training_loop(tried, going, *loaders, writer, generator, speed, profile)
+        if writer:
+            writer.close()
+            checkpoint_bytes = going.last.stat().st_size
+    if stopped:
+        raise SystemExit(128 + stopped)
+    if not writer:
+        return
+    batches = -(-len(eval_set) // len(few[1]))
+    evaluation = batches * going.budget.reserve
+    between = settings.eval_frequency * steps_per_epoch  # steps from one evaluation to the next
+    steps = steps_of(settings, steps_per_epoch)
+    if settings.minutes:
+        average = speed.seconds_per_step + (evaluation / between if between else 0.0)
+        steps = min(steps, max(1, int(60 * settings.minutes / average)))
+    evaluations = 1 + -(-steps // between) if between else 0
+    seconds = steps * speed.seconds_per_step + images * views * encoding + evaluations * evaluation
+    print(
+        f"dry run: two steps and an evaluation batch went well; nothing was written\n"
+        f"steps:            {steps} ({steps_per_epoch} in an epoch) of {count_of(batch_size, 'image')}\n"
+        f"images:           {images} to train on, {len(eval_set)} to judge by\n"
+        f"expected time:    {seconds / 60:.1f} minutes ({speed.seconds_per_step:.2f} s a step, "
+        f"{encoding * batch_size:.2f} s to encode a batch, {count_of(evaluations, 'evaluation')})\n"
+        f"latent cache:     {images * views * cached / 1e6:.0f} MB for {count_of(views, 'view')} of each image\n"
+        f"a checkpoint:     {checkpoint_bytes / 1e6:.1f} MB\n"
+        f"peak memory:      {peak_memory(accelerator.device) / 1e9:.1f} GB"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    use_proxy(args.proxy)
-    with naming("--device"):
-        args.device = str(resolve_device(args.device, "device" in args.typed_flags))
-    keep_freed_memory(torch.device(args.device))
-    args.precision = resolve_precision(args.precision, torch.device(args.device), "precision" in args.typed_flags)
-    start = find_start(args)
-    resumed = start is not None and start.resumed
-    if resumed and is_finished(args, start):
+    settings, start, vaes = resolve(args)
+    device = torch.device(settings.device)
+    keep_freed_memory(device)
+    resumed = start is not None and bool(settings.resume)
+    if resumed and is_finished(settings, *start):
         return
-    if args.streaming and args.cache_latents:
-        log.info("--streaming: images are encoded as they come, there is no latent cache")
-        args.cache_latents = False
-    claim_outputs(args)
-    if args.compile:
-        with naming("--compile"):
-            require_compiler(torch.device(args.device))
-
-    accelerator = create_accelerator(args)
-    datasets = open_datasets(args)
-    require_same_everywhere(datasets, accelerator)
-    if resumed:
-        machines = len(machines_of(accelerator, args.cache_per_machine))
-        among = {"processes": accelerator.num_processes, "machines": machines}
-        require_same_files(start.content["training"], datasets[0].source.paths, among, args.train_data_dir)
-    vaes = load_vaes(args, accelerator.device)
-    with naming("--image_size"):
-        good_image_size(args.image_size, *(vae.stride for vae in vaes))
-    parts = build_parts(args, *vaes, accelerator, start)
-    if accelerator.is_main_process:
-        warn_of_odd_flags(args, len(datasets[0]), accelerator.num_processes)
-    generator = torch.Generator(accelerator.device).manual_seed(args.seed + accelerator.process_index)
-    if args.dry_run:
-        return dry_run(args, parts, datasets, generator)
-    loaders = create_data_loaders(args, *vaes, accelerator, datasets)
-    if args.cache_only:
-        if accelerator.is_main_process:
-            print(f"latent cache complete: {args.latent_cache_dir}")
-        return
-    log.info("%s to train on, %s to judge by", *(count_of(len(loader.dataset), "image") for loader in loaders))
+    check_outputs(settings)
+    accelerator = create_accelerator(device, settings.precision)
     try:
-        train_align_pipeline(args, *vaes, *loaders, generator, parts)
+        if settings.compile:
+            with naming("--compile"):
+                require_compiler(accelerator.device)
+        datasets = open_datasets(settings)
+        checkpoint.require_same_everywhere(datasets, accelerator)
+        if resumed:
+            machines = len(machines_of(accelerator, settings.cache_per_machine))
+            among = {"processes": accelerator.num_processes, "machines": machines}
+            checkpoint.require_same_files(start[1]["training"], datasets[0].source.paths, among, settings.train_data_dir)
+        with naming("--image_size"):
+            good_image_size(settings.image_size, *(vae.stride for vae in vaes))
+        torch.manual_seed(settings.seed)
+        pipeline = create_align_pipeline(*vaes, settings, start).to(accelerator.device)
+        objective = create_objective(pipeline, settings)
+        if accelerator.is_main_process:
+            warn_of_odd_flags(settings, len(datasets[0]), accelerator.num_processes)
+        generator = torch.Generator(accelerator.device).manual_seed(settings.seed + accelerator.process_index)
+        if settings.dry_run:
+            return dry_run(settings, vaes, pipeline, objective, accelerator, datasets, generator)
+        loaders = create_data_loaders(settings, *vaes, accelerator, datasets)
+        if settings.cache_only:
+            if accelerator.is_main_process:
+                print(f"latent cache complete: {settings.latent_cache_dir}")
+            return
+        log.info("%s to train on, %s to judge by", *(count_of(len(loader.dataset), "image") for loader in loaders))
+        parts = {"pipeline": pipeline, "objective": objective, "accelerator": accelerator, "start": start}
+        train_align_pipeline(settings, *vaes, *loaders, generator, **parts)
     except OSError as error:
         raise UserError(f"{one_line(error)}: mend that, then go on with the same command and --resume") from error
     finally:

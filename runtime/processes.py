@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import logging
 import os
@@ -25,8 +24,8 @@ WORK = datetime.timedelta(hours=12)  # for which they wait for each other afterw
 log = logging.getLogger(__name__)
 
 
-def create_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Accelerate's view of this process, by `args.device` and `args.precision`: its device and its place among the others."""
+def create_accelerator(device: torch.device, precision: str) -> Accelerator:
+    """Accelerate's view of this process: its device and its place among the others. `precision`: a name in `PRECISIONS`."""
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
@@ -39,17 +38,16 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     for name in ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND"):  # flags and seed alone shape weights
         if os.environ.pop(name, "1").lower() not in ("", "1", "no"):
             log.warning("%s of the environment has no effect", name)
-    device = torch.device(args.device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # Accelerate takes the current one
-    precision = ACCELERATE_NAMES[get_dtype(args.precision)]
+    mixed = ACCELERATE_NAMES[get_dtype(precision)]
     if AcceleratorState._shared_state:  # of an earlier run in this interpreter, which may have had another device or precision
         earlier = AcceleratorState()
-        if (earlier.mixed_precision, earlier.device.type) != (precision, device.type):
+        if (earlier.mixed_precision, earlier.device.type) != (mixed, device.type):
             AcceleratorState._reset_state(reset_partial_state=earlier.device.type != device.type)
     try:
         patience = InitProcessGroupKwargs(timeout=MEETING)
-        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[patience])
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed, kwargs_handlers=[patience])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.distributed_c10d._set_pg_timeout(WORK, torch.distributed.group.WORLD)
         return accelerator

@@ -1,4 +1,4 @@
-"""When a run ends: after a number of steps, or when its time is up, with a schedule that has come to rest by then."""
+"""When a run ends, after a number of steps or when its time is up, and which periodic work is due at a step."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class Budget:
 
     Attributes:
         end: the step after which the run ends, as far as is known.
+        reserve: seconds that the last evaluation took, kept free for the one at the end.
     """
 
     def __init__(self, steps: int, minutes: float = 0.0):
@@ -39,11 +40,12 @@ class Budget:
         self.end = UNKNOWN if minutes else steps
         self._anchor = (0, 0.0)  # a step, and the position there
         self._pace = 0.0  # seconds a step, with the evaluations among them; 0: not measured
-        self._reserve = 0.0  # seconds that the last evaluation took, for the one at the end
+        self.reserve = 0.0
         self._seconds_before = 0.0  # of earlier sessions of this run
         self._started = None
         self._first_step = self._look_at = 0
         self._mark = None  # the step, and the seconds then, from which on the pace is measured
+        self._kind = None  # of the last step, see `note_kind`
 
     @property
     def known(self) -> bool:
@@ -72,20 +74,21 @@ class Budget:
 
     def note_evaluation(self, seconds: float) -> None:
         """Remember how long the last evaluation took, with its pictures: the time for the one at the end is kept free."""
-        self._reserve = seconds
+        self.reserve = seconds
 
-    def forget_pace(self, step: int) -> None:
-        """From this step on steps take another time."""
-        if self._mark and step > self._first_step + 1:
+    def note_kind(self, step: int, kind) -> None:
+        """Say of which kind the step after `step` is. Steps of another kind take another time: the pace is measured anew."""
+        if kind != self._kind and self._mark and step > self._first_step + 1:
             self._mark = (step, self.seconds)
             self._look_at = step + 1
+        self._kind = kind
 
     def look(self, step: int, accelerator) -> None:
         """Where the time is limited and a look is due: measure the pace, and move the end. All processes come to the same."""
         if not self.minutes or step < self._look_at:
             return
-        seconds, self._reserve = self._agreed(accelerator)
-        left = 60 * self.minutes - seconds - self._reserve
+        seconds, self.reserve = self._agreed(accelerator)
+        left = 60 * self.minutes - seconds - self.reserve
         if step == self._first_step + 1:  # the first step starts and compiles things: the pace is that of the others
             self._mark = (step, seconds)
         elif step > self._first_step:
@@ -102,7 +105,7 @@ class Budget:
 
     def _agreed(self, accelerator) -> tuple[float, float]:
         """The run's seconds and the reserve, those of the slowest process."""
-        mine = (self.seconds, self._reserve)
+        mine = (self.seconds, self.reserve)
         if accelerator.num_processes == 1:
             return mine
         return tuple(accelerator.gather(torch.tensor([mine], device=accelerator.device)).amax(dim=0).tolist())
@@ -115,14 +118,14 @@ class Budget:
             "end": self.end,
             "anchor": list(self._anchor),
             "pace": self._pace,
-            "reserve": self._reserve,
+            "reserve": self.reserve,
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Go on with what is left. Where the run is now given another time or limit, its schedule stands where it would by the
         time."""
         self._seconds_before = float(state["seconds"])
-        self._pace, self._reserve = float(state["pace"]), float(state["reserve"])
+        self._pace, self.reserve = float(state["pace"]), float(state["reserve"])
         step, position = state["anchor"]
         if not self.minutes:
             return
@@ -141,3 +144,14 @@ def time_of_day(seconds: float) -> str:
     now = datetime.datetime.now()
     then = now + datetime.timedelta(seconds=seconds)
     return f"{then:%H:%M}" if then.date() == now.date() else f"{then:%d %b %H:%M}"
+
+
+def total_steps(steps_per_epoch: int, epochs: int, max_train_steps: int = 0, minutes: float = 0.0) -> int:
+    """Optimizer steps in the whole run; `UNKNOWN` where its time ends it."""
+    steps = UNKNOWN if minutes else epochs * steps_per_epoch
+    return min(steps, max_train_steps) if max_train_steps else steps
+
+
+def is_due(epoch: float, last: bool, frequency: int) -> bool:
+    """Whether something that happens every `frequency` epochs (0: never) happens now; the last step always counts."""
+    return frequency > 0 and (last or epoch % frequency == 0)

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataloader import eval_loader as whole_set
@@ -32,6 +33,9 @@ from utils import UserError, atomic_file, printable
 
 log = logging.getLogger(__name__)
 
+SKIPPED = 2  # steps of a session before the first that is profiled: they start and compile things
+TRACE = "profile_trace.json.gz"  # for chrome://tracing or ui.perfetto.dev
+PARTS = ("waiting for data", "encoding", "module", "losses and decoding", "backward", "optimizer", "logging")
 CHARTS = {"PSNR, dB": "psnr", "PSNR against VAE2, dB": "psnr_vs_vae2", "SSIM": "ssim", "latent MSE": "latent_mse"}
 CHARTED = ("vae2", "reencode", "linear", "aligned")  # an untrained module's figures would flatten the other curves
 
@@ -90,21 +94,134 @@ class RunLog:
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.step} | values, allow_nan=False) + "\n")
 
-    def log_training(self, loss: float, learning_rate: float, terms: dict[str, float] | None = None, **more: float) -> None:
-        """A log entry of the training: scalars `train/…`, and but for `more` a line in training.jsonl. What is not finite is
-        left out. `terms`: figures of parts of the loss, by name."""
-        terms = {name: value for name, value in (terms or {}).items() if math.isfinite(value)}
-        scalars = {"loss": loss, "learning_rate": learning_rate} | terms | more
-        for name, value in scalars.items():
+    def log_training(self, loss: float, learning_rate: float, **more: float) -> None:
+        """A log entry of the training: finite values as scalars `train/…`; loss and learning rate in training.jsonl too."""
+        for name, value in ({"loss": loss, "learning_rate": learning_rate} | more).items():
             if math.isfinite(value):
                 self.add_scalar(f"train/{name}", value)
-        self.add_line(TRAINING_FILE, loss=loss if math.isfinite(loss) else None, learning_rate=learning_rate, **terms)
+        self.add_line(TRAINING_FILE, loss=loss if math.isfinite(loss) else None, learning_rate=learning_rate)
 
     def flush(self) -> None:
         self._events.flush()
 
     def close(self) -> None:
         self._events.close()
+
+
+class Meter:
+    """The mean of a figure since the last log entry, summed on the device. Steps that were not finite do not count."""
+
+    def __init__(self, device: torch.device):
+        self._sum = torch.zeros((), device=device)
+        self._steps = torch.zeros((), device=device)
+
+    def add(self, value: torch.Tensor, ok: torch.Tensor) -> None:
+        """Add a step's value, if the step was `ok`."""
+        self._sum += torch.where(ok, value.detach(), 0)
+        self._steps += ok
+
+    def read(self, accelerator) -> float:
+        """The mean over steps and processes, nan where no step was counted; then counting starts anew. Waits for the device."""
+        mean = accelerator.reduce(self._sum / self._steps, "mean").tolist()
+        self._sum.zero_()
+        self._steps.zero_()
+        return mean
+
+    def state_dict(self) -> dict:
+        return {"loss_sum": self._sum.cpu(), "summed_steps": self._steps.cpu()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """ValueError for anything but scalars."""
+        if state["loss_sum"].shape or state["summed_steps"].shape:
+            raise ValueError(f"sums of shape {tuple(state['loss_sum'].shape)} and {tuple(state['summed_steps'].shape)}")
+        self._sum.copy_(state["loss_sum"])
+        self._steps.copy_(state["summed_steps"])
+
+
+class Speed:
+    """Images a second over all processes. Evaluations and saving do not count.
+
+    Attributes:
+        rate: since the last log entry; 0.0 before the first.
+    """
+
+    def __init__(self, batch_size: int, step: int):
+        """`batch_size`: images of a step over all processes."""
+        self.rate = 0.0
+        self._batch_size, self._step, self._clock = batch_size, step, time.perf_counter()
+        self._images, self._seconds = 0, 0.0  # without the first log entry, in which things start
+
+    def pause(self, seconds: float) -> None:
+        """Leave out the last `seconds`."""
+        self._clock += seconds
+
+    def read(self, step: int) -> float:
+        """The rate since the last log entry, now after `step` steps."""
+        now = time.perf_counter()
+        images, seconds = (step - self._step) * self._batch_size, now - self._clock
+        if self.rate:
+            self._images += images
+            self._seconds += seconds
+        self.rate, self._clock, self._step = images / seconds, now, step
+        return self.rate
+
+    @property
+    def seconds_per_step(self) -> float:
+        """At the rate since the last log entry."""
+        return self._batch_size / self.rate
+
+    def text(self) -> str:
+        """ "trained at 12.3 images/s", or "" after too few steps."""
+        return f"trained at {self._images / self._seconds:.1f} images/s" if self._seconds else ""
+
+
+class StepProfile:
+    """torch's profile of a few steps of a session, of this process; a context around the training loop.
+
+    The loop marks the parts of a step by `record_function`, with the names in `PARTS`, and calls `step` after each.
+
+    Args:
+        steps: number of steps that are profiled, after `SKIPPED` others; 0: none. folder: of the trace; None: no profile.
+
+    Attributes:
+        shares: {part: share of the steps' time}; {} before the last profiled step.
+    """
+
+    def __init__(self, steps: int, device: torch.device, folder: Path | None):
+        self.shares, self._folder, self._profiler = {}, folder, None
+        if steps and folder:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+            plan = torch.profiler.schedule(wait=SKIPPED - 1, warmup=1, active=steps, repeat=1)
+            self._profiler = torch.profiler.profile(activities=activities, schedule=plan, on_trace_ready=self._read)
+
+    def __enter__(self) -> StepProfile:
+        if self._profiler:
+            self._profiler.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._profiler:
+            self._profiler.stop()
+
+    def step(self) -> None:
+        """A step has ended."""
+        if self._profiler:
+            self._profiler.step()
+
+    def _read(self, profiler) -> None:
+        profiler.export_chrome_trace(str(self._folder / TRACE))
+        seconds = dict.fromkeys(PARTS, 0.0)
+        for event in profiler.key_averages():
+            if event.key in seconds:
+                seconds[event.key] += max(event.cpu_time_total, getattr(event, "device_time_total", 0.0))
+        total = sum(seconds.values())
+        self.shares = {part: each / total for part, each in seconds.items()} if total else {}
+
+    def text(self) -> str:
+        """ "a step: 3 % waiting for data, …", the parts that take any time; "" without a profile."""
+        shown = [f"{100 * share:.0f} % {part}" for part, share in self.shares.items() if share >= 0.005]
+        return f"a step: {', '.join(shown)}; trace: {self._folder / TRACE}" if shown else ""
 
 
 def wait_for_a_new_second(folder: Path) -> None:
@@ -205,19 +322,18 @@ def log_hparams(writer: RunLog, config: dict, ladder: dict) -> None:
         writer.add_scalar(name, value)
 
 
-def print_results(kept, metrics: dict, step: int, args, speed: str = "") -> None:
-    """What a run that ended after `step` steps has reached, and where it is; `kept` is its `RunCheckpoints`, `speed` says how
-    fast it was."""
-    if metrics:
+def print_results(run, log_dir: str, *speed: str) -> None:
+    """Print the result of a finished `Run` and where its files are; `speed`: further lines, empty ones left out."""
+    if run.metrics:
         rungs = ("untrained", "aligned", "reencode", "vae2")
-        untrained, aligned, reencode, vae2 = (decibels(metrics.get(rung, {}).get("psnr")) for rung in rungs)
+        untrained, aligned, reencode, vae2 = (decibels(run.metrics.get(rung, {}).get("psnr")) for rung in rungs)
         print(
             f"PSNR of the decoded image: untrained module {untrained} dB -> aligned {aligned} dB "
             f"(decode + re-encode {reencode} dB, VAE2's own reconstruction {vae2} dB)"
         )
-    if speed:
-        print(speed)
-    print(f"checkpoint: {kept.last}")
-    if kept.best and kept.best["step"] != step:
-        print(f"best by {args.best_metric} (step {kept.best['step']}): {kept.best_path}")
-    print(f"TensorBoard: tensorboard --logdir {args.log_dir}")
+    for line in filter(None, speed):
+        print(line)
+    print(f"checkpoint: {run.last}")
+    if run.best and run.best["step"] != run.step:
+        print(f"best by {run.best_metric} (step {run.best['step']}): {run.best_path}")
+    print(f"TensorBoard: tensorboard --logdir {log_dir}")
