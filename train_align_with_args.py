@@ -652,7 +652,7 @@ def image_files(train_loader) -> list[str] | None:
     """The files behind a training loader; None for a data set that has none of its own."""
     dataset = getattr(train_loader.dataset, "dataset", train_loader.dataset)  # a latent cache's own, or the images themselves
     source = getattr(dataset, "source", None)
-    return source.paths if source else None
+    return getattr(source, "paths", None)
 
 
 def prepare_run(
@@ -751,7 +751,13 @@ def train_align_pipeline(
     speed = Speed(train_loader.batch_sampler.batch_size * accelerator.num_processes, going.step)
     profile = StepProfile(args.profile, accelerator.device, writer and writer.folder)
     try:
-        stopped = training_loop(args, going, train_loader, eval_loader, writer, generator, speed, profile)
+        try:
+            stopped = training_loop(args, going, train_loader, eval_loader, writer, generator, speed, profile)
+        except dataloader.WorkersLost as error:
+            if not writer or (accelerator.num_processes > 1 and train_loader.batch_sampler.state_after(going.step)):
+                raise  # the places of the other processes in their streams are not known here
+            save_now(args, going, train_loader, writer)
+            raise UserError(f"--{error}; saved in {going.last}; go on with the same command and --resume") from None
         if writer and not stopped and going.metrics:
             log_hparams(writer, going.config, going.metrics)
     finally:
@@ -789,18 +795,6 @@ def training_loop(
     # a checkpoint is written after everything else that is due at its step
     done_at = going.step if going.last else None
 
-    def save_now() -> None:
-        """Write a checkpoint of this step, if there is none; all processes call this together."""
-        if going.saved_at == going.step:
-            return
-        going.saved_at = going.step
-        place = train_loader.batch_sampler.state_after(going.step)
-        going.places = None if place is None else gathered(place, accelerator)
-        if writer:
-            writer.flush()  # the events first, so that a resumed run's logs lack no point
-            path = going.save()
-            save_config(args, args.config_save_path or path.with_suffix(".json"))
-
     with StopRequest() as stop, memory_advice("training", **memory_flags(args)), profile:
         bar = tqdm(initial=going.step, desc="train", unit="step", disable=not accelerator.is_main_process)
         budget.start(going.step)
@@ -827,12 +821,12 @@ def training_loop(
                     visualize_results(pipeline, eval_loader, writer, epoch, args, dtype)
                 by_steps = args.save_steps and going.step % args.save_steps == 0
                 if last or (going.step and (by_steps or due(args.save_frequency))):
-                    save_now()
+                    save_now(args, going, train_loader, writer)
                 if due(args.eval_frequency) or due(args.visualize_frequency):
                     budget.note_evaluation(time.perf_counter() - paused)
             stopped = None if last else stop.agreed(accelerator, going.step)
             if stopped:
-                save_now()
+                save_now(args, going, train_loader, writer)
             if last or stopped:
                 accelerator.wait_for_everyone()  # a launcher ends the others when the first one leaves
                 break
@@ -840,14 +834,7 @@ def training_loop(
 
             # ---- one step
             with record_function("waiting for data"):
-                try:
-                    batch = next(batches)
-                except dataloader.WorkersLost as error:
-                    one_place = accelerator.num_processes == 1 or not train_loader.batch_sampler.state_after(going.step)
-                    if not writer or not one_place:
-                        raise  # the places of the other processes in their streams are not known here
-                    save_now()
-                    raise UserError(f"--{error}; saved in {going.last}; go on with the same command and --resume") from None
+                batch = next(batches)
             position = budget.position(going.step)
             budget.note_kind(going.step, objective.decodes_at(position))
             with record_function("encoding"):
@@ -909,6 +896,19 @@ def training_loop(
         if going.bad_steps.total:
             log.warning("%s skipped: loss or gradient not finite", count_of(going.bad_steps.total, "step"))
     return stopped
+
+
+def save_now(args: argparse.Namespace, going: Run, train_loader, writer: RunLog | None) -> None:
+    """Write a checkpoint of this step, if there is none; all processes call this together."""
+    if going.saved_at == going.step:
+        return
+    going.saved_at = going.step
+    place = train_loader.batch_sampler.state_after(going.step)
+    going.places = None if place is None else gathered(place, going.accelerator)
+    if writer:
+        writer.flush()  # the events first, so that a resumed run's logs lack no point
+        path = going.save()
+        save_config(args, args.config_save_path or path.with_suffix(".json"))
 
 
 def endless(loader):

@@ -13,14 +13,12 @@ from safetensors.torch import load_file, save_file
 from losses import (
     ColourReference,
     DecodedImageLoss,
-    _eyes,
-    _terms,
+    decoded_image_loss,
     decoder_difference,
     picture_distance,
     pixel_difference,
     st_lpips,
 )
-from train_align_with_args import parse_args
 from utils import UserError
 from vae_align import AlignConfig, AlignModule
 from vaes.codec import Codec
@@ -273,13 +271,12 @@ def test_a_perceptual_network_sees_both_pictures_and_passes_its_gradient(space):
 
 def test_st_lpips_looks_through_alexnet_and_its_gradient_reaches_the_latents(space):
     """A loss with the verdict's own network, which would flatter itself; a gradient that stops at the pictures."""
-    args = parse_args(["--perceptual_loss", "stlpips", "--perceptual_loss_weight", "1"])
-    network = _eyes(args, space)
-    assert network.channels == st_lpips("alex").channels
     images = torch.rand(2, 3, 48, 48) * 2 - 1
     target = space.encode(images)
     aligned = (target + torch.randn_like(target)).requires_grad_()
-    loss = DecodedImageLoss(space, 2, 0, "vae2", 0, terms=_terms(args, "cpu"), eyes=network)
+    options = {"perceptual_loss": "stlpips", "perceptual_weight": 1.0, "reference": "vae2", "batch_size": 2, "window": 0}
+    loss = decoded_image_loss(space, 48, **options)
+    assert loss.eyes.channels == st_lpips("alex").channels
     value, _ = loss(aligned, target, images, 0)
     assert torch.autograd.grad(value, aligned)[0].any()
     assert loss(target, target, images, 0)[0].item() == pytest.approx(0, abs=1e-6)

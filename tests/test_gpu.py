@@ -8,7 +8,7 @@ import torch
 from runs import QUIET, tensors_of, train
 
 from train_align_with_args import parse_args, setup_optimizer
-from training.bad_steps import BadSteps
+from training.optimizer import BadSteps
 from vae_align import AlignConfig, AlignModule
 
 DEVICE = "cuda"

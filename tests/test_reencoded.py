@@ -9,7 +9,6 @@ from runs import QUIET, assert_same_tensors, same_weights, train
 import train_align_with_args as train_script
 from losses import (
     DecodedImageLoss,
-    Objective,
     Reencoder,
     decoder_difference,
     decoder_features,
@@ -96,7 +95,7 @@ def test_the_latent_loss_has_the_gradient_of_that_of_the_mixture(flags, tmp_path
     vaes = [load_vae_model(flags[f"vae{number}_path"], "", None, "cpu", torch.float32) for number in (1, 2)]
     pipeline = train_script.create_align_pipeline(*vaes, args)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
-    objective = Objective(pipeline, args)
+    objective = train_script.create_objective(pipeline, args)
     encoded = objective.encode({"pixel_values": images})
     target = pipeline.codec2.encode(images)
     again = pipeline.codec2.encode(pipeline.codec1.decode(pipeline.codec1.encode(images)).clamp(-1, 1))

@@ -13,6 +13,7 @@ import os
 import re
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -266,14 +267,14 @@ def find_checkpoint(wanted: str, save_dir: str) -> tuple[Path, dict] | None:
             )
         require_training(content, wanted)
         return Path(wanted), content
-    for path in checkpoints_in(save_dir if wanted == "latest" else wanted):
+    for path, older in pairwise([*checkpoints_in(save_dir if wanted == "latest" else wanted), None]):
         try:
             content = read_checkpoint(path)
             if "training" in content:
                 require_training(content, path)
                 return path, content
         except (UserError, AlignError) as error:
-            log.warning("%s; passed over", error)
+            log.warning("%s; %s", error, "trying the one before it" if older else "there is none before it")
     if wanted != "latest":
         raise UserError(f"--resume {wanted}: no checkpoint to resume from in this folder")
     return None

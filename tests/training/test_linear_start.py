@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from training.linear_start import RidgeRegression, fit_ridge
+from training.starts import RidgeRegression, fit_ridge
 from vae_align import AlignConfig, AlignModule
 from vaes.pipeline import PipelineWithVAEs, encoded_batches
 

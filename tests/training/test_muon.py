@@ -6,8 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from training.bad_steps import BadSteps
-from training.muon import ADAMW_SHARE, Muon, orthogonalised
+from training.optimizer import ADAMW_SHARE, BadSteps, Muon, orthogonalised
 
 
 def matrices_and_others(seed=0):

@@ -15,7 +15,7 @@ from runs import QUIET, assert_same_tensors, results_of, start, tensors_of, tiny
 
 import train_align_with_args as train_script
 from dataloader import WorkersLost
-from training import resume
+from training import checkpoint
 
 KINDS = {
     "cached": {"ema_decay": 0.9, "scheduler": "cosine"},
@@ -93,7 +93,7 @@ def test_what_is_said_of_damaged_checkpoints_is_true(tmp_path, caplog):
     """ "Trying the one before it" of the only one, which leads nowhere."""
     for name in ("align_pipeline_20260101_000000.pth", "align_pipeline_20260102_000000.pth"):
         (tmp_path / name).write_bytes(b"PK")
-    assert resume.find_checkpoint("latest", str(tmp_path)) is None
+    assert checkpoint.find_checkpoint("latest", str(tmp_path)) is None
     said = [record.message.rpartition("; ")[2] for record in caplog.records]
     assert said == ["trying the one before it", "there is none before it"]
 
@@ -291,11 +291,11 @@ def test_a_run_from_another_runs_weights_resumes_without_them(flags, tmp_path):
 
 def test_names_do_not_depend_on_how_the_folder_is_written():
     """A run that is refused its own images since its folder is now typed with ./ or two slashes; one of a single image."""
-    names = resume.names_digest(["photos/a/1.png", "photos/b/2.png"])
-    assert names == resume.names_digest(["./photos/a/1.png", "./photos/b/2.png"])
-    assert names == resume.names_digest(["/elsewhere//photos/a/1.png", "/elsewhere//photos/b/2.png"])
-    assert names != resume.names_digest(["photos/a/1.png", "photos/b/3.png"])
-    assert resume.names_digest(["x/1.png"]) == resume.names_digest(["y/1.png"]) != resume.names_digest(["x/2.png"])
+    names = checkpoint.names_digest(["photos/a/1.png", "photos/b/2.png"])
+    assert names == checkpoint.names_digest(["./photos/a/1.png", "./photos/b/2.png"])
+    assert names == checkpoint.names_digest(["/elsewhere//photos/a/1.png", "/elsewhere//photos/b/2.png"])
+    assert names != checkpoint.names_digest(["photos/a/1.png", "photos/b/3.png"])
+    assert checkpoint.names_digest(["x/1.png"]) == checkpoint.names_digest(["y/1.png"]) != checkpoint.names_digest(["x/2.png"])
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path, capsys):

@@ -5,7 +5,7 @@ import torch
 from runs import QUIET, specified, train
 
 from train_align_with_args import create_align_pipeline, load_vae_model, parse_args, setup_optimizer, setup_scheduler
-from training.muon import ADAMW_SHARE, Muon
+from training.optimizer import ADAMW_SHARE, Muon
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 4, 8])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
 from runs import QUIET, same_weights, train
 
-from training.vae_start import grids_of, start_from_vaes
+from training.starts import grids_of, start_from_vaes
 from utils import UserError
 from vae_align import PRETRAINED_NAME, AlignConfig, AlignModule, AlignPipeline
 from vaes.pipeline import PipelineWithVAEs

@@ -640,7 +640,6 @@ STATES = {  # what is set in the state of the training, or beside it
     "a sum of losses that is none": {"loss_sum": None},
     "a colour of one channel": {"colours": {"vae2_bias": torch.zeros(1, 8, 8), "shift": torch.zeros(3, 8, 8)}},
     "a colour of another name": {"colours": {"decoded": torch.zeros(3)}},
-    "discriminators that are none": {"adversaries": [1]},
     "no optimizer": {"state": {"weights": None}},
     "another optimizer": {"optimizer": {"state": {}, "param_groups": []}},
     "moments of another shape": {"optimizer": "moments"},

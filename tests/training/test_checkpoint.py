@@ -1,39 +1,52 @@
-"""A run's name belongs to one run."""
+"""Which files a run keeps and deletes beside its checkpoints, and the name that belongs to it alone."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import as_argv, run_script
 from runs import QUIET, train
 
-from training.claims import RunClaim
+from training.checkpoint import claim_name, drop_abandoned, release_name
 from utils import UserError
+
+
+def test_half_written_checkpoints_do_not_pile_up(tmp_path):
+    """A disk that kills fill up; a file deleted under a run that is writing it; another file's deletion."""
+    names = (".align_pipeline_20260101_000000.pth.x.tmp", ".align_best_20260101_000000.pth.x.tmp", "my.tmp", "align_x.pth")
+    for name in names:
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (0, 0))
+    (tmp_path / ".align_pipeline_20260101_000001.pth.y.tmp").touch()
+    drop_abandoned(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {*names[2:], ".align_pipeline_20260101_000001.pth.y.tmp"}
+    drop_abandoned(tmp_path / "nowhere")
 
 
 def test_runs_that_start_together_have_names_of_their_own(tmp_path):
     """Two runs of one second that write one log and one best checkpoint; also where they share only `save_dir`."""
-    claims = [RunClaim(tmp_path / "runs", tmp_path / "ckpt") for _ in range(3)]
-    claims += [RunClaim(tmp_path / "elsewhere", tmp_path / "ckpt") for _ in range(3)]
-    assert len({claim.name for claim in claims}) == 6
+    claims = [claim_name(tmp_path / "runs", tmp_path / "ckpt") for _ in range(3)]
+    claims += [claim_name(tmp_path / "elsewhere", tmp_path / "ckpt") for _ in range(3)]
+    assert len({name for name, _ in claims}) == 6
     assert len(list((tmp_path / "elsewhere").iterdir())) == 3  # no folder of a name that was given up
 
 
 def test_a_name_whose_best_checkpoint_is_there_is_not_taken(tmp_path):
     """A best module that a run with another `log_dir` overwrites after the first one ended."""
-    first = RunClaim(tmp_path / "a", tmp_path)
-    (tmp_path / f"align_best_{first.name.removeprefix('align_')}.pth").touch()
-    first.release()
-    assert RunClaim(tmp_path / "b", tmp_path).name > first.name
+    name, lock = claim_name(tmp_path / "a", tmp_path)
+    (tmp_path / f"align_best_{name.removeprefix('align_')}.pth").touch()
+    release_name(lock)
+    assert claim_name(tmp_path / "b", tmp_path)[0] > name
 
 
 def test_a_run_that_goes_on_elsewhere_is_refused(tmp_path):
     """Two processes that resume one run and write into each other's logs; a claim that outlives its run."""
-    first = RunClaim(tmp_path, tmp_path)
-    with pytest.raises(UserError, match=f"^{first.name}: another process is going on with this run"):
-        RunClaim(tmp_path, tmp_path, first.name)
-    first.release()
-    RunClaim(tmp_path, tmp_path, first.name).release()
+    name, lock = claim_name(tmp_path, tmp_path)
+    with pytest.raises(UserError, match=f"^{name}: another process is going on with this run"):
+        claim_name(tmp_path, tmp_path, name)
+    release_name(lock)
+    release_name(claim_name(tmp_path, tmp_path, name)[1])
     assert not list(tmp_path.glob(".*.lock"))
 
 
