@@ -29,10 +29,9 @@ from vaes.seen_through import SeenThrough
 def weighted_l1(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """L1 on latents (B, C, h, w) that counts errors on detail more than errors on flat areas.
 
-    The weight of an element is 1 plus its contrast, which is the target's distance from the mean of its 3x3 neighbourhood,
-    divided by the mean contrast of its channel. The weights are then scaled to mean 1, so that values compare with `l1`. Most
-    of a photo is smooth and soon learnt. Decoders turn errors on edges and texture into artefacts, and a plain mean over
-    positions hides those errors.
+    An element's contrast is the target's distance from the mean of its 3x3 neighbourhood. Its weight is 1 plus this contrast
+    divided by the channel's mean contrast. The weights are scaled to mean 1, so that values compare with `l1`. Most of a photo
+    is smooth, and a plain mean hides the errors on edges and texture, which decoders turn into artefacts.
     """
     with torch.no_grad():
         smooth = F.avg_pool2d(target, 3, stride=1, padding=1, count_include_pad=False)
@@ -43,11 +42,11 @@ def weighted_l1(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def channel_moments(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """How far the mean and the standard deviation of each channel of latents (B, C, h, w), over the whole batch, are off.
+    """Squared differences of each channel's mean and standard deviation, over a batch of latents (B, C, h, w); a scalar.
 
-    The mean over channels of (difference of means)² + (difference of standard deviations)². A squared error alone shrinks
-    what cannot be predicted towards its mean, and losses on decoded images move the mean of those channels that hold a
-    decoder's sharpness: a tenth of a standard deviation halves the finest detail, at next to no cost in squared error.
+    The mean over channels of (difference of means)² + (difference of standard deviations)². A squared error alone shrinks the
+    unpredictable part of a channel towards its mean. Losses on decoded images shift the channels that hold a decoder's
+    sharpness. A shift of a tenth of a standard deviation halves the finest detail and adds little squared error.
     """
     means, deviations = zip(_moments(prediction), _moments(target))
     return F.mse_loss(*means) + F.mse_loss(*deviations)
@@ -73,7 +72,7 @@ def get_loss_function(loss_type: str) -> Callable[[torch.Tensor, torch.Tensor], 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# re-encoded targets
+# Re-encoded targets
 
 
 @dataclass
@@ -112,12 +111,12 @@ class Reencoder:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the decoded image
+# The decoded image
 
 
 @dataclass(frozen=True)
 class Window:
-    """A rectangle in latents, and the number of items at the start of a batch that are looked at in it.
+    """A rectangle of latents in the first `items` of a batch.
 
     Attributes:
         items: of the batch. top, left, height, width: of the rectangle, latents. whole: height and width of all latents.
@@ -136,8 +135,9 @@ class Window:
         return tensor[: self.items][..., rows, self.left * scale : (self.left + self.width) * scale]
 
     def inner(self, margin: int, stride: int) -> tuple:
-        """The index of the part of a decoded window (height · stride, width · stride) that is at least `margin` latents
-        from what the decoder could not see. At an edge of the image the decoder sees all that there is: nothing is left out."""
+        """The index of a decoded window's part that is at least `margin` latents from latents which the decoder did not see.
+
+        At an edge of the image the decoder sees everything, so nothing is left out there."""
         margin = min(margin, (min(self.height, self.width) - 1) // 2) * stride
         below, right = self.whole[0] - self.top - self.height, self.whole[1] - self.left - self.width
         above, under, before, after = (margin * (room > 0) for room in (self.top, below, self.left, right))
@@ -145,8 +145,7 @@ class Window:
 
 
 def draw_window(whole: tuple[int, int], side: int, items: int, seed: int, step: int) -> Window:
-    """The window of a step on latents of that height and width, `side` latents wide (0: all of them). It depends on (seed,
-    step) alone."""
+    """The window of a step on latents (height, width), `side` latents wide (0: all of them); a function of (seed, step)."""
     high, wide = (min(side or length, length) for length in whole)
     # the place is drawn from half a window beyond the edges and then moved inside, so that the outermost latents are
     # decoded in a quarter of the steps; drawn from inside alone, they would be decoded in one of many
@@ -164,13 +163,12 @@ PERCEPTUAL_LOSSES = ("decoder", "lpips", "stlpips")
 
 
 class ColourReference:
-    """The shift of the reference by which the aligned images get the mean colours of VAE2's reconstruction, at each place
-    within a latent.
+    """A shift of the reference that gives the aligned images the mean colours of VAE2's reconstruction.
 
-    A colour bias of a level or two costs the loss less than the errors of detail do, so a loss of detail alone leaves the
-    images a little too dark. Nor does it feel that the stride x stride pixels of a latent are off by a fixed pattern of a
-    level, which on flat areas is a visible grid. An integral controller corrects both: after each step the shift moves against
-    the bias that the aligned images had beyond VAE2's, until the two agree in the mean over many steps.
+    A colour bias of one or two 8-bit levels costs the loss less than errors of detail do, so training leaves it in the images.
+    The same holds for a fixed pattern of one level within the stride x stride pixels of a latent, a visible grid on flat areas.
+    An integral controller corrects both. After each step it moves the shift against the bias that the aligned images had beyond
+    VAE2's, until the two agree in the mean over many steps.
 
     Args:
         stride: of VAE2's latents.
@@ -184,12 +182,12 @@ class ColourReference:
         self.shift = self.vae2_bias
 
     def bias_of(self, decoded: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """By how much decoded pictures (B, 3, H, W) of whole latents exceed those wanted in the mean, without a gradient."""
+        """Mean excess of decoded pictures (B, 3, H, W) over the wanted ones at each place within a latent, without gradient."""
         stride = self.shift.shape[-1]
         return (decoded.detach() - wanted).unflatten(3, (-1, stride)).unflatten(2, (-1, stride)).mean(dim=(0, 2, 4))
 
     def shifted(self, reference: torch.Tensor) -> torch.Tensor:
-        """A reference (B, 3, H, W) as the aligned images are to be compared with it."""
+        """A reference (B, 3, H, W) with the shift added."""
         rows, columns = (side // self.shift.shape[-1] for side in reference.shape[2:])
         return reference + self.shift.repeat(1, rows, columns)
 
@@ -224,15 +222,14 @@ class ColourReference:
 
 
 class DecodedWindow:
-    """What VAE2's decoder shows in a step's window. Each part is made once, and only if a term asks for it.
+    """A step's window as VAE2's decoder shows it. Each part is computed once, and only if a term asks for it.
 
     Attributes, pictures (B, 3, H, W) in image values of the part of the window that is compared:
-        shown: the decoded aligned latents, with their gradient, not clamped. wanted: what its pixels should be.
-        visible: what is shown as a viewer sees it, clamped to [-1, 1].
-        visible_wanted: what that should look like: `wanted`, or VAE1's picture where that has a share in it, since a mixture of
-            two pictures is none.
-        decoder_features, wanted_decoder_features: what the decoder's stages put out, see `decoder_features`.
-        bias: by how much `shown` exceeds the reference in the mean, see `ColourReference`.
+        shown: the decoded aligned latents, with their gradient, not clamped. wanted: the reference of its pixels.
+        visible: `shown`, clamped to [-1, 1] as a viewer sees it.
+        visible_wanted: its reference; VAE1's picture where that has a share in `wanted`, since a mixture of two is no picture.
+        decoder_features, wanted_decoder_features: the outputs of the decoder's stages, see `decoder_features`.
+        bias: mean excess of `shown` over the reference, see `ColourReference`.
     """
 
     def __init__(self, loss: DecodedImageLoss, aligned, target, images, step: int, reencoded: Reencoded | None = None):
@@ -288,7 +285,7 @@ def pixel_difference(kind: str) -> Callable[[DecodedWindow], torch.Tensor]:
 
 
 def decoder_difference(window: DecodedWindow) -> torch.Tensor:
-    """How far the decoder's own features are from those of VAE2's latents (see `feature_distance`)."""
+    """Distance of the decoder's own features from those of VAE2's latents, see `feature_distance`."""
     return feature_distance(window.decoder_features, window.wanted_decoder_features)
 
 
@@ -304,15 +301,15 @@ def picture_distance(network: Callable) -> Callable[[DecodedWindow], torch.Tenso
 
 @dataclass
 class DecodedImageLoss:
-    """Weighted terms on how the decoded aligned latents differ from a reference picture, in image values [-1, 1].
+    """Weighted terms on the difference between the decoded aligned latents and a reference picture, in image values [-1, 1].
 
-    Gradients flow through the frozen decoder into the aligned latents. To stay affordable it decodes the first
-    `batch_size` items of a batch, of each a random window of `window` x `window` latents (0: the whole).
+    Gradients flow through the frozen decoder into the aligned latents. To save time it decodes only the first `batch_size`
+    items of a batch, and of each a random window of `window` x `window` latents (0: all latents).
 
     Args:
         codec: the `vaes.codec.Codec` to decode with: VAE2's, or a cheaper one that shares its latent space.
         reference: "original" compares with the image that was encoded, in VAE2's colours (see `ColourReference`), "vae2" with
-            what the decoder makes of VAE2's latents.
+            the decoded VAE2 latents.
         margin: latents at the window's edge that are decoded and not compared, since the decoder lacks their surroundings.
         terms: (weight, function of a `DecodedWindow`) each.
         eyes: the frozen network of ST-LPIPS; None where no term looks through it.
@@ -341,8 +338,8 @@ class DecodedImageLoss:
         """Aligned and target latents (B, C, h, w), images (B, 3, H, W) in [-1, 1], all on the codec's device -> (the loss, a
         scalar; the `DecodedWindow` of what was decoded). The window depends on (seed, step) alone.
 
-        Where `reencoded` is given, VAE1's picture has its share in the reference of pixels, and is the reference of whatever
-        looks at features or at whole pictures.
+        With `reencoded`, VAE1's picture has its share in the reference of pixels. It is the whole reference of terms that look
+        at features or pictures.
         """
         window = DecodedWindow(self, aligned, target, images, step, reencoded)
         loss = aligned.new_zeros(())
@@ -351,7 +348,7 @@ class DecodedImageLoss:
         return loss, window
 
     def measure_colours(self, pipeline: PipelineWithVAEs, loader, accelerator) -> None:
-        """Take VAE2's colour bias from some training images. Where VAE2's reconstruction is the reference it has none."""
+        """Measure VAE2's colour bias on some training images. With the reference "vae2" there is none."""
         if self.reference == "original":
             batches = encoded_batches(pipeline, loader, accelerator, COLOUR_WINDOWS, self.batch_size, images_needed=True)
             self.colours.start_from(self._biases_of_vae2(batches), accelerator)
@@ -421,7 +418,7 @@ def _require_side(image_size: int, window: int, stride: int) -> None:
 
 @contextlib.contextmanager
 def decoder_features(vae, wanted: bool = True):
-    """Within this context collect what the stages of `vae`'s decoder put out: a list with a list of tensors per stage."""
+    """Within this context collect the outputs of the stages of `vae`'s decoder: for each stage a list of tensors."""
     features, hooks = [], []
     for stage in decoder_stages(vae.decoder) if wanted else ():
         kept = []
@@ -451,7 +448,7 @@ def feature_distance(features: list, wanted: list) -> torch.Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# perceptual networks
+# Perceptual networks
 
 
 PACKAGE = "stlpips_pytorch"
@@ -527,7 +524,7 @@ class PerceptualDistance(nn.Module):
         self.eval().requires_grad_(False)
 
     def features(self, images: torch.Tensor, stages: int = 5) -> list[torch.Tensor]:
-        """Images (B, 3, H, W) in [-1, 1], H and W at least `SMALLEST_SIDE` -> what the first `stages` stages put out, each
+        """Images (B, 3, H, W) in [-1, 1], H and W at least `SMALLEST_SIDE` -> the outputs of the first `stages` stages, each
         (B, channels, about H/stride, about W/stride). UserError for smaller pictures."""
         if min(images.shape[2:]) < SMALLEST_SIDE:
             raise UserError(f"ST-LPIPS: needs pictures of at least {SMALLEST_SIDE} px, these are {tuple(images.shape[2:])}")
@@ -538,7 +535,7 @@ class PerceptualDistance(nn.Module):
         return outputs
 
     def distance(self, first: list[torch.Tensor], second: list[torch.Tensor]) -> torch.Tensor:
-        """What `features` made of two batches -> distances (B), float32: the weighted squared difference of the unit feature
+        """The features of two batches -> distances (B), float32: the weighted squared difference of the unit feature
         vectors, mean over positions, sum over stages. 0 where the pictures agree."""
         return sum(
             ((unit(one) - unit(other)).square() * weight.float()).sum(dim=1).mean(dim=(1, 2))
@@ -651,7 +648,7 @@ def fetch_hint(url: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the sum
+# The sum
 
 
 @dataclass

@@ -15,12 +15,12 @@ clock = time.monotonic
 
 
 class Budget:
-    """The end of a run, in optimizer steps: `steps`, or with `minutes` as many of them as the measured pace leaves time for.
+    """The end of a run, in optimizer steps: `steps`, or with `minutes` the step that the measured pace reaches in time.
 
-    The time is that of the training loop, with its evaluations, pictures and checkpoints; what comes before the first step
-    does not count. Now and then `look` measures the pace and moves the `end`. Where the schedule stands (`position`) it leaves
-    as it is: from there the position goes on evenly, and comes to 1 at the new end. Between two looks everything is a function
-    of the step, on every process the same.
+    The time is that of the training loop, with its evaluations, pictures and checkpoints. Work before the first step does not
+    count. Now and then `look` measures the pace and moves the `end`. Moving the end never makes the schedule jump: its
+    `position` continues linearly and reaches 1 at the new end. Between two looks the position depends on the step alone, and
+    all processes agree on it.
 
         budget.start(step)
         while True:
@@ -53,18 +53,18 @@ class Budget:
 
     @property
     def seconds(self) -> float:
-        """That the run's training has taken so far."""
+        """Seconds of training so far, over all sessions of the run."""
         return self._seconds_before + (0.0 if self._started is None else clock() - self._started)
 
     def position(self, step: int) -> float:
-        """Where the schedule stands after `step` steps: from 0 at the start to 1 at the end."""
+        """The schedule's position after `step` steps, from 0 at the start to 1 at the end."""
         begun, position = self._anchor
         if not self.known:
             return position
         return 1.0 if step >= self.end else position + (1 - position) * (step - begun) / (self.end - begun)
 
     def seconds_left(self, step: int, seconds_per_step: float) -> float:
-        """Until the run ends, at that pace where it is bound by steps."""
+        """Seconds until the run ends; at this pace where steps limit it."""
         return max(0.0, 60 * self.minutes - self.seconds) if self.minutes else (self.end - step) * seconds_per_step
 
     def start(self, step: int) -> None:
@@ -73,7 +73,7 @@ class Budget:
         self._first_step = self._look_at = step
 
     def note_evaluation(self, seconds: float) -> None:
-        """Remember how long the last evaluation took, with its pictures: the time for the one at the end is kept free."""
+        """Remember the duration of the last evaluation with its pictures, to keep it free for the one at the end."""
         self.reserve = seconds
 
     def note_kind(self, step: int, kind) -> None:
@@ -84,7 +84,7 @@ class Budget:
         self._kind = kind
 
     def look(self, step: int, accelerator) -> None:
-        """Where the time is limited and a look is due: measure the pace, and move the end. All processes come to the same."""
+        """With limited time and a look due: measure the pace and move the end. All processes find the same end."""
         if not self.minutes or step < self._look_at:
             return
         seconds, self.reserve = self._agreed(accelerator)
@@ -104,7 +104,7 @@ class Budget:
         self.end = min(self.steps, step + (math.floor(left / self._pace) if left > 0 else 0))
 
     def _agreed(self, accelerator) -> tuple[float, float]:
-        """The run's seconds and the reserve, those of the slowest process."""
+        """The run's seconds and the reserve, of the slowest process."""
         mine = (self.seconds, self.reserve)
         if accelerator.num_processes == 1:
             return mine
@@ -122,8 +122,7 @@ class Budget:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on with what is left. Where the run is now given another time or limit, its schedule stands where it would by the
-        time."""
+        """Go on with the remaining time. With another time or limit the position follows from the time spent so far."""
         self._seconds_before = float(state["seconds"])
         self._pace, self.reserve = float(state["pace"]), float(state["reserve"])
         step, position = state["anchor"]
@@ -140,7 +139,7 @@ class Budget:
 
 
 def time_of_day(seconds: float) -> str:
-    """The time of day in so many seconds, "15:42"; with the date where that is on another day."""
+    """The time of day in `seconds` seconds, such as "15:42", with the date where that is another day."""
     now = datetime.datetime.now()
     then = now + datetime.timedelta(seconds=seconds)
     return f"{then:%H:%M}" if then.date() == now.date() else f"{then:%d %b %H:%M}"

@@ -11,7 +11,7 @@ ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps for each par
 MUON_STATE = {"momentum"}
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients and number of iterations are the published ones
 ITERATIONS = 5
-# AdamW's part of the learning rate. With the full rate, the first and last layers make the loss jump.
+# AdamW's part of the learning rate. At the full rate the first and last layers make the loss jump.
 ADAMW_SHARE = 1 / 3
 
 
@@ -68,7 +68,7 @@ class Muon(torch.optim.Optimizer):
         gradients, momentum, stacked = map(torch.stack, ([weight.grad for weight in weights], buffers, weights))
         taken = 1.0
         if found_inf is not None:
-            # a factor of 0 leaves weights and momentum as they are; 0 times NaN would not, so it is masked
+            # a factor of 0 keeps weights and momentum; 0 times NaN would not, so NaN is masked
             taken = 1 - found_inf
             gradients.masked_fill_(found_inf.bool(), 0)
         momentum.lerp_(gradients, (1 - group["momentum"]) * taken)
@@ -106,11 +106,11 @@ KEPT_STEPS = 100  # outcomes that may wait on the device before they are read
 
 
 def leave_out(optimizer: torch.optim.Optimizer, ok: torch.Tensor) -> None:
-    """Have the next `optimizer.step()` do nothing unless `ok`.
+    """Make the next `optimizer.step()` do nothing unless `ok`.
 
-    torch's gradient scaler tells a fused optimizer by the attribute `found_inf` to leave weights, moments and step count as
-    they are; the same attribute is set here. An optimizer that is not fused, on a device without the kernel, does not read
-    it: its gradients are dropped instead, which waits for the device.
+    torch's gradient scaler sets the attribute `found_inf`, which tells a fused optimizer to leave weights, moments and step
+    count unchanged. This function sets the same attribute. An optimizer that is not fused does not read it: its gradients are
+    dropped instead, which waits for the device.
     """
     if all(group.get("fused", True) for group in optimizer.param_groups):
         optimizer.found_inf = (~ok).float()
@@ -125,11 +125,11 @@ class BadSteps:
         bad_steps.note(ok, step, files)
         bad_steps.read()                                     # now and then; waits for the device
 
-    Under a gradient scaler (float16) overflow is the scaler's business: it skips the step and halves its scale. Only what is
-    still not finite at a scale below 1 is counted.
+    Under a gradient scaler (float16) the scaler skips a step that overflows and halves its scale. Such steps count only at a
+    scale below 1.
 
     Attributes:
-        total: bad steps so far. in_a_row: those at the end of what was read.
+        total: bad steps so far. in_a_row: bad steps since the last good one.
     """
 
     def __init__(self, limit: int, accelerator):
@@ -138,7 +138,7 @@ class BadSteps:
         self._pending = []
 
     def mask(self, optimizer: torch.optim.Optimizer, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
-        """Have the next `optimizer.step()` do nothing if this loss or gradient norm is not finite; returns whether it is."""
+        """Make the next `optimizer.step()` do nothing if this loss or gradient norm is not finite; returns whether both are."""
         ok = loss.detach().isfinite() & grad_norm.isfinite().to(loss.device)
         if self.accelerator.num_processes > 1:  # gradients are shared, a loss is each process's own
             ok = self.accelerator.reduce(ok.float(), "sum") >= self.accelerator.num_processes - 0.5
@@ -147,13 +147,13 @@ class BadSteps:
         return ok
 
     def note(self, ok: torch.Tensor, step: int, files: list[str]) -> None:
-        """Remember the outcome of `step` (counted from 1) and which files this process had in its batch."""
+        """Remember the outcome of `step` (counted from 1) and the files in this process's batch."""
         self._pending.append((ok, step, files))
         if len(self._pending) >= KEPT_STEPS:
             self.read()
 
     def read(self) -> int:
-        """Count what was noted since the last time; returns how many of it were bad. UserError after `limit` in a row."""
+        """Count the noted outcomes; returns the number of new bad steps. UserError after `limit` in a row."""
         if not self._pending:
             return 0
         outcomes = torch.stack([ok for ok, _, _ in self._pending]).tolist()
@@ -198,7 +198,7 @@ def update_average(average: AlignModule, module: AlignModule, decay: float, step
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Have an optimizer, AdamW or Muon, go on from what its `state_dict` was. ValueError for moments of another shape."""
+    """Load the state of an optimizer, AdamW or Muon. ValueError for moments of another shape."""
     kinds = [MUON_STATE if "momentum" in group else ADAMW_STATE for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     if optimizer.state:  # empty before the first step that was not skipped
@@ -208,8 +208,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def _fit_moments(moments: dict, parameter: torch.Tensor, names: set) -> None:
-    """Give each moment its parameter's memory layout, which a fused kernel relies on without checking it; ValueError for
-    another shape, which the kernel would not notice either."""
+    """Give each moment its parameter's memory layout, on which a fused kernel relies unchecked; ValueError for another shape."""
     if moments.keys() != names:
         raise ValueError(f"moments {sorted(map(str, moments))} instead of {sorted(names)}")
     for name, moment in moments.items():

@@ -71,8 +71,9 @@ LARGEST_DIFFERENCE = 0.05  # between VAE1's pictures and the module's, of their 
 
 
 def grids_of(codec1: Codec, codec2: Codec, architecture: str, trained_for: AlignConfig | None = None) -> dict:
-    """What a module's config says of its VAEs' own grids and blocks: architecture plain does not work on these. A module that
-    was trained before keeps what it was trained for."""
+    """The config entries for the VAEs' own grids and blocks; {} for architecture plain, which does not work on them.
+
+    A module that was trained before keeps the entries of its training, `trained_for`."""
     if trained_for:
         return {name: getattr(trained_for, name) for name in GRID_KEYS}
     if architecture == "plain":
@@ -83,11 +84,11 @@ def grids_of(codec1: Codec, codec2: Codec, architecture: str, trained_for: Align
 
 @torch.no_grad()
 def start_from_vaes(pipeline: PipelineWithVAEs, file: str | None = None) -> str:
-    """Copy into the module what fits of its two tiny autoencoders, and make an identity of every further block; then the
-    layers of the module in `file`, if one is named.
+    """Copy the fitting layers of the two tiny autoencoders into the module, make every further block an identity, and then
+    copy the layers of the module in `file`, if one is named.
 
-    Returns a line that says what was copied. UserError where a VAE that is needed is no tiny autoencoder, where none of its
-    layers has the width of the module, or where the file's module has other layers.
+    Returns a line that names the copied layers. UserError where a needed VAE is no tiny autoencoder, where none of its layers
+    has the module's width, or where the file's module has other layers.
     """
     module = pipeline.module
     if module.config.architecture == "plain":
@@ -114,7 +115,7 @@ def start_from_vaes(pipeline: PipelineWithVAEs, file: str | None = None) -> str:
 
 
 def _copy_decoder(pipeline: PipelineWithVAEs) -> str:
-    """Make the module's picture of latents VAE1's. UserError unless it then draws what VAE1 decodes."""
+    """Copy VAE1's decoder into the module. UserError unless the module then decodes latents as VAE1 does."""
     codec, picture = pipeline.codec1, pipeline.module.picture
     decoder = _layers(codec.vae.model, "decoder", "VAE1")
     mine = [layer for layer in picture if _has_weights(layer)]
@@ -135,7 +136,7 @@ def _copy_decoder(pipeline: PipelineWithVAEs) -> str:
 
 
 def _copy_module(module: nn.Module, file: str) -> str:
-    """Take every trained layer from the module in a file; maps and VAE1's decoder are the pair's own."""
+    """Copy every trained layer of the module in a file, but not its linear maps and VAE1's decoder."""
     found = module_of(read_checkpoint(file)).state_dict()
     own = module.state_dict()
     wanted = [name for name in own if name.startswith(("latent_in.", "image_in.", "blocks.", "out."))]
@@ -153,7 +154,7 @@ def _copy_module(module: nn.Module, file: str) -> str:
 
 
 def _layers(vae: nn.Module, part: str, label: str) -> list[nn.Module]:
-    """The layers of a tiny autoencoder's part that have weights: convolutions and blocks, in order."""
+    """The convolutions and blocks of a tiny autoencoder's encoder or decoder, in order."""
     part = getattr(vae, part)
     layers = getattr(part, "layers", part)
     if not isinstance(layers, nn.Sequential):
@@ -169,7 +170,7 @@ def _has_weights(layer: nn.Module) -> bool:
 
 
 def _stages_from_the_back(mine: list[nn.Module], theirs: list[nn.Module]) -> list[tuple[nn.Module, nn.Module]]:
-    """Pair the blocks and halvings of two encoders, from the coarse end; of a shorter stage the first blocks."""
+    """Pair the blocks and halvings of two encoders from the coarse end; a shorter stage takes the first blocks."""
     pairs = []
     for own, other in itertools.zip_longest(_split(mine), _split(theirs)):
         if own is None or other is None:

@@ -248,8 +248,8 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(flags, tmp_path, monk
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_skipped_step_leaves_the_weights_as_they_were(flags, tmp_path, monkeypatch, optimizer):
-    """Weight decay or momentum that moves the weights in a step that is called skipped."""
-    flags = flags | {"optimizer": optimizer, "weight_decay": 0.1}
+    """Weight decay, momentum or the running average that moves the weights in a step that is called skipped."""
+    flags = flags | {"optimizer": optimizer, "weight_decay": 0.1, "ema_decay": 0.9}
     before = train(flags, tmp_path / "before", **QUIET, max_train_steps=2)
     poison(monkeypatch, {3})
     after = train(flags, tmp_path / "after", **QUIET, max_train_steps=3)
