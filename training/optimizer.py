@@ -208,7 +208,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def _fit_moments(moments: dict, parameter: torch.Tensor, names: set) -> None:
-    """Give each moment its parameter's memory layout, on which a fused kernel relies unchecked; ValueError for another shape."""
+    """Give each moment its parameter's memory layout, which a fused kernel needs unchecked; ValueError for another shape."""
     if moments.keys() != names:
         raise ValueError(f"moments {sorted(map(str, moments))} instead of {sorted(names)}")
     for name, moment in moments.items():
