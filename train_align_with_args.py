@@ -59,7 +59,6 @@ from losses import (
     seen_through,
 )
 from runtime.cli import Parser, integer, load_config, naming, real, run, use_proxy
-from runtime.interrupts import StopRequest
 from runtime.processes import create_accelerator, gathered, machine_of, machines_of
 from training.bad_steps import BadSteps
 from training.budget import Budget, time_of_day
@@ -87,6 +86,7 @@ from training.state import TrainingState
 from training.vae_start import grids_of, start_from_vaes
 from utils import (
     PRECISIONS,
+    StopRequest,
     UserError,
     count_of,
     get_dtype,
@@ -478,7 +478,7 @@ class Parts:
 
 def build_parts(args: argparse.Namespace, vae1, vae2, accelerator=None, start: Start | None = None) -> Parts:
     """The parts of a run from its flags and two frozen VAEs. UserError names what does not fit together."""
-    accelerator = accelerator or create_accelerator(args)
+    accelerator = accelerator or create_accelerator(args.device, args.precision)
     torch.manual_seed(args.seed)
     pipeline = create_align_pipeline(vae1, vae2, args, start).to(accelerator.device)
     pipeline.progress["config"] = config_dict(args)
@@ -936,7 +936,7 @@ def find_start(args: argparse.Namespace) -> Start | None:
             raise UserError(f"--{name} '': names nothing; leave the flag out to start anew")
     if not (args.resume or args.load_checkpoint):
         return None
-    everyone = machine_of(create_accelerator(args), separate=False)
+    everyone = machine_of(create_accelerator(args.device, args.precision), separate=False)
     if args.resume:
         start = everyone.of_first(lambda: find_checkpoint(args.resume, args.save_dir))
         if start:
@@ -985,7 +985,7 @@ def main(argv: list[str] | None = None) -> None:
         with naming("--compile"):
             require_compiler(torch.device(args.device))
 
-    accelerator = create_accelerator(args)
+    accelerator = create_accelerator(args.device, args.precision)
     datasets = open_datasets(args)
     require_same_everywhere(datasets, accelerator)
     if resumed:
