@@ -51,6 +51,7 @@ from utils import (
     PRECISIONS,
     UserError,
     atomic_file,
+    compute_policy,
     count_of,
     get_dtype,
     keep_freed_memory,
@@ -191,6 +192,7 @@ def main(argv: list[str] | None = None) -> dict:
     with naming("--device"):
         device = resolve_device(args.device, "device" in args.typed_flags)
     keep_freed_memory(device)
+    compute_policy(device)
     args.device = str(device)
 
     # ---- load
@@ -199,7 +201,7 @@ def main(argv: list[str] | None = None) -> dict:
     wanted = args.precision or trained.get("precision", "bfloat16")
     args.precision = precision = resolve_precision(wanted, device, args.precision is not None)
     dtype = get_dtype(precision)
-    accelerator = create_accelerator(torch.device(args.device), args.precision)
+    accelerator = create_accelerator(device, precision)
     device, main_process = accelerator.device, accelerator.is_main_process
     if not main_process:
         logging.getLogger().setLevel(logging.ERROR)  # what one process says is enough

@@ -47,7 +47,6 @@ from cache.build import CacheOptions, cache_latents
 from cache.read import cached_loader
 from losses import KINDS, LOSSES, PERCEPTUAL_LOSSES, Objective, decoded_image_loss, get_loss_function
 from runtime.cli import Parser, claim_writable_file, claim_writable_folder, integer, load_config, naming, real, run, use_proxy
-from runtime.interrupts import StopRequest
 from runtime.processes import create_accelerator, gathered, machine_of, machines_of
 from training import checkpoint
 from training.budget import Budget, is_due, time_of_day, total_steps
@@ -66,7 +65,9 @@ from training.optimizer import BadSteps, Muon, update_average
 from training.starts import fit_ridge, grids_of, start_from_vaes
 from utils import (
     PRECISIONS,
+    StopRequest,
     UserError,
+    compute_policy,
     count_of,
     get_dtype,
     keep_freed_memory,
@@ -660,6 +661,7 @@ def prepare_run(
 ) -> Run:
     """The run that the loop goes on with: measurements before the first step, optimizer, schedule, or a checkpoint's state."""
     resumed = start[1] if start and args.resume else None
+    pipeline.progress["config"] = config_dict(args)
     data = {
         "order": checkpoint.data_order(train_loader, accelerator.num_processes),
         "files": checkpoint.names_digest(image_files(train_loader)),
@@ -695,7 +697,7 @@ def prepare_run(
         bad_steps=BadSteps(args.max_bad_steps, accelerator),
         accelerator=accelerator,
         data=data,
-        config=config_dict(args),
+        config=pipeline.progress["config"],
         folder=Path(args.save_dir),
         keep_last=args.keep_last,
         best_metric=args.best_metric,
@@ -736,7 +738,7 @@ def train_align_pipeline(
 
     On SIGINT or SIGTERM it finishes the step, saves, and leaves by SystemExit with 128 + the signal's number.
     """
-    accelerator = accelerator or create_accelerator(torch.device(args.device), args.precision)
+    accelerator = accelerator or create_accelerator(args.device, args.precision)
     if pipeline is None:
         torch.manual_seed(args.seed)
         pipeline = create_align_pipeline(vae1, vae2, args, start).to(accelerator.device)
@@ -1024,6 +1026,7 @@ def main(argv: list[str] | None = None) -> None:
     if resumed and is_finished(settings, *start):
         return
     check_outputs(settings)
+    compute_policy(device, settings.precision)
     accelerator = create_accelerator(device, settings.precision)
     try:
         if settings.compile:

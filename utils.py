@@ -1,4 +1,4 @@
-"""Errors, files, words, and the machine: device, precision, memory. For every other module."""
+"""Errors, files, words, the machine (device, precision, memory) and the request to stop. For every other module."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import os
 import re
 import reprlib
 import secrets
+import signal
 import stat
 import sys
+import time
 from datetime import datetime, timedelta
 from pathlib import Path
-from urllib.parse import unquote
 
 import torch
 
@@ -24,8 +25,8 @@ log = logging.getLogger(__name__)
 
 
 STAMP_FORMAT = "%Y%m%d_%H%M%S"
-JSON_BYTES = 1 << 24  # a longer file is no config, but of another kind
-URL_USER = re.compile(r"(?<=://)[^\s'\"]*@")
+JSON_BYTES = 1 << 24  # a longer file is no config
+SECRETS = re.compile(r"(?<=://)[^\s'\"]*(?=@)|\bhf_[\w.-]{20,}")  # the user of a URL, a Hugging Face token
 
 
 class UserError(Exception):
@@ -50,47 +51,36 @@ def printable(text: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """`text` with `***` in place of tokens, passwords and the user part of URLs."""
-    for secret in (*hub_tokens(), *proxy_passwords()):
-        text = text.replace(secret, "***")
-    return URL_USER.sub("***@", text)
+    """`text` with `***` in place of Hugging Face tokens and of the user and password in URLs."""
+    for name in ("HUGGINGFACE_TOKEN", "HF_TOKEN"):
+        if token := os.environ.get(name, "").strip():
+            text = text.replace(token, "***")
+    return SECRETS.sub("***", text)
 
 
 def hub_token() -> str | None:
-    """The Hugging Face token of the environment, or None. Callers pass it to the hub client and store it nowhere."""
-    return next(iter(hub_tokens()), None)
+    """The Hugging Face token of HUGGINGFACE_TOKEN, else of HF_TOKEN or `hf auth login`, or None. Callers store it nowhere."""
+    from huggingface_hub import get_token
+
+    return os.environ.get("HUGGINGFACE_TOKEN", "").strip() or get_token()
 
 
-def hub_tokens() -> list[str]:
-    """Every token that is set, then that of `hf auth login`, without white space: an HTTP client quotes a header that contains
-    a newline in its error."""
-    tokens = [os.environ.get(name, "") for name in ("HUGGINGFACE_TOKEN", "HF_TOKEN")]
-    return [token for token in ("".join(text.split()) for text in (*tokens, _login_token())) if token]
+def shown(value) -> str:
+    """The repr of `value`, cut to at most a few hundred characters, for error messages."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxlong = short.maxother = 100
+    return short.repr(value)
 
 
-def _login_token() -> str:
-    """The token that `hf auth login` has stored, or ""."""
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    place = os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or os.path.join(home, "token"))
-    with contextlib.suppress(OSError, ValueError):
-        require_regular(place)
-        return Path(place).read_text(encoding="utf-8")
-    return ""
+def plain_stem(path: str | os.PathLike, limit: int = 80) -> str:
+    """The name of `path` without its ending, as part of a new file's name: printable, of at most `limit` bytes in UTF-8."""
+    stem = "".join(letter if letter.isprintable() else "_" for letter in Path(path).stem)
+    return stem.encode()[:limit].decode(errors="ignore")
 
 
-def proxy_passwords() -> list[str]:
-    """The passwords of the proxies that are set, as typed and percent-decoded, longest first.
-
-    A password of one or two letters is left out, since `without_secrets` would replace those letters in every message; the
-    user part of the proxy's URL is replaced in any case.
-    """
-    urls = (
-        os.environ.get(name, "")
-        for scheme in ("HTTP", "HTTPS", "ALL")
-        for name in (f"{scheme}_PROXY", f"{scheme.lower()}_proxy")
-    )
-    typed = {url.rpartition("@")[0].rpartition("://")[2].partition(":")[2] for url in urls}
-    return sorted((word for word in typed | {unquote(word) for word in typed} if len(word) > 2), key=len, reverse=True)
+def count_of(number: int, noun: str) -> str:
+    """'1 image', '2 images', '2 processes'."""
+    return f"{number} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -180,27 +170,18 @@ def require_regular(path: str | os.PathLike) -> None:
         raise OSError("a pipe, socket or device, not a file")
 
 
-def shown(value) -> str:
-    """The repr of `value`, cut to at most a few hundred characters, for error messages."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxlong = short.maxother = 100
-    return short.repr(value)
-
-
 def next_stamp(folder: str | os.PathLike, prefix: str) -> str:
     """A time stamp, YYYYMMDD_HHMMSS, for a new `{prefix}_{stamp}` in `folder` that sorts after every existing one.
 
-    It is the present time, or one second past the newest entry where that is not earlier (two files within a second, or a
-    clock that was set back).
+    It is the present time, or one second past the newest entry: two files may come within a second, a clock may be set back.
     """
     pattern = re.compile(re.escape(prefix) + r"_(\d{8}_\d{6})")
     taken = (pattern.match(entry.name) for entry in Path(folder).glob(f"{prefix}_*"))
     newest = max((match.group(1) for match in taken if match), default="")
     stamp = datetime.now().strftime(STAMP_FORMAT)
-    if stamp > newest:
-        return stamp
-    with contextlib.suppress(ValueError):
-        return (datetime.strptime(newest, STAMP_FORMAT) + timedelta(seconds=1)).strftime(STAMP_FORMAT)
+    with contextlib.suppress(ValueError):  # digits that are no time
+        if stamp <= newest:
+            stamp = (datetime.strptime(newest, STAMP_FORMAT) + timedelta(seconds=1)).strftime(STAMP_FORMAT)
     return stamp
 
 
@@ -214,27 +195,10 @@ def file_digest(path: str | os.PathLike) -> bytes:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Words
-
-
-def plain_stem(path: str | os.PathLike, limit: int = 80) -> str:
-    """The name of `path` without its ending, as part of a new file's name: printable, of at most `limit` bytes in UTF-8."""
-    stem = "".join(letter if letter.isprintable() else "_" for letter in Path(path).stem)
-    return stem.encode()[:limit].decode(errors="ignore")
-
-
-def count_of(number: int, noun: str) -> str:
-    """'1 image', '2 images', '2 processes'."""
-    return f"{number} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# device
+# Device and precision
 
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of mallopt's parameters in malloc.h
-ACCELERATE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
 
 
 def get_dtype(precision: str) -> torch.dtype:
@@ -245,7 +209,7 @@ def get_dtype(precision: str) -> torch.dtype:
 
 
 def resolve_device(name: str, typed: bool) -> torch.device:
-    """The device to run on: cuda, cuda:N, mps or cpu.
+    """The device to run on: cuda, cuda:N, mps or cpu. On CUDA it also becomes torch's current device.
 
     A device that the machine lacks is a UserError if the user `typed` it. A default falls back, with one warning, to the first
     of cuda, mps and cpu that the machine has. A name that is no such device is a UserError in both cases.
@@ -257,45 +221,55 @@ def resolve_device(name: str, typed: bool) -> torch.device:
     present = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     if device.type not in present:
         raise UserError(f"device {name}: not supported; use cuda, cuda:N, mps or cpu")
-    if present[device.type]() and (device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()):
-        return device
-    if typed:
-        raise UserError(f"device {name}: not available on this machine; use cpu, or leave the choice to the program")
-    fallback = next(kind for kind in ("cuda", "mps", "cpu") if present[kind]())
-    log.warning("no %s here: running on %s", name, fallback)
-    return torch.device(fallback)
+    if not present[device.type]() or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        if typed:
+            raise UserError(f"device {name}: not available on this machine; use cpu, or leave the choice to the program")
+        device = torch.device(next(kind for kind in ("cuda", "mps", "cpu") if present[kind]()))
+        log.warning("no %s here: running on %s", name, device)
+    if device.type == "cuda":  # else every process that a launcher starts would open a context on the first GPU
+        local = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count() if device.index is None else device.index
+        torch.cuda.set_device(local)
+    return device
 
 
 def resolve_precision(precision: str, device: torch.device, typed: bool) -> str:
     """The precision to run in: a name in `PRECISIONS`, with a warning where it is not the given one.
 
-    On a CPU bfloat16 replaces float16, which has no gradient scaler and no speed there. Most CPUs are slower in bfloat16 than
-    in float32 (see `cpu_has_bfloat16`): on those, float32 replaces bfloat16 unless the user `typed` bfloat16.
+    A GPU that only emulates bfloat16 (Turing, Volta and older) gets float16; the current CUDA device is asked. A CPU gets
+    bfloat16 in place of float16, for which it has no gradient scaler and no speed. Most CPUs are slower in bfloat16 than in
+    float32 (see `cpu_has_bfloat16`): those get float32 in place of bfloat16, unless the user `typed` bfloat16.
     """
     get_dtype(precision)
     chosen = precision
+    if device.type == "cuda" and precision == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        chosen = "float16"
     if device.type == "cpu":
         if precision == "float16":
             chosen = "bfloat16"
         if chosen == "bfloat16" and not (typed and precision == chosen) and not cpu_has_bfloat16():
             chosen = "float32"
-        if chosen != precision:
-            log.warning("precision %s does not suit this CPU: using %s", precision, chosen)
+    if chosen != precision:
+        log.warning("precision %s does not suit this %s: using %s", precision, device.type.upper(), chosen)
     return chosen
 
 
-def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU with glibc, have malloc keep the memory of freed tensors instead of giving it back to the system.
+def compute_policy(device: torch.device, precision: str = "float32") -> None:
+    """Set how CUDA computes float32 in this process; no effect on other devices.
 
-    By default every feature map of more than a few MB is a new mapping, and the kernel clears its pages: a third of a tiny
-    VAE's encoding time. The price is that the process's memory does not shrink between batches. No effect on other devices
-    and other C libraries.
+    "float32" asks for exact and repeatable figures: no TF32 (10 bits of mantissa in place of 23), and cuDNN's kernels by its
+    own rule. Evaluation and translation use it, whatever precision their networks have. Training in "bfloat16" or "float16"
+    asks for speed: what stays float32 there, such as the perceptual networks, uses TF32, and cuDNN tries its kernels out for
+    each new size.
     """
-    if device.type == "cpu" and sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-            libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+    if device.type == "cuda":
+        fast = precision != "float32"
+        torch.set_float32_matmul_precision("high" if fast else "highest")
+        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = fast
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """A context in which the module computes in `dtype` while its weights stay float32; no effect for float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def require_compiler(device: torch.device) -> None:
@@ -308,23 +282,10 @@ def require_compiler(device: torch.device) -> None:
         raise UserError(f"compile: torch.compile does not work on this machine ({reason}); run without it") from None
 
 
-def physical_memory() -> int:
-    """Bytes of memory of this machine, or of its container's limit; 2**60 where the system does not tell."""
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        with contextlib.suppress(ValueError, OSError):  # no such file, or "max"
-            memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-        return memory
-    return 1 << 60
-
-
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU is faster in bfloat16 than in float32: with matrix instructions (AMX), on Arm, or with AMD's
-    AVX512-BF16.
+    """Whether this CPU is faster in bfloat16 than in float32: with matrix instructions (AMX), on Arm, with AMD's AVX512-BF16.
 
-    Intel's AVX512-BF16 alone is slower: on such a Xeon a 64-channel convolution ran at 200 GFLOPS against 351 in float32, and
-    TAESD's encoder at 6.2 images/s against 10.8. On an EPYC, whose AVX512-BF16 has twice float32's rate, the latent cache of
-    TAESD and TAEF1 was built at 2.9 images/s on one core against 2.1 on two in float32.
+    Intel's AVX512-BF16 alone is slower. On such a Xeon TAESD's encoder made 6.2 images/s, and 10.8 in float32.
     """
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot tell
     present = [name for name, there in capabilities.items() if there and "bf16" in name]
@@ -335,6 +296,33 @@ def _made_by_amd() -> bool:
     with contextlib.suppress(OSError):  # no such file outside Linux
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     return False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU with glibc, have malloc keep the memory of freed tensors; no effect elsewhere.
+
+    By default each large tensor is a new mapping whose pages the kernel clears, a third of a tiny VAE's encoding time. The
+    process's memory then does not shrink between batches.
+    """
+    if device.type == "cpu" and sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD of malloc.h
+            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def physical_memory() -> int:
+    """Bytes of memory of this machine, or of its container's limit; 2**60 where the system does not tell."""
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        with contextlib.suppress(ValueError, OSError):  # no such file, or "max"
+            memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        return memory
+    return 1 << 60
 
 
 def peak_memory(device: torch.device) -> int:
@@ -359,12 +347,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def memory_advice(doing: str, **settings):
-    """Within this context, running out of memory is a UserError that says what the program did and which settings help.
+    """Within this context, running out of memory is a UserError: what the program was `doing`, and which settings help.
 
-    Args:
-        doing: follows "out of memory while" in the message, such as "training".
-        settings: name and value of those that decide how much memory it takes, such as `train_batch_size=4,
-            precision="float32"`.
+    `settings` are the names and values that decide how much memory it takes: `train_batch_size=4, precision="float32"`.
     """
     try:
         yield
@@ -381,12 +366,81 @@ def memory_advice(doing: str, **settings):
         ) from None
 
 
-def release_memory() -> None:
-    """Return the CUDA allocator's unused memory to the device, so that it can allocate blocks of another size."""
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+# ----------------------------------------------------------------------------------------------------------------------
+# The request to stop
+
+# a terminal's Ctrl-C, a scheduler's end, then two warnings: the terminal has gone, the job's time is nearly up
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+WARNINGS = STOP_SIGNALS[2:]  # a second one ends nothing: a closed terminal sends SIGHUP twice
+RELAY = 2.0  # seconds within which a launcher repeats a signal to its processes
+ASK = 2.0  # seconds between two times at which the processes of a run ask each other whether to stop
 
 
-def autocast(device: torch.device, dtype: torch.dtype):
-    """A context in which the module computes in `dtype` while its weights stay float32; no effect for float32."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+def handle_stop_signals(handler) -> dict:
+    """Let `handler(number, frame)` handle `STOP_SIGNALS`; returns {signal number: its handler before}.
+
+    What the process was started to ignore stays ignored, such as SIGHUP under nohup or SIGINT in a script's background job.
+    """
+    before = {}
+    with contextlib.suppress(ValueError):  # outside the main thread the caller handles signals
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, handler) or signal.SIG_DFL
+    return before
+
+
+class StopRequest:
+    """Within this context `STOP_SIGNALS` ask the run to stop; `signal` is the number of the last one, or None.
+
+    The second SIGINT, or the second SIGTERM, ends the process at once. Under a launcher (LOCAL_RANK is set) a second one within
+    `RELAY` seconds is ignored: the launcher repeats to its processes the signal that the terminal has sent to all.
+    """
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._came_at = {}  # {signal number: when it came first, seconds}
+        self._ask_at_step, self._steps_between = 0, 1
+        self._asked_at = time.monotonic()
+
+    def __enter__(self):
+        self._handlers_before = handle_stop_signals(self._note)
+        return self
+
+    def _note(self, number, _):
+        self.signal, now = number, time.monotonic()
+        if number in self._came_at:
+            if number not in WARNINGS and now - self._came_at[number] > RELAY:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
+        self._came_at[number] = now
+        if "LOCAL_RANK" not in os.environ and number not in WARNINGS:
+            signal.signal(number, signal.SIG_DFL)
+        said = f"\n{signal.Signals(number).name}: finishing the step and saving; once more to leave at once\n"
+        with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the reader of stderr
+            os.write(2, said.encode())  # not print: the signal may have come within a print, which refuses a second one
+
+    def __exit__(self, *exception):
+        for number, handler in self._handlers_before.items():
+            if self.signal:  # while the rest is written, one more SIGINT or SIGTERM ends the process at once
+                handler = signal.SIG_IGN if number in WARNINGS else signal.SIG_DFL
+            signal.signal(number, handler)
+
+    def agreed(self, accelerator, step: int) -> int | None:
+        """The signal on which all processes stop after `step` steps, or None. Every process gets the same answer.
+
+        Several processes must wait for each other to agree, which at every step would leave their devices idle. They ask about
+        every `ASK` seconds, at steps that all of them compute from the time of the slowest. A fixed number of steps would not
+        do: a launcher kills its processes half a minute after a signal.
+        """
+        if accelerator.num_processes == 1:
+            return self.signal
+        if step < self._ask_at_step:
+            return None
+        mine = [float(self.signal or 0), time.monotonic() - self._asked_at]
+        number, seconds = accelerator.gather(torch.tensor([mine], device=accelerator.device)).amax(dim=0).tolist()
+        self._asked_at = time.monotonic()
+        in_time = int(self._steps_between * ASK / max(seconds, 1e-3))
+        self._steps_between = max(1, min(2 * self._steps_between, in_time))
+        self._ask_at_step = step + self._steps_between
+        return int(number) or None

@@ -1,7 +1,6 @@
 """The command line of a program: checked flags, configs with the precedence default < JSON < typed, and one-line errors.
 
-Both programs are built on `Parser` and end through `run`. The library below them knows no flags: its errors name settings,
-and `naming` adds the flag. The only flag that this module knows itself is --load_config.
+The library below the programs knows no flags: its errors name settings, and `naming` adds the flag.
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ import argparse
 import contextlib
 import copy
 import difflib
-import errno
 import logging
-import math
 import os
 import re
 import signal
@@ -22,14 +19,11 @@ import threading
 import traceback
 from pathlib import Path
 
-from runtime.interrupts import Terminated, unwinding_on_signals
-from utils import UserError, one_line, printable, read_json, shown, without_secrets
+from utils import WARNINGS, UserError, handle_stop_signals, one_line, printable, read_json, shown, without_secrets
 from vae_align import AlignError
 
-MISTAKES = (UserError, AlignError)  # exceptions that are a mistake of the user's: one line, no traceback
+MISTAKES = (UserError, AlignError)  # the user's mistakes: one line, no traceback
 UNSET = object()  # in place of a default, so that a typed value that equals the default counts as typed
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SAID_OF_A_FLAG = re.compile(r"argument --\w+: ")  # argparse's opening of an error about a flag's value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -40,8 +34,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, whose flags cannot be abbreviated, and whose help shows defaults."""
 
     def __init__(self, **options):
-        options.setdefault("formatter_class", _HelpFormatter)
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(allow_abbrev=False, **{"formatter_class": _HelpFormatter, **options})
+        self.register("type", None, os.path.expanduser)  # of all words only a path begins with ~, and a config has no shell
 
     def add_switch(self, group, name: str, default: bool, text: str) -> None:
         """Add `--name` and `--no_name`, of which `default` says which one holds when neither is typed."""
@@ -50,7 +44,7 @@ class Parser(argparse.ArgumentParser):
 
     def settings(self) -> dict[str, object]:
         """{name: default} of every flag but --help, in the order of the help text."""
-        return {name: copy.copy(action.default) for name, action in self._by_name().items()}
+        return {name: copy.copy(action.default) for name, action in self._actions_by_name().items()}
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Parse with the precedence default < --load_config JSON < typed flags. A mistake ends the program with status 2.
@@ -59,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         """
         config = {}
         try:
-            typed = self._given(argv)
+            typed = self._typed(argv)
             if "load_config" in typed:
                 config = self.check_config(load_config(typed["load_config"]), typed["load_config"])
         except UserError as error:
@@ -70,10 +64,10 @@ class Parser(argparse.ArgumentParser):
     def check_config(self, config: dict, source: str) -> dict:
         """The values of a JSON config as its flags would parse them.
 
-        UserError names `source`, the key and the mistake: an unknown key with the nearest known one, or whatever argparse
-        says of the value.
+        UserError names `source`, the key and the mistake: an unknown key with the nearest known one, or the kind that the value
+        must have, or argparse's own complaint.
         """
-        known = self._by_name()
+        known = self._actions_by_name()
         known.pop("load_config", None)
         checked = {}
         for name, value in config.items():
@@ -81,54 +75,46 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"{source}: unknown key {shown(name)}{nearest(name, known)}")
             try:
                 checked[name] = self._from_json(known[name], value)
-            except (UserError, ValueError) as error:  # ValueError: a whole number too long for Python to print
-                raise UserError(f"{source}: {name}: {SAID_OF_A_FLAG.sub('', str(error))}") from None
+            except (UserError, ValueError) as error:  # ValueError: a word that no file name can hold, a number too long
+                raise UserError(f"{source}: {name}: {str(error).removeprefix(f'argument --{name}: ')}") from None
         return checked
 
     def error(self, message: str):
-        """Called by argparse with whatever is wrong: UserError, which `parse` and `check_config` show in their own way."""
+        """argparse calls this with a mistake: UserError, which `parse` and `check_config` show in their own way."""
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
         if unknown:
             message = f"unknown flag {unknown[1]}{nearest(unknown[1], self._option_string_actions)}"
         raise UserError(message)
 
-    def _by_name(self) -> dict[str, argparse.Action]:
-        """{name: its action}; of a switch, the action of --name rather than of --no_name."""
-        actions = {}
-        for action in self._actions:
-            if action.dest != "help":
-                actions.setdefault(action.dest, action)
-        return actions
+    def _actions_by_name(self) -> dict[str, argparse.Action]:
+        return {action.dest: action for action in self._actions if action.dest != "help"}
 
-    def _given(self, argv: list[str] | None) -> dict:
+    def _typed(self, argv: list[str] | None) -> dict:
         """{name: value} of the flags in `argv`. UserError for the first mistake."""
-        given = vars(self.parse_args(argv, argparse.Namespace(**dict.fromkeys(self.settings(), UNSET))))
-        given = {name: value for name, value in given.items() if value is not UNSET}
-        for name, value in given.items():
-            for item in value if isinstance(value, list) else [value]:
-                if isinstance(item, str) and not _is_name(item):
-                    raise UserError(f"argument --{name}: {shown(item)} cannot be a name: a NUL or broken Unicode is in it")
-        return {name: _at_home(value) for name, value in given.items()}
+        unset = argparse.Namespace(**dict.fromkeys(self._actions_by_name(), UNSET))
+        return {name: value for name, value in vars(self.parse_args(argv, unset)).items() if value is not UNSET}
 
     def _from_json(self, action: argparse.Action, value):
-        """A JSON value as its flag would parse it, written as words of a command line. UserError says what is wrong."""
-        flag = f"--{action.dest}"
+        """A JSON value as its flag would parse it. UserError or ValueError says what is wrong."""
         if value is None and action.default is None:
             return None
+        words = value if isinstance(value, list) else [value]
         if action.nargs == 0:
-            if not isinstance(value, bool):
-                raise UserError(f"{shown(value)} must be true or false")
+            kind, fits = "true or false", isinstance(value, bool)
+        elif action.nargs == "+":
+            kind, fits = "a list of words", value is words and all(isinstance(word, str) and word[:1] != "-" for word in words)
+        elif action.type:
+            kind, fits = "a number", isinstance(value, (int, float)) and not isinstance(value, bool)
+        else:
+            kind, fits = "a string", isinstance(value, str)
+        if not fits:
+            raise UserError(f"{shown(value)} must be {kind}")
+        if any(b"\0" in os.fsencode(str(word)) for word in words):
+            raise UserError(f"{shown(value)} must hold no NUL")
+        if action.nargs == 0:
             return value
-        if action.nargs == "+":
-            if not isinstance(value, list) or any(not isinstance(item, str) or item.startswith("-") for item in value):
-                raise UserError(f"{shown(value)} must be a list of words")
-            return self._given([flag, *value])[action.dest]
-        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            raise UserError(f"{shown(value)} must be a single number or string")
-        parsed = self._given([f"{flag}={value}"])[action.dest]
-        if isinstance(value, str) != isinstance(parsed, str):
-            raise UserError(f"{shown(value)} must be a {'number' if isinstance(value, str) else 'string'}")
-        return parsed
+        flag = f"--{action.dest}"
+        return self._typed([flag, *words] if value is words else [f"{flag}={value}"])[action.dest]
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -148,54 +134,33 @@ def nearest(name: str, known) -> str:
 
 def integer(low: int, high: int = 10**9):
     """An argparse type: a whole number from `low` to `high`."""
-
-    def convert(text):
-        value = int(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{shown(text)}: must be a whole number from {low} to {high}")
-        return value
-
-    convert.__name__ = "whole number"  # argparse says "invalid whole number value"
-    return convert
+    return _number(int, "whole number", low, high)
 
 
 def real(low: float, high: float = 1e9, above: bool = False):
     """An argparse type: a finite number from `low` (not itself, if `above`) to `high`."""
+    return _number(float, "number", low, high, above)
 
+
+def _number(kind, name, low, high, above=False):
     def convert(text):
-        value = float(text)
-        if not (low <= value <= high) or (above and value == low) or not math.isfinite(value):
+        value = kind(text)
+        if not low <= value <= high or (above and value == low):
             side = "above" if above else "from"
-            raise argparse.ArgumentTypeError(f"{shown(text)}: must be a number {side} {low:g} to {high:g}")
+            raise argparse.ArgumentTypeError(f"{shown(text)}: must be a {name} {side} {low:.12g} to {high:.12g}")
         return value
 
-    convert.__name__ = "number"
+    convert.__name__ = name  # argparse says "invalid whole number value"
     return convert
-
-
-def _at_home(value):
-    """`value` with the home folder for `~`, as a shell has it: no flag but a path begins so, and a config knows no shell."""
-    if isinstance(value, list):
-        return [_at_home(item) for item in value]
-    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
-
-
-def _is_name(text: str) -> bool:
-    """Whether the system could take `text` for the name of a file."""
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeError:
-        return False
 
 
 def load_config(config_path) -> dict:
     """The JSON object in `config_path` as a dict; UserError when it cannot be read or is not an object."""
     try:
         config = read_json(config_path)
-    except UnicodeDecodeError:
-        raise UserError(f"--load_config {config_path}: cannot be read as JSON: it is not in UTF-8; save it as UTF-8") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"--load_config {config_path}: cannot be read as JSON ({one_line(error)})") from None
+        remedy = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        raise UserError(f"--load_config {config_path}: cannot be read as JSON ({one_line(error)}){remedy}") from None
     if not isinstance(config, dict):
         raise UserError(f"--load_config {config_path}: holds a {type(config).__name__}; it must be an object of flags")
     return config
@@ -211,15 +176,13 @@ def naming(*flags: str):
     try:
         yield
     except MISTAKES as error:
-        message = str(error)
-        for flag in flags:
-            if re.match(rf"{re.escape(flag.lstrip('-'))}[ :]", message):
-                raise UserError(f"--{message}") from None
+        if any(re.match(rf"{flag.removeprefix('--')}[ :]", str(error)) for flag in flags):
+            raise UserError(f"--{error}") from None
         raise
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Outputs that flags name
+# The program
 
 
 def claim_writable_folder(path: str | os.PathLike, label: str, create: bool = True) -> Path:
@@ -228,135 +191,105 @@ def claim_writable_folder(path: str | os.PathLike, label: str, create: bool = Tr
     Without `create` nothing is written: the folder, or the nearest existing one above it, must have write permission.
     """
     path = Path(path)
-    if not create:
-        existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise UserError(f"{label} {path}: cannot write there ({existing} is no writable folder); name another folder")
-        return path
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path) as file:
-            file.write(b"0")  # a full disk still accepts new names, but no content
-            file.flush()
-            return path
+        if create:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path) as file:
+                file.write(b"0")  # a full disk still accepts new names, but no content
+        else:
+            existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+            if not existing.is_dir() or not os.access(existing, os.W_OK):
+                raise OSError(f"{existing} is no writable folder")
     except (OSError, ValueError) as error:
         raise UserError(f"{label} {path}: cannot write there ({one_line(error)}); name another folder") from None
+    return path
 
 
 def claim_writable_file(path: str | os.PathLike, label: str) -> None:
     """Prove that file `path` could be written, without changing an existing file. UserError begins with `label`."""
     if os.path.isdir(path):
         raise UserError(f"{label} {path}: a folder; name a file")
-    try:
-        claim_writable_folder(Path(path).parent, label)
-    except UserError:
-        raise UserError(f"{label} {path}: cannot write there; name a file in another folder") from None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The program
+    claim_writable_folder(Path(path).parent, label)
 
 
 def use_proxy(url: str | None) -> None:
-    """Send the hub client, and every library that reads the standard variables, through the proxy at `url`, whatever the
-    environment says."""
+    """Send the hub client, and every library that reads the standard variables, through the proxy at `url`."""
     if url:
         for name in ("NO_PROXY", "no_proxy"):
             os.environ.pop(name, None)
-        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):  # an ALL_PROXY that is there would stop what it does not serve
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):  # an earlier ALL_PROXY may be of a kind that no client knows
             os.environ[name] = os.environ[name.lower()] = url
 
 
 def run(main) -> None:
     """Call `main()` as a program.
 
-    A mistake of the user's, or an error of the operating system, becomes one line on stderr and exit status 1. SIGINT,
-    SIGTERM and the like become one line and exit status 128 + their number. Any other exception is a bug: its traceback,
-    without secrets.
-    Every log message stays on one line, and characters that the terminal's encoding lacks are printed as escapes.
+    A user's mistake, or an error of the operating system, becomes one line on stderr and exit status 1. The first signal to
+    stop unwinds the program, so that temporary files and workers go, and becomes one line and exit status 128 + its number; the
+    second SIGINT or SIGTERM ends it at once. Any other exception is a bug: its traceback, without secrets. Each log message
+    stays on one line. The program goes on when nobody reads its output any more.
     """
     sys.excepthook = sys.__excepthook__
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it warns of every config key that a VAE class does not use
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it warns at each retry; the last failure is a UserError's one line
-    sys.stdout, sys.stderr = Lenient(sys.stdout, 1), Lenient(sys.stderr, 2)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        _survive(stream)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(_PrintableFormatter("%(message)s"))
+        handler.setFormatter(_PrintableFormatter())
     for chatty in ("httpx", "httpx2"):  # one line per request of the hub client
         logging.getLogger(chatty).setLevel(logging.WARNING)
     threading.excepthook = _thread_failed
+    stopped_by = signal.SIGINT
+
+    def unwind(number, _):
+        nonlocal stopped_by
+        stopped_by = number
+        signal.signal(number, signal.SIG_IGN if number in WARNINGS else signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    before = handle_stop_signals(unwind)
     try:
-        with unwinding_on_signals():
-            main()
+        main()
     except MISTAKES as error:
         sys.exit(f"error: {one_line(error, limit=600)}")
     except OSError as error:
-        full = error.errno in DISK_FULL
-        remedy = "free some space or name another folder" if full else "check its permissions, or name another"
-        sys.exit(f"error: {one_line(error, limit=600)}; {remedy}")
-    except KeyboardInterrupt as interrupt:
-        number = interrupt.number if isinstance(interrupt, Terminated) else signal.SIGINT
-        print(
-            f"\nstopped by {signal.Signals(number).name}; what was finished is kept; start the same command again",
-            file=sys.stderr,
-        )
-        sys.exit(128 + number)
+        sys.exit(f"error: {one_line(error, limit=600)}; check the permissions and the free space there, or name another place")
+    except KeyboardInterrupt:
+        name = signal.Signals(stopped_by).name
+        print(f"\nstopped by {name}; what was finished is kept; start the same command again", file=sys.stderr)
+        sys.exit(128 + stopped_by)
     except Exception:  # tracebacks of libraries quote URLs and headers
         sys.exit(without_secrets(traceback.format_exc().rstrip()))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-class Lenient:
-    """A standard stream that may fail: what is printed never ends what is done. After the first failure (a full disk, a reader
-    or a terminal that has gone) what is printed goes nowhere.
+def _survive(stream) -> None:
+    """Drop the output of `stream` once its reader or terminal has gone or its disk is full, and let the program go on."""
 
-    Args:
-        stream: None where the program was started with the stream closed. descriptor: 1 or 2.
-    """
+    def surviving(call):
+        def attempt(*text):
+            try:
+                return call(*text)
+            except OSError:  # the descriptor itself, so that libraries and the rest of the buffer do not fail on it
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
-    def __init__(self, stream, descriptor: int):
-        self._descriptor = descriptor
-        if stream is None:
-            stream = os.fdopen(self._to_nowhere(), "w", closefd=False)
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-        self._stream = stream
+        return attempt
 
-    def __getattr__(self, name):
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        with self._forgiving():
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._forgiving():
-            self._stream.flush()
-
-    @contextlib.contextmanager
-    def _forgiving(self):
-        try:
-            yield
-        except OSError:
-            self._to_nowhere()
-
-    def _to_nowhere(self) -> int:
-        """Let the descriptor lead to nowhere, for libraries and for what is still in a buffer."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        if nowhere != self._descriptor:
-            os.dup2(nowhere, self._descriptor)
-            os.close(nowhere)
-        return self._descriptor
+    stream.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
+    stream.write, stream.flush = surviving(stream.write), surviving(stream.flush)
 
 
-def _thread_failed(failure):
-    """One line for an error of the operating system in a library's thread, such as TensorBoard's writer; the main thread gets
-    the same error. Any other exception is a bug, with its traceback."""
+def _thread_failed(failure) -> None:
+    """An error in a library's thread, such as TensorBoard's writer: one line if it is the operating system's, which the main
+    thread gets too, else its traceback without secrets."""
     if isinstance(failure.exc_value, OSError):
         logging.warning("%s", one_line(failure.exc_value))
     else:
-        text = traceback.format_exception(failure.exc_type, failure.exc_value, failure.exc_traceback)
-        print(without_secrets("".join(text).rstrip()), file=sys.stderr)
+        print(without_secrets("".join(traceback.format_exception(failure.exc_value)).rstrip()), file=sys.stderr)
 
 
 class _PrintableFormatter(logging.Formatter):

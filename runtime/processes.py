@@ -1,4 +1,4 @@
-"""This process among the others of a run: 🤗 Accelerate's view of them, and what they tell each other."""
+"""This process among the others of a run: 🤗 Accelerate's view of them, and the values that they exchange."""
 
 from __future__ import annotations
 
@@ -10,22 +10,27 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import distributed
 
-from utils import ACCELERATE_NAMES, UserError, get_dtype, one_line
+from utils import UserError, get_dtype, one_line
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-LAUNCHER_VARIABLES = ("ACCELERATE_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_", "FSDP_")
-
+ACCELERATE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
+LAUNCHERS = ("ACCELERATE_", "MASTER_", "RANK", "LOCAL_", "WORLD_SIZE", "TORCHELASTIC_", "OMPI_COMM_", "PMI_", "MPI_", "MV2_")
 MEETING = datetime.timedelta(minutes=10)  # within which all processes of a run must have come, or there are no others
 WORK = datetime.timedelta(hours=12)  # for which they wait for each other afterwards, such as while the cache is built
 
 log = logging.getLogger(__name__)
 
 
-def create_accelerator(device: torch.device, precision: str) -> Accelerator:
-    """Accelerate's view of this process: its device and its place among the others. `precision`: a name in `PRECISIONS`."""
+def create_accelerator(device: str | torch.device, precision: str) -> Accelerator:
+    """Accelerate's view of this process: its device and its place among the others.
+
+    In all processes but the first the log level becomes WARNING, so that each line of progress comes once. UserError where the
+    launcher's environment variables do not fit.
+    """
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
@@ -38,26 +43,32 @@ def create_accelerator(device: torch.device, precision: str) -> Accelerator:
     for name in ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND"):  # flags and seed alone shape weights
         if os.environ.pop(name, "1").lower() not in ("", "1", "no"):
             log.warning("%s of the environment has no effect", name)
+    device, mixed = torch.device(device), ACCELERATE_NAMES[get_dtype(precision)]
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # Accelerate takes the current one
-    mixed = ACCELERATE_NAMES[get_dtype(precision)]
-    if AcceleratorState._shared_state:  # of an earlier run in this interpreter, which may have had another device or precision
-        earlier = AcceleratorState()
-        if (earlier.mixed_precision, earlier.device.type) != (mixed, device.type):
-            AcceleratorState._reset_state(reset_partial_state=earlier.device.type != device.type)
+    # an earlier run in this interpreter may have had another device or precision
+    AcceleratorState._reset_state(reset_partial_state=not (distributed.is_available() and distributed.is_initialized()))
     try:
-        patience = InitProcessGroupKwargs(timeout=MEETING)
+        patience = InitProcessGroupKwargs(init_method="meeting://", timeout=WORK)
         accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed, kwargs_handlers=[patience])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.distributed_c10d._set_pg_timeout(WORK, torch.distributed.group.WORLD)
-        return accelerator
     except (ImportError, ValueError, RuntimeError, KeyError) as error:  # variables that launchers set, and that do not fit
-        AcceleratorState._reset_state(reset_partial_state=True)
-        found = ", ".join(sorted(name for name in os.environ if name.startswith(LAUNCHER_VARIABLES))) or "none"
+        found = ", ".join(sorted(name for name in os.environ if name.startswith(LAUNCHERS))) or "none"
         raise UserError(
             f"the launcher's environment does not fit this program ({one_line(error)}); its variables: {found}; unset them, or "
             "start with `accelerate launch`"
         ) from None
+    if not accelerator.is_main_process:
+        logging.getLogger().setLevel(logging.WARNING)
+    return accelerator
+
+
+def _meet(url: str, timeout: datetime.timedelta, **options):
+    """How the processes find each other, within `MEETING`; torch would give this the patience of their later work."""
+    yield from distributed.rendezvous(url.replace("meeting", "env", 1), timeout=MEETING, **options)
+
+
+if distributed.is_available():
+    distributed.register_rendezvous_handler("meeting", _meet)
 
 
 def is_main(accelerator: Accelerator | None) -> bool:
@@ -81,11 +92,11 @@ def summed(tensor: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Machine:
-    """The processes of a run that have their folders in common, this one among them. By default it is alone.
+    """This process among those that have their folders in common. By default it is alone.
 
     Attributes:
         accelerator: of this process, or None. machines: the numbers of the processes of each machine. number: of this machine.
-        group: torch's, of this machine's processes; None stands for all.
+        group: torch's group of this machine's processes; None stands for all.
     """
 
     accelerator: Accelerator | None = None
@@ -104,10 +115,10 @@ class Machine:
         return self.accelerator.process_index - self.machines[self.number].start if self.accelerator else 0
 
     def of_first(self, work: Callable[[], object]):
-        """What `work` gives in the first process of this machine, which alone calls it."""
+        """The result of `work()`, which only the first process of this machine calls; all of them get it."""
         value = [work() if self.rank == 0 else None]
         if self.world > 1:
-            torch.distributed.broadcast_object_list(value, self.machines[self.number].start, self.group)
+            distributed.broadcast_object_list(value, self.machines[self.number].start, self.group)
         return value[0]
 
     def of_each(self, value) -> list:
@@ -120,7 +131,7 @@ ALONE = Machine()
 
 
 def machines_of(accelerator: Accelerator | None, separate: bool) -> tuple[range, ...]:
-    """The numbers of the processes of each machine: by the launcher's word if `separate`, else all processes are on one.
+    """The numbers of the processes of each machine: as the launcher says if `separate`, else all processes are on one.
     UserError where the launcher does not number the processes machine by machine."""
     world = accelerator.num_processes if accelerator else 1
     if not separate or world == 1:
@@ -141,6 +152,6 @@ def machine_of(accelerator: Accelerator | None, separate: bool) -> Machine:
     machines = machines_of(accelerator, separate)
     if len(machines) == 1:
         return Machine(accelerator, machines)
-    group, _ = torch.distributed.new_subgroups_by_enumeration([list(each) for each in machines], WORK, "gloo")
+    group, _ = distributed.new_subgroups_by_enumeration([list(each) for each in machines], WORK, "gloo")
     number = next(number for number, processes in enumerate(machines) if accelerator.process_index in processes)
     return Machine(accelerator, machines, number, group)

@@ -1,14 +1,36 @@
-"""Files, stamps and messages of utils.py."""
+"""utils.py: messages and secrets, files, device and precision, memory, the request to stop."""
 
 import errno
 import os
 import re
+import signal
 from datetime import datetime, timedelta
 
 import pytest
-from hostile import no_hang
+import torch
+from hostile import refusal
 
-from utils import atomic_file, hub_token, next_stamp, one_line, write_json
+import utils
+from utils import (
+    STOP_SIGNALS,
+    WARNINGS,
+    StopRequest,
+    UserError,
+    atomic_file,
+    autocast,
+    compute_policy,
+    cpu_has_bfloat16,
+    get_dtype,
+    hub_token,
+    is_out_of_memory,
+    memory_advice,
+    next_stamp,
+    one_line,
+    require_compiler,
+    resolve_device,
+    resolve_precision,
+    write_json,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
@@ -115,27 +137,20 @@ def test_one_line_is_one_short_line():
     assert len(one_line(ValueError("word " * 1000), limit=50)) == 50
 
 
-@pytest.mark.parametrize("name", ["HUGGINGFACE_TOKEN", "HF_TOKEN"])
-def test_one_line_hides_the_token(monkeypatch, name):
-    """A token in the terminal's scrollback and in CI logs."""
-    for other in ("HUGGINGFACE_TOKEN", "HF_TOKEN"):
-        monkeypatch.delenv(other, raising=False)
-    monkeypatch.setenv(name, "hf_secret")
-    assert one_line(ValueError("401 for Bearer hf_secret, hf_secret\n")) == "401 for Bearer ***, ***"
-    assert "hf_s" not in one_line(ValueError("x" * 20 + "hf_secret"), limit=25)  # cut only after it is hidden
-
-
-def test_one_line_hides_a_token_set_with_a_newline(monkeypatch):
-    """The HTTP client refuses such a header and quotes it, with the token in plain sight."""
-    monkeypatch.setenv("HUGGINGFACE_TOKEN", "hf_secret\n")
-    assert "hf_secret" not in one_line(ValueError(f"Illegal header value {b'Bearer hf_secret' + bytes([10])!r}"))
-
-
-def test_one_line_hides_both_tokens_when_two_are_set(monkeypatch):
-    """The hub client may use HF_TOKEN on its own account, so that its errors quote the other one."""
-    monkeypatch.setenv("HUGGINGFACE_TOKEN", "hf_first")
+def test_one_line_hides_both_tokens(monkeypatch):
+    """A token in the terminal's scrollback and in CI logs; the newline after it, with which the HTTP client quotes it."""
+    monkeypatch.setenv("HUGGINGFACE_TOKEN", "hf_first\n")
     monkeypatch.setenv("HF_TOKEN", "hf_second")
-    assert one_line(ValueError("hf_first hf_second")) == "*** ***"
+    assert one_line(ValueError("401 for Bearer hf_first, hf_second\n")) == "401 for Bearer ***, ***"
+    assert "hf_f" not in one_line(ValueError("x" * 20 + "hf_first"), limit=25)  # cut only after it is hidden
+
+
+def test_one_line_hides_a_login_and_a_password(monkeypatch):
+    """The stored token of `hf auth login`, or a proxy's password, in a library's message."""
+    stored = "hf_" + "aBcD" * 9
+    assert one_line(ValueError(f"Bearer {stored}; http://me:se@cret@proxy:1 of hf_transfer")) == (
+        "Bearer ***; http://***@proxy:1 of hf_transfer"
+    )
 
 
 @pytest.mark.parametrize("calls, number", [(("chmod", "fchmod"), errno.EPERM), (("fsync",), errno.EINVAL)], ids=str)
@@ -154,23 +169,287 @@ def test_a_file_system_without_a_comfort_of_posix_takes_files(tmp_path, monkeypa
     assert bool(refused) == ("fsync" in calls)  # no mode is set after the file is there: the umask has its say at once
 
 
-def test_a_token_file_that_is_a_pipe_is_not_waited_for(tmp_path, monkeypatch):
-    """A run, or a mere error message, that waits for ever for somebody to write a token."""
-    os.mkfifo(tmp_path / "token")
-    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
-    for name in ("HUGGINGFACE_TOKEN", "HF_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    with no_hang():
-        assert hub_token() is None
-
-
 def test_the_token_of_a_login_counts_after_that_of_the_environment(tmp_path, monkeypatch):
     """A user who has logged in as for every other tool, and is told that there is no such model."""
-    for name in ("HUGGINGFACE_TOKEN", "HF_TOKEN", "HF_TOKEN_PATH"):
+    for name in ("HUGGINGFACE_TOKEN", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
     assert hub_token() is None
     (tmp_path / "token").write_text("hf_stored\n")
-    assert hub_token() == "hf_stored" and "hf_stored" not in one_line(ValueError("with hf_stored"))
-    monkeypatch.setenv("HF_TOKEN", "hf_set")
+    assert hub_token() == "hf_stored"
+    monkeypatch.setenv("HUGGINGFACE_TOKEN", "hf_set\n")
     assert hub_token() == "hf_set"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Device and precision
+
+
+def test_get_dtype_knows_the_three_precisions_and_names_them_otherwise():
+    """Two precisions swapped; a KeyError for a mistyped one."""
+    expected = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    assert {name: get_dtype(name) for name in expected} == expected
+    for name in ("fp16", "float64", ""):
+        with pytest.raises(UserError, match="choose from bfloat16, float16, float32"):
+            get_dtype(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_default_cuda_falls_back_with_one_warning_and_typed_cuda_is_an_error(caplog):
+    """A user who asks for the GPU and trains on the CPU without knowing; a default that stops who has no GPU."""
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(UserError, match=f"^device {name}: not available"):
+            resolve_device(name, typed=True)
+    assert not caplog.records
+    assert resolve_device("cuda", typed=False).type in ("cpu", "mps")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A function: a machine with so many GPUs; gives the list of devices that became the current one."""
+
+    def pretend(count, bfloat16=True):
+        current = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16 or including_emulation)
+        return current
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "count", "current"), [("cuda", "3", 8, 3), ("cuda", "3", 1, 0), ("cuda:2", "1", 8, 2)]
+)
+def test_each_process_of_a_launcher_computes_on_its_own_gpu(gpus, monkeypatch, name, rank, count, current):
+    """Eight processes whose trial of torch.compile opens eight contexts on the first GPU."""
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    became = gpus(count)
+    assert (resolve_device(name, typed=False), became) == (torch.device(name), [current])
+
+
+@pytest.mark.parametrize("name", ["", "cuda:-1", "meta"])
+@pytest.mark.parametrize("typed", [True, False])
+def test_what_is_no_device_is_an_error_even_from_a_config(name, typed):
+    """torch's own traceback; `meta`, which torch takes and which computes nothing."""
+    with pytest.raises(UserError, match=r"^device"):
+        resolve_device(name, typed)
+
+
+@pytest.mark.parametrize(
+    ("precision", "typed", "with_bfloat16", "without"),
+    [
+        ("float32", False, "float32", "float32"),
+        ("bfloat16", False, "bfloat16", "float32"),
+        ("bfloat16", True, "bfloat16", "bfloat16"),
+        ("float16", False, "bfloat16", "float32"),
+        ("float16", True, "bfloat16", "float32"),
+    ],
+)
+def test_precision_on_a_cpu(monkeypatch, caplog, precision, typed, with_bfloat16, without):
+    """float16 on a CPU, which has no gradient scaler; bfloat16 where it is slower; a typed choice not respected."""
+    monkeypatch.setattr(utils, "_made_by_amd", lambda: False)
+    for capability, expected in ((True, with_bfloat16), (False, without)):
+        caplog.clear()
+        capabilities = {"avx2": True, "avx512_bf16": True, "amx_bf16": capability}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", capabilities.copy, raising=False)
+        assert cpu_has_bfloat16() == capability
+        assert resolve_precision(precision, torch.device("cpu"), typed) == expected
+        assert len(caplog.records) == (expected != precision)
+
+
+@pytest.mark.parametrize("amd", [True, False])
+def test_avx512_bf16_is_fast_on_amd_alone(monkeypatch, amd):
+    """float32 on an EPYC, at half the speed; bfloat16 on a Xeon without AMX."""
+    monkeypatch.setattr(utils, "_made_by_amd", lambda: amd)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": True}, raising=False)
+    assert cpu_has_bfloat16() == amd
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    assert not cpu_has_bfloat16()
+
+
+def test_precision_on_a_cpu_with_a_torch_that_cannot_tell(monkeypatch):
+    """torch.cpu.get_capabilities is younger than the oldest torch of requirements.txt: a traceback before anything else."""
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert resolve_precision("bfloat16", torch.device("cpu"), typed=False) in ("bfloat16", "float32")
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_precision_on_a_gpu(gpus, caplog, supported):
+    """bfloat16 on a T4, V100 or RTX 20xx, which emulate it at a fraction of their speed; the rules for CPUs on a GPU."""
+    gpus(1, bfloat16=supported)
+    chosen = {name: resolve_precision(name, torch.device("cuda"), typed=True) for name in ("bfloat16", "float16", "float32")}
+    assert chosen == {"bfloat16": "bfloat16" if supported else "float16", "float16": "float16", "float32": "float32"}
+    assert len(caplog.records) == (not supported)
+
+
+def test_float32_is_exact_where_it_is_asked_for(monkeypatch):
+    """Figures and translations in TF32, with 10 bits of mantissa; a training run that leaves TF32 unused."""
+    for switch in ("allow_tf32", "benchmark"):
+        monkeypatch.setattr(torch.backends.cudnn, switch, getattr(torch.backends.cudnn, switch))
+    found = []
+    for device, precision in (("cuda", "bfloat16"), ("cpu", "float32"), ("cuda", "float32"), ("cpu", "bfloat16")):
+        compute_policy(torch.device(device), precision)
+        cudnn = torch.backends.cudnn
+        found.append((cudnn.allow_tf32, cudnn.benchmark, torch.get_float32_matmul_precision()))
+    assert found == [(True, True, "high")] * 2 + [(False, False, "highest")] * 2
+
+
+def test_a_machine_without_a_compiler_is_one_line(monkeypatch):
+    """torch.compile's page of errors at the first training step."""
+    monkeypatch.setattr(torch, "compile", lambda function: lambda value: 1 / 0)
+    refusal(lambda: require_compiler(torch.device("cpu")), "compile: torch.compile does not work", "division by zero")
+
+
+def test_autocast_keeps_float32_exact_and_casts_otherwise():
+    """float32 asked for, bfloat16 got."""
+    matrix = torch.eye(2)
+    for dtype in (torch.float32, torch.bfloat16):
+        with autocast(torch.device("cpu"), dtype):
+            assert (matrix @ matrix).dtype == dtype
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+
+OUT_OF_MEMORY = {
+    "cuda": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:114] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    "mps": RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"),
+    "python": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+def test_running_out_of_memory_says_what_was_done_and_which_flags_help(kind):
+    """torch's page of allocator statistics; a RuntimeError that nobody takes for what it is."""
+    error = OUT_OF_MEMORY[kind]
+    assert is_out_of_memory(error)
+
+    def work():
+        with memory_advice("training", train_batch_size=64, num_workers=0, precision="float32"):
+            raise error
+
+    text = refusal(work, "out of memory while training", "train_batch_size 64", "precision float32")
+    assert "lower train_batch_size or use precision bfloat16" in text
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes do not match"), ValueError("out of memory"), UserError("x"), KeyboardInterrupt()]
+)
+def test_other_errors_pass_through(error):
+    """A bug that is reported as too little memory."""
+    with pytest.raises(type(error)) as caught, memory_advice("training", train_batch_size=4):
+        raise error
+    assert caught.value is error and not is_out_of_memory(error)
+
+
+def test_advice_when_nothing_can_be_lowered():
+    """ "lower " and nothing after it."""
+
+    def work():
+        with memory_advice("training", train_batch_size=1, precision="bfloat16"):
+            raise MemoryError
+
+    refusal(work, "use a machine with more of it")
+
+
+def test_torchs_own_error_on_the_cpu_is_known():
+    """A wording of torch's that changes with its version."""
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 50)
+    assert is_out_of_memory(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The request to stop
+
+
+@pytest.fixture
+def handlers_of_the_suite():
+    """A run that is stopped leaves the default handlers behind; this interpreter runs on."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers_of_the_suite")
+def test_what_a_launcher_passes_on_is_no_second_signal(monkeypatch, capfd):
+    """Ctrl-C under `accelerate launch`, which comes twice to each process, ends it unsaved."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    times = iter([0.0, 1.0, 1.0 + utils.RELAY / 2])
+    monkeypatch.setattr("utils.time.monotonic", lambda: next(times))
+    with StopRequest() as stop:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+    assert capfd.readouterr().err.count("finishing the step") == 1
+
+
+@pytest.mark.usefixtures("handlers_of_the_suite")
+def test_a_signal_is_heard_when_nobody_reads_the_log_any_more():
+    """Ctrl-C under `2>&1 | tee log`, which ends tee as well: the run would fail on its own message, unsaved."""
+    reader, writer = os.pipe()
+    stderr = os.dup(2)
+    os.close(reader)
+    os.dup2(writer, 2)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(writer)
+
+
+@pytest.mark.usefixtures("handlers_of_the_suite")
+@pytest.mark.parametrize("number", WARNINGS, ids=lambda number: number.name)
+def test_a_warning_stops_the_run_and_a_second_one_does_not_kill_it(number):
+    """A closed terminal or a scheduler's warning that ends the run unsaved; a closed terminal sends two."""
+    with StopRequest() as stop:
+        for _ in range(2):
+            signal.raise_signal(number)
+        assert stop.signal == number
+    signal.raise_signal(number)  # while the checkpoint is written out
+
+
+@pytest.mark.usefixtures("handlers_of_the_suite")
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(number):
+    """A run under nohup that a closed terminal stops; a script's background job that ends with Ctrl-C for another one."""
+    signal.signal(number, signal.SIG_IGN)
+    with StopRequest() as stop:
+        signal.raise_signal(number)
+    assert stop.signal is None and signal.getsignal(number) == signal.SIG_IGN
+
+
+class Steps:
+    """An accelerator of two processes; the other takes 0.1 s a step and has been sent `number`."""
+
+    num_processes, device = 2, "cpu"
+
+    def __init__(self):
+        self.number, self.step, self.asked = 0, 0, [0]
+
+    def gather(self, mine):
+        seconds = 0.1 * (self.step - self.asked[-1])
+        self.asked.append(self.step)
+        return mine.new_tensor([mine.tolist()[0], [self.number, seconds]])
+
+
+def test_processes_agree_to_stop_without_asking_at_every_step():
+    """A process that stops alone, and leaves the others waiting; a wait for the device at every step."""
+    accelerator, stop = Steps(), StopRequest()
+
+    def agreed(steps):
+        for accelerator.step in steps:
+            yield stop.agreed(accelerator, accelerator.step)
+
+    assert set(agreed(range(200))) == {None}
+    assert len(accelerator.asked) < 30
+    accelerator.number = signal.SIGTERM
+    assert signal.SIGTERM in agreed(range(200, 230))

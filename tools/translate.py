@@ -27,7 +27,7 @@ from dataloader import ImageDataset, UnreadableImage
 from images.decoding import to_pixel_values
 from images.files import list_images
 from runtime.cli import MISTAKES, claim_writable_folder, run
-from utils import UserError, atomic_file, one_line, resolve_device
+from utils import UserError, atomic_file, compute_policy, one_line, resolve_device
 from vae_align import AlignPipeline, read_checkpoint
 from vaes.codec import SPACES, Codec
 from vaes.loading import load_vae_model
@@ -171,6 +171,7 @@ def main():
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     args.device = resolve_device(args.device, True)
+    compute_policy(args.device)
     output_dir = claim_writable_folder(args.output_dir, "--output_dir")
     plan = planned(args.inputs, output_dir)
     translator = Translator(args)

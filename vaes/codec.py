@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from utils import UserError, count_of, is_out_of_memory, release_memory
+from utils import UserError, count_of, is_out_of_memory
 from vae_align import LatentSpace, require_pixel_range
 from vaes.conventions import OwnMap
 from vaes.families import FAMILIES, SPACES, Family, family_of, named_space, spaces_with, table_of_families
@@ -193,7 +193,7 @@ class Codec:
                 largest = max(map(len, parts))
                 if not is_out_of_memory(error) or largest == 1:
                     raise
-            release_memory()  # after the except block, so that the error no longer holds the tensors
+            torch.cuda.empty_cache()  # after the except block, so that the error no longer holds the tensors
             self._images_at_once = largest // 2
             log.warning("out of memory: encoding at most %s at once", count_of(self._images_at_once, "image"))
 

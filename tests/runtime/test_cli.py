@@ -1,15 +1,14 @@
-"""Flags and configs: defaults, precedence default < JSON < typed, and one-line errors."""
+"""Flags and configs: defaults, precedence default < JSON < typed, and one-line errors; a program from its start to its end."""
 
 import contextlib
 import io
 import json
 import math
 import os
-import random
 import shlex
+import signal
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 from conftest import ROOT, run_script
@@ -20,8 +19,8 @@ from hypothesis import strategies as st
 import eval_align
 import train_align_with_args as train_script
 from runtime.cli import claim_writable_file, claim_writable_folder, load_config, run, use_proxy
-from train_align_with_args import config_dict, parse_args, save_config
-from utils import UserError
+from train_align_with_args import parse_args, save_config
+from utils import STOP_SIGNALS, UserError
 
 DEFAULTS = {  # the specification's section 2 and the task's additions, name by name
     "config_save_path": "",
@@ -81,20 +80,24 @@ def config(tmp_path):
     return write
 
 
-@pytest.fixture
-def mistake(capsys):
-    """A function: parse flags that must be refused; the one line on stderr."""
+def parsed(argv, parser=train_script.build_parser):
+    """(the flags, "") or (None, the one line on stderr); anything else that happens fails the test."""
+    printed = io.StringIO()
+    try:
+        with no_hang(), contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
+            return parser().parse([str(item) for item in argv]), ""
+    except SystemExit as stop:
+        line = printed.getvalue()
+        assert stop.code == 2, (stop.code, line)
+        assert line.endswith("\n") and is_one_line(line[:-1]) and len(line) < 1000, line
+        return None, line
 
-    def parse(*argv):
-        with pytest.raises(SystemExit) as stop:
-            parse_args(list(argv))
-        printed = capsys.readouterr()
-        assert stop.value.code == 2
-        assert printed.out == ""
-        assert printed.err.endswith("\n") and len(printed.err.splitlines()) == 1, printed.err
-        return printed.err
 
-    return parse
+def mistake(*argv):
+    """Parse flags that must be refused; the one line on stderr."""
+    flags, line = parsed(argv)
+    assert flags is None
+    return line
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -132,46 +135,32 @@ def test_the_specifications_examples_parse_as_typed():
     assert parse_args(["--input_types", "latent"]).input_types == ["latent"]
 
 
-@pytest.mark.parametrize("name", ["random_flip", "cache_latents", "sample_posterior"])
-def test_a_switch_can_be_set_either_way_on_the_command_line(name, config):
+def test_a_switch_can_be_set_either_way_on_the_command_line(config):
     """A `--no_x` that a config cannot be overridden with, or that sets something else."""
     for value in (True, False):
-        path = config(**{name: not value})
-        args = parse_args(["--load_config", path, f"--{name}" if value else f"--no_{name}"])
-        assert getattr(args, name) is value
-        assert getattr(parse_args(["--load_config", path]), name) is not value
-        assert set(args.typed_flags) == {"load_config", name}
+        path = config(random_flip=not value)
+        args = parse_args(["--load_config", path, "--random_flip" if value else "--no_random_flip"])
+        assert args.random_flip is value
+        assert parse_args(["--load_config", path]).random_flip is not value
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--learning_rat", "1"], ("--learning_rat;", "did you mean --learning_rate?")),
-        (["--learning-rate", "1"], ("--learning-rate;", "did you mean --learning_rate?")),
         (["--learning_rates=1"], ("--learning_rates;", "did you mean --learning_rate?")),
         (["--epoch", "5"], ("--epoch;", "did you mean --epochs?")),  # not taken as an abbreviation
-        (["--zzz"], ("--zzz",)),
-        (["stray"], ("stray",)),
         (["two\nlines"], ("two",)),
-        (["--epochs", "many"], ("--epochs", "many")),
         (["--epochs", "1.5"], ("--epochs", "1.5")),
         (["--epochs", "0"], ("--epochs", "1")),
-        (["--epochs"], ("--epochs",)),
         (["--epochs", "9" * 5000], ("--epochs",)),
-        (["--train_batch_size", "-4"], ("--train_batch_size", "-4")),
-        (["--learning_rate", "-1"], ("--learning_rate", "-1")),
         (["--learning_rate", "nan"], ("--learning_rate", "nan")),
         (["--learning_rate", "inf"], ("--learning_rate", "inf")),
         (["--loss_weight", "0"], ("--loss_weight", "above 0")),
-        (["--loss_type", "l2"], ("--loss_type", "l2", "weighted_l1")),
-        (["--loss_type", "two\nlines"], ("--loss_type",)),
         (["--precision", "fp16"], ("--precision", "float16")),
-        (["--input_types", "pixels"], ("--input_types", "pixels", "image")),
         (["--input_types"], ("--input_types",)),
-        (["--dataset_type", "folder"], ("--dataset_type", "imagenet")),
     ],
 )
-def test_a_flag_that_does_not_parse_is_one_line_that_names_it(mistake, argv, said):
+def test_a_flag_that_does_not_parse_is_one_line_that_names_it(argv, said):
     """argparse's page of usage; a typo that is silently taken for something else; a value that fails hours later."""
     line = mistake(*argv)
     assert all(part in line for part in said), line
@@ -182,38 +171,30 @@ def test_a_flag_that_does_not_parse_is_one_line_that_names_it(mistake, argv, sai
 
 
 def test_typed_wins_over_json_wins_over_default(config):
-    """--load_config that throws the command line away, or the reverse."""
-    args = parse_args(["--epochs", "7", "--load_config", config(epochs=5, num_blocks=9), "--seed", "1"])
-    assert (args.epochs, args.num_blocks, args.seed, args.hidden_channels) == (7, 9, 1, 64)
+    """--load_config that throws the command line away, or the reverse; a typed value that equals the default and loses."""
+    args = parse_args(["--epochs", "200", "--load_config", config(epochs=5, num_blocks=9), "--seed", "1"])
+    assert (args.epochs, args.num_blocks, args.seed, args.hidden_channels) == (200, 9, 1, 64)
 
 
-def test_typed_value_that_equals_the_default_still_wins_over_json(config):
-    """Taking whatever equals the default for not typed."""
-    path = config(epochs=5, input_types=["latent"], learning_rate=0.5, vae1_subfolder="", cache_latents=False)
-    typed = "--epochs 200 --input_types image latent --learning_rate 1e-3 --vae1_subfolder vae --cache_latents"
-    args = parse_line(f"{typed} --load_config {shlex.quote(path)}")
-    assert (args.epochs, args.input_types, args.learning_rate) == (200, ["image", "latent"], 1e-3)
-    assert (args.vae1_subfolder, args.cache_latents) == ("vae", True)
-
-
-def test_typed_flags_names_what_was_typed_and_nothing_else(config):
+def test_what_was_typed_and_what_was_given_is_known(config):
     """A default --device or --out_channels, or one from a config, that is treated as the user's explicit wish."""
     args = parse_args(["--load_config", config(device="cuda", out_channels=4), "--no_random_flip", "--epochs=200"])
-    assert sorted(args.typed_flags) == ["epochs", "load_config", "random_flip"]
+    assert args.typed_flags == ("epochs", "load_config", "random_flip")
+    assert args.given_flags == ("device", "epochs", "load_config", "out_channels", "random_flip")
 
 
 @pytest.mark.parametrize(
     ("key", "nearest"),
-    [("learning_rat", "learning_rate"), ("vae_1_path", "vae1_path"), ("no_random_flip", "random_flip"), ("--epochs", "epochs")],
+    [("learning_rat", "learning_rate"), ("no_random_flip", "random_flip"), ("--epochs", "epochs")],
 )
-def test_unknown_key_names_the_nearest(mistake, config, key, nearest):
+def test_unknown_key_names_the_nearest(config, key, nearest):
     """A misspelt key that is silently ignored."""
     line = mistake("--load_config", config(**{"epochs": 3, key: 1}))
     assert f"unknown key '{key}'; did you mean {nearest}?" in line
 
 
-@pytest.mark.parametrize("key", ["load_config", "typed_flags", "help", "zzz", "two\nlines"])
-def test_what_is_no_setting_is_refused_without_nonsense(mistake, config, key):
+@pytest.mark.parametrize("key", ["load_config", "typed_flags", "two\nlines"])
+def test_what_is_no_setting_is_refused_without_nonsense(config, key):
     """A config that loads another; "unknown key 'load_config'; did you mean load_config?"."""
     line = mistake("--load_config", config(**{key: "x"}))
     assert repr(key) in line
@@ -226,41 +207,25 @@ def test_what_is_no_setting_is_refused_without_nonsense(mistake, config, key):
         ("epochs", True),
         ("epochs", "200"),
         ("epochs", 1.5),
-        ("epochs", 0),
-        ("epochs", -3),
-        ("epochs", 10**30),
         ("epochs", None),
-        ("epochs", [200]),
-        ("epochs", {"value": 200}),
-        ("seed", -1),
-        ("learning_rate", True),
-        ("learning_rate", "1e-3"),
-        ("learning_rate", -0.1),
         ("learning_rate", float("nan")),
-        ("learning_rate", float("inf")),
         ("learning_rate", 10**400),
-        ("scheduler_gamma", 0),
         ("vae1_path", 5),
         ("vae1_path", ["a", "b"]),
-        ("vae1_path", None),
+        ("vae1_path", "a\0b"),
+        ("vae1_path", "\ud800"),
         ("loss_type", "l2"),
-        ("precision", 16),
         ("input_types", "image"),
         ("input_types", []),
-        ("input_types", ["pixels"]),
-        ("input_types", [["image"]]),
-        ("random_flip", 1),
+        ("input_types", ["image", "--epochs=1"]),
         ("random_flip", "false"),
-        ("random_flip", None),
     ],
-    ids=lambda value: str(value)[:20],
+    ids=lambda value: ascii(value)[:20],
 )
-def test_value_of_the_wrong_kind_in_a_config_is_one_line_that_names_the_key(mistake, config, key, value):
+def test_value_of_the_wrong_kind_in_a_config_is_one_line_that_names_the_key(config, key, value):
     """A bool taken for 1, "false" taken for true, a string taken for a list of letters, a NaN learning rate."""
     path = config(**{key: value})
-    line = mistake("--load_config", path)
-    assert f"{path}: {key}: " in line
-    assert len(line) < 1000
+    assert f"{path}: {key}: " in mistake("--load_config", path)
 
 
 def test_a_number_too_long_to_print_is_one_line():
@@ -304,10 +269,8 @@ def test_saved_config_reads_back_as_the_same_flags(tmp_path, line):
     ("proxy", "saved"),
     [
         ("http://127.0.0.1:7890", "http://127.0.0.1:7890"),
-        ("http://user:secret@127.0.0.1:7890", "http://127.0.0.1:7890"),
-        ("socks5://user:s@secret@[::1]:7890", "socks5://[::1]:7890"),
+        ("http://user:s@cr/et@127.0.0.1:7890", "http://127.0.0.1:7890"),
         ("user:secret@127.0.0.1:7890", "127.0.0.1:7890"),
-        ("http://user:se/secret@127.0.0.1:7890", "http://127.0.0.1:7890"),
     ],
 )
 def test_proxy_is_saved_without_name_and_password(tmp_path, proxy, saved):
@@ -327,111 +290,18 @@ def test_every_shipped_config_parses_to_its_values(path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The program
-
-
-def test_a_wrong_flag_ends_the_program_with_status_2_and_one_line(tmp_path):
-    """Warnings of imported libraries around the error; minutes of imports or a written folder before it."""
-    result = run_script("train_align_with_args.py", "--epochs", "many", check=False, cwd=tmp_path)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.splitlines() == [
-        "train_align_with_args.py: error: argument --epochs: invalid whole number value: 'many'"
-    ]
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [(UserError("--a b: two\nlines; mend it"), "error: --a b: two lines; mend it"), (KeyboardInterrupt(), 130)],
-)
-def test_a_users_mistake_and_ctrl_c_end_a_program_without_a_traceback(monkeypatch, error, status):
-    """A page of Python for a missing folder; exit status 0 after a failure."""
-    monkeypatch.setenv("DIFFUSERS_VERBOSITY", "error")  # `run` sets it for its process
-
-    def main():
-        raise error
-
-    with pytest.raises(SystemExit) as stop:
-        run(main)
-    assert stop.value.code == status  # a text is printed to stderr and means status 1
-
-
-def test_use_proxy_sets_both_spellings_and_none_leaves_the_environment_alone(monkeypatch):
-    """A proxy that reaches plain http only; an empty --proxy that wipes the user's own."""
-    names = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
-    for name in names:
-        monkeypatch.setenv(name, "http://theirs:1")
-    use_proxy(None)
-    use_proxy("")
-    assert {os.environ[name] for name in names} == {"http://theirs:1"}
-    use_proxy("http://ours:2")
-    assert {os.environ[name] for name in names} == {"http://ours:2"}
-
-
-def test_importing_the_script_has_no_side_effects(tmp_path):
-    """Files, a CUDA context, changed settings or seconds of heavy imports for who only wants one function."""
-    program = f"""
-import logging, os, random, sys, warnings
-sys.path.insert(0, {str(ROOT)!r})
-import torch
-before = dict(os.environ), list(warnings.filters), torch.initial_seed(), random.getstate(), torch.is_grad_enabled()
-import train_align_with_args
-assert before == (dict(os.environ), list(warnings.filters), torch.initial_seed(), random.getstate(), torch.is_grad_enabled())
-assert not torch.cuda.is_initialized() and not logging.getLogger().handlers
-heavy = {{"diffusers", "accelerate", "datasets", "transformers", "tensorboard", "torchmetrics", "torchvision"}}
-print(sorted(heavy & set(sys.modules)))
-"""
-    result = subprocess.run(
-        [sys.executable, "-B", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "[]\n", "")
-    assert not list(tmp_path.iterdir())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # From a hostile hand: the flags, or one line and exit status 2
 
-FLAGS = sorted(train_script.PARSER.settings().keys() - {"load_config"})[::6]  # one mechanism refuses them all
-
-
-def parsed(argv, parser=train_script.build_parser):
-    """(the flags, "") or (None, the one line on stderr); anything else that happens fails the test."""
-    printed = io.StringIO()
-    try:
-        with no_hang(), contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
-            return parser().parse([str(item) for item in argv]), ""
-    except SystemExit as stop:
-        line = printed.getvalue()
-        assert stop.code == 2, (stop.code, line)
-        assert line.endswith("\n") and is_one_line(line[:-1]) and len(line) < 1000, line
-        return None, line
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The file
-
-FILES = {  # kind: (content, what the line says)
-    "empty": ("", "JSON"),
+FILES = {  # kind: (content, the words that the line must hold)
     "no json": ("epochs = 3", "JSON"),
-    "single quotes": ("{'epochs': 3}", "JSON"),
-    "cut short": ('{"epochs": 3, "see', "JSON"),
     "array": ('[{"epochs": 3}]', "object"),
-    "number": ("3", "object"),
-    "utf-16": ('{"epochs": 3}'.encode("utf-16"), "JSON"),
-    "latin-1": ('{"vae1_path": "bücher"}'.encode("latin-1"), "JSON"),
-    "same key twice": ('{"epochs": 3, "epochs": 4}', "'epochs' is there twice"),
     "same key twice, spelt differently": ('{"epochs": 3, "\\u0065pochs": 4}', "'epochs' is there twice"),
     "arrays 100,000 deep": ("[" * 100_000, "JSON"),
-    "value 900 deep": ('{"epochs": ' + "[" * 900 + "]" * 900 + "}", ""),
     "whole number of 5,000 digits": ('{"epochs": ' + "9" * 5000 + "}", "JSON"),
-    "whole number of 4,000 digits": ('{"epochs": ' + "9" * 4000 + "}", "epochs"),
     "key of a megabyte": (json.dumps({"epochs" * 170_000: 3}), "unknown key"),
-    "value of a megabyte": (json.dumps({"loss_type": "mse" * 350_000}), "loss_type"),
-    "100,000 unknown keys": (json.dumps({f"epochs{number}": 3 for number in range(100_000)}), "did you mean epochs?"),
     "longer than 16 MB": (b" " * (1 << 24) + b"{}", "longer than 16 MB"),
-    "key with a newline": ('{"two\\nlines": 1}', "'two\\nlines'"),
     "key that is half a letter": ('{"\\ud800": 1}', "unknown key"),
+    "utf-16, as PowerShell writes it": ('{"epochs": 3}'.encode("utf-16"), "save it as UTF-8"),
 }
 
 
@@ -440,52 +310,24 @@ def test_a_config_is_one_line_and_status_2(config, kind):
     """A traceback, a page of a megabyte, or (worse) a key that is silently dropped."""
     content, said = FILES[kind]
     path = config(content)
-    flags, line = parsed(["--load_config", path])
-    assert flags is None and path in line and said in line, line
-    with contextlib.suppress(UserError):  # wrong keys and values are not its business
-        load_config(path)
+    line = mistake("--load_config", path)
+    assert path in line and said in line, line
 
 
 def test_a_config_with_a_byte_order_mark_is_read(config):
-    """What Windows' editor saves, refused as no JSON."""
+    """A config from Windows' editor, refused as no JSON."""
     assert parse_args(["--load_config", config(b"\xef\xbb\xbf" + b'{"epochs": 3}')]).epochs == 3
 
 
-PLACES = {
-    "nothing there": lambda path: None,
-    "folder": lambda path: path.mkdir(),
-    "named pipe": os.mkfifo,
-    "device without end": lambda path: path.symlink_to("/dev/zero"),
-    "dangling link": lambda path: path.symlink_to("nowhere"),
-    "link to itself": lambda path: path.symlink_to(path.name),
-    "within a file": lambda path: (path.parent / "file").touch() or path.symlink_to("file/config.json"),
-}
-
-
-@pytest.mark.parametrize("kind", PLACES)
-def test_a_config_that_is_no_file_is_one_line_and_status_2(tmp_path, kind):
+@pytest.mark.parametrize("make", [lambda path: None, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_config_that_is_no_file_is_one_line_and_status_2(tmp_path, make):
     """Waiting for someone to write into a pipe; reading a device until the memory is full."""
     path = tmp_path / "config.json"
-    PLACES[kind](path)
-    flags, line = parsed(["--load_config", path])
-    assert flags is None and str(path) in line
+    make(path)
+    assert str(path) in mistake("--load_config", path)
 
 
-@pytest.mark.parametrize("path", ["", "a\0b", "\ud800", "x" * 5000], ids=["empty", "NUL", "half a letter", "too long"])
-def test_a_config_that_cannot_be_named_is_one_line(path):
-    """A ValueError or UnicodeError of the system's in place of a message; `--load_config "$UNSET"` that is ignored."""
-    flags, line = parsed(["--load_config", path])
-    assert flags is None and "load_config" in line
-    refusal(lambda: load_config(path))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The values
-
-ABSURD = [
-    True, False, None, "", "3", "nan", 1.0, 0.5, -1, -(10**30), 10**30, 10**400, 1e308, -1e308, math.nan, math.inf, -math.inf,
-    [], [[]], [1], [None], ["x"], {}, {"value": 3}, "a\0b", "\ud800", "x" * 10_000, "two\nlines", "\x1b[2J",
-]  # fmt: skip
+FLAGS = sorted(train_script.PARSER.settings().keys() - {"load_config"})[::6]  # one mechanism refuses them all
 
 
 def is_sane(name, value):
@@ -502,29 +344,6 @@ def is_sane(name, value):
     )
 
 
-@pytest.mark.parametrize("name", FLAGS)
-def test_an_absurd_value_of_any_flag_is_one_line_that_names_it(config, name):
-    """A flag whose range nobody checks: true for 1, NaN, a billion workers, a name that no file can have."""
-    for value in ABSURD:
-        path = config(**{name: value})
-        flags, line = parsed(["--load_config", path])
-        if flags is None:
-            assert f"{path}: {name}: " in line, line
-        else:
-            assert is_sane(name, getattr(flags, name)), (name, value)
-
-
-@pytest.mark.parametrize("name", FLAGS)
-def test_an_absurd_value_typed_is_one_line_that_names_the_flag(name):
-    """The same from the command line, whose values take another path."""
-    for value in ("-1", "nan", "1e400", "9" * 5000, "", "a\0b", "\ud800", "two\nlines"):
-        flags, line = parsed([f"--{name}={value}"])
-        if flags is None:
-            assert name in line, line
-        else:
-            assert is_sane(name, getattr(flags, name)), (name, value)
-
-
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.integers(-(10**40), 10**40) | st.floats() | st.text(st.characters()),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
@@ -536,7 +355,7 @@ json_values = st.recursive(
 @given(st.dictionaries(st.sampled_from([*FLAGS, "load_config", "epoch"]), json_values, max_size=3))
 @example({"vae1_path": "\udcff"})
 def test_any_config_gives_the_flags_or_one_line(tmp_path_factory, values):
-    """Whatever else a value can do to the parser; and that flags which are taken can be saved and read back the same."""
+    """A flag whose range nobody checks; flags that are taken and cannot be saved and read back the same."""
     folder = tmp_path_factory.getbasetemp()
     path, saved = folder / "any.json", folder / "saved.json"
     path.write_text(json.dumps(values))
@@ -548,30 +367,6 @@ def test_any_config_gives_the_flags_or_one_line(tmp_path_factory, values):
         again, line = parsed(["--load_config", saved])
         assert again is not None, line
         assert {name: getattr(again, name) for name in FLAGS} == {name: getattr(flags, name) for name in FLAGS}
-
-
-@settings(max_examples=120)
-@given(st.binary(max_size=64) | st.text(max_size=32).map(lambda text: text.encode("utf-8", "surrogatepass")))
-@example(b'{"epochs":1e999999999}')
-@example(b"\xef\xbb\xbf\xef\xbb\xbf{}")
-def test_any_bytes_as_a_config_give_the_flags_or_one_line(tmp_path_factory, content):
-    """A decoder's or a number parser's own traceback."""
-    path = tmp_path_factory.getbasetemp() / "bytes.json"
-    path.write_bytes(content)
-    parsed(["--load_config", path])
-
-
-def test_a_config_with_any_byte_changed_gives_the_flags_or_one_line(config):
-    """Damage that leaves most of the file intact, which random bytes never reach."""
-    whole = json.dumps(config_dict(parse_args([])), indent=1).encode()
-    draw = random.Random(0)
-    taken = 0
-    for _ in range(150):
-        content = bytearray(whole)
-        for _ in range(draw.randint(1, 3)):
-            content[draw.randrange(len(content))] = draw.randrange(256)
-        taken += parsed(["--load_config", config(bytes(content))])[0] is not None
-    assert 0 < taken < 150  # both ways are walked
 
 
 @pytest.mark.parametrize("parser", [train_script.build_parser, eval_align.build_parser], ids=["train", "eval"])
@@ -594,47 +389,137 @@ def test_any_command_line_gives_the_flags_or_one_line(parser):
 def test_an_error_shows_no_password(config):
     """A proxy's password in the complaint about the flag beside it."""
     secret = "http://user:hunter22@proxy:1"
-    for argv in (
-        ["stray", secret],
-        [f"--epochs={secret}"],
-        ["--load_config", config(proxy=[secret])],
-        ["--loss_type", secret],
-    ):
-        flags, line = parsed(argv)
-        assert flags is None and "hunter22" not in line and "user" not in line.replace("true", ""), line
+    for argv in (["stray", secret], [f"--epochs={secret}"], ["--load_config", config(proxy=[secret])]):
+        line = mistake(*argv)
+        assert "hunter22" not in line and "user" not in line.replace("true", ""), line
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Outputs that cannot be written
+# Places
+
+
+def test_the_home_folder_is_meant_by_a_tilde_in_every_path(config, monkeypatch):
+    """A folder called ~ in the current one, which is dangerous to remove."""
+    monkeypatch.setenv("HOME", "/home/me")
+    args = parse_args(["--load_config", config(save_dir="~/s", cache_dir="~/c"), "--vae1_path", "~/v"])
+    assert (args.save_dir, args.cache_dir, args.vae1_path) == ("/home/me/s", "/home/me/c", "/home/me/v")
+    assert eval_align.build_parser().parse(["--checkpoint", "~/a", "--eval_data_dir", "e"]).checkpoint == ["/home/me/a"]
 
 
 def test_claim_writable_folder_creates_it_and_leaves_nothing_in_it(tmp_path):
-    """A probe file left behind, or a folder missing at the first save."""
+    """A probe file left behind, or a folder missing at the first save; a dry run that makes folders."""
+    assert not claim_writable_folder(tmp_path / "a" / "b", "--save_dir", create=False).exists()
     folder = claim_writable_folder(tmp_path / "a" / "b", "--save_dir")
     assert folder.is_dir() and not os.listdir(folder)
 
 
-def test_claim_writable_folder_on_a_file_names_the_flag(tmp_path):
+@pytest.mark.parametrize("create", [True, False])
+@pytest.mark.parametrize("path", ["/dev/null/x", "/proc/x", "/dev/full"])
+def test_a_place_that_cannot_be_written_is_one_line(path, create):
     """A traceback at the first save, hours into a run."""
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=r"^--save_dir .*another folder$"):
-            claim_writable_folder(path, "--save_dir")
-
-
-@pytest.mark.parametrize("path", ["a\0b", "/dev/null/x", "/proc/x", "/dev/full"])
-def test_a_place_that_cannot_be_written_is_one_line(path):
-    """Whatever way the system has to refuse."""
-    refusal(lambda: claim_writable_folder(path, "--save_dir"), "--save_dir")
+    if create or path != "/proc/x":  # os.access thinks that root may write there
+        refusal(lambda: claim_writable_folder(path, "--save_dir", create), "--save_dir", "another folder")
     refusal(lambda: claim_writable_file(f"{path}/file", "--config_save_path"), "--config_save_path")
 
 
+def test_use_proxy_wins_over_the_environment_and_none_leaves_it_alone(monkeypatch):
+    """A proxy that reaches plain http only; an empty --proxy that wipes the user's own; an ALL_PROXY that ends downloads."""
+    names = [spelt for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY") for spelt in (name, name.lower())]
+    for name in names:
+        monkeypatch.setenv(name, "http://theirs:1")
+    for nothing in (None, ""):
+        use_proxy(nothing)
+    assert {os.environ[name] for name in names} == {"http://theirs:1"}
+    use_proxy("http://ours:2")
+    assert {os.environ[name] for name in names} == {"http://ours:2"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The program
+
+
+def test_a_wrong_flag_ends_the_program_with_status_2_and_one_line(tmp_path):
+    """Warnings of imported libraries around the error; minutes of imports or a written folder before it."""
+    result = run_script("train_align_with_args.py", "--epochs", "many", check=False, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        "train_align_with_args.py: error: argument --epochs: invalid whole number value: 'many'"
+    ]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_library_that_does_not_bear_the_environment_is_one_line():
+    """A traceback for a variable that nobody foresaw; our modules not found by a Python that leaves out a script's folder."""
+    env = {"TQDM_MININTERVAL": "often", "PYTHONSAFEPATH": "1"}
+    ended = run_script("train_align_with_args.py", "--help", check=False, env=env)
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert ended.stderr.count("\n") == 1 and "ValueError" in ended.stderr and "'often'" in ended.stderr
+
+
+def python(program, *argv, shell='"$@"', **options):
+    """Run `program` in an interpreter of its own, started by a line of bash; what it printed."""
+    command = ["bash", "-c", shell, "bash", sys.executable, "-c", program, *map(str, argv)]
+    return subprocess.run(command, cwd=ROOT, timeout=120, stdin=subprocess.DEVNULL, capture_output=True, check=True, **options)
+
+
+def test_the_first_lines_of_a_program_come_before_torch():
+    """Seconds of imports before Ctrl-C is quiet and a failed import is one line; a background job that Ctrl-C ends."""
+    program = """
+import signal, sys
+from runtime.startup import before_imports
+assert "torch" not in sys.modules
+before_imports()
+print(signal.getsignal(signal.SIGINT).name)
+"""
+    assert python(program).stdout == b"SIG_DFL\n"
+    assert python(program, shell="trap '' INT; \"$@\"").stdout == b"SIG_IGN\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UserError("--a b: two\nlines; mend it"), "error: --a b: two lines; mend it"),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_a_users_mistake_and_ctrl_c_end_a_program_without_a_traceback(error, status):
+    """A page of Python for a missing folder; exit status 0 after a failure."""
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == status  # a text is printed to stderr and means status 1
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+def test_a_signal_before_the_first_step_unwinds_and_says_so(capsys, number):
+    """Temporary files and workers that a SIGTERM at start-up leaves behind; another exit status than 128 + its number."""
+    unwound, before = [], signal.getsignal(number)
+
+    def main():
+        try:
+            signal.raise_signal(number)
+        finally:
+            unwound.append(True)
+
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == 128 + number and unwound
+    assert signal.getsignal(number) == before
+    said = capsys.readouterr().err.strip()
+    assert is_one_line(said) and number.name in said
+
+
 PRINTING = """
-import sys
-from functools import partial
+import logging, sys
 from runtime.cli import run
 def main():
+    print("é")
     for _ in range(3000):
+        logging.warning("said")
         print("said", file=sys.stderr)
         print("said")
     open(sys.argv[1], "w").close()
@@ -642,63 +527,29 @@ run(main)
 """
 
 
-@pytest.mark.parametrize("place", ["2>/dev/full", ">/dev/full", "2>&-", ">&- 2>&-", "| true", "2>&1 | true"])
+@pytest.mark.parametrize("place", ["2>/dev/full", ">&- 2>&-", "2>&1 | true"])
 def test_what_is_printed_never_ends_what_is_done(tmp_path, place):
-    """A night's training ended by a full log disk, a log that nobody reads any more, or a closed stream."""
-    command = f'"{sys.executable}" -c "$0" "$1" {place}; echo "${{PIPESTATUS[0]}}" > "$2"'
-    status = tmp_path / "status"
-    run_it = ["bash", "-c", command, PRINTING, str(tmp_path / "done"), str(status)]
-    subprocess.run(run_it, cwd=ROOT, timeout=120, stdin=subprocess.DEVNULL, capture_output=True)
-    assert (tmp_path / "done").exists() and status.read_text().strip() == "0"
+    """A night's training ended by a full log disk, a log that nobody reads any more, or a letter that a terminal lacks."""
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    python(PRINTING, tmp_path / "done", shell=f'"$@" {place}; exit "${{PIPESTATUS[0]}}"', env=env)
+    assert (tmp_path / "done").exists()
 
 
-def test_the_home_folder_is_meant_by_a_tilde_in_every_path(tmp_path, monkeypatch):
-    """A folder called ~ in the current one, which is dangerous to remove."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    places = ("save_dir", "log_dir", "latent_cache_dir", "train_data_dir", "eval_data_dir", "cache_dir", "config_save_path")
-    (tmp_path / "config.json").write_text(json.dumps({place: f"~/{place}" for place in places}))
-    args = parse_args(["--load_config", "~/config.json", "--vae1_path", "~/v"])
-    assert all(getattr(args, place) == str(tmp_path / place) for place in places) and args.vae1_path == str(tmp_path / "v")
-    assert eval_align.build_parser().parse(["--checkpoint", "~/a", "--eval_data_dir", "e"]).checkpoint == [str(tmp_path / "a")]
-
-
-def test_a_config_in_another_encoding_is_refused_with_the_remedy(tmp_path):
-    """A codec's words for a config that Notepad or PowerShell has written."""
-    for encoding in ("gbk", "utf-16"):
-        path = tmp_path / f"{encoding}.json"
-        path.write_bytes('{"train_data_dir": "/data/训练图片"}'.encode(encoding))
-        refusal(partial(load_config, path), path, "save it as UTF-8")
-
-
-def test_a_typed_proxy_wins_over_that_of_the_environment(monkeypatch):
-    """A proxy tool's ALL_PROXY=socks://… that ends every download though --proxy is right; its password in a message."""
-    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:7891/")
-    monkeypatch.setenv("all_proxy", "socks://127.0.0.1:7891/")
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "")
-    use_proxy("http://me:hidden@127.0.0.1:1")
-    assert {os.environ[name] for name in ("ALL_PROXY", "ALL_PROXY".lower())} == {"http://me:hidden@127.0.0.1:1"}
-    monkeypatch.setenv("ALL_PROXY", "socks5://me:veiled@127.0.0.1:1")
-    assert "veiled" not in str(UserError("cannot use veiled"))
-
-
-@pytest.mark.parametrize(
-    "name, value", [("ACCELERATE_USE_DEEPSPEED", "true"), ("ACCELERATE_USE_FSDP", "1"), ("WORLD_SIZE", "many")]
-)
-def test_a_launchers_environment_that_does_not_fit_is_one_line(monkeypatch, name, value):
-    """A traceback of a library that the user has never heard of, for a variable that a launcher has set."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setenv(name, value)
-    for other in ("RANK", "LOCAL_RANK") if name == "WORLD_SIZE" else ():
-        monkeypatch.setenv(other, "0")
-    args = parse_args(["--device", "cpu", "--precision", "float32"])
-    refusal(partial(train_script.create_accelerator, args), name)
-
-
-def test_the_environment_does_not_change_what_is_learnt(monkeypatch):
-    """A launcher's gradient accumulation that divides every gradient though flags and seed are the same."""
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    args = parse_args(["--device", "cpu", "--precision", "float32"])
-    assert train_script.create_accelerator(args).gradient_accumulation_steps == 1
+def test_importing_the_script_has_no_side_effects(tmp_path):
+    """Files, a CUDA context, changed settings or seconds of heavy imports for who only wants one function."""
+    program = f"""
+import logging, os, random, sys, warnings
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+before = dict(os.environ), list(warnings.filters), torch.initial_seed(), random.getstate(), torch.is_grad_enabled()
+import train_align_with_args
+assert before == (dict(os.environ), list(warnings.filters), torch.initial_seed(), random.getstate(), torch.is_grad_enabled())
+assert not torch.cuda.is_initialized() and not logging.getLogger().handlers
+heavy = {{"diffusers", "accelerate", "datasets", "transformers", "tensorboard", "torchmetrics", "torchvision"}}
+print(sorted(heavy & set(sys.modules)))
+"""
+    result = subprocess.run(
+        [sys.executable, "-B", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "[]\n", "")
+    assert not list(tmp_path.iterdir())

@@ -1,47 +1,127 @@
-"""A process among others that may not be there."""
+"""A process among others: those that a launcher has started, those that may not be there, and those of one machine."""
 
-import argparse
 import datetime
+import json
+import logging
 import socket
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
+from conftest import ROOT, child_environment
 from hostile import refusal
 
 from runtime import processes
+from runtime.processes import create_accelerator
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_variables_of_a_launcher_that_is_gone_end_in_one_line(monkeypatch, rank):
-    """RANK and WORLD_SIZE exported by an earlier job: a run that waits half a day for processes which nobody starts."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", **place}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(processes, "MEETING", datetime.timedelta(seconds=1))
-    args = argparse.Namespace(device="cpu", precision="float32")
-    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test of this interpreter has met nobody too
-    refusal(lambda: processes.create_accelerator(args), "launcher's environment", "WORLD_SIZE", "unset them")
+        return str(free.getsockname()[1])
 
 
-def test_processes_that_have_met_wait_longer(monkeypatch):
-    """A second process that gives up after minutes while the first one waits for another run's latent cache."""
-    import torch.distributed as dist
+@pytest.fixture
+def launched(monkeypatch):
+    """A function: the variables by which a launcher says that this is process `rank` of `world`."""
 
-    patiences = []
-    monkeypatch.setattr(dist.distributed_c10d, "_set_pg_timeout", lambda patience, _: patiences.append(patience))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    for name, value in place.items():
-        monkeypatch.setenv(name, value)
+    def launch(rank, world):
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+        for name, value in place.items():
+            monkeypatch.setenv(name, str(value))
+
+    yield launch
+    if processes.distributed.is_initialized():
+        processes.distributed.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        processes.create_accelerator(argparse.Namespace(device="cpu", precision="float32"))
-        assert patiences == [processes.WORK] and processes.WORK > processes.MEETING
-    finally:
-        dist.destroy_process_group()
-        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_variables_of_a_launcher_that_is_gone_end_in_one_line(monkeypatch, launched, rank):
+    """RANK and WORLD_SIZE exported by an earlier job: a run that waits half a day for processes which nobody starts."""
+    launched(rank, 2)
+    monkeypatch.setattr(processes, "MEETING", datetime.timedelta(seconds=1))
+    refusal(lambda: create_accelerator("cpu", "float32"), "launcher's environment", "WORLD_SIZE", "unset them")
+
+
+def test_processes_that_have_met_wait_longer(launched):
+    """A second process that gives up after minutes while the first one waits for another run's latent cache; a private,
+    deprecated call for it, with a warning in each process."""
+    launched(0, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        create_accelerator("cpu", "float32")
+    group = processes.distributed.distributed_c10d._get_default_group()
+
+    patience = group._get_backend(torch.device("cpu")).options._timeout
+    assert patience == processes.WORK > processes.MEETING
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("ACCELERATE_USE_DEEPSPEED", "true"), ("ACCELERATE_USE_FSDP", "1"), ("WORLD_SIZE", "many"), ("OMPI_COMM_WORLD_SIZE", "2")],
+)
+def test_a_launchers_environment_that_does_not_fit_is_one_line(monkeypatch, launched, name, value):
+    """A traceback of a library that the user has never heard of; a variable, such as mpirun's, that the line leaves out."""
+    if not name.startswith("ACC"):
+        launched(0, 2)
+        monkeypatch.delenv("MASTER_ADDR")
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "MEETING", datetime.timedelta(seconds=1))
+    refusal(lambda: create_accelerator("cpu", "float32"), name)
+
+
+def test_the_environment_does_not_change_what_is_learnt(monkeypatch):
+    """A launcher's gradient accumulation that divides every gradient though flags and seed are the same."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert create_accelerator("cpu", "float32").gradient_accumulation_steps == 1
+
+
+def test_a_second_run_in_one_interpreter_has_its_own_precision():
+    """Accelerate's memory of the run before: a refusal, or bfloat16 where float32 was asked for."""
+    assert [create_accelerator("cpu", name).mixed_precision for name in ("bfloat16", "float32")] == ["bf16", "no"]
+
+
+PROCESSES = """
+import json, logging, os, sys
+from runtime.processes import create_accelerator, machine_of
+places = json.loads(sys.argv[1])
+for rank, place in enumerate(places):
+    if not os.fork():
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(place), WORLD_SIZE=str(len(places)))
+        logging.basicConfig(level=logging.INFO)
+        machine = machine_of(create_accelerator("cpu", "float32"), separate=True)
+        found = [machine.number, machine.rank, machine.world, machine.of_first(lambda: rank), machine.of_each(rank)]
+        os.write(1, (json.dumps([rank, found, logging.getLogger().level]) + "\\n").encode())
+        os._exit(0)
+for place in places:
+    assert not os.wait()[1]
+"""
+
+
+def test_each_machine_has_a_first_process_of_its_own():
+    """Processes that take another machine's word for their cache, or wait for it; each line once for each process."""
+    env = child_environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-c", PROCESSES, json.dumps([0, 1, 0])]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env, timeout=300, check=True).stdout
+    found = sorted(map(json.loads, printed.splitlines()))
+    assert [machine for _, machine, _ in found] == [[0, 0, 2, 0, [0, 2]], [0, 1, 2, 0, [0, 2]], [1, 0, 1, 2, [0, 2]]]
+    assert [level for *_, level in found] == [logging.INFO, logging.WARNING, logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("places", "machines"), [([0, 1, 0], [2, 1]), ([0, 0, 0], [1, 1, 1]), ([0, 1, 2], [3]), ([0, 0, 1, 1], None)]
+)
+def test_machines_are_those_of_the_launcher(monkeypatch, places, machines):
+    """A launcher that numbers the processes across the machines in turn, so that two machines take each other's shares."""
+    monkeypatch.setattr(processes, "gathered", lambda value, accelerator: places)
+    accelerator = SimpleNamespace(num_processes=len(places), local_process_index=0)
+    assert processes.machines_of(accelerator, separate=False) == (range(len(places)),)
+    if machines:
+        assert [len(machine) for machine in processes.machines_of(accelerator, separate=True)] == machines
+    else:
+        refusal(lambda: processes.machines_of(accelerator, separate=True), "launcher's environment", places)
