@@ -241,6 +241,10 @@ def build_parser() -> Parser:
 
 
 PARSER = build_parser()
+PARSER.retired = {
+    "adversarial_weight": 0.0, "latent_adversarial_weight": 0.0, "adversarial_lr": None, "adversarial_start_step": None,
+    "adversarial_warmup_steps": None,
+}  # fmt: skip
 SETTINGS = PARSER.settings().keys() - {"load_config", "resume", "dry_run"}  # what a config holds
 # Flags that may change on resume: run length, paths and logging. The others shape the weights and come from the checkpoint.
 MAY_CHANGE = frozenset({
@@ -340,7 +344,7 @@ def find_start(args: argparse.Namespace, device: torch.device) -> tuple[Path, di
 
 def settings_of_run(args: argparse.Namespace, path: Path, content: dict) -> dict:
     """The settings that a resumed run takes from its checkpoint; UserError names a given flag that contradicts them."""
-    config = {name: value for name, value in content["config"].items() if name in SETTINGS}
+    config = {name: value for name, value in content["config"].items() if name in SETTINGS | PARSER.retired.keys()}
     found = {}
     for name, value in PARSER.check_config(config, f"--resume {path}").items():
         given = name in args.given_flags

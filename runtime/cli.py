@@ -31,9 +31,14 @@ UNSET = object()  # in place of a default, so that a typed value that equals the
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, whose flags cannot be abbreviated, and whose help shows defaults."""
+    """An ArgumentParser whose errors are one line, whose flags cannot be abbreviated, and whose help shows defaults.
+
+    Attributes:
+        retired: {name: value} of flags that older configs hold. A config may hold that value, or any where it is None.
+    """
 
     def __init__(self, **options):
+        self.retired = {}
         super().__init__(allow_abbrev=False, **{"formatter_class": _HelpFormatter, **options})
         self.register("type", None, os.path.expanduser)  # of all words only a path begins with ~, and a config has no shell
 
@@ -71,6 +76,12 @@ class Parser(argparse.ArgumentParser):
         known.pop("load_config", None)
         checked = {}
         for name, value in config.items():
+            if name in self.retired and self.retired[name] in (None, value):
+                continue
+            if name in self.retired:
+                raise UserError(
+                    f"{source}: {name} {shown(value)}: this version has no such flag; set it to {self.retired[name]}"
+                )
             if name not in known:
                 raise UserError(f"{source}: unknown key {shown(name)}{nearest(name, known)}")
             try:
