@@ -120,5 +120,5 @@ def test_a_resumed_run_ends_bit_identical(flags, tmp_path, monkeypatch):
 
 def test_a_module_without_latents_is_refused(flags, tmp_path):
     """A target that is no function of what the module sees: it would blur as before, at twice the cost."""
-    with pytest.raises(UserError, match=r"^--reencode_target 0.5: .*--input_types$"):
+    with pytest.raises(UserError, match=r"^--reencode_target 0.5: .*latent among the input types$"):
         train(flags, tmp_path, input_types=["image"], reencode_target=0.5)
