@@ -1,11 +1,41 @@
 """The loss terms against their plain formulas."""
 
+import importlib.util
+import shutil
+import signal
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from runs import QUIET, assert_same_tensors, same_weights, train
+from safetensors.torch import load_file, save_file
 
-from losses import LOSSES, channel_moments, get_loss_function
+import losses as module
+import train_align_with_args as train_script
+from losses import (
+    LOSSES,
+    ColourReference,
+    DecodedImageLoss,
+    PerceptualDistance,
+    Reencoder,
+    channel_moments,
+    decoded_image_loss,
+    decoder_difference,
+    decoder_features,
+    feature_distance,
+    get_loss_function,
+    picture_distance,
+    pixel_difference,
+    st_lpips,
+)
 from utils import UserError
+from vae_align import AlignConfig, AlignModule
+from vaes.codec import Codec
+from vaes.loading import load_vae_model
+from vaes.pipeline import PipelineWithVAEs
 
 
 @pytest.fixture
@@ -108,3 +138,442 @@ def test_channel_moments_see_mean_and_spread_of_a_channel_and_no_place(pair):
     flat = torch.zeros(1, 2, 3, 3, requires_grad=True)
     channel_moments(flat, target[:1, :2, :3, :3]).backward()
     assert flat.grad.isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Re-encoded targets
+
+
+@pytest.fixture(scope="module", params=["kl4", "kl4_stride4"])
+def codecs(vae_folders, request):
+    return [Codec(load_vae_model(vae_folders[name], "", None, "cpu", torch.float32)) for name in (request.param, "kl16")]
+
+
+def reencoded(codecs, images, weight=0.75):
+    return Reencoder(*codecs, weight)({}, codecs[0].encode(images))
+
+
+def test_latents_and_picture_are_those_of_decode_and_re_encode(codecs):
+    """A target of another image, of another stride, or not clamped as a picture is; one that carries a gradient."""
+    codec1, codec2 = codecs
+    source = codec1.encode(torch.rand(3, 3, 48, 64) * 2 - 1).requires_grad_()
+    made = Reencoder(codec1, codec2, 0.5)({}, source)
+    picture = codec1.decode(source).clamp(-1, 1)
+    torch.testing.assert_close(made.latents, codec2.encode(picture))
+    assert not made.latents.requires_grad
+    torch.testing.assert_close(made.picture, picture)
+
+
+def test_what_the_batch_brings_is_not_encoded_again(codecs):
+    """A cache that is built and not read."""
+    source, latents, picture = codecs[0].encode(torch.rand(2, 3, 48, 48)), torch.randn(2, 16, 6, 6), torch.rand(2, 3, 48, 48)
+    made = Reencoder(*codecs, 0.5)({"reencoded": latents, "decoded": picture}, source)
+    assert torch.equal(made.latents, latents) and torch.equal(made.picture, picture)
+    assert Reencoder(*codecs, 0.5)({"reencoded": latents}, source).picture is None
+
+
+def test_pixels_and_perception_follow_the_re_encoded_picture(codecs):
+    """A mixture with the shares swapped, a perceptual target that is the mixture (two pictures at once are none), colours that
+    are measured against VAE1's picture, whose bias the module would then take over."""
+    codec1, codec2 = codecs
+    images = torch.rand(2, 3, 48, 48) * 2 - 1
+    target, seen = codec2.encode(images), []
+    made = reencoded(codecs, images)
+    picture = codec1.decode(codec1.encode(images)).clamp(-1, 1)
+    network = picture_distance(lambda shown, wanted: seen.append(wanted) or shown.mean(dim=(1, 2, 3)))
+    loss = DecodedImageLoss(codec2, 2, 0, "original", 0, terms=[(1.0, pixel_difference("mse")), (0.0, network)])
+    value, window = loss(target, target, images, 0, made)
+    shown = codec2.decode(target)
+    torch.testing.assert_close(value, (shown - 0.25 * images - 0.75 * picture).square().mean())
+    torch.testing.assert_close(seen[0], picture)
+    torch.testing.assert_close(window.bias.mean(dim=(1, 2)), (shown - images).mean(dim=(0, 2, 3)))
+
+
+def test_decoder_features_are_those_of_the_re_encoded_latents(codecs):
+    """Features of VAE2's own latents, which ask for what re-encoding cannot know."""
+    codec2 = codecs[1]
+    target = torch.randn(2, 16, 6, 6)
+    made = reencoded(codecs, torch.rand(2, 3, 48, 48))
+    loss = DecodedImageLoss(codec2, 2, 0, "vae2", 0, terms=[(1.0, decoder_difference)])
+    kept = []
+    for latents in (target, made.latents):
+        with decoder_features(codec2.vae.model) as features:
+            codec2.decode(latents)
+        kept.append(features)
+    torch.testing.assert_close(loss(target, target, None, 0, made)[0], feature_distance(*kept))
+
+
+@pytest.mark.parametrize("decoded", [0.0, 1.0])
+def test_training_moves_towards_re_encoded_latents(flags, tmp_path, decoded):
+    """A flag that changes nothing; one that needs a decoded loss to be on, or the images that a cache of latents lacks."""
+    changes = {**QUIET, "epochs": 1, "decoder_loss_weight": decoded, "input_types": ["latent"]}
+    plain = train(flags, tmp_path / "plain", **changes)
+    run = train(flags, tmp_path / "mixed", **changes, reencode_target=0.7)
+    assert not same_weights(plain.last, run.last)
+
+
+def test_the_latent_loss_has_the_gradient_of_that_of_the_mixture(flags, tmp_path):
+    """Shares that do not add up to 1, or a second term that stays outside --loss_weight."""
+    args = train_script.parse_args(["--reencode_target", "0.7", "--decoder_loss_batch", "2", "--loss_weight", "3"])
+    vaes = [load_vae_model(flags[f"vae{number}_path"], "", None, "cpu", torch.float32) for number in (1, 2)]
+    pipeline = train_script.create_align_pipeline(*vaes, args)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    objective = train_script.create_objective(pipeline, args)
+    encoded = objective.encode({"pixel_values": images})
+    target = pipeline.codec2.encode(images)
+    again = pipeline.codec2.encode(pipeline.codec1.decode(pipeline.codec1.encode(images)).clamp(-1, 1))
+    aligned = torch.randn_like(target).requires_grad_()
+    loss, _ = objective(aligned, encoded, 0)
+    mixture = 3 * (aligned - 0.3 * target - 0.7 * again).square().mean()
+    gradients = [torch.autograd.grad(value, aligned)[0] for value in (loss, mixture)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_resumed_run_ends_bit_identical(flags, tmp_path, monkeypatch):
+    """Re-encoded latents that the cache gives in another order than the others."""
+    changes = {**QUIET, "reencode_target": 0.5, "perceptual_loss_weight": 1.0, "image_size": 64, "decoder_loss_window": 4,
+               "max_train_steps": 4, "decoder_loss_start": 0.5}  # fmt: skip
+    whole = train(flags, tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script.StopRequest, "agreed", lambda _, __, step: signal.SIGTERM if step == 1 else None)
+        with pytest.raises(SystemExit):
+            train(flags, tmp_path / "broken", **changes)
+    assert_same_tensors(train(flags, tmp_path / "broken", **changes, resume=True).last, whole.last)
+
+
+def test_a_module_without_latents_is_refused(flags, tmp_path):
+    """A target that is no function of what the module sees: it would blur as before, at twice the cost."""
+    with pytest.raises(UserError, match=r"^--reencode_target 0.5: .*latent among the input types$"):
+        train(flags, tmp_path, input_types=["image"], reencode_target=0.5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The decoded image
+
+
+@pytest.fixture
+def space(vae_folders):
+    return Codec(load_vae_model(vae_folders["kl16"], "vae", None, "cpu", torch.float32))
+
+
+@pytest.mark.parametrize("reference", ["original", "vae2"])
+@pytest.mark.parametrize(("kind", "power"), [("l1", 1), ("mse", 2)])
+def test_gradient_is_that_of_the_formula(space, reference, kind, power):
+    """Catches a loss under no_grad, one that trains the decoder, and a wrong reference."""
+    images = torch.rand(3, 3, 48, 32) * 2 - 1
+    target = space.encode(images)
+    aligned = (target + 0.3 * torch.randn_like(target)).requires_grad_()
+    loss = DecodedImageLoss(space, 2, 0, reference, seed=0, terms=[(1.0, pixel_difference(kind))])(
+        aligned, target, images, step=5
+    )[0]
+    wanted = images[:2] if reference == "original" else space.decode(target[:2])
+    expected = (space.decode(aligned[:2]) - wanted).abs().pow(power).mean()
+    assert torch.allclose(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, aligned, retain_graph=True)
+    (expected_gradient,) = torch.autograd.grad(expected, aligned)
+    assert torch.allclose(gradient, expected_gradient)
+    assert gradient[:2].abs().min() > 0 and not gradient[2:].any()
+    assert not any(parameter.requires_grad for parameter in space.vae.model.parameters())
+
+
+def test_window_belongs_to_its_place_in_the_image(space):
+    """Catches a reference cut elsewhere than the latents, and a window that never leaves the image's top or left."""
+    images = (torch.rand(1, 3, 64, 64) * 2 - 1).requires_grad_()
+    latents = space.encode(images.detach()).requires_grad_()
+    loss, corners = DecodedImageLoss(space, 1, 4, "original", seed=0, margin=0), set()
+
+    def extent(gradient):
+        used = gradient.abs().sum(dim=(0, 1)).nonzero()
+        return *used.min(dim=0).values.tolist(), *(used.max(dim=0).values + 1).tolist()
+
+    for step in range(8):
+        by_latents, by_images = torch.autograd.grad(loss(latents, latents.detach(), images, step)[0], (latents, images))
+        assert extent(by_images) == tuple(8 * edge for edge in extent(by_latents))
+        corners.add(extent(by_latents)[:2])
+    tops, lefts = (set(places) for places in zip(*corners))
+    assert len(tops) > 1 and len(lefts) > 1
+
+
+def test_perfect_latents_look_like_vae2(space):
+    """Catches a "vae2" reference that is cut or decoded otherwise than the aligned latents."""
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    target = space.encode(images)
+    assert all(DecodedImageLoss(space, 2, 4, "vae2", 0)(target, target, None, step)[0] == 0 for step in range(4))
+
+
+def test_an_empty_comparison_is_impossible(space):
+    """A window so small that the margins on both sides leave nothing of it: a loss of nan."""
+    target = torch.randn(2, 16, 6, 6)
+    for window in (1, 2, 3):
+        assert DecodedImageLoss(space, 2, window, "vae2", 0)(target + 0.1, target, None, 5)[0] > 0
+
+
+ONE_PROCESS = SimpleNamespace(reduce=lambda tensor, how: tensor, num_processes=1)
+
+
+class Loader(list):
+    dataset = range(4)
+
+
+OK = torch.tensor(True)
+
+
+@pytest.mark.parametrize("reference", ["original", "vae2"])
+def test_the_reference_is_compared_in_shifted_colours(space, reference):
+    """Catches a shift that never reaches the loss, or reaches it in another channel or at another place."""
+    images = torch.rand(2, 3, 48, 48) * 1.6 - 0.8
+    target = space.encode(images)
+    loss = DecodedImageLoss(space, 2, 0, reference, 0, terms=[(1.0, pixel_difference("mse"))])
+    loss.colours.shift = torch.randn(3, 8, 8)
+    wanted = images if reference == "original" else space.decode(target)
+    shift = torch.stack([torch.stack([loss.colours.shift[:, y % 8, x % 8] for x in range(48)], 1) for y in range(48)], 1)
+    expected = (space.decode(target) - wanted - shift).square().mean()
+    assert torch.allclose(loss(target, target, images, 3)[0], expected)
+
+
+def test_the_colour_bias_of_vae2_is_measured(space):
+    """Catches a bias measured against another window, with another sign or of another place; a "vae2" reference that is given
+    a bias."""
+    images = torch.rand(4, 3, 48, 48) * 1.6 - 0.8
+    target = space.encode(images)
+    batches = [{"latents2": latents, "pixel_values": pixels} for latents, pixels in zip(target.split(2), images.split(2))]
+    loader = Loader(batches)
+    pipeline = PipelineWithVAEs(AlignModule(AlignConfig(input_types=("image",), hidden_channels=8)), None, space)
+    by_place = torch.stack([(space.decode(target) - images)[..., place // 8 :: 8, place % 8 :: 8] for place in range(64)])
+    bias = by_place.mean(dim=(1, 3, 4)).T.reshape(3, 8, 8)
+    for reference, expected in (("original", bias), ("vae2", torch.zeros(3, 8, 8))):
+        loss = DecodedImageLoss(space, 2, 0, reference, 0)
+        loss.measure_colours(pipeline, loader, ONE_PROCESS)
+        assert torch.allclose(loss.colours.vae2_bias, expected, atol=1e-6)
+        assert torch.equal(loss.colours.shift, loss.colours.vae2_bias)
+
+
+def test_colours_are_led_to_those_of_vae2():
+    """Catches a correction of the wrong sign, one that forgets that VAE2 itself has a bias, and one by a step that was not
+    finite: an image that follows the reference but for a bias of its own ends with VAE2's."""
+    colours = ColourReference("cpu", 2)
+    first, second = 0.03 * torch.randn(2, 3, 2, 2)
+    colours.start_from([first, second], ONE_PROCESS)
+    torch.testing.assert_close(colours.vae2_bias, (first + second) / 2)
+    own = 0.02 * torch.randn(3, 2, 2)
+    for _ in range(1000):
+        bias = colours.shift + own
+        colours.correct(bias, OK, ONE_PROCESS)
+    torch.testing.assert_close(bias, colours.vae2_bias, atol=1e-3, rtol=0)
+    before = colours.shift
+    colours.correct(torch.full((3, 2, 2), float("nan")), ~OK, ONE_PROCESS)
+    assert torch.equal(colours.shift, before)
+    for _ in range(1000):  # an image that does not follow
+        colours.correct(torch.ones(3, 2, 2), OK, ONE_PROCESS)
+    torch.testing.assert_close(colours.vae2_bias - colours.shift, torch.full((3, 2, 2), 8 / 127.5))
+
+
+def test_losses_on_the_decoded_image_begin_when_told(flags, tmp_path):
+    """A start that is read as a number of steps, or never comes; a term that begins before it."""
+    changes = {"perceptual_loss_weight": 1.0, "image_size": 64, "decoder_loss_start": 0.5, **QUIET}
+    for steps, corrected in ((2, True), (1, False)):  # begins after the first of two
+        run = train(flags, tmp_path / str(steps), max_train_steps=steps, **changes)
+        colours = run.last["training"]["colours"]
+        assert bool((colours["shift"] != colours["vae2_bias"]).any()) == corrected
+    plain = train(flags, tmp_path / "plain", max_train_steps=1, **QUIET | {"image_size": 64})
+    assert same_weights(run.last, plain.last)
+
+
+def test_training_measures_and_corrects_the_colours(flags, tmp_path):
+    """Catches colours that are never measured or corrected, or are lost to a checkpoint and so to the run that resumes."""
+    states = []
+    for name, red in (("as it is", 0.0), ("redder", 0.25)):
+        vae = Path(shutil.copytree(flags["vae2_path"], tmp_path / name / "vae2"))
+        (file,) = vae.glob("*.safetensors")
+        weights = load_file(file)
+        weights["decoder.conv_out.bias"][0] += red
+        save_file(weights, file)
+        changes = {"decoder_loss_weight": 1.0, "decoder_loss_batch": 3, "decoder_loss_window": 2, "max_train_steps": 2}
+        run = train(flags, tmp_path / name, vae2_path=vae, **changes, **QUIET)
+        states.append(run.last["training"]["colours"])
+    redder = (states[1]["vae2_bias"] - states[0]["vae2_bias"]).mean(dim=(1, 2))
+    assert redder.tolist() == pytest.approx([0.25, 0, 0], abs=1e-4)
+    assert all((state["shift"] != state["vae2_bias"]).all() for state in states)
+
+
+def test_a_decoder_of_its_own(flags, tmp_path):
+    """Catches a --decoder_loss_path that is read and not used, or used for the targets too."""
+    plain, same, other = (
+        train(flags, tmp_path / name, decoder_loss_weight=1.0, max_train_steps=3, **QUIET, **changes).last
+        for name, changes in (
+            ("plain", {}),
+            ("same", {"decoder_loss_path": flags["vae2_path"]}),
+            ("other", {"decoder_loss_path": another_decoder(flags["vae2_path"], tmp_path)}),
+        )
+    )
+    assert same_weights(plain, same) and not same_weights(plain, other)
+
+
+def another_decoder(folder, tmp_path):
+    vae = Path(shutil.copytree(folder, tmp_path / "another"))
+    (file,) = vae.glob("*.safetensors")
+    weights = load_file(file)
+    weights["decoder.conv_out.weight"].neg_()
+    save_file(weights, file)
+    return vae
+
+
+def test_the_edges_of_an_image_are_decoded_as_often_as_a_quarter_of_the_time(space):
+    """Catches windows drawn evenly over the image, which touch an edge once in as many steps as there is room for."""
+    loss = DecodedImageLoss(space, 1, 4, "vae2", 0)
+    rows = torch.arange(12.0).view(1, 1, 12, 1).expand(1, 1, 12, 12)
+    tops = [int(loss.window_of(rows.shape[2:], step).cut(rows).min()) for step in range(400)]
+    assert tops.count(0) > 80 and tops.count(8) > 80 and set(tops) == set(range(9))
+
+
+def test_what_lacks_its_surroundings_is_not_compared(space):
+    """Catches a margin that is not trimmed: at a window's edge inside the image the decoder's padding is no error of ours."""
+    target = torch.randn(1, 16, 12, 12)
+    images = space.decode(target).detach()
+    loss = DecodedImageLoss(space, 1, 4, "original", 0, margin=1)
+    for step in range(30):
+        window = loss.window_of(target.shape[2:], step)
+        inner = window.inner(1, 8)
+        decoded, image = space.decode(window.cut(target))[inner], window.cut(images, 8)[inner]
+        top = int(window.cut(torch.arange(12.0).view(1, 1, 12, 1).expand(1, 1, 12, 12)).min())
+        assert decoded.shape[2] == 32 - 8 * (top > 0) - 8 * (top < 8)
+        assert torch.allclose(loss(target, target, images, step)[0], (decoded - image).abs().mean())
+
+
+def test_same_step_same_window(space):
+    """Catches a window drawn from global random state, which a resumed run would not repeat."""
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    target = space.encode(images)
+    loss = DecodedImageLoss(space, 1, 4, "original", 0)
+    assert loss(target, target, images, 3)[0] == loss(target, target, images, 3)[0]
+    assert len({float(loss(target, target, images, step)[0]) for step in range(6)}) > 1
+
+
+def test_a_vae_first_used_in_evaluation_still_takes_part_in_training(space):
+    """Catches weights that were read under inference_mode, which autograd then refuses."""
+    with torch.inference_mode():
+        space.decode(torch.zeros(1, 16, 2, 2))
+    latents = torch.zeros(1, 16, 2, 2, requires_grad=True)
+    space.decode(latents).sum().backward()
+    assert latents.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("folder", ["kl16", "tiny4"])
+def test_decoder_features_pull_towards_the_target(vae_folders, folder):
+    """A distance without a gradient, hooks that stay in the decoder, or features of the wrong latents."""
+    space = Codec(load_vae_model(vae_folders[folder], "", None, "cpu", torch.float32))
+    target = torch.randn(2, space.channels, 6, 6)
+    aligned = (target + 0.5 * torch.randn_like(target)).requires_grad_()
+    loss = DecodedImageLoss(space, 2, 0, "vae2", 0, terms=[(3.0, decoder_difference)])
+    assert loss(target, target, None, 0)[0] == 0
+    far, _ = loss(aligned, target, None, 0)
+    (gradient,) = torch.autograd.grad(far, aligned)
+    nearer = loss((aligned - 0.1 * gradient / gradient.norm()).detach(), target, None, 0)[0]
+    assert 0 < nearer < far
+    doubled = DecodedImageLoss(space, 2, 0, "vae2", 0, terms=[(6.0, decoder_difference)])
+    assert doubled(aligned, target, None, 0)[0].item() == pytest.approx(2 * far.item(), rel=1e-5)
+    assert not any(module._forward_hooks for module in space.vae.model.modules())
+
+
+def test_a_perceptual_network_sees_both_pictures_and_passes_its_gradient(space):
+    """LPIPS on pictures in another range, in the wrong order, or under no_grad; its weights need not be here for that."""
+    seen = []
+
+    def network(shown, wanted):
+        seen.append((shown, wanted))
+        return (shown - wanted).square().mean(dim=(1, 2, 3))
+
+    images = torch.rand(2, 3, 48, 48) * 2 - 1
+    target = space.encode(images)
+    aligned = (target + torch.randn_like(target)).requires_grad_()
+    loss = DecodedImageLoss(space, 2, 0, "original", 0, terms=[(2.0, picture_distance(network))])
+    value, _ = loss(aligned, target, images, 0)
+    ((shown, wanted),) = seen
+    assert torch.equal(wanted, images) and shown.abs().max() <= 1
+    assert torch.allclose(value, 2 * (shown - images).square().mean())
+    assert torch.autograd.grad(value, aligned)[0].any()
+
+
+def test_st_lpips_looks_through_alexnet_and_its_gradient_reaches_the_latents(space):
+    """A loss with the verdict's own network, which would flatter itself; a gradient that stops at the pictures."""
+    images = torch.rand(2, 3, 48, 48) * 2 - 1
+    target = space.encode(images)
+    aligned = (target + torch.randn_like(target)).requires_grad_()
+    options = {"perceptual_loss": "stlpips", "perceptual_weight": 1.0, "reference": "vae2", "batch_size": 2, "window": 0}
+    loss = decoded_image_loss(space, 48, **options)
+    assert loss.eyes.channels == st_lpips("alex").channels
+    value, _ = loss(aligned, target, images, 0)
+    assert torch.autograd.grad(value, aligned)[0].any()
+    assert loss(target, target, images, 0)[0].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_window_too_small_for_st_lpips_is_named_before_the_first_step(flags, tmp_path):
+    """A run that ends in its first step with an error about pictures that the user never chose."""
+    with pytest.raises(UserError, match=r"^--decoder_loss_window 3: .* needs at least \d+ latents$"):
+        train(flags, tmp_path, perceptual_loss="stlpips", perceptual_loss_weight=1.0, decoder_loss_window=3)
+
+
+def test_lpips_without_its_weights_says_what_to_fetch(flags, tmp_path, monkeypatch):
+    """A traceback, or a run that quietly goes without the loss."""
+
+    def no_network(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    with pytest.raises(UserError, match=r"^--perceptual_loss lpips: .*(pip install|fetch|not on this machine)"):
+        train(flags, tmp_path, perceptual_loss="lpips", perceptual_loss_weight=1.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ST-LPIPS and other networks
+
+
+def waves(size):
+    """One picture (1, 3, height, width) of a few sine waves."""
+    high, wide = (torch.arange(side) for side in size)
+    planes = [torch.sin(0.37 * (1 + c) * high[:, None] + 0.21 * wide[None, :] * (2 - 0.5 * c)) for c in range(3)]
+    return 0.8 * torch.stack(planes)[None]
+
+
+PUBLISHED = [  # what the package's own code, version 0.0.2, puts out
+    ("alex", (64, 64), 0.107119),
+    ("alex", (40, 57), 0.143925),
+    ("vgg", (64, 64), 0.715362),
+    ("vgg", (40, 57), 0.742099),
+]
+
+
+@pytest.mark.parametrize(("network", "size", "published"), PUBLISHED)
+def test_distances_are_the_packages_own(network, size, published):
+    """A layer, a padding or a weight in the wrong place; a normalisation that is forgotten."""
+    first = waves(size)
+    with torch.no_grad():
+        assert st_lpips(network)(first, 0.6 * first.flip(3)).item() == pytest.approx(published, rel=1e-4)
+
+
+def test_gradients_reach_the_pictures_and_stay_finite():
+    """A loss that teaches nothing; a picture without features whose gradient is not a number; weights that train along."""
+    distance = st_lpips("alex")
+    flat = torch.zeros(1, 3, 48, 48, requires_grad=True)
+    distance(flat, waves((48, 48))).sum().backward()
+    assert flat.grad.isfinite().all() and flat.grad.abs().sum() > 0
+    assert not any(parameter.requires_grad for parameter in distance.parameters())
+
+
+def test_pictures_that_are_too_small_are_refused():
+    """An obscure error of a pooling layer."""
+    with pytest.raises(UserError, match="at least 32 px"):
+        PerceptualDistance("vgg").features(torch.zeros(1, 3, 16, 64))
+
+
+def test_a_missing_package_and_a_torn_file_are_named(monkeypatch, tmp_path):
+    """A traceback for what one command repairs."""
+    torn = tmp_path / "alex.pth"
+    torn.write_bytes(b"PK\x03\x04")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot be read"):
+        patch.setattr(module, "_weights_file", lambda network: torn)
+        st_lpips("alex")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install stlpips_pytorch"):
+        st_lpips("alex")
