@@ -290,7 +290,8 @@ def _survive(stream) -> None:
 
         return attempt
 
-    stream.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
+    if hasattr(stream, "reconfigure"):  # a notebook's stream has it not
+        stream.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
     stream.write, stream.flush = surviving(stream.write), surviving(stream.flush)
 
 

@@ -110,20 +110,15 @@ def test_stamps_within_one_second_neither_collide_nor_fall_out_of_order(tmp_path
 def test_stamp_is_the_present_time_where_nothing_is_in_the_way(tmp_path):
     """A stamp in UTC, or one after another prefix's entries."""
     (tmp_path / "other_29991231_235959.pth").touch()
-    (tmp_path / "align_pipeline_latest.pth").touch()
-    for folder in (tmp_path, tmp_path / "missing"):
-        stamp = datetime.strptime(next_stamp(folder, "align_pipeline"), "%Y%m%d_%H%M%S")
-        assert abs(stamp - datetime.now()) < timedelta(minutes=2)
+    stamp = datetime.strptime(next_stamp(tmp_path, "align_pipeline"), "%Y%m%d_%H%M%S")
+    assert abs(stamp - datetime.now()) < timedelta(minutes=2)
 
 
-@pytest.mark.parametrize(
-    ("newest", "expected"), [("29990228_235959", "29990301_000000"), ("29991231_235959", "30000101_000000")]
-)
-def test_stamp_sorts_after_entries_from_the_future(tmp_path, newest, expected):
+def test_stamp_sorts_after_entries_from_the_future(tmp_path):
     """A clock that went back, after which the newest checkpoint no longer sorts last; 235959 + 1 = 235960."""
-    for name in (f"align_pipeline_{newest}.pth", f"align_pipeline_{newest}.json", "align_pipeline_20200101_000000.pth"):
+    for name in ("align_pipeline_29991231_235959.pth", "align_pipeline_20200101_000000.pth"):
         (tmp_path / name).touch()
-    assert next_stamp(tmp_path, "align_pipeline") == expected
+    assert next_stamp(tmp_path, "align_pipeline") == "30000101_000000"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,20 +148,15 @@ def test_one_line_hides_a_login_and_a_password(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("calls, number", [(("chmod", "fchmod"), errno.EPERM), (("fsync",), errno.EINVAL)], ids=str)
-def test_a_file_system_without_a_comfort_of_posix_takes_files(tmp_path, monkeypatch, calls, number):
-    """Neither cache nor checkpoint on CIFS, exFAT, gcsfuse and the like, which refuse chmod or know no fsync."""
-    refused = []
+def test_a_file_system_without_fsync_takes_files(tmp_path, monkeypatch):
+    """Neither cache nor checkpoint on gcsfuse and the like."""
 
-    def refuse(*_, **__):
-        refused.append(number)
-        raise OSError(number, os.strerror(number))
+    def refuse(_):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    for call in calls:
-        monkeypatch.setattr(os, call, refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
     write_json(tmp_path / "a.json", 1)
     assert os.listdir(tmp_path) == ["a.json"]
-    assert bool(refused) == ("fsync" in calls)  # no mode is set after the file is there: the umask has its say at once
 
 
 def test_the_token_of_a_login_counts_after_that_of_the_environment(tmp_path, monkeypatch):
@@ -185,13 +175,9 @@ def test_the_token_of_a_login_counts_after_that_of_the_environment(tmp_path, mon
 # Device and precision
 
 
-def test_get_dtype_knows_the_three_precisions_and_names_them_otherwise():
-    """Two precisions swapped; a KeyError for a mistyped one."""
-    expected = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    assert {name: get_dtype(name) for name in expected} == expected
-    for name in ("fp16", "float64", ""):
-        with pytest.raises(UserError, match="choose from bfloat16, float16, float32"):
-            get_dtype(name)
+def test_a_mistyped_precision_is_one_line():
+    """A KeyError for `fp16`."""
+    refusal(lambda: get_dtype("fp16"), "precision fp16: choose from bfloat16, float16, float32")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -220,14 +206,13 @@ def gpus(monkeypatch):
     return pretend
 
 
-@pytest.mark.parametrize(
-    ("name", "rank", "count", "current"), [("cuda", "3", 8, 3), ("cuda", "3", 1, 0), ("cuda:2", "1", 8, 2)]
-)
-def test_each_process_of_a_launcher_computes_on_its_own_gpu(gpus, monkeypatch, name, rank, count, current):
+@pytest.mark.parametrize(("name", "count", "current"), [("cuda", 8, 3), ("cuda", 1, 0), ("cuda:2", 8, 2)])
+def test_each_process_of_a_launcher_computes_on_its_own_gpu(gpus, monkeypatch, name, count, current):
     """Eight processes whose trial of torch.compile opens eight contexts on the first GPU."""
     monkeypatch.setenv("LOCAL_RANK", "3")
     became = gpus(count)
-    assert (resolve_device(name, typed=False), became) == (torch.device(name), [current])
+    assert resolve_device(name, typed=False) == torch.device(name)
+    assert became == [current]
 
 
 @pytest.mark.parametrize("name", ["", "cuda:-1", "meta"])
@@ -314,46 +299,32 @@ def test_autocast_keeps_float32_exact_and_casts_otherwise():
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory
 
-OUT_OF_MEMORY = {
-    "cuda": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:114] err == 0. DefaultCPUAllocator: can't allocate memory"),
-    "mps": RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"),
-    "python": MemoryError(),
-}
+OUT_OF_MEMORY = (
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"),
+    MemoryError(),
+)
 
 
-@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
-def test_running_out_of_memory_says_what_was_done_and_which_flags_help(kind):
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_running_out_of_memory_says_what_was_done_and_which_flags_help(error):
     """torch's page of allocator statistics; a RuntimeError that nobody takes for what it is."""
-    error = OUT_OF_MEMORY[kind]
-    assert is_out_of_memory(error)
 
-    def work():
-        with memory_advice("training", train_batch_size=64, num_workers=0, precision="float32"):
+    def work(batch):
+        with memory_advice("training", train_batch_size=batch, num_workers=0, precision="float32" if batch > 1 else "bfloat16"):
             raise error
 
-    text = refusal(work, "out of memory while training", "train_batch_size 64", "precision float32")
+    text = refusal(lambda: work(64), "out of memory while training", "train_batch_size 64", "precision float32")
     assert "lower train_batch_size or use precision bfloat16" in text
+    refusal(lambda: work(1), "use a machine with more of it")
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("shapes do not match"), ValueError("out of memory"), UserError("x"), KeyboardInterrupt()]
-)
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("out of memory"), KeyboardInterrupt()])
 def test_other_errors_pass_through(error):
     """A bug that is reported as too little memory."""
     with pytest.raises(type(error)) as caught, memory_advice("training", train_batch_size=4):
         raise error
     assert caught.value is error and not is_out_of_memory(error)
-
-
-def test_advice_when_nothing_can_be_lowered():
-    """ "lower " and nothing after it."""
-
-    def work():
-        with memory_advice("training", train_batch_size=1, precision="bfloat16"):
-            raise MemoryError
-
-    refusal(work, "use a machine with more of it")
 
 
 def test_torchs_own_error_on_the_cpu_is_known():
@@ -367,7 +338,7 @@ def test_torchs_own_error_on_the_cpu_is_known():
 # The request to stop
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def handlers_of_the_suite():
     """A run that is stopped leaves the default handlers behind; this interpreter runs on."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
@@ -376,7 +347,6 @@ def handlers_of_the_suite():
         signal.signal(number, handler)
 
 
-@pytest.mark.usefixtures("handlers_of_the_suite")
 def test_what_a_launcher_passes_on_is_no_second_signal(monkeypatch, capfd):
     """Ctrl-C under `accelerate launch`, which comes twice to each process, ends it unsaved."""
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -389,7 +359,6 @@ def test_what_a_launcher_passes_on_is_no_second_signal(monkeypatch, capfd):
     assert capfd.readouterr().err.count("finishing the step") == 1
 
 
-@pytest.mark.usefixtures("handlers_of_the_suite")
 def test_a_signal_is_heard_when_nobody_reads_the_log_any_more():
     """Ctrl-C under `2>&1 | tee log`, which ends tee as well: the run would fail on its own message, unsaved."""
     reader, writer = os.pipe()
@@ -406,7 +375,6 @@ def test_a_signal_is_heard_when_nobody_reads_the_log_any_more():
         os.close(writer)
 
 
-@pytest.mark.usefixtures("handlers_of_the_suite")
 @pytest.mark.parametrize("number", WARNINGS, ids=lambda number: number.name)
 def test_a_warning_stops_the_run_and_a_second_one_does_not_kill_it(number):
     """A closed terminal or a scheduler's warning that ends the run unsaved; a closed terminal sends two."""
@@ -417,7 +385,6 @@ def test_a_warning_stops_the_run_and_a_second_one_does_not_kill_it(number):
     signal.raise_signal(number)  # while the checkpoint is written out
 
 
-@pytest.mark.usefixtures("handlers_of_the_suite")
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_that_was_ignored_at_the_start_stays_ignored(number):
     """A run under nohup that a closed terminal stops; a script's background job that ends with Ctrl-C for another one."""
