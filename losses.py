@@ -28,10 +28,9 @@ from training.bad_steps import leave_out
 from training.meter import Meter
 from training.restore import load_optimizer, on_cpu
 from utils import UserError, one_line
-from vaes.codec import Codec, decode_picture
+from vaes.codec import Codec, SeenThrough, decode_picture
 from vaes.loading import load_vae_model
 from vaes.pipeline import PipelineWithVAEs, encoded_batches
-from vaes.seen_through import SeenThrough
 
 log = logging.getLogger(__name__)
 

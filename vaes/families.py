@@ -28,6 +28,7 @@ class Family:
             None, each VAE's own config has the numbers.
         aliases: other names for the space. Only letters and digits count; case does not.
         files: stems of single-file VAEs. Such a file does not name its space.
+        model_types: the first letters of diffusers' names for a whole model's file; the longest that fits counts.
         tiny: stems and hub names of tiny autoencoders. They give scaled latents and do not name their space.
         ignores_shift: the family's pipeline ignores the shift_factor of its VAE's config.
         note: a remark for the README's table.
@@ -44,6 +45,7 @@ class Family:
     std: tuple[float, ...] | None = None
     aliases: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    model_types: tuple[str, ...] = ()
     tiny: tuple[str, ...] = ()
     ignores_shift: bool = False
     note: str = ""
@@ -87,9 +89,9 @@ def family_of_file(stem: str, of: str) -> Family | None:
     return next((family for family in FAMILIES if stem.lower() in getattr(family, of)), None)
 
 
-def spaces_with(channels: int, stride: int | None = None) -> list[Family]:
-    """The rows with this number of channels, and with this stride if one is given."""
-    return [family for family in FAMILIES if family.channels == channels and stride in (None, family.stride)]
+def spaces_with(channels: int, stride: int) -> list[Family]:
+    """The rows with this number of channels and this stride."""
+    return [family for family in FAMILIES if (family.channels, family.stride) == (channels, stride)]
 
 
 def table_of_families() -> str:
