@@ -6,9 +6,7 @@ A loss on latents is a function (prediction, target) of one shape -> a scalar, d
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import itertools
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,9 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils import UserError, one_line
-from vaes.codec import Codec, decode_picture
+from vaes.codec import Codec, SeenThrough, decode_picture
 from vaes.pipeline import PipelineWithVAEs, encoded_batches
-from vaes.seen_through import SeenThrough
 
 
 def weighted_l1(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -228,7 +225,7 @@ class DecodedWindow:
         shown: the decoded aligned latents, with their gradient, not clamped. wanted: the reference of its pixels.
         visible: `shown`, clamped to [-1, 1] as a viewer sees it.
         visible_wanted: its reference; VAE1's picture where that has a share in `wanted`, since a mixture of two is no picture.
-        decoder_features, wanted_decoder_features: the outputs of the decoder's stages, see `decoder_features`.
+        decoder_features, wanted_decoder_features: see `Codec.decode_with_features`.
         bias: mean excess of `shown` over the reference, see `ColourReference`.
     """
 
@@ -248,8 +245,10 @@ class DecodedWindow:
             self.wanted = self.wanted.lerp(self._seen_wanted, reencoded.weight)
 
     def _decode(self, latents):
-        with decoder_features(self._codec.vae.model, self._by_decoder) as features:
-            return self._codec.decode(latents)[self._inner], features
+        if not self._by_decoder:
+            return self._codec.decode(latents)[self._inner], []
+        shown, features = self._codec.decode_with_features(latents)
+        return shown[self._inner], features
 
     @cached_property
     @torch.no_grad()
@@ -416,33 +415,11 @@ def _require_side(image_size: int, window: int, stride: int) -> None:
     raise UserError(f"decoder_loss_window {window}: ST-LPIPS needs at least {least} latents")
 
 
-@contextlib.contextmanager
-def decoder_features(vae, wanted: bool = True):
-    """Within this context collect the outputs of the stages of `vae`'s decoder: for each stage a list of tensors."""
-    features, hooks = [], []
-    for stage in decoder_stages(vae.decoder) if wanted else ():
-        kept = []
-        features.append(kept)
-        hooks.append(stage.register_forward_hook(lambda module, inputs, output, kept=kept: kept.append(output)))
-    try:
-        yield features
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def decoder_stages(decoder: torch.nn.Module) -> list[torch.nn.Module]:
-    """The last layer at each resolution but the finest: an AutoencoderKL's up blocks, a tiny one's layers before upsampling."""
-    if hasattr(decoder, "up_blocks"):
-        return list(decoder.up_blocks)[:-1]
-    return [layer for layer, following in itertools.pairwise(decoder.layers) if isinstance(following, torch.nn.Upsample)]
-
-
 def feature_distance(features: list, wanted: list) -> torch.Tensor:
     """Mean squared difference relative to the wanted features' mean square, averaged over the stages: 0 where they agree."""
     distances = []
     for stage, reference in zip(features, wanted):
-        stage, reference = torch.cat(stage).float(), torch.cat(reference).float()
+        stage, reference = stage.float(), reference.float()
         distances.append(F.mse_loss(stage, reference) / reference.square().mean().clamp_min(1e-12))
     return torch.stack(distances).mean()
 

@@ -80,10 +80,9 @@ from utils import (
     write_json,
 )
 from vae_align import ARCHITECTURES, AlignConfig, AlignModule, read_checkpoint, spaces_of
-from vaes.codec import Codec, good_image_size
+from vaes.codec import Codec, SeenThrough, good_image_size
 from vaes.loading import load_vae_model
 from vaes.pipeline import PipelineWithVAEs, require_memory_for
-from vaes.seen_through import SeenThrough
 
 __all__ = ["get_dtype", "get_loss_function", "load_config", "load_vae_model"]  # part of this script's interface
 

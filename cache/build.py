@@ -25,8 +25,7 @@ from images.decoding import image_reader, to_levels, to_pixel_values
 from images.files import digest_of
 from runtime.processes import ALONE, Machine
 from utils import UserError, count_of, memory_advice
-from vaes.codec import Codec, decode_picture
-from vaes.seen_through import SeenThrough
+from vaes.codec import Codec, SeenThrough, decode_picture
 
 log = logging.getLogger(__name__)
 

@@ -1,1 +1,1 @@
-"""Latent spaces, the frozen VAEs behind them, and the cache of what they encode."""
+"""Frozen VAEs: how they are found, loaded and called, and the latent spaces that they share."""

@@ -1,7 +1,7 @@
-"""The codec: one frozen VAE that speaks scaled latents, and which named space they are of.
+"""The codec: one frozen VAE that encodes to scaled latents and decodes from them, and the named space of its latents.
 
-Raw latents are what a VAE's encoder gives. Scaled latents are what diffusion models work in: `(fold(raw) - mean) / std`, with
-numbers for each channel. Outside this file latents are scaled latents.
+A VAE's encoder gives raw latents. Diffusion models work in scaled latents: `(fold(raw) - mean) / std`, with one mean and one
+deviation per channel. Outside this file latents are scaled latents.
 """
 
 from __future__ import annotations
@@ -9,27 +9,27 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from images.decoding import to_levels
 from utils import UserError, count_of, is_out_of_memory
-from vae_align import LatentSpace, require_pixel_range
-from vaes.conventions import OwnMap
-from vaes.families import FAMILIES, SPACES, Family, family_of, named_space, spaces_with, table_of_families
+from vae_align import LatentSpace
+from vaes.families import FAMILIES, SPACES, Family, family_of, named_space, spaces_with
 from vaes.loading import FrozenVAE
 
-__all__ = ["FAMILIES", "SPACES", "Codec", "good_image_size", "named_space", "recognised", "table_of_families"]
+__all__ = ["SPACES", "Codec", "SeenThrough", "decode_picture", "good_image_size", "named_space", "reencode"]
 
 log = logging.getLogger(__name__)
 
 CPU_PIXELS = 256 * 256  # image pixels that a VAE handles at once on a CPU
-HUB_OWNER_OF_TINY = "madebyollin/"  # whose hub ids end in what `Family.tiny` lists
+HUB_OWNER_OF_TINY = "madebyollin/"  # hub ids of tiny autoencoders: this and a name in `Family.tiny`
 
 
-def recognised(space: LatentSpace) -> LatentSpace:
-    """The named space with these numbers, or `space` itself."""
+def _with_name(space: LatentSpace) -> LatentSpace:
+    """The named space with these numbers, or `space` itself where no named space has them."""
     return next((known for known in SPACES.values() if _same_numbers(known, space)), space)
 
 
@@ -45,23 +45,28 @@ class Codec:
 
     Attributes:
         vae: the `FrozenVAE`. space: the `LatentSpace` of its latents. channels, stride: of that space.
-        identity: what a checkpoint stores of it: where it came from, its class, channels, stride and space.
+        identity: the VAE's path, subfolder, class, channels, stride and space as a checkpoint stores them.
     """
 
     def __init__(self, vae, path: str | None = None, subfolder: str | None = None, space: LatentSpace | str | None = None):
-        """`vae`: a `FrozenVAE` or a diffusers model; `path`, `subfolder`: where it came from; `space`: the latent space, or its
-        name, of a VAE whose numbers do not tell. UserError if the VAE's shape or numbers contradict it."""
+        """UserError if the VAE's shape or numbers contradict `space`.
+
+        Args:
+            vae: a `FrozenVAE` or a diffusers model.
+            path, subfolder: where it came from.
+            space: the latent space or its name, for a VAE whose numbers do not tell.
+        """
         self.vae = vae if isinstance(vae, FrozenVAE) else FrozenVAE.of_model(vae)
         self.channels = self.vae.channels
         self.stride = self.vae.stride
-        family = self._wanted_family(path, space)
-        self._map_given = self._settle_map(family)
-        self.space = self._settle_space(family, space)
-        self._images_at_once = None  # as many as come
+        family = self._find_family(path, space)
+        self._map_given = self._find_map(family)
+        self.space = self._find_space(family, space)
+        self._images_at_once = None  # the whole batch
         if path is not None:
             local = Path(path).expanduser()
-            is_here = local.is_dir() or self.vae.folder == local
-            path = str(local.resolve() if is_here else path)  # a relative folder means another one elsewhere
+            is_here = local.is_dir() or self.vae.place == local
+            path = str(local.resolve() if is_here else path)  # another working directory has other relative folders
         self.identity = {
             "path": path,
             "subfolder": subfolder,
@@ -71,29 +76,28 @@ class Codec:
             "space": self.space.to_dict(),
         }
 
-    def _wanted_family(self, path, wanted) -> Family | None:
-        """The row of the space that was asked for, or that the place of the VAE's files tells. UserError if its shape is not
-        the VAE's."""
-        if isinstance(wanted, str):
-            family = family_of(wanted)
-        elif wanted is not None:
-            family = next((family for family in FAMILIES if family.name == wanted.name), None)
-        else:
+    def _find_family(self, path, wanted) -> Family | None:
+        """The row of the wanted space, or of the space that the VAE's files or class tell. UserError if the wanted space has
+        another shape than the VAE's latents."""
+        shape = (self.channels, self.stride)
+        if wanted is None:
             told = self.vae.space_name or self.vae.convention.space
-            told = next((family for family in FAMILIES if family.name == told or _is_tiny(path, family)), None)
-            fits = told and (told.channels, told.stride) == (self.channels, self.stride)
-            return told if fits else None
-        shape, vae = family or wanted, self.vae
-        if (shape.channels, shape.stride) != (self.channels, self.stride):
-            fitting = [family.name for family in spaces_with(self.channels, self.stride)]
+            family = next((family for family in FAMILIES if family.name == told or _is_tiny(path, family)), None)
+            return family if family and (family.channels, family.stride) == shape else None
+        if isinstance(wanted, str):
+            family = wanted = family_of(wanted)
+        else:
+            family = next((family for family in FAMILIES if family.name == wanted.name), None)
+        if (wanted.channels, wanted.stride) != shape:
+            fitting = ", ".join(family.name for family in spaces_with(*shape))
             raise UserError(
-                f"{vae.where}: its latents have {self.channels} channels and stride {self.stride}, those of {shape.name} have "
-                f"{shape.channels} and {shape.stride}; spaces that fit: {', '.join(fitting) or 'none that is named'}"
+                f"{self.vae.where}: its latents have {self.channels} channels and stride {self.stride}, those of {wanted.name} "
+                f"have {wanted.channels} and {wanted.stride}; spaces that fit: {fitting or 'none that is named'}"
             )
         return family
 
-    def _settle_map(self, family: Family | None) -> OwnMap | None:
-        """The VAE's map between raw and scaled latents, as far as its config or its family tells; None where the weights do."""
+    def _find_map(self, family: Family | None) -> LatentSpace | None:
+        """The map between raw and scaled latents from the VAE's config or its family; None where its weights hold it."""
         if not self.vae.has_own_map:
             if family is None or family.space is None:
                 names = [each.name for each in spaces_with(self.channels, self.stride) if each.vae == self.vae.class_name]
@@ -101,30 +105,25 @@ class Codec:
                     f"{self.vae.where}: the file does not say how its latents are scaled; name its latent space: "
                     f"{', '.join(names) or 'none with a name fits'}"
                 )
-            if self.vae.space_name not in (None, family.name):
-                raise UserError(
-                    f"{self.vae.where}: its scale and shift are those of {self.vae.space_name}, not of {family.name}"
-                )
-            return OwnMap(family.space.mean, family.space.std)
+            self._require_numbers_of(family, self.vae.space_name or family.name)
+            return family.space
         if self.vae.convention.space:
             return None
-        own = self.vae.convention.own_map(self.vae, self.vae.config, self.channels)
-        if family and family.ignores_shift:
-            own = OwnMap((0.0,) * self.channels, own.std, own.fold)
-        return own
+        own = self.vae.convention.own_map(self.vae)
+        return replace(own, mean=(0.0,) * self.channels) if family and family.ignores_shift else own
 
-    def _settle_space(self, family: Family | None, given) -> LatentSpace:
-        """The space of this VAE's latents: the one that was asked for, or the named one that its numbers tell.
+    def _find_space(self, family: Family | None, given) -> LatentSpace:
+        """The space of this VAE's latents: the given one, or the named one with its numbers.
 
-        A VAE whose own map does nothing gives scaled latents. For it the recorded map is the named space's, which hosts that
-        keep raw latents need; encoding and decoding do not use it. Likewise for a VAE whose statistics are in its weights.
+        A VAE whose own map changes nothing gives scaled latents. Its space then has the named space's map, for hosts that keep
+        raw latents; encoding and decoding do not use it. The same holds for a VAE with its statistics in its weights.
         """
-        own_map = self._map_given or OwnMap((0.0,) * self.channels, (1.0,) * self.channels)
-        own = LatentSpace(None, self.channels, self.stride, own_map.mean, own_map.std)
+        own = self._map_given or LatentSpace.from_scale(None, self.channels, self.stride)
+        own = replace(own, name=None, fold=1)
         if family is None:
             if isinstance(given, LatentSpace) and (given.name or not own.map_is_known):
                 return given
-            return recognised(own)
+            return _with_name(own)
         if family.space is None:
             if not own.map_is_known:
                 raise UserError(
@@ -132,20 +131,22 @@ class Codec:
                 )
             return replace(own, name=family.name)
         if own.map_is_known and not _same_numbers(own, family.space):
-            if given is None:  # the name of a file is a hint, the VAE's own numbers are facts
-                return recognised(own)
-            real = recognised(own).name or "a space without a name"
-            raise UserError(f"{self.vae.where}: its scale and shift are those of {real}, not of {family.name}")
+            if given is None:  # the VAE's numbers count for more than a file's name
+                return _with_name(own)
+            self._require_numbers_of(family, _with_name(own).name or "a space without a name")
         return family.space
+
+    def _require_numbers_of(self, family: Family, found: str) -> None:
+        if found != family.name:
+            raise UserError(f"{self.vae.where}: its scale and shift are those of {found}, not of {family.name}")
 
     @functools.cached_property
     def _map(self) -> LatentSpace:
         """The map between the VAE's own raw latents and scaled latents."""
-        own = self._map_given or self.vae.convention.own_map(self.vae, self.vae.config, self.channels)
-        return LatentSpace(None, self.channels, self.stride, own.mean, own.std, own.fold)
+        return self._map_given or self.vae.convention.own_map(self.vae)
 
     def adopt_name_of(self, recorded: LatentSpace) -> None:
-        """Take the named space that a checkpoint records of this VAE, if the VAE's own numbers do not tell one."""
+        """Take the named space that a checkpoint records for this VAE, unless the VAE's own numbers tell one."""
         same_shape = (recorded.channels, recorded.stride) == (self.channels, self.stride)
         if recorded.name and same_shape and not self.space.map_is_known:
             self.space = recorded
@@ -160,11 +161,11 @@ class Codec:
     def encode(self, images: torch.Tensor, sample: bool = False, generator: torch.Generator | None = None) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, channels, H/stride, W/stride), float32.
 
-        The posterior mean, or with `sample` a draw from the posterior (a tiny autoencoder has none: its mean).
+        The posterior mean, or with `sample` a draw from the posterior. A tiny autoencoder has no posterior; both give its
+        latents. UserError for another shape or dtype, and for sides that are no multiples of the stride.
         """
         if images.ndim != 4 or not images.is_floating_point():
             raise UserError(f"images of shape {tuple(images.shape)}, {images.dtype}: pass floats (B, 3, H, W) in [-1, 1]")
-        require_pixel_range(images)
         if any(side % self.stride for side in images.shape[2:]):
             raise UserError(f"image of {tuple(images.shape[2:])} px: both sides must be multiples of {self.stride}")
         raw = self.vae.convention.raw_latents(self._encode_parts(images), sample, generator)
@@ -181,9 +182,29 @@ class Codec:
             [convention.decode(model, self._input(part)).float() for part in self._parts(raw, self.vae.raw_stride)]
         )
 
+    def decode_with_features(self, latents: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The images of `decode`, and the outputs of the decoder's stages, coarse to fine (see `Convention.decoder_stages`).
+
+        Each output is (N, C, h, w) in the VAE's precision, or (N, C, frames, h, w) for a VAE of frames. N is B, or 2 B for a
+        ConsistencyDecoderVAE, which decodes in two steps. Gradients flow to the latents.
+        """
+        stages = self.vae.convention.decoder_stages(self.vae.model)
+        outputs = [[] for _ in stages]
+        hooks = [
+            stage.register_forward_hook(lambda module, inputs, output, kept=kept: kept.append(output))
+            for stage, kept in zip(stages, outputs)
+        ]
+        try:
+            images = self.decode(latents)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        # the blocks of some VAEs of frames also return a cache
+        return images, [torch.cat([each[0] if isinstance(each, tuple) else each for each in kept]) for kept in outputs]
+
     def _encode_parts(self, images: torch.Tensor) -> list:
-        """What the VAE makes of `images`, piece by piece. Where memory runs out it goes on with half as many at once, and
-        keeps to that; the result does not depend on it but for rounding."""
+        """The VAE's results for `images`, piece by piece. When memory runs out, this and all later calls encode half as many
+        images at once. The results change only by rounding."""
         while True:
             pieces = images.split(self._images_at_once or max(1, len(images)))
             parts = [part for piece in pieces for part in self._parts(piece, stride=1)]
@@ -198,8 +219,8 @@ class Codec:
             log.warning("out of memory: encoding at most %s at once", count_of(self._images_at_once, "image"))
 
     def _parts(self, tensor: torch.Tensor, stride: int):
-        """`tensor` in the pieces in which the VAE runs fastest: whole, but on a CPU of at most `CPU_PIXELS` image pixels,
-        since the features of a larger batch do not fit its cache (almost twice the time at 16 images of 256 px)."""
+        """`tensor` in the pieces in which the VAE runs fastest. A CPU takes at most `CPU_PIXELS` image pixels at once: the
+        features of a larger batch do not fit its cache (almost twice the time at 16 images of 256 px)."""
         if self.vae.convention.one_by_one:
             return tensor.split(1)
         if self.vae.device.type != "cpu":
@@ -210,25 +231,51 @@ class Codec:
         return tensor.to(self.vae.device, self.vae.dtype, memory_format=torch.channels_last)
 
 
+@dataclass
+class SeenThrough:
+    """Images as they are, or as one of several VAEs decodes their latents. A hash of an image's own pixels chooses, so cached
+    and uncached training agree.
+
+    Attributes:
+        codecs: the codecs of the N frozen VAEs.
+    """
+
+    codecs: list[Codec]
+
+    def places(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of 8-bit levels -> each one's place in `codecs`, or N for the image itself: (B)."""
+        return to_levels(images).sum(dim=(1, 2, 3)) % (len(self.codecs) + 1)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of 8-bit levels -> the chosen pictures, same shape and range."""
+        places, pictures = self.places(images), images.clone()
+        for place, codec in enumerate(self.codecs):
+            chosen = (places == place).nonzero().flatten()
+            if len(chosen):
+                pictures[chosen] = decode_picture(codec.encode(images[chosen]), codec).to(pictures)
+        return pictures
+
+
 @torch.no_grad()
 def reencode(latents: torch.Tensor, codec1: Codec, codec2: Codec) -> torch.Tensor:
-    """VAE1's scaled latents -> VAE2's of the picture that VAE1 decodes from them: the detour that a module saves."""
+    """VAE1's scaled latents -> VAE2's scaled latents, by decoding with VAE1 and encoding with VAE2."""
     return codec2.encode(decode_picture(latents, codec1))
 
 
 @torch.no_grad()
 def decode_picture(latents: torch.Tensor, codec: Codec) -> torch.Tensor:
-    """Scaled latents -> the picture that a viewer sees of them, (B, 3, H, W) in [-1, 1]."""
+    """Scaled latents (B, channels, h, w) -> the picture that a viewer sees, (B, 3, H, W), clamped to [-1, 1]."""
     return codec.decode(latents).clamp(-1, 1)
 
 
 def _is_tiny(path, family: Family) -> bool:
-    """Whether a hub id is that of the family's tiny autoencoder, whose own scale is 1 and says nothing."""
+    """Whether `path` is the hub id of the family's tiny autoencoder. Its config's scale is 1 and does not tell the space."""
     return str(path) in [HUB_OWNER_OF_TINY + name for name in family.tiny]
 
 
 def good_image_size(size: int, *strides: int) -> int:
-    """`size` if it is a multiple of every stride; otherwise UserError that names the nearest good one. Pixels."""
+    """`size` in pixels if it is a multiple of every stride; otherwise UserError that names the nearest good size."""
     step = math.lcm(*strides)
     if size > 0 and size % step == 0:
         return size

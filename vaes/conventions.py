@@ -1,7 +1,8 @@
-"""How each class of VAEs in diffusers is spoken to: frames, colours, what `encode` returns, and where its statistics are."""
+"""How each class of VAEs in diffusers is called: frames, colours, the result of `encode`, and where its statistics are."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,30 +10,23 @@ import torch
 from torch import nn
 
 from utils import UserError, shown
+from vae_align import LatentSpace
 
 COSMOS_SIGMA_DATA = 0.5  # of the scheduler that Cosmos 1 is used with (EDMEulerScheduler)
 PROBE = 128  # pixels of the image from which channels and stride are read; a multiple of every stride in use
 
 
 @dataclass(frozen=True)
-class OwnMap:
-    """A VAE's own map from raw to scaled latents: `(fold(raw) - mean) / std`, with numbers for each scaled channel."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    fold: int = 1
-
-
-@dataclass(frozen=True)
 class Convention:
-    """What a class of VAEs expects and gives.
+    """How a class of VAEs is called and what it returns.
 
     Attributes:
-        output: the attribute of what `encode` returns: a posterior as "latent_dist", or latents.
+        own_map: `FrozenVAE` -> the map between its raw and scaled latents, as a `LatentSpace` without a name.
+        output: the attribute of `encode`'s result that holds a posterior ("latent_dist") or latents.
+        decoder: the attribute of the model that holds its decoder.
         frames: images and latents have a dimension of frames (B, C, T, H, W); an image is one frame.
         alpha: images have a fourth channel of opacity; ours are opaque.
-        own_map: (vae, config, channels of the scaled latents) -> `OwnMap`.
-        fold: 2 where 2x2 raw latents become one scaled latent; None where the config says it.
+        fold: 2 where 2x2 raw latents become one scaled latent; None where the config holds the factor.
         space: the named space of every VAE of this class whose statistics are in its weights; None where the config has them.
         decoder_noise: decoding draws noise.
         one_by_one: the model takes one image at a time only.
@@ -41,6 +35,7 @@ class Convention:
 
     own_map: Callable
     output: str = "latent_dist"
+    decoder: str = "decoder"
     frames: bool = False
     alpha: bool = False
     fold: int | None = 1
@@ -49,18 +44,16 @@ class Convention:
     one_by_one: bool = False
     shape_of_config: Callable | None = None
 
-    def fold_of(self, config) -> int:
-        return config["fold"] if self.fold is None else self.fold
-
     def encode(self, model: nn.Module, images: torch.Tensor):
-        """RGB images (B, 3, H, W) in [-1, 1] -> whatever the model's `encode` returns."""
+        """RGB images (B, 3, H, W) in [-1, 1] -> the result of the model's `encode`."""
         if self.alpha:
             images = torch.cat([images, torch.ones_like(images[:, :1])], dim=1)
         return model.encode(images.unsqueeze(2) if self.frames else images)
 
     def raw_latents(self, encoded: list, sample: bool = False, generator: torch.Generator | None = None) -> torch.Tensor:
-        """The raw latents (B, C, h, w) of what `encode` returned for the pieces of a batch: the posterior mean, or with
-        `sample` one draw for the whole batch. A VAE without a posterior gives its latents as they are."""
+        """Results of `encode`, one for each piece of a batch -> raw latents (B, C, h, w).
+
+        The posterior mean, or with `sample` one draw for the whole batch. Without a posterior both give the latents."""
         parts = [getattr(part, self.output) for part in encoded]
         if self.output != "latent_dist":
             latents = torch.cat(parts)
@@ -80,9 +73,20 @@ class Convention:
         images = images[:, :, 0] if self.frames else images
         return images[:, :3] if self.alpha else images
 
+    def decoder_stages(self, model: nn.Module) -> list[nn.Module]:
+        """The layers whose outputs are the decoder's features, coarse to fine: every up block but the last; in a tiny
+        autoencoder every layer before an upsampling."""
+        decoder = getattr(model, self.decoder)
+        if hasattr(decoder, "up_blocks"):
+            return list(decoder.up_blocks)[:-1]
+        layers = getattr(decoder, "layers", decoder)  # the author's format has no module around them
+        return [layer for layer, following in itertools.pairwise(layers) if isinstance(following, nn.Upsample)]
+
     def measure(self, plan: nn.Module) -> tuple[int, int]:
-        """(channels, stride) of a model's raw latents. ValueError unless it turns an RGB image into latents on a grid that its
-        sides are multiples of, and those into an image. For a model on the meta device, which computes shapes only."""
+        """(channels, stride) of a model's raw latents; the model is on the meta device, which computes shapes only.
+
+        ValueError unless it encodes an RGB image to latents on a grid that divides the image, and decodes them to such an
+        image."""
         if self.shape_of_config:
             return self.shape_of_config(plan.config)
         image = torch.empty(1, 3, PROBE, PROBE, device="meta")
@@ -99,51 +103,54 @@ class Convention:
 # Where the statistics are
 
 
-def map_of_config(vae, config, channels: int) -> OwnMap:
+def map_of_config(vae) -> LatentSpace:
     """`(raw - shift_factor) * scaling_factor`, or with `latents_mean` and `latents_std` in the config
-    `(raw - latents_mean) * scaling_factor / latents_std`, as diffusers' SDXL pipeline takes them. AutoencoderKLs of other
-    than SDXL's 4 channels (GLM-Image) are used without their scaling_factor then: pipeline_glm_image.py reads none."""
-    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+    `(raw - latents_mean) * scaling_factor / latents_std`, as in diffusers' SDXL pipeline. Such an AutoencoderKL of other than
+    SDXL's 4 channels (GLM-Image) is used without its scaling_factor: pipeline_glm_image.py reads none."""
+    scale, shift = vae.config.get("scaling_factor"), vae.config.get("shift_factor")
     scale = 1.0 if scale is None else scale
     shift = 0.0 if shift is None else shift
     for name, value, low in (("scaling_factor", scale, 0), ("shift_factor", shift, -1e6)):
         _require_number(vae, name, value, low)
-    mean, std = config.get("latents_mean"), config.get("latents_std")
+    mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
     if mean is None and std is None:
-        return OwnMap((float(shift),) * channels, (1 / scale,) * channels)
-    _require_moments(vae, mean, std, channels)
-    if vae.class_name == "AutoencoderKL" and channels != 4:
+        return LatentSpace.from_scale(None, vae.channels, vae.stride, scale, shift)
+    _require_moments(vae, mean, std, vae.channels)
+    if vae.class_name == "AutoencoderKL" and vae.channels != 4:
         scale = 1.0
-    return OwnMap(tuple(map(float, mean)), tuple(value / scale for value in std))
+    return _map_by_channel(vae, mean, [value / scale for value in std])
 
 
-def map_of_first_frame(vae, config, channels: int) -> OwnMap:
+def map_of_first_frame(vae) -> LatentSpace:
     """Cosmos 1: one mean and deviation for each channel and frame, and `* sigma_data`: pipeline_cosmos_video2world.py."""
-    mean, std = config.get("latents_mean"), config.get("latents_std")
+    mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
     if mean is None or std is None:
-        return OwnMap((0.0,) * channels, (1 / COSMOS_SIGMA_DATA,) * channels)
-    frames = max(1, len(mean) // channels) if isinstance(mean, (list, tuple)) else 1
-    _require_moments(vae, mean, std, channels * frames)
-    first = [tuple(map(float, values[::frames])) for values in (mean, std)]
-    return OwnMap(first[0], tuple(value / COSMOS_SIGMA_DATA for value in first[1]))
+        return LatentSpace.from_scale(None, vae.channels, vae.stride, COSMOS_SIGMA_DATA)
+    frames = max(1, len(mean) // vae.channels) if isinstance(mean, (list, tuple)) else 1
+    _require_moments(vae, mean, std, vae.channels * frames)
+    return _map_by_channel(vae, mean[::frames], [float(value) / COSMOS_SIGMA_DATA for value in std[::frames]])
 
 
-def map_of_batch_norm(vae, config, channels: int) -> OwnMap:
+def map_of_batch_norm(vae) -> LatentSpace:
     """FLUX.2: batch normalisation of 2x2 folded latents with its running statistics: pipeline_flux2.py."""
     bn = vae.model.bn
-    std = torch.sqrt(bn.running_var.double() + config["batch_norm_eps"])
-    return OwnMap(tuple(bn.running_mean.double().tolist()), tuple(std.tolist()), fold=2)
+    std = torch.sqrt(bn.running_var.double() + vae.config["batch_norm_eps"])
+    return _map_by_channel(vae, bn.running_mean.double().tolist(), std.tolist(), fold=2)
 
 
-def map_of_buffers(vae, config, channels: int) -> OwnMap:
-    """LTX: `(raw - latents_mean) * scaling_factor / latents_std`, both of them buffers: pipeline_ltx.py."""
+def map_of_buffers(vae) -> LatentSpace:
+    """LTX: `(raw - latents_mean) * scaling_factor / latents_std`, where mean and std are buffers: pipeline_ltx.py."""
     mean, std = (getattr(vae.model, name).double().tolist() for name in ("latents_mean", "latents_std"))
-    return OwnMap(tuple(mean), tuple(value / config["scaling_factor"] for value in std))
+    return _map_by_channel(vae, mean, [value / vae.config["scaling_factor"] for value in std])
 
 
-def map_of_nothing(vae, config, channels: int) -> OwnMap:
-    """Tiny autoencoders in their author's format, which give scaled latents. TAEF2's 32 channels are FLUX.2's, unfolded."""
-    return OwnMap((0.0,) * channels, (1.0,) * channels, config["fold"])
+def map_of_nothing(vae) -> LatentSpace:
+    """Tiny autoencoders in their author's format, which give scaled latents; TAEF2's are FLUX.2's, unfolded."""
+    return _map_by_channel(vae, (0.0,) * vae.channels, (1.0,) * vae.channels, vae.fold)
+
+
+def _map_by_channel(vae, mean, std, fold: int = 1) -> LatentSpace:
+    return LatentSpace(None, vae.channels, vae.stride, mean, std, fold)
 
 
 def _require_moments(vae, mean, std, count: int) -> None:
@@ -171,6 +178,7 @@ CONVENTIONS = {  # by the `_class_name` of a config.json
     "AsymmetricAutoencoderKL": Convention(map_of_config),
     "ConsistencyDecoderVAE": Convention(
         map_of_config,
+        decoder="decoder_unet",
         decoder_noise=True,
         shape_of_config=lambda config: (config["latent_channels"], 2 ** (len(config["encoder_block_out_channels"]) - 1)),
     ),

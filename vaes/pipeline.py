@@ -1,10 +1,9 @@
-"""A checkpoint together with its VAEs: what training moves and what evaluation judges."""
+"""A module together with its two VAEs, for training and evaluation, and its checkpoints."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +17,6 @@ from vae_align import (
     AlignModule,
     AlignPipeline,
     LatentSpace,
-    ResidualBlock,
     module_of,
     read_checkpoint,
     spaces_of,
@@ -30,9 +28,7 @@ from vaes.loading import FrozenVAE, load_vae_model
 def require_memory_for(config: AlignConfig) -> None:
     """UserError when this machine's memory could not hold a module of that config, in float32."""
     with torch.device("meta"):
-        parts = AlignModule(replace(config, num_blocks=0)), ResidualBlock(config.hidden_channels)
-    rest, block = (sum(parameter.numel() for parameter in part.parameters()) for part in parts)
-    parameters = rest + config.num_blocks * block
+        parameters = sum(parameter.numel() for parameter in AlignModule(config).parameters())
     memory = physical_memory()
     if 4 * parameters > memory:
         raise UserError(
@@ -47,9 +43,9 @@ class PipelineWithVAEs(AlignPipeline):
     Attributes:
         module: the `AlignModule` that is judged, used and saved. float32.
         training_module: the one that the optimizer moves: the same, unless `module` is its running average.
-        codec1, codec2: the VAEs behind their conventions. A checkpoint's pipeline opens them when something first asks, so it
-            translates on a machine that has neither.
-        progress: what a checkpoint says of its training: `step`, `epoch`, `metrics`, `config`.
+        codec1, codec2: the codecs of the two VAEs. A checkpoint's pipeline opens them at first use, so it translates on a
+            machine that has neither VAE.
+        progress: a checkpoint's `step`, `epoch`, `metrics` and `config`.
     """
 
     def __init__(self, module: AlignModule, codec1: Codec | None, codec2: Codec | None):
@@ -57,15 +53,15 @@ class PipelineWithVAEs(AlignPipeline):
         super().__init__(module, codec1 and codec1.space, codec2 and codec2.space)
         self._begin(lambda: codec1, lambda: codec2)
 
-    def _begin(self, open_codec1: Callable[[], Codec], open_codec2: Callable[[], Codec]) -> None:
+    def _begin(self, *openers: Callable[[], Codec]) -> None:
         self.training_module = self.module
         self.progress = {"step": 0, "epoch": 0, "metrics": {}, "config": {}}
-        self._openers = {1: open_codec1, 2: open_codec2}
+        self._openers = openers
         self._opened = {}
 
     def _codec(self, number: int) -> Codec:
         if number not in self._opened:
-            self._opened[number] = self._openers[number]()
+            self._opened[number] = self._openers[number - 1]()
             self._opened[number].vae.to(self.device)
         return self._opened[number]
 
@@ -98,10 +94,10 @@ class PipelineWithVAEs(AlignPipeline):
     ):
         """A training batch -> (keyword arguments of `AlignModule.forward`, VAE2's scaled latents as the target, the images).
 
-        Latents that the batch already carries (from the latent cache) are taken as they are; the others are encoded from
-        `pixel_values`, the posterior mean or with `sample` a draw from the posterior. The images go to the device once, and
-        only if the module, an encoder or, with `images_needed`, the caller reads them; otherwise they are None. A module that
-        draws what it looks at is given VAE1's picture where the batch has it, and so is one that takes the image alone.
+        Latents from the latent cache are used unchanged; the others are encoded from `pixel_values`, the posterior mean or
+        with `sample` a draw from the posterior. The images go to the device once, if the module, an encoder or, with
+        `images_needed`, the caller reads them; otherwise they are None. If the batch has VAE1's picture, a module that makes
+        this picture itself, or that takes the image alone, gets it.
         """
         on_device = {"device": self.device, "non_blocking": True}
         encoded = "latents2" in batch and (not self.uses_latents or "latents1" in batch)
@@ -125,9 +121,9 @@ class PipelineWithVAEs(AlignPipeline):
     ) -> Path:
         """Write `align_pipeline_YYYYMMDD_HHMMSS.pth` into `folder` and return its path.
 
-        The file appears whole or not at all, never replaces another, and sorts after those already there; with `name` it
-        is called that instead, and replaces an older one. It holds tensors and plain values only (those of `more` too), so
-        that `torch.load(weights_only=True)` reads it.
+        The file appears whole or not at all, never replaces another, and sorts after those already there. With `name` it gets
+        that name, and replaces an older file. It holds tensors and plain values only, also in `more`, so that
+        `torch.load(weights_only=True)` reads it. UserError if it cannot be written.
         """
         content = {
             "format": CHECKPOINT_FORMAT,
@@ -168,12 +164,12 @@ class PipelineWithVAEs(AlignPipeline):
         """A pipeline from `save_checkpoint`'s file or a shared .safetensors file. Executes no code from the file.
 
         Args:
-            path: the file, or its content as `read_checkpoint` gave it.
-            vae1, vae2: a VAE, or a folder or hub id in place of the recorded one; by default the VAE that the checkpoint
-                names, read only when something other than `translate` asks for it.
+            path: the file, or its content from `read_checkpoint`.
+            vae1, vae2: a VAE, or a folder or hub id in place of the recorded one. By default the checkpoint's VAE, read at
+                first use; `translate` does not use it.
             device, dtype: of the VAEs; the module stays in float32.
             vae1_subfolder, vae2_subfolder: in place of the recorded ones.
-            labels: what error messages call the two VAEs.
+            labels: how error messages call the two VAEs.
         """
         content = path if isinstance(path, dict) else read_checkpoint(path)
         spaces = spaces_of(content)
@@ -191,8 +187,8 @@ class PipelineWithVAEs(AlignPipeline):
 
 
 def _open_codec(label: str, recorded: dict, space: LatentSpace, given, subfolder: str | None, options: dict) -> Codec:
-    """The codec of a checkpoint's VAE, from `given` (a VAE, a folder, a hub id) or from where it was recorded. UserError if its
-    latent space is another one than the checkpoint's."""
+    """The codec of a checkpoint's VAE, from `given` (a VAE, a folder, a hub id) or from the recorded place. UserError if its
+    latent space is not the checkpoint's."""
     path = recorded["path"]
     subfolder = recorded["subfolder"] if subfolder is None else subfolder
     if given is None or isinstance(given, (str, os.PathLike)):
@@ -215,8 +211,10 @@ def _open_codec(label: str, recorded: dict, space: LatentSpace, given, subfolder
 def encoded_batches(
     pipeline: PipelineWithVAEs, loader, accelerator, images: int, of_each: int | None = None, images_needed: bool = False
 ):
-    """What `PipelineWithVAEs.encode_batch` returns, for about `images` training images over all processes, of each batch the
-    first `of_each` being counted. A batch that is not finite is left out, as its training step would be."""
+    """Yield `PipelineWithVAEs.encode_batch` of batches with about `images` training images over all processes.
+
+    Each batch counts as at most `of_each` images. A batch with values that are not finite is left out, as its training step
+    would be."""
     wanted = min(images, len(loader.dataset))
     for batch in loader:
         inputs, target, pixels = pipeline.encode_batch(batch, images_needed=images_needed)

@@ -1,46 +1,37 @@
-"""Where a VAE's config and weights are: a folder of diffusers, a single file in the original layout, or a tiny autoencoder's
-two files."""
+"""Where frozen VAEs are found and how their files are read.
+
+A VAE is a folder of diffusers, on disk or on the hub; a single file in the original layout; or a tiny autoencoder's two files.
+"""
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Callable
+import functools
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from utils import UserError, one_line, read_json, shown
+from utils import UserError, count_of, hub_token, one_line, read_json, shown
 from vaes.conventions import CONVENTIONS
-from vaes.families import family_of_file
-from vaes.tiny import TinyAutoencoder, find_tiny_files, read_tiny, read_tiny_config, stem_of
+from vaes.families import FAMILIES, family_of_file
+from vaes.tiny import TinyAutoencoder
 
 STEM = "diffusion_pytorch_model"
-WEIGHT_FILES = (  # in the order in which they are looked for; full precision first
-    f"{STEM}.safetensors",
-    f"{STEM}.bin",
-    f"{STEM}.safetensors.index.json",
-    f"{STEM}.fp16.safetensors",
-    f"{STEM}.fp16.bin",
-    f"{STEM}.safetensors.index.fp16.json",
-)
+# in the order in which they are looked for; full precision first
+WEIGHT_ENDINGS = ("safetensors", "bin", "safetensors.index.json", "fp16.safetensors", "fp16.bin", "safetensors.index.fp16.json")
+WEIGHT_FILES = tuple(f"{STEM}.{ending}" for ending in WEIGHT_ENDINGS)
+TINY_PARTS, TINY_SUFFIXES = ("encoder", "decoder"), (".safetensors", ".pth")
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth")
+HUB_PAGE = re.compile(r"^https?://(www\.)?(huggingface\.co|hf\.co|hf-mirror\.com)/|/tree/main/?$")
+PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
 VAE_PREFIXES = ("first_stage_model.", "vae.")  # of a VAE's weights within a whole model's file
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "bn.")  # a VAE's own; others are losses and averages
 OF_ANOTHER_CLASS = "not in the layout of the original AutoencoderKL; name the folder of its diffusers version"
-MODEL_SPACES = {  # by the first letters of what diffusers calls a whole model's file
-    "playground": "playground25",
-    "xl": "sdxl",
-    "sd3": "sd3",
-    "flux-2": "flux2",
-    "flux": "flux1",
-    "chroma": "flux1",
-    "v1": "sd15",
-    "v2": "sd15",
-    "inpainting": "sd15",
-}
 
 
 class Misfit(ValueError):
@@ -49,35 +40,129 @@ class Misfit(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """What describes a VAE and how its weights are read.
+    """A VAE's class and config, and a function that reads its weights.
 
     Attributes:
-        class_name, vae_class: of the model. config: for `vae_class.from_config`.
-        files: whose content makes the VAE what it is.
+        vae_class: the model's class. config: for `vae_class.from_config`.
         read: dtype -> the model with its weights; raises `Misfit`, or a library's error.
-        what: describes the VAE, for messages. space_name, has_own_map: see `FrozenVAE`.
+        place: the folder, the file, or the path that names a tiny autoencoder's two files; None for a model in memory.
+        files: config and weights. Their content identifies the VAE.
+        described_by: names the origin of `config` in messages. space_name, has_own_map: see `FrozenVAE`.
     """
 
-    class_name: str
     vae_class: type
     config: dict
-    files: list[Path]
     read: Callable[[torch.dtype], nn.Module]
-    what: str = "its config.json"
+    place: Path | None = None
+    files: Sequence[Path] = ()
+    described_by: str = "its config.json"
     space_name: str | None = None
     has_own_map: bool = True
 
 
-def source_at(place: Path, label: str) -> Source:
-    """The source at a place that `locate_vae` found. UserError if it cannot be read as a VAE's."""
-    if (place / "config.json").exists():
-        return _folder(place, label)
-    tiny = find_tiny_files(place, label)
-    if tiny:
-        return _tiny(tiny, label)
-    if place.is_file():
-        return _single_file(place, label)
-    return _folder(place, label)
+def find_source(model_path: str, subfolder: str | None, cache_dir: str | None = None, label: str = "VAE") -> Source:
+    """The files of a VAE, downloaded from the hub if `model_path` is a repository's id or the address of its page.
+
+    `model_path/subfolder` is looked at first, then `model_path` itself, both on disk and on the hub. UserError names the models
+    and files that are there instead.
+    """
+    root = Path(model_path).expanduser()
+    places = [place for place in dict.fromkeys((subfolder or "", "")) if not Path(place).is_absolute()]
+    if os.path.isdir(root):  # `Path.is_dir` fails for too long a name
+        folders = [root / place for place in places if (root / place).is_dir()]
+        for folder in folders:
+            if (folder / "config.json").is_file() and find_weights(folder):
+                return _of_folder(folder, label)
+        for folder in folders:
+            if tiny := find_tiny_files(folder, label):
+                return _of_tiny_files(folder, tiny, label)
+        looked = " or ".join(str(root / place) for place in places)
+        there = (file.relative_to(root).as_posix() for pattern in ("*", "*/*") for file in root.glob(pattern) if file.is_file())
+        raise UserError(
+            f"{label} {model_path}: no VAE there (config.json and {WEIGHT_FILES[0]} in {looked}); {_names_of_others(there)}"
+        )
+    if os.path.isdir(root.parent) and (tiny := find_tiny_files(root, label)):
+        return _of_tiny_files(root, tiny, label)
+    if root.suffix in SINGLE_FILES:
+        if os.path.isfile(root):
+            return _of_single_file(root, label)
+        if not os.path.exists(root):
+            raise UserError(f"{label} {model_path}: no such file")
+    repo = HUB_PAGE.sub("", model_path).rstrip("/")
+    if os.path.exists(root) or repo.count("/") != 1 or model_path.startswith((".", "~", "/")):
+        raise UserError(
+            f"{label} {model_path}: neither a folder on this machine, nor a file of weights ({', '.join(SINGLE_FILES)}), nor "
+            "a hub id of the form owner/name (a folder within it is the subfolder)"
+        )
+    return _of_folder(_download(repo, places, cache_dir, label), label)
+
+
+def _names_of_others(files: Iterable[str]) -> str:
+    """A message's clause on the files of a place without a VAE, given by their paths in it."""
+    names = sorted(name for name in files if not name.startswith("."))
+    models = sorted({name.rpartition("/")[0] for name in names if name.endswith(WEIGHT_FILES)} - {""})
+    single_files = [name for name in names if name.endswith(SINGLE_FILES)]
+    for found, said, remedy in (
+        (models, "there are models in", "; name the VAE's as the subfolder"),
+        (single_files, "there is", "; name the file itself, on this machine"),
+        (names, "there is", ""),
+    ):
+        if found:
+            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+            return f"{said} {', '.join(found[:5])}{more}{remedy}"
+    return "there are no files"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The hub
+
+
+def _download(repo: str, places: list[str], cache_dir: str | None, label: str) -> Path:
+    """The folder of a hub model's VAE in the hub client's cache, with its config and weights."""
+    from huggingface_hub import errors, hf_hub_download, list_repo_files
+
+    token = hub_token() or False
+
+    def fetch(local: bool) -> Path | None:
+        for place, name in itertools.product(places, WEIGHT_FILES):
+            get = functools.partial(
+                hf_hub_download, repo, subfolder=place or None, cache_dir=cache_dir, token=token, local_files_only=local
+            )
+            try:
+                config_file = Path(get("config.json"))
+                for shard in shards_of(Path(get(name))):
+                    get(shard)
+                return config_file.parent
+            except errors.RemoteEntryNotFoundError:
+                continue
+            except errors.LocalEntryNotFoundError:
+                if not local:
+                    raise
+        return None
+
+    try:
+        try:
+            folder = fetch(local=False)
+        except errors.LocalEntryNotFoundError as error:  # the hub cannot be reached; the cache may hold the VAE
+            folder = fetch(local=True)
+            if folder is None:
+                raise error.__cause__ or error from None
+        if folder:
+            return folder
+        there = _names_of_others(list_repo_files(repo, token=token))
+        said = f"this hub model has no VAE in {' or '.join(place or 'its root' for place in places)}; {there}"
+    except Exception as error:  # offline, timeout, proxy down, disk full: the hub client has no common base for them
+        if isinstance(error, errors.GatedRepoError):
+            said = "a gated model; accept its licence on its hub page and set HUGGINGFACE_TOKEN"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            said = "no such folder here, and no such model on the hub; if it is private or gated, set HUGGINGFACE_TOKEN"
+        elif getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            said = f"the hub refused the token or its rights ({one_line(error)}); check HUGGINGFACE_TOKEN"
+        else:
+            proxies = [name for name in PROXIES if os.environ.get(name) or os.environ.get(name.lower())]
+            proxy = f"the proxy of {', '.join(proxies)}" if proxies else "the proxy"
+            said = f"no such folder here, and it could not be downloaded ({one_line(error)}); check the network and {proxy}"
+    raise UserError(f"{label} {repo}: {said}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -102,38 +187,38 @@ def shards_of(file: Path) -> list[str]:
     return names
 
 
-def _folder(folder: Path, label: str) -> Source:
+def _of_folder(folder: Path, label: str) -> Source:
     try:
-        stored = read_json(folder / "config.json")
-        class_name = str(stored["_class_name"])
+        config = read_json(folder / "config.json")
+        class_name = str(config["_class_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{label} {folder}: its config.json cannot be read as a VAE's ({one_line(error)})") from None
     if class_name not in CONVENTIONS:
         raise UserError(f"{label} {folder}: a {shown(class_name)}; known VAE classes are {', '.join(CONVENTIONS)}")
-    vae_class = diffusers_class(class_name, f"{label} {folder}")
+    vae_class = _diffusers_class(class_name, f"{label} {folder}")
     weights = find_weights(folder)
     try:
-        _check_sizes(stored)
+        _check_sizes(config)
         files = [folder / "config.json", weights, *(folder / name for name in shards_of(weights))]
     except Exception as error:
         reason = one_line(error)
         raise UserError(f"{label} {folder}: its config.json does not describe a {class_name} ({reason})") from None
-    return Source(class_name, vae_class, stored, files, lambda dtype: _read_folder(vae_class, folder, weights, dtype))
+    return Source(vae_class, config, functools.partial(_read_folder, vae_class, folder, weights), folder, files)
 
 
-def diffusers_class(class_name: str, label: str) -> type:
-    """The class of that name; UserError, which begins with `label`, where the installed diffusers does not have it."""
+def _diffusers_class(class_name: str, where: str) -> type:
+    """The class of that name; UserError, which begins with `where`, if the installed diffusers does not have it."""
     try:
         import diffusers
 
         return getattr(diffusers, class_name)
     except AttributeError:
         raise UserError(
-            f"{label}: a {class_name}, which diffusers {diffusers.__version__} does not have; install a newer one"
+            f"{where}: a {class_name}, which diffusers {diffusers.__version__} does not have; install a newer one"
         ) from None
-    except Exception as error:  # whatever its import makes of the environment
+    except Exception as error:  # the environment can make its import fail in any way
         raise UserError(
-            f"{label}: diffusers cannot be imported ({one_line(error)}); install requirements.txt anew, or unset the variable "
+            f"{where}: diffusers cannot be imported ({one_line(error)}); install requirements.txt anew, or unset the variable "
             "of the environment that this is about"
         ) from None
 
@@ -157,7 +242,7 @@ def _read_folder(vae_class: type, folder: Path, weights: Path, dtype: torch.dtyp
 
 
 def _check_sizes(config) -> None:
-    """ValueError for a config with numbers that no VAE has, and that would take the constructor hours or all memory."""
+    """ValueError for sizes that no VAE has: the constructor would take hours or all memory."""
     for name, value in config.items():
         items = value if isinstance(value, list) else [value]
         most = 64 if "layers" in name or ("num_" in name and "blocks" in name) else 1 << 16
@@ -173,134 +258,158 @@ def _check_sizes(config) -> None:
 # A tiny autoencoder's two files
 
 
-def _tiny(files: tuple[Path, Path], label: str) -> Source:
+def find_tiny_files(path: Path, label: str) -> tuple[Path, Path] | None:
+    """(encoder, decoder) of a tiny autoencoder in its author's format; None if `path` names none.
+
+    `path` is a folder that holds one pair `X_encoder.*`, `X_decoder.*`, one of the two files, or the two files' common stem,
+    such as models/vae_approx/taesd. UserError for a folder with several pairs, or for half of one.
+    """
+    if os.path.isdir(path):
+        stems = sorted({_stem_of(file) for file in path.iterdir()} - {""})
+        if len(stems) > 1:
+            raise UserError(f"{label} {path}: {count_of(len(stems), 'tiny autoencoder')} there; name one: {path / stems[0]}")
+        if not stems:
+            return None
+        stem = path / stems[0]
+    else:
+        stem = path.with_name(_stem_of(path)) if _stem_of(path) else path
+    candidates = [[stem.with_name(f"{stem.name}_{part}{suffix}") for suffix in TINY_SUFFIXES] for part in TINY_PARTS]
+    pair = [next(filter(os.path.isfile, files), None) for files in candidates]
+    if not any(pair):
+        return None
+    for part, file in zip(TINY_PARTS, pair):
+        if file is None:
+            raise UserError(f"{label} {stem}: its {part} is missing ({stem.name}_{part}.safetensors or .pth beside the other)")
+    return tuple(pair)
+
+
+def _stem_of(file: Path) -> str:
+    """Such as "taesd" of taesd_encoder.pth; "" for the name of another file."""
+    stem, _, part = file.stem.rpartition("_")
+    return stem if part in TINY_PARTS and file.suffix in TINY_SUFFIXES else ""
+
+
+def _of_tiny_files(place: Path, files: tuple[Path, Path], label: str) -> Source:
     try:
-        config = read_tiny_config(*files)
+        encoder = _read_layers(files[0])
+        first, last = encoder.get("0.weight"), max((int(name.split(".")[0]) for name in encoder), default=0)
+        if first is None or first.ndim != 4 or f"{last}.weight" not in encoder:
+            raise ValueError(f"{files[0].name} is no tiny autoencoder's encoder")
     except Exception as error:  # torch and safetensors have errors of their own for a damaged file
         raise UserError(f"{label} {files[0]}: its weights cannot be loaded ({one_line(error)})") from None
-    family = family_of_file(stem_of(files), "tiny")
-    return Source(
-        "TinyAutoencoder",
-        TinyAutoencoder,
-        config,
-        list(files),
-        lambda dtype: read_tiny(files, config).to(dtype),
-        what="its encoder",
-        space_name=family and family.name,
-    )
+    channels, pooled = len(encoder[f"{last}.weight"]), any(".pool." in name for name in encoder)
+    fold = 2 if pooled and channels == 32 else 1
+    config = {"latent_channels": channels, "stride": 32 if len(first) == 32 else 8, "pooled": pooled, "fold": fold}
+    family = family_of_file(_stem_of(files[0]), "tiny")
+    read = functools.partial(_read_tiny, files, config)
+    return Source(TinyAutoencoder, config, read, place, files, "its encoder", family and family.name)
+
+
+def _read_tiny(files: tuple[Path, Path], config: dict, dtype: torch.dtype) -> TinyAutoencoder:
+    with torch.device("meta"):
+        model = TinyAutoencoder.from_config(config)
+    for part, file in zip((model.encoder, model.decoder), files):
+        part.load_state_dict(_read_layers(file), assign=True)
+    return model.to(dtype)
+
+
+def _read_layers(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one file. ComfyUI's files may put the part's name before each layer's number."""
+    prefix = "encoder." if "encoder" in file.stem else "decoder."
+    weights = {name.removeprefix(prefix): tensor for name, tensor in _read_tensors(file, "cpu").items()}
+    if not all(name.split(".")[0].isdigit() for name in weights):
+        raise ValueError(f"{file.name} does not number its layers as the author's files do")
+    return weights
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A single file in the original layout
 
 
-def _single_file(file: Path, label: str) -> Source:
+def _of_single_file(file: Path, label: str) -> Source:
     try:
-        everything = _shapes_in(file)
-        shapes = _vae_part(everything)
-        config = _config_of(shapes)
+        tensors = _read_tensors(file, "meta")
+        names = _names_of_vae(tensors)
+        config = _config_of({name: tensors[stored] for name, stored in names.items()})
     except Exception as error:  # torch and safetensors have errors of their own for a damaged file
         raise UserError(f"{label} {file}: cannot be read as a VAE in the original layout ({one_line(error)})") from None
-    vae_class = diffusers_class("AutoencoderKL", f"{label} {file}")
-    return Source(
-        "AutoencoderKL",
-        vae_class,
-        config,
-        [file],
-        lambda dtype: _read_single_file(file, vae_class, config, dtype),
-        what="its content",
-        space_name=_space_of(file, everything),
-        has_own_map=False,
-    )
+    vae_class = _diffusers_class("AutoencoderKL", f"{label} {file}")
+    read = functools.partial(_read_single_file, vae_class, file, names, config)
+    return Source(vae_class, config, read, file, [file], "its content", _space_of(file, tensors), has_own_map=False)
 
 
-def _shapes_in(file: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the file on the meta device."""
+def _read_tensors(file: Path, device: str, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of these names alone, by default all; on the "meta" device shapes without values."""
     if file.suffix == ".safetensors":
         from safetensors import safe_open
 
         with safe_open(file, "pt") as opened:
-            names = opened.keys()
-            return {name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in names}
-    return _tensors(torch.load(file, map_location="meta", weights_only=True))
-
-
-def _tensors(content) -> dict[str, torch.Tensor]:
+            names = names or [*opened.keys()]
+            if device == "meta":
+                return {name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in names}
+            return {name: opened.get_tensor(name) for name in names}
+    content = torch.load(file, map_location=device, weights_only=True, mmap=names is not None)
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+    tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+    return {name: tensors[name] for name in names or tensors}
 
 
-def _vae_part(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The VAE's tensors, without the prefix that they have in a whole model's file. ValueError if there are none."""
+def _names_of_vae(stored: Iterable[str]) -> dict[str, str]:
+    """{name in the original AutoencoderKL: name in the file} of the VAE's weights. A whole model's file puts a prefix before
+    them. ValueError if there are none."""
     for prefix in (*VAE_PREFIXES, ""):
-        part = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        part = {name: tensor for name, tensor in part.items() if name.startswith(PARTS)}
-        if "encoder.conv_in.weight" in part:
-            return part
-    if any(name.startswith(prefix + part) for name in tensors for prefix in (*VAE_PREFIXES, "") for part in PARTS[:2]):
+        names = {name.removeprefix(prefix): name for name in stored if name.startswith(prefix)}
+        names = {name: full for name, full in names.items() if name.startswith(PARTS)}
+        if "encoder.conv_in.weight" in names:
+            return names
+    if any(name.startswith(prefix + part) for name in stored for prefix in (*VAE_PREFIXES, "") for part in PARTS[:2]):
         raise ValueError(OF_ANOTHER_CLASS)
     raise ValueError("it holds no VAE")
 
 
-def _config_of(shapes: dict[str, torch.Tensor]) -> dict:
+def _config_of(tensors: dict[str, torch.Tensor]) -> dict:
     """The config of an AutoencoderKL in the original layout, read off the shapes of its weights."""
-    if "encoder.down.0.block.0.conv1.weight" not in shapes or "bn.running_mean" in shapes:  # FLUX.2's, which diffusers cannot
+    if "encoder.down.0.block.0.conv1.weight" not in tensors or "bn.running_mean" in tensors:  # the latter: FLUX.2's
         raise ValueError(OF_ANOTHER_CLASS)
 
     def count(pattern):
-        number = 0
-        while pattern.format(number) in shapes:
-            number += 1
-        return number
+        return next(number for number in itertools.count() if pattern.format(number) not in tensors)
 
     levels = count("encoder.down.{}.block.0.conv1.weight")
-    widths = [len(shapes[f"encoder.down.{level}.block.0.conv1.weight"]) for level in range(levels)]
-    config = {
-        "in_channels": shapes["encoder.conv_in.weight"].shape[1],
-        "out_channels": len(shapes["decoder.conv_out.weight"]),
-        "block_out_channels": widths,
+    return {
+        "in_channels": tensors["encoder.conv_in.weight"].shape[1],
+        "out_channels": len(tensors["decoder.conv_out.weight"]),
+        "block_out_channels": [len(tensors[f"encoder.down.{level}.block.0.conv1.weight"]) for level in range(levels)],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "layers_per_block": count("encoder.down.0.block.{}.conv1.weight"),
-        "latent_channels": shapes["decoder.conv_in.weight"].shape[1],
-        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
-        "use_quant_conv": "quant_conv.weight" in shapes,
-        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+        "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in tensors,
+        "use_quant_conv": "quant_conv.weight" in tensors,
+        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
     }
-    return config
 
 
 def _space_of(file: Path, tensors: dict[str, torch.Tensor]) -> str | None:
-    """The space of a single file: what diffusers says of a whole model, else what the file's name says."""
+    """The space of a single file. diffusers recognises a whole model's; otherwise the file's name may tell."""
     family = family_of_file(file.stem, "files")
     if not any(name.startswith(VAE_PREFIXES) for name in tensors):
         return family and family.name
     from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
     kind = infer_diffusers_model_type(tensors)
-    return next((space for start, space in MODEL_SPACES.items() if kind.startswith(start)), family and family.name)
+    begins = {begin: family.name for family in FAMILIES for begin in family.model_types if kind.startswith(begin)}
+    return begins[max(begins, key=len)] if begins else family and family.name
 
 
-def _read_single_file(file: Path, vae_class: type, config: dict, dtype: torch.dtype) -> nn.Module:
-    if file.suffix == ".safetensors":
-        from safetensors import safe_open
+def _read_single_file(vae_class: type, file: Path, names: dict[str, str], config: dict, dtype: torch.dtype) -> nn.Module:
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-        with safe_open(file, "pt") as opened:
-            names = [name for name in opened.keys() if name.removeprefix(_prefix_of(name)).startswith(PARTS)]  # noqa: SIM118
-            weights = _vae_part({name: opened.get_tensor(name) for name in names})
-    else:
-        weights = _vae_part(_tensors(torch.load(file, map_location="cpu", weights_only=True, mmap=True)))
-    count = len(weights)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps({"_class_name": vae_class.__name__, **config}), encoding="utf-8")
-        model = vae_class.from_single_file(weights, config=folder, torch_dtype=dtype, local_files_only=True)
-    missing = sorted(name for name, tensor in model.state_dict().items() if tensor.is_meta)
-    if missing:
-        raise Misfit(f"{len(missing)} weights are missing, {missing[0]} first")
-    if len(model.state_dict()) != count:
-        raise Misfit(f"it holds {count} weights of a VAE, one of its shapes has {len(model.state_dict())}")
-    return model
-
-
-def _prefix_of(name: str) -> str:
-    return next((prefix for prefix in VAE_PREFIXES if name.startswith(prefix)), "")
+    tensors = _read_tensors(file, "cpu", names.values())
+    weights = convert_ldm_vae_checkpoint({name: tensors[stored] for name, stored in names.items()}, config)
+    if len(weights) != len(names):  # the conversion drops a name that it does not know
+        raise Misfit(f"{len(names) - len(weights)} of its {len(names)} weights have no place in an AutoencoderKL")
+    with torch.device("meta"):
+        model = vae_class.from_config(config)
+    model.load_state_dict(weights, assign=True)
+    return model.to(dtype)

@@ -7,9 +7,8 @@ from hostile import refusal
 from runs import QUIET, assert_same_tensors, same_weights, train
 
 from images.decoding import to_pixel_values
-from vaes.codec import Codec
+from vaes.codec import Codec, SeenThrough
 from vaes.loading import load_vae_model
-from vaes.seen_through import SeenThrough
 
 RECIPE = {**QUIET, "input_types": ["image"], "max_train_steps": 4, "decoder_loss_weight": 1.0, "reencode_target": 0.5}
 
