@@ -333,7 +333,7 @@ def needs_pixels(args: argparse.Namespace) -> bool:
 
 
 def draws_pictures(args: argparse.Namespace) -> bool:
-    """Whether the module looks at the picture that VAE1 decodes; see `AlignConfig.draws`."""
+    """Whether the module looks at the picture that VAE1 decodes; see `AlignConfig.has_decoder`."""
     return args.architecture != "plain" and set(args.input_types) == {"latent"}
 
 

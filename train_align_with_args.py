@@ -99,10 +99,10 @@ from utils import (
     resolve_precision,
     write_json,
 )
-from vae_align import ARCHITECTURES, AlignConfig, AlignModule, read_checkpoint, spaces_of
+from vae_align import ARCHITECTURES, AlignConfig, AlignModule, align_module
 from vaes.codec import Codec, decode_picture, good_image_size
 from vaes.loading import load_vae_model
-from vaes.pipeline import PipelineWithVAEs, require_memory_for
+from vaes.pipeline import PipelineWithVAEs, read_checkpoint, require_memory_for, spaces_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -350,7 +350,7 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace, start: Start | N
     )
     with naming("--hidden_channels"):
         require_memory_for(config)
-    module = AlignModule(config)
+    module = align_module(config)
     if start:
         for name in ("latent_channels", "latent_stride", "out_channels", "out_stride"):
             if getattr(config, name) != getattr(trained_for, name):

@@ -18,8 +18,9 @@ from pathlib import Path
 from training.budget import Budget
 from training.checkpoints import OWN_NAME
 from utils import UserError
-from vae_align import AlignError, checkpoints_in, read_checkpoint
+from vae_align import AlignError
 from vaes.codec import Codec
+from vaes.pipeline import checkpoints_in, read_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from utils import UserError, count_of
-from vae_align import GRID_KEYS, STAGE_BLOCKS, AlignConfig, StageBlock, module_of, read_checkpoint
+from vae_align import GRID_KEYS, STAGE_BLOCKS, AlignConfig, StageBlock, module_of
 from vaes.codec import Codec
-from vaes.pipeline import PipelineWithVAEs
+from vaes.pipeline import PipelineWithVAEs, read_checkpoint
 
 LARGEST_DIFFERENCE = 0.05  # between VAE1's pictures and the module's, of their spread: more than bfloat16 rounds off
 
@@ -41,10 +41,10 @@ def start_from_vaes(pipeline: PipelineWithVAEs, file: str | None = None) -> str:
     module = pipeline.module
     if module.config.architecture == "plain":
         raise UserError("--init vaes: the plain architecture has no layers like theirs; add --architecture tiny or whole")
-    copied = [_copy_decoder(pipeline)] if module.config.draws else []
+    copied = [_copy_decoder(pipeline)] if module.config.has_decoder else []
     encoder = _layers(pipeline.codec2.vae.model, "encoder", "VAE2")
     pairs = [*zip(module.blocks, encoder[-1 - STAGE_BLOCKS : -1]), (module.out, encoder[-1])]
-    if hasattr(module, "image_in"):
+    if module.config.has_image_encoder:
         mine, theirs = [layer for layer in module.image_in if _has_weights(layer)], encoder[: -1 - STAGE_BLOCKS]
         if (
             module.config.architecture == "tiny"
@@ -149,8 +149,8 @@ def _copy(pairs, whose: str) -> str:
         if mine is None or theirs is None:
             continue
         if isinstance(mine, StageBlock):
-            if hasattr(mine, "pool"):
-                if not hasattr(theirs, "pool"):
+            if mine.pool is not None:
+                if getattr(theirs, "pool", None) is None:
                     continue
                 mine.pool.load_state_dict(theirs.pool.state_dict())
             mine, theirs = mine.conv, getattr(theirs, "conv", theirs)  # beside it blocks may have layers for a skip

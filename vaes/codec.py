@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from utils import UserError, count_of, is_out_of_memory, release_memory
-from vae_align import LatentSpace, require_pixel_range
+from vae_align import LatentSpace
 from vaes.conventions import OwnMap
 from vaes.families import FAMILIES, SPACES, Family, family_of, named_space, spaces_with, table_of_families
 from vaes.loading import FrozenVAE
@@ -164,7 +164,6 @@ class Codec:
         """
         if images.ndim != 4 or not images.is_floating_point():
             raise UserError(f"images of shape {tuple(images.shape)}, {images.dtype}: pass floats (B, 3, H, W) in [-1, 1]")
-        require_pixel_range(images)
         if any(side % self.stride for side in images.shape[2:]):
             raise UserError(f"image of {tuple(images.shape[2:])} px: both sides must be multiples of {self.stride}")
         raw = self.vae.convention.raw_latents(self._encode_parts(images), sample, generator)

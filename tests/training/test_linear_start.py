@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from training.linear_start import RidgeRegression, fit_ridge
-from vae_align import AlignConfig, AlignModule
+from vae_align import AlignConfig, align_module
 from vaes.pipeline import PipelineWithVAEs, encoded_batches
 
 ONE_PROCESS = SimpleNamespace(num_processes=1)
@@ -18,7 +18,7 @@ class Loader(list):
 
 
 def latents_only(batches=6):
-    pipeline = PipelineWithVAEs(AlignModule(AlignConfig(input_types=("latent",), hidden_channels=8)), None, None)
+    pipeline = PipelineWithVAEs(align_module(AlignConfig(input_types=("latent",), hidden_channels=8)), None, None)
     pairs = [{"latents1": torch.randn(2, 4, 6, 6), "latents2": torch.randn(2, 16, 6, 6)} for _ in range(batches)]
     return pipeline, Loader(pairs)
 
@@ -73,7 +73,7 @@ def test_matches_least_squares():
 
 def test_a_module_starts_exactly_at_the_linear_map():
     """Catches a deep path that disturbs the start, and a map that does not survive the checkpoint's state_dict."""
-    module = AlignModule(AlignConfig(latent_channels=4, out_channels=16, hidden_channels=8, input_types=("image", "latent")))
+    module = align_module(AlignConfig(latent_channels=4, out_channels=16, hidden_channels=8, input_types=("image", "latent")))
     assert not module.has_ridge
     module.remember_ridge(torch.randn_like(module.linear.weight), torch.randn_like(module.linear.bias))
     module.start_from_ridge()
@@ -81,6 +81,6 @@ def test_a_module_starts_exactly_at_the_linear_map():
     assert torch.allclose(module(latents, image), module.linear_map(latents), atol=1e-5)
     with torch.no_grad():
         module.linear.weight.zero_()
-    copy = AlignModule(module.config)
+    copy = align_module(module.config)
     copy.load_state_dict(module.state_dict())
     assert copy.has_ridge and torch.equal(copy.linear_map(latents), module.linear_map(latents))

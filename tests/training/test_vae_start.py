@@ -10,7 +10,7 @@ from runs import QUIET, same_weights, train
 
 from training.vae_start import grids_of, start_from_vaes
 from utils import UserError
-from vae_align import PRETRAINED_NAME, AlignConfig, AlignModule, AlignPipeline
+from vae_align import PRETRAINED_NAME, AlignConfig, AlignPipeline, align_module
 from vaes.pipeline import PipelineWithVAEs
 from vaes.tiny import TinyAutoencoder
 
@@ -30,7 +30,7 @@ def started(*input_types, num_blocks=2, vaes=None, file=None, **changes):
     """A module that starts at two tiny autoencoders of four and six channels; the two; what is said."""
     vae1, vae2 = vaes or (tiny(4), tiny(6))
     values = {"architecture": "tiny", "hidden_channels": WIDTH, "out_channels": 6, "num_blocks": num_blocks} | changes
-    module = AlignModule(AlignConfig(input_types=input_types, **values))
+    module = align_module(AlignConfig(input_types=input_types, **values))
     pipeline = SimpleNamespace(module=module, codec1=_codec(vae1), codec2=_codec(vae2))
     return module, vae1, vae2, start_from_vaes(pipeline, file)
 
@@ -79,7 +79,7 @@ def test_latents_alone_go_through_the_picture_that_vae1_decodes():
 def test_a_trained_module_gives_its_layers_and_no_other_pairs_map(hidden_channels, tmp_path):
     """Catches layers left at the VAEs', a picture or a linear map of another pair, and a width that does not fit."""
     config = AlignConfig(("image", "latent"), 4, 6, hidden_channels, architecture="tiny")
-    trained = AlignPipeline(AlignModule(config))
+    trained = AlignPipeline(align_module(config))
     trained.module.remember_ridge(torch.ones(6, 4, 3, 3), torch.ones(6))
     trained.save_pretrained(tmp_path)
     file = str(tmp_path / PRETRAINED_NAME)
@@ -210,7 +210,7 @@ def test_latents_that_no_doubling_leads_to_pixels_are_refused():
 @pytest.mark.parametrize("input_types", [("latent",), ("image", "latent")])
 def test_grids_of_different_stride_meet(input_types, stride1, stride2):
     """Catches stages that end on another grid than VAE2's."""
-    module = AlignModule(
+    module = align_module(
         AlignConfig(input_types=input_types, architecture="tiny", hidden_channels=8, latent_stride=stride1, out_stride=stride2)
     )
     inputs = {"latents": torch.zeros(1, 4, 64 // stride1, 96 // stride1)}
@@ -240,8 +240,8 @@ def test_a_run_starts_there_resumes_and_is_given_away(flags, tmp_path):
     train(flags, tmp_path / "parts", **changes, max_train_steps=2)
     parts = train(flags, tmp_path / "parts", **changes, max_train_steps=3, resume="latest")
     assert same_weights(whole.last, parts.last)
-    vae1, module = tiny_from(tmp_path / "tiny1"), AlignPipeline.from_pretrained(whole.checkpoints[-1]).module
+    vae1, module = tiny_from(tmp_path / "tiny1"), PipelineWithVAEs.from_checkpoint(whole.checkpoints[-1]).module
     assert torch.equal(module.picture[1].weight, vae1.decoder.layers[0].weight)
     assert module.blocks[0].conv[0].weight.ne(tiny_from(tmp_path / "tiny2").encoder.layers[11].conv[0].weight).any()
-    AlignPipeline.from_pretrained(whole.checkpoints[-1]).save_pretrained(tmp_path / "given")
+    PipelineWithVAEs.from_checkpoint(whole.checkpoints[-1]).save_pretrained(tmp_path / "given")
     assert AlignPipeline.from_pretrained(tmp_path / "given").config.architecture == "tiny"
