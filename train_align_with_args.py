@@ -79,10 +79,10 @@ from utils import (
     resolve_precision,
     write_json,
 )
-from vae_align import ARCHITECTURES, AlignConfig, AlignModule, read_checkpoint, spaces_of
+from vae_align import ARCHITECTURES, AlignConfig, align_module
 from vaes.codec import Codec, SeenThrough, good_image_size
 from vaes.loading import load_vae_model
-from vaes.pipeline import PipelineWithVAEs, require_memory_for
+from vaes.pipeline import PipelineWithVAEs, read_checkpoint, require_memory_for, spaces_of
 
 __all__ = ["get_dtype", "get_loss_function", "load_config", "load_vae_model"]  # part of this script's interface
 
@@ -503,7 +503,7 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace, start: tuple[Pat
     )
     with naming("--hidden_channels"):
         require_memory_for(config)
-    module = AlignModule(config)
+    module = align_module(config)
     if start:
         for name in ("latent_channels", "latent_stride", "out_channels", "out_stride"):
             if getattr(config, name) != getattr(trained_for, name):

@@ -15,8 +15,7 @@ from evaluation.ladder import Ladder, evaluate
 from evaluation.metrics import Measures
 from evaluation.spectrum import ErrorSpectrum
 from utils import UserError
-from vae_align import newest_checkpoint, read_checkpoint
-from vaes.pipeline import PipelineWithVAEs
+from vaes.pipeline import PipelineWithVAEs, newest_checkpoint, read_checkpoint
 
 log = logging.getLogger(__name__)
 

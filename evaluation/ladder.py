@@ -24,7 +24,7 @@ from evaluation.sample import Sample
 from evaluation.summary import finite, mean_and_interval, mean_of, summarise
 from runtime.processes import gathered, is_main
 from utils import UserError, autocast
-from vae_align import AlignModule
+from vae_align import AlignModule, align_module
 from vaes.codec import Codec, reencode
 from vaes.pipeline import PipelineWithVAEs
 
@@ -203,7 +203,7 @@ def untrained_module(pipeline: PipelineWithVAEs) -> AlignModule:
     """The pipeline's module as it would start at random, from its run's seed."""
     with torch.random.fork_rng():
         torch.manual_seed(pipeline.progress["config"].get("seed", 42))
-        return AlignModule(pipeline.config).to(pipeline.device).eval()
+        return align_module(pipeline.config).to(pipeline.device).eval()
 
 
 def evaluate(

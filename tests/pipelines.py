@@ -5,7 +5,7 @@ import shutil
 import torch
 
 from utils import write_json
-from vae_align import ZOO_NAME, AlignConfig, AlignModule, AlignPipeline
+from vae_align import ZOO_NAME, AlignConfig, AlignPipeline, align_module
 from vaes.codec import SPACES, Codec
 from vaes.loading import load_vae_model
 from vaes.pipeline import PipelineWithVAEs
@@ -23,7 +23,7 @@ def make_pipeline(path1, path2, seed=0, subfolder="vae", **options):
         "out_stride": spaces[1].stride,
     }
     torch.manual_seed(seed)
-    module = AlignModule(AlignConfig(**{"hidden_channels": 8, "num_blocks": 1, **sizes, **options})).eval()
+    module = align_module(AlignConfig(**{"hidden_channels": 8, "num_blocks": 1, **sizes, **options})).eval()
     if "latent" in module.config.input_types:
         module.remember_ridge(torch.randn_like(module.ridge_weight), torch.randn_like(module.ridge_bias))
     return PipelineWithVAEs(module, *spaces)
@@ -37,8 +37,8 @@ def of_itself(name, seed=0, **changes):
     sides = {f"{side}_{what}": value for side in ("latent", "out")
              for what, value in (("channels", space.channels), ("stride", space.stride), ("fold", fold))}  # fmt: skip
     options = {"input_types": ("latent",), "architecture": "tiny", "hidden_channels": 8, "num_blocks": 1}
-    module = AlignModule(AlignConfig(**sides | options | changes)).eval()
-    if hasattr(module, "latent_in"):
+    module = align_module(AlignConfig(**sides | options | changes)).eval()
+    if module.config.uses_latents:
         for parameter in module.latent_in.parameters():
             torch.nn.init.zeros_(parameter)
     return AlignPipeline(module, space, space)
@@ -53,7 +53,7 @@ def make_zoo(folder, one, into):
         pipeline.save_pretrained(folder / f"{name}.safetensors")
     spaces = {name: {"file": f"{name}.safetensors"} for name in pipelines}
     write_json(folder / ZOO_NAME, {"spaces": spaces, "pairs": {one: {into: {"figures": {"aligned": {}}}}}})
-    return AlignPipeline.joined(*pipelines.values())
+    return AlignPipeline.compose(*pipelines.values())
 
 
 def save(pipeline, folder, **changes):

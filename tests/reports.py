@@ -9,7 +9,7 @@ import torch
 from conftest import as_argv, make_photo, own_environment
 
 import eval_align
-from vae_align import AlignConfig, AlignModule
+from vae_align import AlignConfig, align_module
 from vaes.codec import Codec
 from vaes.loading import load_vae_model
 from vaes.pipeline import PipelineWithVAEs
@@ -29,7 +29,7 @@ def save_checkpoint(folder, vae_folders, names=("kl4", "kl16"), seed=0, **more):
     """A checkpoint of an untrained module that knows a linear map, for 32 px."""
     spaces = [Codec(load_vae_model(vae_folders[name], "", None, "cpu", torch.float32), vae_folders[name]) for name in names]
     torch.manual_seed(seed)
-    module = AlignModule(AlignConfig(hidden_channels=8, num_blocks=1))
+    module = align_module(AlignConfig(hidden_channels=8, num_blocks=1))
     module.remember_ridge(*(torch.randn_like(each) * 0.1 for each in (module.ridge_weight, module.ridge_bias)))
     config = {
         "image_size": 32,

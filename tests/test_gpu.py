@@ -9,7 +9,7 @@ from runs import QUIET, tensors_of, train
 
 from train_align_with_args import parse_args, setup_optimizer
 from training.optimizer import BadSteps
-from vae_align import AlignConfig, AlignModule
+from vae_align import AlignConfig, align_module
 
 DEVICE = "cuda"
 pytestmark = [
@@ -35,7 +35,7 @@ def losses_of(run):
 def test_a_skipped_step_leaves_weights_and_moments_as_they_were(name):
     """A fused kernel that does not read `found_inf`, and so writes NaN into weights, moments or the step count."""
     torch.manual_seed(0)
-    module = AlignModule(AlignConfig(input_types=("latent",), hidden_channels=8, num_blocks=1)).to(DEVICE)
+    module = align_module(AlignConfig(input_types=("latent",), hidden_channels=8, num_blocks=1)).to(DEVICE)
     parts = SimpleNamespace(training_module=module, device=torch.device(DEVICE))
     optimizer = setup_optimizer(parts, parse_args(["--optimizer", name]))
     bad_steps = BadSteps(10, SimpleNamespace(num_processes=1, scaler=None))

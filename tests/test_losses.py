@@ -31,7 +31,7 @@ from losses import (
     st_lpips,
 )
 from utils import UserError
-from vae_align import AlignConfig, AlignModule
+from vae_align import AlignConfig, align_module
 from vaes.codec import Codec
 from vaes.loading import load_vae_model
 from vaes.pipeline import PipelineWithVAEs
@@ -333,7 +333,7 @@ def test_the_colour_bias_of_vae2_is_measured(space):
     target = space.encode(images)
     batches = [{"latents2": latents, "pixel_values": pixels} for latents, pixels in zip(target.split(2), images.split(2))]
     loader = Loader(batches)
-    pipeline = PipelineWithVAEs(AlignModule(AlignConfig(input_types=("image",), hidden_channels=8)), None, space)
+    pipeline = PipelineWithVAEs(align_module(AlignConfig(input_types=("image",), hidden_channels=8)), None, space)
     by_place = torch.stack([(space.decode(target) - images)[..., place // 8 :: 8, place % 8 :: 8] for place in range(64)])
     bias = by_place.mean(dim=(1, 3, 4)).T.reshape(3, 8, 8)
     for reference, expected in (("original", bias), ("vae2", torch.zeros(3, 8, 8))):

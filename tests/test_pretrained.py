@@ -11,9 +11,9 @@ from dataloader import ImageDataset, eval_loader
 from evaluation.ladder import Ladder, evaluate
 from evaluation.metrics import Measures
 from images.files import ImageFiles, list_images
-from vae_align import AlignPipeline, read_checkpoint
+from vae_align import AlignPipeline
 from vaes.codec import SPACES
-from vaes.pipeline import PipelineWithVAEs
+from vaes.pipeline import PipelineWithVAEs, read_checkpoint
 
 PRETRAINED = [ROOT / "assets" / "pretrained" / f"taesd_to_taef1{kind}.safetensors" for kind in ("", "_latent")]
 SIZE = 160  # pixels of the photos on which modules are judged here

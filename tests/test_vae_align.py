@@ -1,13 +1,17 @@
-"""The align module: shapes for every combination of inputs and strides, gradients, locality, and what it refuses."""
+"""Modules, latent spaces and `translate`: shapes, gradients, locality, exports, and inputs that are refused."""
 
 import copy
+import json
 
 import pytest
 import torch
+from hostile import refusal
+from torch.export import Dim
 
 from runtime.cli import MISTAKES
 from train_align_with_args import create_align_pipeline, load_vae_model, parse_args
-from vae_align import AlignConfig, AlignModule, AlignPipeline
+from vae_align import ARCHITECTURES, AlignConfig, AlignPipeline, LatentSpace, _per_channel, align_module
+from vaes.codec import SPACES
 
 INPUT_TYPES = (("latent",), ("image",), ("image", "latent"))
 IDS = "-".join
@@ -15,7 +19,7 @@ IDS = "-".join
 
 def make_module(seed=0, **options):
     torch.manual_seed(seed)
-    return AlignModule(AlignConfig(**{"hidden_channels": 8, "num_blocks": 1, **options})).eval()
+    return align_module(AlignConfig(**{"hidden_channels": 8, "num_blocks": 1, **options})).eval()
 
 
 def make_inputs(config, height=72, width=40, batch=2):
@@ -37,6 +41,19 @@ def bare_pipeline(**options):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Shapes
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_each_architecture_has_its_class_and_each_input_its_layers(architecture):
+    """An architecture made by another one's class; a decoder beside an image that is given; a branch without an input."""
+    for types in INPUT_TYPES:
+        module = make_module(input_types=types, architecture=architecture)
+        assert type(module) is ARCHITECTURES[architecture]
+        parts = {name for name, _ in module.named_children()} - {"blocks", "out"}
+        decodes = types == ("latent",) and architecture != "plain"
+        wanted = {"linear": "latent" in types and architecture == "plain", "latent_in": "latent" in types,
+                  "image_in": "image" in types or decodes, "picture": decodes}  # fmt: skip
+        assert parts == {name for name, there in wanted.items() if there}
 
 
 @pytest.mark.parametrize("strides", [(8, 8), (4, 8), (8, 4), (4, 4), (16, 4), (4, 16)], ids=str)
@@ -64,9 +81,8 @@ def test_image_features_reach_vae2s_grid_however_often_they_are_halved(downsampl
 
 def test_smallest_module_works():
     """A width or depth of which something is subtracted or divided."""
-    for options in ({"hidden_channels": 1}, {"num_blocks": 0}, {"out_channels": 1, "latent_channels": 1}):
-        module = make_module(**options)
-        assert module(**make_inputs(module.config)).shape[1] == module.config.out_channels
+    module = make_module(hidden_channels=1, num_blocks=0, out_channels=1, latent_channels=1)
+    assert module(**make_inputs(module.config)).shape == (2, 1, 9, 5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -211,34 +227,31 @@ def test_translate_ignores_an_image_that_the_module_does_not_take():
     assert torch.equal(pipeline.translate(latents, torch.zeros(1, 3, 8, 8)), pipeline.translate(latents))
 
 
-def inputs_that_do_not_fit():
-    latents, image = torch.zeros(1, 4, 9, 5), torch.zeros(1, 3, 72, 40)
-    both = ("image", "latent")
-    return {
-        "nothing": (both, None, None, "latents"),
-        "no_image": (both, latents, None, "image="),
-        "no_latents": (both, None, image, "latents="),
-        "image_only_without_image": (("image",), latents, None, "image="),
-        "latent_only_without_latents": (("latent",), None, image, "latents="),
-        "latent_channels": (both, torch.zeros(1, 16, 9, 5), image, "16 channels"),
-        "image_channels": (both, latents, torch.zeros(1, 4, 72, 40), "4 channels"),
-        "image_of_another_size": (both, latents, torch.zeros(1, 3, 72, 48), "72x48"),
-        "image_off_the_grid": (("image",), None, torch.zeros(1, 3, 70, 40), "multiple"),
-        "latents_without_batch": (("latent",), torch.zeros(4, 4, 4), None, "(4, 4, 4)"),
-        "image_without_batch": (("image",), None, torch.zeros(3, 64, 64), "(3, 64, 64)"),
-        "image_of_8_bit_levels": (both, latents, image + 200, "up to 200"),
-        "batches_differ": (both, latents, torch.zeros(2, 3, 72, 40), "2 images"),
-    }
+LATENTS, IMAGE = torch.zeros(1, 4, 9, 5), torch.zeros(1, 3, 72, 40)
+UNFIT = {  # (inputs of the module, latents, image, what the message says)
+    "no image": (("image", "latent"), LATENTS, None, "image="),
+    "no latents": (("image", "latent"), None, IMAGE, "latents="),
+    "an image in place of latents": (("latent",), None, IMAGE, "latents="),
+    "other latents": (("image", "latent"), torch.zeros(1, 16, 9, 5), IMAGE, "16 channels"),
+    "the other space's latents": (("latent",), torch.zeros(1, 16, 8, 8), None, "look like latents of flux1"),
+    "an image with alpha": (("image", "latent"), LATENTS, torch.zeros(1, 4, 72, 40), "(1, 4, 72, 40)"),
+    "an image of another size": (("image", "latent"), LATENTS, torch.zeros(1, 3, 72, 48), "72x48"),
+    "an image off the grid": (("image",), None, torch.zeros(1, 3, 70, 40), "multiple"),
+    "latents without batch": (("latent",), torch.zeros(4, 4, 4), None, "(4, 4, 4)"),
+    "an image without batch": (("image",), None, torch.zeros(3, 64, 64), "(3, 64, 64)"),
+    "8-bit levels": (("image", "latent"), LATENTS, IMAGE + 200, "up to 200"),
+    "batches that differ": (("image", "latent"), LATENTS, torch.zeros(2, 3, 72, 40), "2 images"),
+    "a list": (("latent",), [[1.0]], None, "list"),
+    "whole numbers": (("latent",), torch.zeros(1, 4, 4, 4, dtype=torch.int64), None, "int64"),
+}
 
 
-@pytest.mark.parametrize("case", inputs_that_do_not_fit())
+@pytest.mark.parametrize("case", UNFIT)
 def test_inputs_that_do_not_fit_are_refused_in_one_line(case):
     """An error from inside a convolution, or (batches that differ) a result that nobody asked for."""
-    input_types, latents, image, said = inputs_that_do_not_fit()[case]
-    with pytest.raises(MISTAKES) as caught:
-        bare_pipeline(input_types=input_types).translate(latents, image)
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
+    input_types, latents, image, said = UNFIT[case]
+    pipeline = AlignPipeline(make_module(input_types=input_types), SPACES["sd15"], SPACES["flux1"])
+    refusal(lambda: pipeline.translate(latents, image), said)
 
 
 def test_a_finer_vae1_grid_that_ends_within_a_latent_of_vae2_is_refused():
@@ -272,6 +285,121 @@ def test_a_config_that_needs_nothing_new_stays_readable():
 def test_order_and_repetition_of_input_types_do_not_matter():
     """A checkpoint that is refused because the same inputs were typed the other way round."""
     assert AlignConfig(input_types=("latent", "image", "latent")) == AlignConfig(input_types=["image", "latent"])
+
+
+@pytest.mark.parametrize("how", [(torch.float16,), ("cpu", torch.bfloat16), (torch.float64,)], ids=str)
+def test_a_pipeline_in_another_dtype_translates(how):
+    """A `.to(dtype)` that is accepted and breaks the next call."""
+    pipeline = bare_pipeline(input_types=("latent",))
+    latents = torch.randn(1, 4, 6, 6)
+    expected = pipeline.translate(latents)
+    pipeline.to(*how)
+    assert pipeline.module.out.weight.dtype == how[-1]
+    assert torch.allclose(pipeline.translate(latents), expected, atol=0.05)
+    assert pipeline.translate(latents.half()).dtype == torch.float16
+
+
+def test_a_dtype_that_computes_nothing_is_refused():
+    """A module in whole numbers, which fails inside a convolution."""
+    with pytest.raises(MISTAKES, match=r"torch\.int8"):
+        bare_pipeline().to(torch.int8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Exported
+
+
+SIZES = ((4, 6, 2), (10, 8, 3))  # rows and columns of the output, batch
+
+
+@pytest.mark.parametrize("strides", [(8, 8), (8, 16), (16, 8)], ids=str)
+@pytest.mark.parametrize("input_types", INPUT_TYPES, ids=IDS)
+def test_exports_leave_sizes_open(input_types, strides):
+    """A graph for one size only, or a check in `forward` that a tracer cannot follow."""
+    module = make_module(input_types=input_types, latent_stride=strides[0], out_stride=strides[1])
+    config = module.config
+    example, other = (make_inputs(config, *(side * config.out_stride for side in sides), batch) for *sides, batch in SIZES)
+    expected = module(**other)
+    traced = torch.jit.trace(module, example_kwarg_inputs=example, check_trace=False)
+    assert torch.allclose(traced(**other), expected, atol=1e-5)
+
+    batch, rows, columns = Dim("batch"), Dim("rows", min=2, max=512), Dim("columns", min=2, max=512)
+
+    def open_sizes(name):
+        unit = config.out_stride if name == "image" else max(1, config.out_stride // config.latent_stride)
+        scaled = [unit * side if unit > 1 else side for side in (rows, columns)]
+        if name == "latents" and config.latent_stride > config.out_stride:  # a latent stands for several rows of the output
+            return {0: batch, 2: Dim("latent_rows", min=2, max=256), 3: Dim("latent_columns", min=2, max=256)}
+        return {0: batch, 2: scaled[0], 3: scaled[1]}
+
+    if len(input_types) == 2 and strides == (16, 8):
+        return  # the image's sides are multiples of the latents', which torch.export cannot say of two inputs
+    sizes = {name: open_sizes(name) for name in example}
+    exported = torch.export.export(module, (), example, dynamic_shapes=sizes)
+    assert torch.allclose(exported.module()(**other), expected, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Latent spaces
+
+
+OTHER = LatentSpace("other", 16, 8, tuple(range(16)), tuple(range(1, 17)))
+
+
+def test_scaled_latents_are_what_the_formula_says():
+    """Mean and deviation swapped, one number for all channels, or the scale taken for its inverse."""
+    raw = torch.randn(2, 16, 3, 5)
+    scaled = OTHER.to_scaled(raw)
+    for channel in range(16):
+        torch.testing.assert_close(scaled[:, channel], (raw[:, channel] - channel) / (channel + 1))
+    shifted = LatentSpace.from_scale("flux1", 16, 8, 0.3611, 0.1159)
+    torch.testing.assert_close(shifted.to_scaled(raw), (raw - 0.1159) * 0.3611)
+
+
+@pytest.mark.parametrize("fold", [1, 2])
+def test_a_space_undoes_its_own_map(fold):
+    """The inverse in the wrong order, or latents unfolded in another order than they were folded."""
+    space = LatentSpace("folded", 16 * fold**2, 8 * fold, tuple(range(16 * fold**2)), (0.5,) * 16 * fold**2, fold)
+    raw = torch.randn(2, 16, 4, 6)
+    scaled = space.to_scaled(raw)
+    assert scaled.shape == (2, space.channels, 4 // fold, 6 // fold)
+    torch.testing.assert_close(space.to_raw(scaled), raw)
+    assert LatentSpace.from_dict(json.loads(json.dumps(space.to_dict()))) == space
+
+
+def test_folding_orders_channel_row_column():
+    """Rows and columns swapped, or places before channels: FLUX.2 orders (channel, row, column)."""
+    space = LatentSpace("folded", 8, 16, (0,) * 8, (1,) * 8, 2)
+    raw = torch.arange(8.0).view(1, 2, 2, 2)
+    assert space.to_scaled(raw).flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_only_an_unnamed_space_that_maps_nothing_is_unknown():
+    """A tiny autoencoder's scale of 1 taken for the raw map of its space; a named space with that map refused."""
+    assert not LatentSpace.from_scale(None, 4, 8).map_is_known
+    assert LatentSpace.from_scale("flux2", 4, 8).map_is_known
+    assert LatentSpace.from_scale(None, 4, 8, 0.5).map_is_known
+    assert LatentSpace.from_scale(None, 4, 8, 1.0, 0.1).map_is_known
+
+
+def test_the_map_is_built_once_and_serves_a_backward_pass_after_inference():
+    """A copy to the GPU in each call, for which the GPU is waited for; a tensor of inference mode, which autograd refuses."""
+    space = LatentSpace("mapped", 4, 8, (0.25,) * 4, (2.0,) * 4)
+    latents = torch.ones(1, 4, 2, 2, requires_grad=True)
+    with torch.inference_mode():
+        space.to_raw(latents)
+    built = _per_channel.cache_info().misses
+    (space.to_raw(latents) + space.to_scaled(latents)).sum().backward()
+    assert _per_channel.cache_info().misses == built
+    assert latents.grad.unique().item() == 2.5
+    assert space.to_raw(latents.half()).dtype == torch.float16
+
+
+def test_raw_latents_of_a_space_without_a_name_are_refused():
+    """A guess that a tiny autoencoder's scale of 1 is its space's."""
+    pipeline = AlignPipeline(make_module(input_types=("latent",)), SPACES["sd15"])
+    with pytest.raises(MISTAKES, match="does not name VAE2's latent space"):
+        pipeline.translate(torch.randn(1, 4, 8, 8), raw=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

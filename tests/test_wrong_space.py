@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from images.decoding import to_pixel_values
 from images.files import list_images
-from vae_align import CLEAR, MOMENTS, AlignConfig, AlignModule, AlignPipeline, LatentSpace, doubt_about, moments_of
+from vae_align import CLEAR, MOMENTS, AlignConfig, AlignPipeline, LatentSpace, align_module, detect_wrong_space, moments_of
 from vaes.codec import Codec
 from vaes.families import SPACES
 from vaes.loading import load_vae_model
@@ -40,7 +40,7 @@ def latents_of(name, batch=1, side=24):
 def pipeline_from(name):
     torch.manual_seed(0)
     config = AlignConfig(("latent",), SPACES[name].channels, 16, hidden_channels=8, num_blocks=1)
-    return AlignPipeline(AlignModule(config).eval(), SPACES[name], SPACES["wan21"])
+    return AlignPipeline(align_module(config).eval(), SPACES[name], SPACES["wan21"])
 
 
 def warnings_of(caplog):
@@ -85,18 +85,18 @@ def test_what_tells_nothing_raises_no_doubt(name):
         latents_of(OTHER[name])[..., :6, :6],
         torch.zeros(1, space.channels, 3, 1),
     ):
-        assert doubt_about(latents, space) is None
+        assert detect_wrong_space(latents, space) is None
     unnamed = LatentSpace.from_scale(None, space.channels, 8)
-    assert doubt_about(latents_of(name), unnamed) is None
-    assert doubt_about(torch.randn(1, 32, 16, 16), SPACES["sana"]) is None
+    assert detect_wrong_space(latents_of(name), unnamed) is None
+    assert detect_wrong_space(torch.randn(1, 32, 16, 16), SPACES["sana"]) is None
 
 
 def test_precision_does_not_decide():
     """Sums in float16 that overflow, or a comparison that only float32 passes."""
     for name, other in OTHER.items():
         for dtype in (torch.float16, torch.bfloat16, torch.float64):
-            assert doubt_about(latents_of(name).to(dtype), SPACES[name]) is None
-            assert doubt_about(latents_of(name).to(dtype), SPACES[other])
+            assert detect_wrong_space(latents_of(name).to(dtype), SPACES[name]) is None
+            assert detect_wrong_space(latents_of(name).to(dtype), SPACES[other])
 
 
 def test_the_table_holds_a_distribution_for_each_space():
@@ -148,6 +148,6 @@ def real(shared):
 @pytest.mark.parametrize("name", OTHER)
 def test_real_latents_are_told_apart(real, name):
     """Statistics of one VAE's photos that do not hold for other pictures: false alarms, or photos that pass."""
-    assert [doubt_about(latents, SPACES[name]) for latents in real[name]] == [None] * len(real[name])
+    assert [detect_wrong_space(latents, SPACES[name]) for latents in real[name]] == [None] * len(real[name])
     *photos, _drawing, _colour = real[name]
-    assert all(doubt_about(latents, SPACES[OTHER[name]]) for latents in photos)
+    assert all(detect_wrong_space(latents, SPACES[OTHER[name]]) for latents in photos)

@@ -29,10 +29,10 @@ ALL_PAIRS = {(one, into) for one in (IMAGE, *SPACE_NAMES) for into in SPACE_NAME
 def test_a_pair_is_the_first_ones_picture_in_the_second_ones_latents(one, into):
     """Catches parts taken from the wrong side, and a grid of the other's."""
     first, second = of_itself(one, 1), of_itself(into, 2, pooled_decoder=into == "flux2")
-    pair = AlignPipeline.joined(first, second)
+    pair = AlignPipeline.compose(first, second)
     latents = torch.randn(1, SPACES[one].channels, 64 // SPACES[one].stride, 96 // SPACES[one].stride)
     image = first.module.picture(latents)
-    encoder = AlignPipeline.joined(None, second)
+    encoder = AlignPipeline.compose(None, second)
     expected = encoder.translate(image=image)
     torch.testing.assert_close(pair.translate(latents), expected)
     assert (pair.space1.name, pair.space2.name, encoder.config.input_types) == (one, into, ("image",))
@@ -49,7 +49,7 @@ def test_a_pair_is_the_first_ones_picture_in_the_second_ones_latents(one, into):
 def test_what_makes_no_pair_is_refused(first, second, said):
     """Catches a traceback of torch's, and a pair that computes something that nobody trained."""
     with pytest.raises(AlignError, match=said):
-        AlignPipeline.joined(of_itself("sd15", **first), of_itself("flux1", **second))
+        AlignPipeline.compose(of_itself("sd15", **first), of_itself("flux1", **second))
 
 
 def test_a_module_that_knows_its_own_latents_takes_no_others():
@@ -57,7 +57,7 @@ def test_a_module_that_knows_its_own_latents_takes_no_others():
     second = of_itself("flux1")
     torch.nn.init.ones_(second.module.latent_in.weight)
     with pytest.raises(AlignError, match="latents of its own VAE1"):
-        AlignPipeline.joined(of_itself("sd15"), second)
+        AlignPipeline.compose(of_itself("sd15"), second)
 
 
 def test_names_lead_to_the_pair_with_its_figures(tmp_path):

@@ -23,6 +23,7 @@ import torch
 from runtime.cli import run
 from utils import UserError, one_line
 from vae_align import AlignModule, AlignPipeline
+from vaes.pipeline import PipelineWithVAEs
 
 OPSET = 20
 TOLERANCE = 1e-4  # of scaled latents
@@ -112,7 +113,7 @@ def main():
     output = Path(args.output)
     if output.suffix != ".onnx" or not output.parent.is_dir():
         raise UserError(f"{output}: name a file that ends in .onnx, in a folder that exists")
-    pipeline = AlignPipeline.from_checkpoint(args.checkpoint)
+    pipeline = PipelineWithVAEs.from_checkpoint(args.checkpoint)
     try:
         import onnxscript  # noqa: F401 - torch's exporter needs it, and names it in many lines
     except ImportError as error:

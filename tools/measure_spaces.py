@@ -64,7 +64,7 @@ def main():
         if not place:
             raise UserError(f"{given}: write it as NAME=VAE")
         codec = Codec(load_vae_model(place, "vae", None, "cpu", torch.float32), place)
-        bands = [vae_align.bands_of(codec.encode(batch["pixel_values"])) for batch in loader]
+        bands = [vae_align.space_features(codec.encode(batch["pixel_values"])) for batch in loader]
         bands = torch.cat([each for each in bands if each is not None], dim=1)
         print("\n".join(lines_of(name, moments(bands))), flush=True)
 

@@ -19,8 +19,9 @@ import torch
 
 from runtime.cli import run
 from utils import UserError, one_line, read_json, shown
-from vae_align import AlignPipeline, module_of, read_checkpoint, spaces_of
+from vae_align import AlignPipeline, module_of
 from vaes.codec import named_space
+from vaes.pipeline import read_checkpoint, spaces_of
 
 log = logging.getLogger(__name__)
 

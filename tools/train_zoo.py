@@ -23,6 +23,8 @@ import torch
 import zoo_trials
 from share_checkpoint import FIGURES, figures_in
 from tqdm import tqdm
+from training.linear_start import RidgeRegression
+from training.vae_start import start_from_vaes
 from zoo_results import (
     DRIFT_PHOTOS,
     PHOTOS_SHEET,
@@ -41,8 +43,6 @@ from evaluation.metrics import Measures, PerceptualFeatures
 from evaluation.summary import finite
 from evaluation.verdict import verdict
 from runtime.cli import Parser, claim_writable_folder, integer, real, run
-from training.linear_start import RidgeRegression
-from training.vae_start import start_from_vaes
 from utils import (
     PRECISIONS,
     UserError,
@@ -55,11 +55,11 @@ from utils import (
     resolve_precision,
     write_json,
 )
-from vae_align import IMAGE, ZOO, ZOO_NAME, AlignModule, AlignPipeline, newest_checkpoint
+from vae_align import IMAGE, ZOO, ZOO_NAME, AlignConfig, AlignPipeline, align_module
 from vaes.codec import Codec
 from vaes.families import family_of
 from vaes.loading import load_vae_model
-from vaes.pipeline import PipelineWithVAEs
+from vaes.pipeline import PipelineWithVAEs, newest_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACES = ("sd15", "sdxl", "sd3", "flux1", "flux2")
@@ -184,8 +184,8 @@ class Zoo:
         self._run_training(space, others, folder)
         checkpoint, content = newest_checkpoint(folder)
         codec = self.codec(space)
-        image = AlignPipeline.from_checkpoint(checkpoint)
-        module = AlignModule(replace(image.config, input_types=("latent",)))
+        config = replace(AlignConfig.from_dict(content["align_config"]), input_types=("latent",))
+        module = align_module(config)
         start_from_vaes(PipelineWithVAEs(module, codec, codec), str(checkpoint))
         file = self._folder / f"{space}.safetensors"
         pipeline = AlignPipeline(module, codec.space, codec.space).to(torch.float16)
@@ -218,7 +218,7 @@ class Zoo:
         against the same photos and the same VAE2."""
         second, codec2 = self._module(into), self.codec(into)
         ladders = {one: Ladder(self._pipeline(one, into), self._dtype, only=RUNGS[one != IMAGE]) for one in ones}
-        image = PipelineWithVAEs(AlignPipeline.joined(None, second).module, codec2, codec2)
+        image = PipelineWithVAEs(AlignPipeline.compose(None, second).module, codec2, codec2)
         more = [rung for one, ladder in ladders.items() for rung in _from_images(one, ladder)]
         measures = Measures(("ssim", "st_lpips", "texture"), self._args.image_size, self._device, self._dtype)
         judged = evaluate(Ladder(image, self._dtype, only=("vae2",), more=more), self._loader(self._judged), measures)
@@ -280,16 +280,16 @@ class Zoo:
         return zoo_trials.strange_inputs(photos, codec.encode(photos))
 
     def _ladder(self, one, into) -> Ladder:
-        module = AlignPipeline.joined(self._module(one), self._module(into)).module
+        module = AlignPipeline.compose(self._module(one), self._module(into)).module
         return Ladder(PipelineWithVAEs(module, self.codec(one), self.codec(into)), self._dtype, only=zoo_trials.WAYS)
 
     def _pipeline(self, one, into) -> PipelineWithVAEs:
         """The pair with its VAEs, and its linear map remembered."""
         second, codec2 = self._module(into), self.codec(into)
         if one == IMAGE:
-            return PipelineWithVAEs(AlignPipeline.joined(None, second).module, codec2, codec2)
+            return PipelineWithVAEs(AlignPipeline.compose(None, second).module, codec2, codec2)
         codec1 = self.codec(one)
-        module = AlignPipeline.joined(self._module(one), second).module
+        module = AlignPipeline.compose(self._module(one), second).module
         pipeline = PipelineWithVAEs(module, codec1, codec2)
         module.remember_ridge(*self._linear_map(pipeline))
         return pipeline

@@ -28,9 +28,9 @@ from images.decoding import to_pixel_values
 from images.files import list_images
 from runtime.cli import MISTAKES, claim_writable_folder, run
 from utils import UserError, atomic_file, compute_policy, one_line, resolve_device
-from vae_align import AlignPipeline, read_checkpoint
 from vaes.codec import SPACES, Codec
 from vaes.loading import load_vae_model
+from vaes.pipeline import PipelineWithVAEs, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class Translator:
 
     def __init__(self, args):
         content = read_checkpoint(args.module)
-        self.pipeline = AlignPipeline.from_checkpoint(args.module, args.device)
+        self.pipeline = PipelineWithVAEs.from_checkpoint(content, device=args.device)
         self.vae_path = args.vae1_path or content["vae1"]["path"]
         self.vae_subfolder, self.cache_dir, self.raw = args.vae1_subfolder, args.cache_dir, args.latents == "raw"
         self._codec = None

@@ -87,9 +87,9 @@ def carried_psnr(first: AlignPipeline | None, second: AlignPipeline) -> float:
     """PSNR in dB of two `embedded_photos`, put into `first`'s latents by its learned encoder, carried into `second`'s and drawn
     by second's decoder: needs no VAE. With None put into second's at once. Both are modules of a space into itself; float32."""
     photos = embedded_photos(EMBEDDED_PHOTOS, EMBEDDED_SIZE)
-    latents = AlignPipeline.joined(None, first or second).translate(image=photos)
+    latents = AlignPipeline.compose(None, first or second).translate(image=photos)
     if first is not None:
-        latents = AlignPipeline.joined(first, second).translate(latents)
+        latents = AlignPipeline.compose(first, second).translate(latents)
     squares = (second.module.picture(latents) - photos).square().mean(dim=(1, 2, 3))
     return (20 * torch.log10(2 / squares.sqrt())).mean().item()
 

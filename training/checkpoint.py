@@ -26,9 +26,9 @@ from training.budget import Budget
 from training.log import Meter
 from training.optimizer import BadSteps, load_optimizer
 from utils import UserError, next_stamp, one_line
-from vae_align import AlignError, AlignModule, checkpoints_in, read_checkpoint
+from vae_align import AlignError, AlignModule
 from vaes.codec import Codec
-from vaes.pipeline import PipelineWithVAEs
+from vaes.pipeline import PipelineWithVAEs, checkpoints_in, read_checkpoint
 
 log = logging.getLogger(__name__)
 

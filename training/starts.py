@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils import UserError, count_of
-from vae_align import GRID_KEYS, STAGE_BLOCKS, AlignConfig, StageBlock, module_of, read_checkpoint
+from vae_align import GRID_KEYS, STAGE_BLOCKS, AlignConfig, StageBlock, module_of
 from vaes.codec import Codec
-from vaes.pipeline import PipelineWithVAEs, encoded_batches
+from vaes.pipeline import PipelineWithVAEs, encoded_batches, read_checkpoint
 
 DAMPING = 1e-4  # ridge penalty, relative to the mean squared input
 RIDGE_IMAGES = 512  # half a million equations at 256 px
@@ -93,10 +93,10 @@ def start_from_vaes(pipeline: PipelineWithVAEs, file: str | None = None) -> str:
     module = pipeline.module
     if module.config.architecture == "plain":
         raise UserError("--init vaes: the plain architecture has no layers like theirs; add --architecture tiny or whole")
-    copied = [_copy_decoder(pipeline)] if module.config.draws else []
+    copied = [_copy_decoder(pipeline)] if module.config.has_decoder else []
     encoder = _layers(pipeline.codec2.vae.model, "encoder", "VAE2")
     pairs = [*zip(module.blocks, encoder[-1 - STAGE_BLOCKS : -1]), (module.out, encoder[-1])]
-    if hasattr(module, "image_in"):
+    if module.config.has_image_encoder:
         mine, theirs = [layer for layer in module.image_in if _has_weights(layer)], encoder[: -1 - STAGE_BLOCKS]
         if module.config.architecture == "tiny":  # from the back: at the fine end its first layers work on 2x2 pixels
             pairs += _stages_from_the_back(mine[2:], theirs)
@@ -199,8 +199,8 @@ def _copy(pairs, whose: str) -> str:
         if mine is None or theirs is None:
             continue
         if isinstance(mine, StageBlock):
-            if hasattr(mine, "pool"):
-                if not hasattr(theirs, "pool"):
+            if mine.pool is not None:
+                if getattr(theirs, "pool", None) is None:
                     continue
                 mine.pool.load_state_dict(theirs.pool.state_dict())
             mine, theirs = mine.conv, getattr(theirs, "conv", theirs)  # beside it blocks may have layers for a skip

@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from utils import UserError, atomic_file, next_stamp, one_line, physical_memory
+from utils import UserError, atomic_file, next_stamp, one_line, physical_memory, shown
 from vae_align import (
     CHECKPOINT_FORMAT,
     CHECKPOINT_PREFIX,
     FORMAT_NUMBER,
+    PRETRAINED_NAME,
     AlignConfig,
+    AlignError,
     AlignModule,
     AlignPipeline,
     LatentSpace,
+    align_module,
+    check_weights,
+    errors_naming,
+    is_finite,
+    is_safetensors,
     module_of,
-    read_checkpoint,
-    spaces_of,
+    read_safetensors,
+    require_format,
+    require_own_spaces,
+    require_whole,
 )
 from vaes.codec import Codec
 from vaes.loading import FrozenVAE, load_vae_model
+
+log = logging.getLogger(__name__)
 
 
 def require_memory_for(config: AlignConfig) -> None:
     """UserError when this machine's memory could not hold a module of that config, in float32."""
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in AlignModule(config).parameters())
+        parameters = sum(parameter.numel() for parameter in align_module(config).parameters())
     memory = physical_memory()
     if 4 * parameters > memory:
         raise UserError(
@@ -102,7 +116,7 @@ class PipelineWithVAEs(AlignPipeline):
         on_device = {"device": self.device, "non_blocking": True}
         encoded = "latents2" in batch and (not self.uses_latents or "latents1" in batch)
         images = None
-        sees_picture = "decoded" in batch and (self.config.draws or not self.uses_latents)
+        sees_picture = "decoded" in batch and (self.config.has_decoder or not self.uses_latents)
         if (self.uses_image and not sees_picture) or images_needed or not encoded:
             images = batch["pixel_values"].to(**on_device)
 
@@ -223,3 +237,126 @@ def encoded_batches(
         wanted -= min(len(target), of_each or len(target)) * accelerator.num_processes
         if wanted <= 0:
             break
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading checkpoints
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """The content of a checkpoint as plain values and tensors on the CPU; of a folder, its newest undamaged one.
+
+    A .pth file gives the keys that `PipelineWithVAEs.save_checkpoint` wrote. A .safetensors file gives the same keys without
+    the training: `config` is empty, `step` and `epoch` are 0, `metrics` are its figures. In both, `align_config` and
+    `state_dict` make the module (`module_of`), and `vae1` and `vae2` describe the VAEs (`spaces_of`).
+
+    AlignError if the file is not ours, newer than this code, or damaged: checksums are compared, and the parts must belong
+    together, before any memory is taken for what the file claims. Executes no code from the file.
+    """
+    if os.path.isdir(path):  # `Path.is_dir` fails for too long a name
+        return newest_checkpoint(path)[1]
+    path = Path(path)
+    if is_safetensors(path):
+        return _with_training_keys(read_safetensors(path))
+    content = _read_torch(path)
+    with errors_naming(path):
+        require_format(content)
+        _check_content(content)
+    return content
+
+
+def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict]:
+    """(path, content) of the newest undamaged checkpoint in `folder`, or of its `model.safetensors` where it has no such
+    training checkpoint; AlignError if there is neither."""
+    failure = f"no {CHECKPOINT_PREFIX}_YYYYMMDD_HHMMSS.pth and no {PRETRAINED_NAME} in this folder"
+    pretrained = Path(folder) / PRETRAINED_NAME
+    found = checkpoints_in(folder) + [pretrained] * os.path.lexists(pretrained)
+    for path in found:
+        try:
+            return path, read_checkpoint(path)
+        except AlignError as error:
+            failure = str(error)
+            if path != found[-1]:
+                log.warning("%s; trying the one before it", error)
+    others = sorted(path.name for path in Path(folder).glob("*") if path.suffix in (".pth", ".safetensors"))
+    remedy = "" if found or not others else f"; to use {', '.join(others[-2:])} name the file"
+    raise AlignError(f"checkpoint {folder}: {failure}{remedy}")
+
+
+def checkpoints_in(folder: str | os.PathLike) -> list[Path]:
+    """The training checkpoints in a folder, newest first; a renamed copy has no time stamp and does not count."""
+    return sorted(Path(folder).glob(f"{CHECKPOINT_PREFIX}_[0-9]*_[0-9]*.pth"), reverse=True)
+
+
+def _read_torch(path: Path):
+    """The content of a .pth file. AlignError where a part does not match its CRC-32, which `torch.load` ignores."""
+    damaged = compressed = None
+    try:
+        with open(path, "rb") as file:
+            is_zip = file.read(2) == b"PK"
+        if is_zip:
+            with zipfile.ZipFile(path) as parts:
+                compressed = any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist())
+                damaged = None if compressed else parts.testzip()
+    except Exception as error:  # a damaged zip makes zipfile, struct and the codecs fail, each in its own way
+        raise AlignError(f"checkpoint {path}: damaged ({one_line(error)})") from None
+    if compressed:
+        raise AlignError(f"checkpoint {path}: not a checkpoint of this tool, which compresses nothing")
+    if damaged:
+        raise AlignError(f"checkpoint {path}: damaged ({damaged} does not match its checksum)")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        why = " (it asks to run code, which is refused)" if "GLOBAL" in str(error).upper() else ""
+        raise AlignError(f"checkpoint {path}: not a checkpoint of this tool{why}") from None
+    except Exception as error:  # truncated or foreign files fail inside zipfile, pickle or torch, each with its own error
+        raise AlignError(f"checkpoint {path}: damaged or not a checkpoint ({one_line(error)})") from None
+
+
+def _with_training_keys(content: dict) -> dict:
+    """The content of a .safetensors file (see `read_safetensors`) with the keys of a training checkpoint."""
+    vaes = {}
+    for number, place in enumerate(content["vaes"], 1):
+        space = content[f"space{number}"]
+        identity = {"path": place, "subfolder": None, "channels": space["channels"], "stride": space["stride"]}
+        vaes[f"vae{number}"] = identity | {"space": space}
+    kept = {name: content[name] for name in ("format", "format_number", "align_config", "state_dict")}
+    return kept | {"config": {}, "step": 0, "epoch": 0, "metrics": content["figures"]} | vaes
+
+
+def _check_content(content: dict) -> None:
+    """AttributeError, KeyError, TypeError or an AlignError unless a checkpoint's parts are of their kinds and agree."""
+    config, weights = AlignConfig.from_dict(content["align_config"]), content["state_dict"]
+    if not all(isinstance(content[name], dict) for name in ("state_dict", "vae1", "vae2", "config", "metrics")):
+        raise TypeError
+    for name, side in (("vae1", "latent"), ("vae2", "out")):
+        recorded = content[name]
+        if not all(isinstance(recorded[part], (str, type(None))) for part in ("path", "subfolder")):
+            raise TypeError
+        if any(recorded[part] != getattr(config, f"{side}_{part}") for part in ("channels", "stride")):
+            raise AlignError(f"its description of {name} contradicts its module's")
+    require_own_spaces(config, *spaces_of(content))
+    require_whole("its step", content["step"], 0, 1 << 40)
+    for name in ("seed", "image_size"):
+        require_whole(f"its {name}", content["config"].get(name, 0), 0, 1 << 40)
+    if not isinstance(content["epoch"], (int, float)) or not isinstance(content["config"].get("precision", ""), str):
+        raise TypeError
+    for name, tensor in weights.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            raise AlignError(f"its weights do not fit its own description ({name} holds no weights)")
+    check_weights(weights, config)
+
+
+def spaces_of(content: dict) -> tuple[LatentSpace, LatentSpace]:
+    """The latent spaces of VAE1 and VAE2 that a checkpoint's content records; unnamed ones, with the recorded scale and
+    shift, in files that are older than names."""
+
+    def space(recorded):
+        if "space" in recorded:
+            return LatentSpace.from_dict(recorded["space"])
+        scale, shift = recorded.get("scaling_factor", 1.0), recorded.get("shift_factor", 0.0)
+        if not (is_finite(scale) and is_finite(shift) and scale > 0):
+            raise AlignError(f"its scaling_factor {shown(scale)} and shift_factor {shown(shift)} are no scale and shift")
+        return LatentSpace.from_scale(None, recorded["channels"], recorded["stride"], scale, shift)
+
+    return space(content["vae1"]), space(content["vae2"])

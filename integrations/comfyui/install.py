@@ -38,13 +38,13 @@ def install(comfyui: Path, modules: list[Path]) -> tuple[Path, Path]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comfyui", type=Path, help="folder of ComfyUI")
-    parser.add_argument("modules", type=Path, nargs="*", help="further modules, as .safetensors or .pth")
+    parser.add_argument("modules", type=Path, nargs="*", help="further modules, as .safetensors")
     args = parser.parse_args()
     if not (args.comfyui / "custom_nodes").is_dir():
         sys.exit(f"error: {args.comfyui}: no ComfyUI (it has no folder custom_nodes); name the folder that holds custom_nodes")
     absent = [str(module) for module in args.modules if not module.is_file()]
     if absent:
-        sys.exit(f"error: {absent[0]}: no such file; name a module as .safetensors or .pth")
+        sys.exit(f"error: {absent[0]}: no such file; name a module as .safetensors")
     modules = [*sorted((ROOT / "assets" / "pretrained").glob("*.safetensors")), *args.modules]
     try:
         pack, models = install(args.comfyui, modules)

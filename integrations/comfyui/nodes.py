@@ -17,7 +17,7 @@ def _register_folder() -> None:
     """Modules are searched in models/latent_align, and where extra_model_paths.yaml says."""
     own = os.path.join(folder_paths.models_dir, FOLDER)
     paths = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))[0]
-    folder_paths.folder_names_and_paths[FOLDER] = ([*paths, *[own] * (own not in paths)], {".safetensors", ".pth"})
+    folder_paths.folder_names_and_paths[FOLDER] = ([*paths, *[own] * (own not in paths)], {".safetensors"})
 
 
 def _module_names() -> list[str]:
@@ -41,7 +41,7 @@ def _version_of(module_name: str) -> int:
 @functools.lru_cache(maxsize=4)
 def _load(module_name: str, version: int) -> AlignPipeline:
     pair = _pair_of(module_name)
-    return AlignPipeline.from_pretrained(*pair) if pair else AlignPipeline.from_checkpoint(_path_of(module_name))
+    return AlignPipeline.pair(*pair) if pair else AlignPipeline.from_checkpoint(_path_of(module_name))
 
 
 class LoadAlignModule:

@@ -11,7 +11,7 @@ from dataloader import ImageDataset, eval_loader
 from evaluation import fixed_rungs
 from evaluation.fixed_rungs import FixedRungs
 from images.files import list_images
-from vae_align import AlignConfig, AlignModule
+from vae_align import AlignConfig, align_module
 from vaes.codec import Codec
 from vaes.loading import load_vae_model
 from vaes.pipeline import PipelineWithVAEs
@@ -21,7 +21,7 @@ from vaes.pipeline import PipelineWithVAEs
 def pipeline(vae_folders):
     spaces = [Codec(load_vae_model(vae_folders[name], "", None, "cpu", torch.float32)) for name in ("kl4", "kl16")]
     torch.manual_seed(0)
-    return PipelineWithVAEs(AlignModule(AlignConfig(hidden_channels=8, num_blocks=1)), *spaces)
+    return PipelineWithVAEs(align_module(AlignConfig(hidden_channels=8, num_blocks=1)), *spaces)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from PIL import Image
 from pipelines import make_zoo
 from safetensors.torch import load_file, save_file
 
-from vae_align import AlignConfig, AlignModule, AlignPipeline, LatentSpace
+from vae_align import AlignConfig, AlignPipeline, LatentSpace, align_module
 from vaes.codec import SPACES
 
 WORKFLOWS = ROOT / "integrations" / "comfyui" / "workflows"
@@ -30,7 +30,7 @@ def untrained(input_types=("latent",), space1="sd15", space2="flux1"):
     one, two = (SPACES[space] if isinstance(space, str) else space for space in (space1, space2))
     sizes = {"latent_channels": one.channels, "latent_stride": one.stride}
     sizes |= {"out_channels": two.channels, "out_stride": two.stride}
-    return AlignPipeline(AlignModule(AlignConfig(input_types, hidden_channels=8, num_blocks=1, **sizes)).eval(), one, two)
+    return AlignPipeline(align_module(AlignConfig(input_types, hidden_channels=8, num_blocks=1, **sizes)).eval(), one, two)
 
 
 class Host:

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, make_kl_vae, run_script
 
 from runtime.cli import MISTAKES
-from vae_align import AlignConfig, AlignModule, AlignPipeline, pack
+from vae_align import AlignConfig, AlignPipeline, align_module, pack
 from vaes.codec import SPACES
 
 PAGE = (ROOT / "integrations" / "diffusers.md").read_text(encoding="utf-8")
@@ -74,7 +74,7 @@ def pipelines():
 
 def module_from(space):
     torch.manual_seed(0)
-    module = AlignModule(AlignConfig(("latent",), hidden_channels=8, num_blocks=1)).eval()
+    module = align_module(AlignConfig(("latent",), hidden_channels=8, num_blocks=1)).eval()
     return AlignPipeline(module, SPACES[space], SPACES["flux1"])
 
 

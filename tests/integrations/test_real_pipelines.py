@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import make_family
 
-from vae_align import AlignConfig, AlignModule, AlignPipeline
+from vae_align import AlignConfig, AlignPipeline, align_module
 from vaes.codec import SPACES, Codec
 
 pytest.importorskip("transformers", reason="diffusers' pipelines need the package transformers")
@@ -290,5 +290,5 @@ def test_a_real_pipelines_latents_are_taken_as_they_come(name):
     assert picture.std() > 0.02  # a picture that is one grey would agree with any
 
     config = AlignConfig(("latent",), codec.channels, 16, 8, 1, latent_stride=codec.stride)
-    align = AlignPipeline(AlignModule(config).eval(), codec.space, SPACES["flux1"])
+    align = AlignPipeline(align_module(config).eval(), codec.space, SPACES["flux1"])
     assert torch.equal(align.translate(latents, size=SIZE), align.translate(scaled))

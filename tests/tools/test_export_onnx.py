@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, run_each, run_script
 
-from vae_align import AlignConfig, AlignModule, AlignPipeline, LatentSpace
+from vae_align import AlignConfig, AlignPipeline, LatentSpace, align_module
 from vaes.codec import SPACES
 
 onnx = pytest.importorskip("onnx", reason="the package onnx is not installed")
@@ -53,7 +53,7 @@ def test_other_grids_leave_their_sizes_open_too(input_types, strides, tmp_path):
     torch.manual_seed(0)
     downsample_times = {8: 3, 16: 4}[strides[1]]
     config = AlignConfig(input_types, 4, 16, 8, 1, downsample_times, *strides)
-    pipeline = AlignPipeline(AlignModule(config).eval())
+    pipeline = AlignPipeline(align_module(config).eval())
     export_pipeline(pipeline, tmp_path / "module.onnx")
     assert largest_difference(session_of(tmp_path / "module.onnx"), pipeline.module) < 1e-4
 

@@ -10,7 +10,7 @@ from hostile import refusal
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from vae_align import AlignConfig, AlignModule, AlignPipeline
+from vae_align import AlignConfig, AlignPipeline, align_module
 from vaes.codec import SPACES, Codec
 from vaes.loading import load_vae_model
 
@@ -20,7 +20,7 @@ SCRIPT = "tools/translate.py"
 def save_module(path, *input_types):
     """A module of random weights from sd15 to flux1, in a file; its pipeline."""
     torch.manual_seed(0)
-    module = AlignModule(AlignConfig(input_types, hidden_channels=8, num_blocks=1)).eval()
+    module = align_module(AlignConfig(input_types, hidden_channels=8, num_blocks=1)).eval()
     pipeline = AlignPipeline(module, SPACES["sd15"], SPACES["flux1"])
     pipeline.save_pretrained(path)
     return AlignPipeline.from_pretrained(path)

@@ -11,7 +11,7 @@ from runs import QUIET, same_weights, train
 
 from training.starts import RidgeRegression, fit_ridge, grids_of, start_from_vaes
 from utils import UserError
-from vae_align import PRETRAINED_NAME, AlignConfig, AlignModule, AlignPipeline
+from vae_align import PRETRAINED_NAME, AlignConfig, AlignPipeline, align_module
 from vaes.pipeline import PipelineWithVAEs, encoded_batches
 from vaes.tiny import TinyAutoencoder
 
@@ -23,7 +23,7 @@ class Loader(list):
 
 
 def latents_only(batches=6):
-    pipeline = PipelineWithVAEs(AlignModule(AlignConfig(input_types=("latent",), hidden_channels=8)), None, None)
+    pipeline = PipelineWithVAEs(align_module(AlignConfig(input_types=("latent",), hidden_channels=8)), None, None)
     pairs = [{"latents1": torch.randn(2, 4, 6, 6), "latents2": torch.randn(2, 16, 6, 6)} for _ in range(batches)]
     return pipeline, Loader(pairs)
 
@@ -78,7 +78,7 @@ def test_matches_least_squares():
 
 def test_a_module_starts_exactly_at_the_linear_map():
     """Catches a deep path that disturbs the start, and a map that does not survive the checkpoint's state_dict."""
-    module = AlignModule(AlignConfig(latent_channels=4, out_channels=16, hidden_channels=8, input_types=("image", "latent")))
+    module = align_module(AlignConfig(latent_channels=4, out_channels=16, hidden_channels=8, input_types=("image", "latent")))
     assert not module.has_ridge
     module.remember_ridge(torch.randn_like(module.linear.weight), torch.randn_like(module.linear.bias))
     module.start_from_ridge()
@@ -86,7 +86,7 @@ def test_a_module_starts_exactly_at_the_linear_map():
     assert torch.allclose(module(latents, image), module.linear_map(latents), atol=1e-5)
     with torch.no_grad():
         module.linear.weight.zero_()
-    copy = AlignModule(module.config)
+    copy = align_module(module.config)
     copy.load_state_dict(module.state_dict())
     assert copy.has_ridge and torch.equal(copy.linear_map(latents), module.linear_map(latents))
 
@@ -111,7 +111,7 @@ def started(*input_types, num_blocks=2, vaes=None, file=None, **changes):
     """A module that starts at two tiny autoencoders of four and six channels; the two; what is said."""
     vae1, vae2 = vaes or (tiny(4), tiny(6))
     values = {"architecture": "tiny", "hidden_channels": WIDTH, "out_channels": 6, "num_blocks": num_blocks} | changes
-    module = AlignModule(AlignConfig(input_types=input_types, **values))
+    module = align_module(AlignConfig(input_types=input_types, **values))
     pipeline = SimpleNamespace(module=module, codec1=_codec(vae1), codec2=_codec(vae2))
     return module, vae1, vae2, start_from_vaes(pipeline, file)
 
@@ -160,7 +160,7 @@ def test_latents_alone_go_through_the_picture_that_vae1_decodes():
 def test_a_trained_module_gives_its_layers_and_no_other_pairs_map(hidden_channels, tmp_path):
     """Catches layers left at the VAEs', a picture or a linear map of another pair, and a width that does not fit."""
     config = AlignConfig(("image", "latent"), 4, 6, hidden_channels, architecture="tiny")
-    trained = AlignPipeline(AlignModule(config))
+    trained = AlignPipeline(align_module(config))
     trained.module.remember_ridge(torch.ones(6, 4, 3, 3), torch.ones(6))
     trained.save_pretrained(tmp_path)
     file = str(tmp_path / PRETRAINED_NAME)
@@ -291,7 +291,7 @@ def test_latents_that_no_doubling_leads_to_pixels_are_refused():
 @pytest.mark.parametrize("input_types", [("latent",), ("image", "latent")])
 def test_grids_of_different_stride_meet(input_types, stride1, stride2):
     """Catches stages that end on another grid than VAE2's."""
-    module = AlignModule(
+    module = align_module(
         AlignConfig(input_types=input_types, architecture="tiny", hidden_channels=8, latent_stride=stride1, out_stride=stride2)
     )
     inputs = {"latents": torch.zeros(1, 4, 64 // stride1, 96 // stride1)}
@@ -321,8 +321,8 @@ def test_a_run_starts_there_resumes_and_is_given_away(flags, tmp_path):
     train(flags, tmp_path / "parts", **changes, max_train_steps=2)
     parts = train(flags, tmp_path / "parts", **changes, max_train_steps=3, resume="latest")
     assert same_weights(whole.last, parts.last)
-    vae1, module = tiny_from(tmp_path / "tiny1"), AlignPipeline.from_pretrained(whole.checkpoints[-1]).module
+    vae1, module = tiny_from(tmp_path / "tiny1"), PipelineWithVAEs.from_checkpoint(whole.checkpoints[-1]).module
     assert torch.equal(module.picture[1].weight, vae1.decoder.layers[0].weight)
     assert module.blocks[0].conv[0].weight.ne(tiny_from(tmp_path / "tiny2").encoder.layers[11].conv[0].weight).any()
-    AlignPipeline.from_pretrained(whole.checkpoints[-1]).save_pretrained(tmp_path / "given")
+    PipelineWithVAEs.from_checkpoint(whole.checkpoints[-1]).save_pretrained(tmp_path / "given")
     assert AlignPipeline.from_pretrained(tmp_path / "given").config.architecture == "tiny"

@@ -7,7 +7,7 @@ from families import make_family
 from runs import QUIET, train
 
 import eval_align
-from vae_align import AlignPipeline
+from vaes.pipeline import PipelineWithVAEs
 
 STRIDES = {"sd15": 8, "sana": 32, "flux2": 16}
 
@@ -38,7 +38,7 @@ def test_pairs_of_different_stride_train_resume_judge_and_translate(flags, famil
         )
     )  # fmt: skip
     assert all(judged["ladder"][rung]["latent_mse"] is not None for rung in ("aligned", "linear", "reencode"))
-    pipeline = AlignPipeline.from_checkpoint(run.checkpoints[-1])
+    pipeline = PipelineWithVAEs.from_checkpoint(run.checkpoints[-1])
     latents = torch.randn(1, pipeline.space1.channels, 128 // STRIDES[first], 192 // STRIDES[first])
     grid = (128 // STRIDES[second], 192 // STRIDES[second])
     assert pipeline.translate(latents).shape == (1, pipeline.space2.channels, *grid)

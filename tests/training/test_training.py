@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from evaluation.pictures import PADDING
 from train_align_with_args import create_data_loaders, load_vae_model, main, parse_args, train_align_pipeline
 from utils import UserError
-from vae_align import AlignConfig, AlignModule
+from vae_align import AlignConfig, align_module
 from vaes.pipeline import PipelineWithVAEs
 
 SHORT = {**QUIET, "max_train_steps": 2}
@@ -26,7 +26,7 @@ SHORT = {**QUIET, "max_train_steps": 2}
 
 def trainable(content):
     """The names of a checkpoint's trainable weights."""
-    return [name for name, _ in AlignModule(AlignConfig(**content["align_config"])).named_parameters()]
+    return [name for name, _ in align_module(AlignConfig(**content["align_config"])).named_parameters()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -409,6 +409,6 @@ def test_a_ruined_module_is_not_saved_as_the_last_good_one(flags, tmp_path):
         train(flags, tmp_path, epochs=40, **{**QUIET, "save_steps": 1}, **absurd)
     assert "unharmed" not in str(error.value)
     for content in (torch.load(path, weights_only=True) for path in (tmp_path / "ckpt").glob("*.pth")):
-        module = AlignModule(AlignConfig.from_dict(content["align_config"]))
+        module = align_module(AlignConfig.from_dict(content["align_config"]))
         module.load_state_dict(content["state_dict"])
         assert module(image=torch.zeros(1, 3, 32, 32), latents=torch.zeros(1, 4, 4, 4)).square().sum().isfinite()

@@ -13,7 +13,7 @@ import torch
 from families import RECIPES, make_family
 from hostile import refusal
 
-from vae_align import LatentSpace
+from vae_align import LatentSpace, align_module
 from vaes.codec import Codec
 from vaes.families import FAMILIES, SPACES, family_of, named_space, table_of_families
 
@@ -284,12 +284,12 @@ def test_the_spaces_maps_are_their_families():
 
 def test_a_wrong_number_of_channels_names_the_spaces_that_have_it():
     """A list in the inference file that falls behind the table, or an error that does not say whose latents these are."""
-    from vae_align import CHANNELS, AlignConfig, AlignModule, AlignPipeline
+    from vae_align import CHANNELS, AlignConfig, AlignPipeline
 
     for count, names in CHANNELS.items():
         assert names.split(", ") == [family.name for family in FAMILIES if family.channels == count]
     assert set(CHANNELS) == {family.channels for family in FAMILIES}
-    pipeline = AlignPipeline(AlignModule(AlignConfig(("latent",), 4, 16, 8, 1)).eval(), SPACES["sd15"], SPACES["flux1"])
+    pipeline = AlignPipeline(align_module(AlignConfig(("latent",), 4, 16, 8, 1)).eval(), SPACES["sd15"], SPACES["flux1"])
     refusal(lambda: pipeline.translate(torch.zeros(1, 128, 4, 4)), "128 channels", "takes 4", "flux2")
 
 
@@ -353,10 +353,10 @@ def test_latents_that_are_no_picture_are_one_line():
 
 def test_translate_takes_what_a_pipeline_gives():
     """A helper that exists beside a translate that refuses the same latents."""
-    from vae_align import AlignConfig, AlignModule, AlignPipeline
+    from vae_align import AlignConfig, AlignPipeline
 
     config = AlignConfig(("latent",), 16, 4, 8, 1)
-    pipeline = AlignPipeline(AlignModule(config).eval(), SPACES["flux1"], SPACES["sd15"])
+    pipeline = AlignPipeline(align_module(config).eval(), SPACES["flux1"], SPACES["sd15"])
     tokens = torch.randn(1, 6, 64)
     latents = SPACES["flux1"].from_pipeline(tokens, (32, 48))
     assert torch.equal(pipeline.translate(tokens, size=(32, 48)), pipeline.translate(latents))

@@ -14,7 +14,7 @@ from conftest import as_argv, make_kl_vae, run_script, tiny_flags
 from hub import BAD_TOKEN, OTHER_TOKEN, TOKEN, Handler, HubHandler, Server, hub_environment, serving
 from runs import QUIET
 
-from vae_align import AlignConfig, AlignModule
+from vae_align import AlignConfig, align_module
 from vaes.codec import Codec
 from vaes.pipeline import PipelineWithVAEs
 
@@ -170,7 +170,7 @@ def prepare_programs(hub, proxy, photo_folders, home):
     flags |= {**QUIET, "max_train_steps": 1, "cache_latents": None, "no_cache_latents": True, "cache_dir": home}
     with_password = f"http://user:{PROXY_PASSWORD}@127.0.0.1:{proxy.server_port}"
     pipeline = PipelineWithVAEs(
-        AlignModule(AlignConfig(hidden_channels=8)),
+        align_module(AlignConfig(hidden_channels=8)),
         Codec(make_kl_vae(4), "owner/flat", "vae"),
         Codec(make_kl_vae(16), "owner/nested", "vae"),
     )

@@ -26,10 +26,10 @@ import eval_align
 import train_align_with_args as train_script
 from runtime.cli import MISTAKES
 from train_align_with_args import create_align_pipeline, parse_args
-from vae_align import AlignConfig, AlignError, AlignModule, read_checkpoint
+from vae_align import AlignConfig, AlignError, align_module
 from vaes.codec import Codec
 from vaes.loading import load_vae_model
-from vaes.pipeline import PipelineWithVAEs, require_memory_for
+from vaes.pipeline import PipelineWithVAEs, read_checkpoint, require_memory_for
 
 NAME = re.compile(r"align_pipeline_\d{8}_\d{6}\.pth")
 
@@ -181,7 +181,7 @@ def test_a_vae_of_another_latent_space_is_one_line_that_names_it(saved, vae_fold
 def test_a_pipeline_of_objects_says_that_it_does_not_know_where_they_are(tmp_path):
     """The path None looked up as a folder of that name."""
     spaces = [Codec(make_kl_vae(4)), Codec(make_kl_vae(16))]
-    path = save(PipelineWithVAEs(AlignModule(AlignConfig(hidden_channels=8)), *spaces), tmp_path)
+    path = save(PipelineWithVAEs(align_module(AlignConfig(hidden_channels=8)), *spaces), tmp_path)
     refusal(lambda: PipelineWithVAEs.from_checkpoint(path).codec2, "VAE2", "does not say")
 
 
