@@ -10,7 +10,7 @@ import textwrap
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from evaluation.per_image import to_8bit
+from evaluation.figures import to_8bit
 
 DIFFERENCE_GAIN = 5  # differences are shown this many times amplified around mid-grey
 PADDING = 6  # px

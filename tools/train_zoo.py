@@ -36,9 +36,9 @@ from zoo_results import (
 )
 
 from dataloader import ImageDataset, eval_loader, find_images
+from evaluation.figures import finite
 from evaluation.ladder import Ladder, Rung, evaluate
 from evaluation.metrics import Measures, PerceptualFeatures
-from evaluation.summary import finite
 from evaluation.verdict import verdict
 from latents.families import family_of
 from latents.pipeline import PipelineWithVAEs

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from evaluation.fixed_rungs import FixedRungs
+from evaluation.ladder import FixedRungs
 from training.bad_steps import BadSteps
 from training.budget import Budget
 from training.meter import Meter

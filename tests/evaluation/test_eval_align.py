@@ -11,7 +11,7 @@ from PIL import Image
 from reports import HOSTILE, read_json, save_checkpoint
 
 import eval_align
-from evaluation import page
+from evaluation import report
 from utils import UserError
 
 
@@ -86,7 +86,7 @@ def test_command_is_repeatable_and_keeps_no_password(judged):
 def test_interrupt_leaves_the_older_report_whole(judged, tmp_path, monkeypatch):
     """Half a page, new figures beside an old page, temporary files that stay."""
     (tmp_path / "report.html").write_text("older")
-    monkeypatch.setattr(page, "render", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(report, "render", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     flags = {**judged.flags, "output_dir": tmp_path, "num_samples": 1, "save_visualizations": None, "proxy": None}
     with pytest.raises(KeyboardInterrupt):
         eval_align.main(as_argv({**flags, "checkpoint": flags["checkpoint"][0]}))

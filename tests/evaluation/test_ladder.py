@@ -1,16 +1,20 @@
-"""The rungs of the ladder, and what `evaluate` measures, against formulas written out in numpy."""
+"""The rungs of the ladder, and the figures of `evaluate`, against formulas written out in numpy."""
 
 import math
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_photo
 from diffusers import AutoencoderKL
+from families import make_family
 from formulas import levels, psnr, ssim
 
 from dataloader import ImageDataset, eval_loader
-from evaluation import tables
-from evaluation.ladder import Ladder, evaluate
+from evaluation import ladder, tables
+from evaluation.ladder import FixedRungs, Ladder, evaluate
 from images.files import list_images
 from latents.pipeline import PipelineWithVAEs
 from latents.spaces import Codec
@@ -27,7 +31,7 @@ def pipeline(vae_folders):
     return PipelineWithVAEs(AlignModule(AlignConfig(hidden_channels=8, num_blocks=1)), *spaces)
 
 
-def loader_of(folder, batch_size):
+def loader_of(folder, batch_size=2):
     return eval_loader(ImageDataset(list_images(folder), 32), batch_size, 0)
 
 
@@ -149,8 +153,8 @@ def test_ssim_of_pictures_smaller_than_its_window_is_none_or_a_number(pipeline, 
 def test_only_the_rungs_that_are_asked_for_are_computed(pipeline, photo_folders, monkeypatch):
     """Every evaluation of a training run that decodes with VAE1 and encodes again, for figures that nobody reads."""
     monkeypatch.setattr(pipeline.codec1, "decode", lambda latents: pytest.fail("VAE1's decoder ran"))
-    ladder = Ladder(pipeline, torch.float32, only=("aligned", "linear"))
-    results = evaluate(ladder, loader_of(photo_folders[1], 5), show_progress=False)
+    rungs = Ladder(pipeline, torch.float32, only=("aligned", "linear"))
+    results = evaluate(rungs, loader_of(photo_folders[1], 5), show_progress=False)
     assert list(results["ladder"]) == ["aligned"]  # this module knows no linear map
 
 
@@ -166,3 +170,71 @@ def test_a_rung_costs_the_weights_that_it_uses(pipeline):
     assert costs["aligned"]["parameters"] == costs["untrained"]["parameters"] == count["module"]
     assert costs["reencode"]["macs"] > costs["vae2"]["macs"] > costs["aligned"]["macs"] > 0
     assert "vae1" not in costs
+
+
+@pytest.mark.parametrize("name", ["consistency", "flux2", "sana"])
+def test_classes_of_vaes_with_other_parts_are_judged_to_the_end(name, photo_folders):
+    """A class without a part named `decoder`, such as ConsistencyDecoderVAE, at which the evaluation or a cost is lost."""
+    codec, used = Codec(make_family(name)), {}
+    shape = {"latent_channels": codec.channels, "out_channels": codec.channels}
+    strides = {"latent_stride": codec.stride, "out_stride": codec.stride}
+    module = AlignModule(AlignConfig(input_types=("latent",), hidden_channels=8, num_blocks=1, **shape, **strides))
+    rungs = Ladder(PipelineWithVAEs(module, codec, codec), torch.float32, only=("vae2", "reencode"))
+    results = evaluate(rungs, loader_of(photo_folders[1], 5), costs=True, show_progress=False)
+    with torch.nn.modules.module.register_module_forward_hook(
+        lambda part, *_: used.update({id(weight): weight.numel() for weight in part.parameters(recurse=False)})
+    ):
+        rungs.rungs["reencode"](codec.encode(torch.zeros(1, 3, 32, 32)), None)
+    assert results["ladder"]["reencode"]["parameters"] == sum(used.values())
+    assert results["ladder"]["reencode"]["macs"] > results["ladder"]["vae2"]["macs"] > 0
+
+
+def test_a_cost_that_cannot_be_measured_loses_no_figure(pipeline, photo_folders, monkeypatch, caplog):
+    """An evaluation of hours that is lost at its end, since costs are measured after judging."""
+    broken = Ladder(pipeline, torch.float32)
+    broken.rungs["reencode"] = replace(broken.rungs["reencode"], weights=lambda: 1 / 0)
+    results = evaluate(broken, loader_of(photo_folders[1]), costs=True, show_progress=False)["ladder"]
+    assert results["reencode"]["psnr"] and "macs" not in results["reencode"] and results["aligned"]["macs"]
+    assert "re-encode with VAE2: its cost cannot be measured (division by zero)" in caplog.text
+
+
+@pytest.fixture
+def judged_rungs(monkeypatch):
+    """The names of the rungs of each evaluation, in the order in which they are made."""
+    calls = []
+
+    def recorded(rungs, *args, **options):
+        calls.append(list(rungs.rungs))
+        return real(rungs, *args, show_progress=False, **options)
+
+    real = ladder.evaluate
+    monkeypatch.setattr(ladder, "evaluate", recorded)
+    return calls
+
+
+def test_fixed_rungs_are_measured_once_and_survive_a_resume(pipeline, photo_folders, judged_rungs):
+    """Baselines that are measured at every evaluation, or again after each resume, also with another batch size."""
+    fixed = FixedRungs()
+    first = fixed.evaluate(pipeline, loader_of(photo_folders[1]), torch.float32)
+    resumed = FixedRungs()
+    resumed.load_state_dict(fixed.state_dict())
+    again = resumed.evaluate(pipeline, loader_of(photo_folders[1], batch_size=3), torch.float32)
+    assert judged_rungs == [["vae1", "vae2", "reencode", "untrained", "aligned"], ["aligned"]]
+    assert list(first) == list(again)
+    assert {name: again[name] for name in fixed.figures} == {name: first[name] for name in fixed.figures}
+    assert again["aligned"]["psnr"] == pytest.approx(first["aligned"]["psnr"], rel=1e-5)
+
+
+def test_other_pictures_of_the_same_names_are_measured_anew(pipeline, photo_folders, judged_rungs, tmp_path):
+    """Baselines of the old pictures beside the module's figures on the new ones: in the log, the checkpoint, the report."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photo_folders[1], folder)
+    fixed = FixedRungs()
+    before = fixed.evaluate(pipeline, loader_of(folder), torch.float32)
+    rng = np.random.default_rng(9)
+    for photo in sorted(folder.iterdir()):
+        make_photo(rng, (80, 64)).save(photo, quality=95)
+    after = fixed.evaluate(pipeline, loader_of(folder), torch.float32)
+    fresh = FixedRungs().evaluate(pipeline, loader_of(folder), torch.float32)
+    assert after == fresh
+    assert after["vae2"]["psnr"] != before["vae2"]["psnr"]
