@@ -92,13 +92,12 @@ def build_parser() -> Parser:
 
 def command_line(argv: list[str]) -> str:
     """The command that makes this report again, without the proxy, whose URL may hold a password."""
-    kept, skip = [], False
-    for word in argv:
-        if not skip and not word.startswith("--proxy="):
-            skip = word == "--proxy"
-            kept += [] if skip else [word]
-        else:
-            skip = False
+    kept, words = [], iter(argv)
+    for word in words:
+        if word == "--proxy":
+            next(words, None)
+        elif not word.startswith("--proxy="):
+            kept.append(word)
     return shlex.join(["python", "eval_align.py", *kept])
 
 

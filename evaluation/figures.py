@@ -85,15 +85,20 @@ def mean_of(numbers: list):
     return finite(math.fsum(numbers) / len(numbers))
 
 
+def mean_and_std(numbers) -> tuple[float, float | None]:
+    """Mean and standard deviation (n - 1) of `numbers`; the latter is None for one number or where the mean is not finite."""
+    mean = math.fsum(numbers) / len(numbers)
+    if len(numbers) == 1 or not math.isfinite(mean):
+        return mean, None
+    return mean, math.sqrt(math.fsum((one - mean) ** 2 for one in numbers) / (len(numbers) - 1))
+
+
 def mean_and_interval(numbers) -> tuple[float | None, float | None]:
     """Mean of `numbers` and half the width of its 95% interval, by the normal distribution; None where undefined."""
     if not numbers:
         return None, None
-    mean = math.fsum(numbers) / len(numbers)
-    if len(numbers) == 1 or not math.isfinite(mean):
-        return mean, None
-    variance = math.fsum((one - mean) ** 2 for one in numbers) / (len(numbers) - 1)
-    return mean, 1.96 * math.sqrt(variance / len(numbers))
+    mean, std = mean_and_std(numbers)
+    return mean, None if std is None else 1.96 * std / math.sqrt(len(numbers))
 
 
 class Sums:
@@ -181,8 +186,8 @@ class SetFigure:
         without = [self._figure(name, [group for group in groups if group != left_out]) for left_out in groups]
         if any(not isinstance(figure, float) for figure in without):
             return None
-        mean = math.fsum(without) / len(without)
-        return 1.96 * math.sqrt((len(groups) - 1) / len(groups) * math.fsum((figure - mean) ** 2 for figure in without))
+        interval = mean_and_interval(without)[1]  # Σ (f_g - mean f)² is G - 1 times the variance
+        return None if interval is None else (len(groups) - 1) * interval
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from evaluation import figures
-from evaluation.figures import Sample, SetFigure, finite, to_8bit
+from evaluation.figures import Sample, SetFigure, finite, mean_and_std, to_8bit
 from evaluation.networks import inception_network, lpips_network
 from evaluation.st_lpips import SMALLEST_SIDE, st_lpips
 from utils import UserError, one_line
@@ -35,8 +35,8 @@ class Metric:
         label: its heading in the report.
         scope: "image": a value for each image, of which the figure is the mean; "set": one value for all images; "cost": see
             `ladder.Ladder.costs`.
-        load: Setting -> for "image" a function Sample -> list of B values, for "set" a `SetFigure`; None for "cost". UserError
-            with the reason when it cannot be had.
+        load: `Measures` -> for "image" a function Sample -> list of B values, for "set" a `SetFigure`; None for "cost".
+            UserError with the reason when it cannot be had.
         text: value -> how the tables show it; None: only in metrics.json and metrics.csv.
         better: +1: higher is better, -1: lower is better, 0: neither.
         unit: beside the heading, such as "dB".
@@ -52,7 +52,7 @@ class Metric:
     name: str
     label: str
     scope: str
-    load: Callable[[Setting], Callable[[Sample], list] | SetFigure] | None
+    load: Callable[[Measures], Callable[[Sample], list] | SetFigure] | None
     text: Callable | None
     better: int = 0
     unit: str = ""
@@ -122,29 +122,6 @@ def _squared_error_by_channel(latents, target):
 # Loading
 
 
-@dataclass(frozen=True)
-class Setting:
-    """The side of the images in px, the device, and the precision of ST-LPIPS' networks: a metric may ask before it is loaded.
-    `perceptual` keeps the networks that several metrics share, by name."""
-
-    image_size: int
-    device: torch.device | str
-    dtype: torch.dtype = torch.float32
-    perceptual: dict[str, PerceptualFeatures] = field(default_factory=dict)
-
-    def require_side(self, side: int) -> None:
-        """UserError unless the images are at least `side` px wide."""
-        if self.image_size < side:
-            raise UserError(f"needs images of at least {side} px, these have {self.image_size}")
-
-    def features(self, network: str) -> PerceptualFeatures:
-        """The features of ST-LPIPS' network of that name, which is loaded once."""
-        self.require_side(SMALLEST_SIDE)
-        if network not in self.perceptual:
-            self.perceptual[network] = PerceptualFeatures(network, self.device, self.dtype)
-        return self.perceptual[network]
-
-
 class PerceptualFeatures:
     """An ST-LPIPS network and its features of the last few batches, since rungs and metrics share them."""
 
@@ -168,44 +145,50 @@ class PerceptualFeatures:
         return self.network.distance(self(first), reference).tolist()
 
 
-def each_image(measure: Callable[[Sample], list]) -> Callable[[Setting], Callable[[Sample], list]]:
+def require_side(image_size: int, side: int) -> None:
+    """UserError unless images are at least `side` px wide."""
+    if image_size < side:
+        raise UserError(f"needs images of at least {side} px, these have {image_size}")
+
+
+def each_image(measure: Callable[[Sample], list]) -> Callable[[Measures], Callable[[Sample], list]]:
     """The `load` of a metric of each image that needs nothing but a formula."""
-    return lambda setting: measure
+    return lambda measures: measure
 
 
-def of_the_set(figure: Callable[[], SetFigure]) -> Callable[[Setting], SetFigure]:
+def of_the_set(figure: Callable[[], SetFigure]) -> Callable[[Measures], SetFigure]:
     """The `load` of a figure of the set that needs no network."""
-    return lambda setting: figure()
+    return lambda measures: figure()
 
 
-def load_ms_ssim(setting: Setting) -> Callable[[Sample], list]:
-    setting.require_side(MS_SSIM_SIDE)
+def load_ms_ssim(measures: Measures) -> Callable[[Sample], list]:
+    require_side(measures.image_size, MS_SSIM_SIDE)
     return lambda sample: ms_ssim(sample.levels, sample.original_levels)
 
 
-def load_lpips(setting: Setting) -> Callable[[Sample], list]:
-    setting.require_side(LPIPS_SIDE)
-    network = lpips_network(setting.device)
+def load_lpips(measures: Measures) -> Callable[[Sample], list]:
+    require_side(measures.image_size, LPIPS_SIDE)
+    network = lpips_network(measures.device)
     return lambda sample: network(sample.levels / 127.5 - 1, sample.original_levels / 127.5 - 1).reshape(-1).tolist()
 
 
-def load_st_lpips(network: str) -> Callable[[Setting], Callable[[Sample], list]]:
+def load_st_lpips(network: str) -> Callable[[Measures], Callable[[Sample], list]]:
     """The `load` of ST-LPIPS with that network."""
 
-    def load(setting):
-        features = setting.features(network)
+    def load(measures):
+        features = measures.perceptual(network)
         return lambda sample: features.distance(sample.picture, sample.original)
 
     return load
 
 
-def load_texture(setting: Setting) -> SetFigure:
-    features = setting.features("vgg")
+def load_texture(measures: Measures) -> SetFigure:
+    features = measures.perceptual("vgg")
     return figures.texture(lambda images: features(images)[: figures.TEXTURE_STAGES])
 
 
-def load_rfid(setting: Setting) -> SetFigure:
-    network = inception_network(setting.device)
+def load_rfid(measures: Measures) -> SetFigure:
+    network = inception_network(measures.device)
     return figures.frechet_to_originals(lambda levels: network(levels.to(torch.uint8)))
 
 
@@ -270,7 +253,7 @@ METRICS = {
                each_image(lambda sample: latent_mse_by_channel(sample.latents, sample.vae2_latents)),
                None, better=-1, of_latents=True, components=None),
         Metric("latent_variance_by_channel", "Latent variance by channel", "set",
-               lambda setting: figures.latent_variance(by_channel=True), None, of_latents=True, components=None),
+               lambda measures: figures.latent_variance(by_channel=True), None, of_latents=True, components=None),
         Metric("latent_spectrum", "Latent spectrum", "set", of_the_set(figures.latent_spectrum), None, of_latents=True,
                components=None),
     )
@@ -298,18 +281,28 @@ class Measures:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
+        self.image_size = image_size
+        self.device = device
+        self.dtype = dtype
         self.left_out = {}
+        self._perceptual = {}
         self._measures = {}
-        setting = Setting(image_size, device, dtype)
         for metric in METRICS.values():
             if metric.scope == "cost" or (metric.choice and metric.choice not in choices):
                 continue
             try:
-                self._measures[metric.name] = metric.load(setting)
+                self._measures[metric.name] = metric.load(self)
             except UserError as error:
                 self.left_out[metric.name] = str(error)
             except Exception as error:  # a damaged file of weights, a library of another version: said, not raised
                 self.left_out[metric.name] = one_line(error)
+
+    def perceptual(self, network: str) -> PerceptualFeatures:
+        """The features of ST-LPIPS' network of that name, which its metrics share."""
+        require_side(self.image_size, SMALLEST_SIDE)
+        if network not in self._perceptual:
+            self._perceptual[network] = PerceptualFeatures(network, self.device, self.dtype)
+        return self._perceptual[network]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -366,9 +359,6 @@ def summarise(values: dict) -> dict:
 
 
 def _summary_of(numbers, sign):
-    mean = math.fsum(numbers) / len(numbers)
-    std = None
-    if math.isfinite(mean) and len(numbers) > 1:
-        std = math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / (len(numbers) - 1))
+    mean, std = mean_and_std(numbers)
     worst = max(range(len(numbers)), key=lambda index: math.inf if math.isnan(numbers[index]) else sign * numbers[index])
     return {"mean": finite(mean), "std": std, "worst": finite(numbers[worst]), "worst_image": worst}

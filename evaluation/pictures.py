@@ -124,27 +124,6 @@ def chosen_images(results: dict, wanted: int) -> dict:
 # Pictures on the page
 
 
-def picture_uri(image: torch.Tensor, side: int, limit: int) -> str:
-    """(3, h, w) in [-1, 1] as a data URI of a JPEG of at most `side` px and, where a lower quality suffices, `limit` bytes."""
-    picture = to_pil(image)
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    for quality in (90, 80, 65, 45):
-        file = io.BytesIO()
-        picture.save(file, "JPEG", quality=quality, subsampling=0)
-        if file.tell() <= limit:
-            break
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def pixels_uri(image: torch.Tensor, limit: int) -> str:
-    """(3, h, w) in [-1, 1], as small as latents are, as a data URI of a PNG; of a JPEG if that is over `limit` bytes."""
-    file = io.BytesIO()
-    to_pil(image).save(file, "PNG", optimize=True)
-    if file.tell() > limit:
-        return picture_uri(image, max(image.shape[-2:]), limit)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
 def page_panels(rows: list[list[tuple[str, torch.Tensor | None]]], panels_on_page: int) -> list[list[dict]]:
     """`comparison_rows` for the page: {caption, uri, pixelated} for each place, with None as `uri` where there is no panel.
 
@@ -154,7 +133,24 @@ def page_panels(rows: list[list[tuple[str, torch.Tensor | None]]], panels_on_pag
     side = max(64, min(PAGE_PANEL, int(math.sqrt(limit * 2))))  # at half a byte per pixel photos look as they are
 
     def for_page(caption, image, pixelated):
-        uri = None if image is None else pixels_uri(image, limit) if pixelated else picture_uri(image, side, limit)
+        uri = None if image is None else picture_uri(image, None if pixelated else side, limit)
         return {"caption": caption, "uri": uri, "pixelated": pixelated}
 
     return [[for_page(caption, image, row is rows[-1]) for caption, image in row] for row in rows]
+
+
+def picture_uri(image: torch.Tensor, side: int | None, limit: int) -> str:
+    """(3, h, w) in [-1, 1] as a data URI of, where possible, at most `limit` bytes: a JPEG of at most `side` px, or with None a
+    PNG of all pixels, such as latents are."""
+    picture = to_pil(image)
+    tried = [("JPEG", {"quality": quality, "subsampling": 0}) for quality in (90, 80, 65, 45)]
+    if side is None:
+        tried.insert(0, ("PNG", {"optimize": True}))
+    else:
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    for kind, options in tried:
+        file = io.BytesIO()
+        picture.save(file, kind, **options)
+        if file.tell() <= limit:
+            break
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(file.getvalue()).decode()

@@ -37,24 +37,7 @@ def render(results: dict, strips: list[dict], curves: dict | None) -> str:
         curves: of the training run, see `read_curves`; None: no such section.
     """
     ladder = results["ladder"]
-    return environment().get_template("report.html.j2").render(
-        results=results,
-        ladder=ladder,
-        columns=COLUMNS,
-        metrics=METRICS,
-        measured={name for rung in ladder.values() for name, value in rung.items() if value is not None},
-        strips=strips,
-        difference_gain=pictures.DIFFERENCE_GAIN,
-        charts=charts,
-        series=chart_series(results),
-        curves=curves,
-        evaluations=evaluation_series(ladder, curves["evaluations"] if curves else {}),
-    )  # fmt: skip
-
-
-def environment() -> Environment:
-    """Jinja's environment of the page: every value is escaped, and signs that cannot be shown become their escapes."""
-    found = Environment(
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         trim_blocks=True,
@@ -63,21 +46,28 @@ def environment() -> Environment:
         undefined=StrictUndefined,
         finalize=lambda value: value if isinstance(value, Markup) else charts.printable(value),
     )
+    return environment.get_template("report.html.j2").render(
+        results=results,
+        ladder=ladder,
+        columns=COLUMNS,
+        metrics=METRICS,
+        measured={name for rung in ladder.values() for name, value in rung.items() if value is not None},
+        strips=strips,
+        series=chart_series(results),
+        curves=curves,
+        evaluations=evaluation_series(ladder, curves["evaluations"] if curves else {}),
+        charts=charts,
+        pictures=pictures,
+        tables=tables,
+        figure_text=figure_text,
+        preformatted=preformatted,
+    )
 
-    def lines(value: str) -> Markup:  # for <pre>: line ends stay
-        return Markup("\n").join(charts.printable(line) for line in value.split("\n"))
 
-    found.filters |= {
-        "figure": lambda value, metric: figure_text(metric, value),
-        "interval": lambda intervals, metric: tables.interval_text(metric, intervals),
-        "json": lambda value: lines(json.dumps(value, indent=2, ensure_ascii=False)),
-        "lines": lines,
-        "negated": lambda value: None if value is None else -value,
-        "number": charts.number,
-        "percent": lambda value: None if value is None else tables.percent(value),
-        "shown_name": tables.shown_name,
-    }
-    return found
+def preformatted(value: str | dict) -> Markup:
+    """Text, or a dict as JSON, for <pre>: line ends stay, other signs that cannot be shown become escapes."""
+    text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
+    return Markup("\n").join(charts.printable(line) for line in text.split("\n"))
 
 
 def colours_of(ladder: dict) -> dict:

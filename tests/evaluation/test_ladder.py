@@ -53,10 +53,10 @@ def judged(pipeline, photo_folders):
 
 def test_means_do_not_depend_on_the_batch_size(pipeline, photo_folders, judged):
     """Only the first batch judged, or a short last batch (5 images in batches of 2) weighted like a full one."""
-    whole = evaluate(Ladder(pipeline, torch.float32), loader_of(photo_folders[1], 5), show_progress=False)
-    single = evaluate(Ladder(pipeline, torch.float32), loader_of(photo_folders[1], 1), show_progress=False)
     assert len(set(judged[0]["per_image"]["aligned"]["psnr"])) == 5  # the images differ, or this test proves nothing
-    for other in (whole, single):
+    for batch_size in (5, 1):
+        loader = loader_of(photo_folders[1], batch_size)
+        other = evaluate(Ladder(pipeline, torch.float32), loader, show_progress=False)
         assert other["images"] == judged[0]["images"] == 5
         assert other["paths"] == judged[0]["paths"] == list_images(photo_folders[1])
         assert other["ladder"].keys() == judged[0]["ladder"].keys()
@@ -66,25 +66,15 @@ def test_means_do_not_depend_on_the_batch_size(pipeline, photo_folders, judged):
                 assert other["ladder"][row][name] == (None if expected is None else pytest.approx(expected, rel=1e-3)), name
 
 
-def test_ladder_holds_the_means_of_the_per_image_values(judged):
-    """A sum in place of a mean, or rows mixed up."""
-    results, _ = judged
-    for row, figures in results["ladder"].items():
-        assert figures["kind"] == row
-        for name in ("psnr", "ssim"):
-            values = results["per_image"][row][name]
-            assert len(values) == 5
-            assert figures[name] == pytest.approx(np.mean(values), rel=1e-6)
-
-
 def test_psnr_and_ssim_against_the_original_match_independent_formulas(judged):
-    """PSNR over the batch instead of per image, a peak of 1 or 2 for 8-bit levels, unclamped values, another SSIM window."""
+    """PSNR over the batch instead of per image, a peak of 1 or 2 for 8-bit levels, unclamped values, another SSIM window; a
+    sum in place of a mean, or rows mixed up."""
     results, seen = judged
     for row in ("vae2", "aligned"):
-        expected = [psnr(made, original) for made, original in zip(seen[row], seen["images"])]
-        assert results["per_image"][row]["psnr"] == pytest.approx(expected, abs=1e-3)
-        expected = [ssim(made, original) for made, original in zip(seen[row], seen["images"])]
-        assert results["per_image"][row]["ssim"] == pytest.approx(expected, abs=1e-3)
+        for name, formula in (("psnr", psnr), ("ssim", ssim)):
+            expected = [formula(made, original) for made, original in zip(seen[row], seen["images"])]
+            assert results["per_image"][row][name] == pytest.approx(expected, abs=1e-3)
+            assert results["ladder"][row][name] == pytest.approx(np.mean(results["per_image"][row][name]), rel=1e-6)
 
 
 def test_figures_against_vae2_match_independent_formulas(judged):
@@ -158,35 +148,29 @@ def test_only_the_rungs_that_are_asked_for_are_computed(pipeline, photo_folders,
     assert list(results["ladder"]) == ["aligned"]  # this module knows no linear map
 
 
-def test_a_rung_costs_the_weights_that_it_uses(pipeline):
-    """VAE2's decoder counted where only its encoder runs; an untrained module that is counted as none."""
-    costs = Ladder(pipeline, torch.float32).costs(32, repeats=1)
-    count = {name: sum(weight.numel() for weight in module.parameters()) for name, module in (
-        ("encoder", pipeline.vae2.model.encoder), ("quant", pipeline.vae2.model.quant_conv), ("module", pipeline.module),
-        ("decoder", pipeline.vae1.model.decoder), ("post", pipeline.vae1.model.post_quant_conv),
-    )}  # fmt: skip
-    assert costs["vae2"]["parameters"] == count["encoder"] + count["quant"]
-    assert costs["reencode"]["parameters"] == count["encoder"] + count["quant"] + count["decoder"] + count["post"]
-    assert costs["aligned"]["parameters"] == costs["untrained"]["parameters"] == count["module"]
-    assert costs["reencode"]["macs"] > costs["vae2"]["macs"] > costs["aligned"]["macs"] > 0
-    assert "vae1" not in costs
-
-
-@pytest.mark.parametrize("name", ["consistency", "flux2", "sana"])
-def test_classes_of_vaes_with_other_parts_are_judged_to_the_end(name, photo_folders):
-    """A class without a part named `decoder`, such as ConsistencyDecoderVAE, at which the evaluation or a cost is lost."""
-    codec, used = Codec(make_family(name)), {}
+@pytest.mark.parametrize("name", ["sd15", "consistency", "flux2", "sana"])
+def test_a_rung_costs_the_weights_that_run(name, photo_folders):
+    """A decoder counted where only the encoder runs; a class without a part named `decoder`, such as ConsistencyDecoderVAE,
+    at which the evaluation or a cost is lost."""
+    codec = Codec(make_family(name))
     shape = {"latent_channels": codec.channels, "out_channels": codec.channels}
     strides = {"latent_stride": codec.stride, "out_stride": codec.stride}
     module = AlignModule(AlignConfig(input_types=("latent",), hidden_channels=8, num_blocks=1, **shape, **strides))
-    rungs = Ladder(PipelineWithVAEs(module, codec, codec), torch.float32, only=("vae2", "reencode"))
-    results = evaluate(rungs, loader_of(photo_folders[1], 5), costs=True, show_progress=False)
-    with torch.nn.modules.module.register_module_forward_hook(
-        lambda part, *_: used.update({id(weight): weight.numel() for weight in part.parameters(recurse=False)})
-    ):
-        rungs.rungs["reencode"](codec.encode(torch.zeros(1, 3, 32, 32)), None)
-    assert results["ladder"]["reencode"]["parameters"] == sum(used.values())
-    assert results["ladder"]["reencode"]["macs"] > results["ladder"]["vae2"]["macs"] > 0
+    rungs = Ladder(PipelineWithVAEs(module, codec, codec), torch.float32)
+    found = evaluate(rungs, loader_of(photo_folders[1], 5), costs=True, show_progress=False)["ladder"]
+    images = torch.zeros(1, 3, 32, 32)
+    latents = codec.encode(images)
+    for rung in ("vae2", "reencode", "untrained", "aligned"):
+        used = {}
+
+        def note(part, *_, used=used):
+            used |= {id(weight): weight.numel() for weight in part.parameters(recurse=False)}
+
+        with torch.nn.modules.module.register_module_forward_hook(note):
+            rungs.rungs[rung](latents, images)
+        assert found[rung]["parameters"] == sum(used.values()), rung
+    assert found["reencode"]["macs"] > found["vae2"]["macs"] > found["aligned"]["macs"] > 0
+    assert "macs" not in found["vae1"]
 
 
 def test_a_cost_that_cannot_be_measured_loses_no_figure(pipeline, photo_folders, monkeypatch, caplog):

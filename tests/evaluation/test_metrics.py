@@ -19,7 +19,6 @@ from evaluation.metrics import (
     MS_SSIM_SIDE,
     Measures,
     Metric,
-    Setting,
     each_image,
     summarise,
 )
@@ -84,7 +83,7 @@ def test_one_entry_in_the_table_is_measured_summed_up_and_shown(monkeypatch, jud
     def brightness(sample):
         return sample.levels.mean(dim=(1, 2, 3)).tolist()
 
-    def of_the_set(setting):
+    def of_the_set(measures):
         def sums(sample):
             return [(value, 1) for value in brightness(sample)]
 
@@ -136,8 +135,8 @@ def test_nothing_is_downloaded_unasked(monkeypatch, tmp_path):
 
 def test_the_networks_see_what_each_rung_made(monkeypatch):
     """Features of another rung's pictures that are taken from the memory; originals that are looked at once per rung."""
-    setting = Setting(32, "cpu")
-    features = setting.features("alex")
+    measures = Measures((), 32)
+    features = measures.perceptual("alex")
     looked = []
     network = features.network.features
     monkeypatch.setattr(features.network, "features", lambda images: looked.append(1) or network(images))

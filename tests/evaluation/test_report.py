@@ -71,7 +71,7 @@ def test_logs_that_are_missing_or_damaged_give_no_curves(tmp_path):
 
 def test_an_older_runs_log_is_read_under_the_names_of_today():
     """Curves that go missing after an update: older runs wrote no losses, and called VAE2's own reconstruction otherwise."""
-    entries = [{"step": 4, "epoch": 1.0, "ladder": {"vae2": {"psnr": 30.0}, "aligned": {"psnr": 20.0}}}]
+    entries = [{"step": 4, "epoch": 1.0, "ladder": {"ceiling": {"psnr": 30.0}, "aligned": {"psnr": 20.0}}}]
     curves = report.evaluation_curves(entries)
     assert curves == {"vae2": {"psnr": [(4, 30.0)]}, "aligned": {"psnr": [(4, 20.0)]}}
     assert report.loss_curve(entries) == []
