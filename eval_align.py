@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> dict:
     accelerator = create_accelerator(args)
     device, main_process = accelerator.device, accelerator.is_main_process
     if not main_process:
-        logging.getLogger().setLevel(logging.ERROR)  # what one process says is enough
+        logging.getLogger().setLevel(logging.ERROR)  # one process says it
     places = {place: getattr(args, place) for place in PLACES}
     checkpoints = open_checkpoints(
         contents, places, device, dtype, args.cache_dir, ("--checkpoint", "--vae1_path", "--vae2_path")

@@ -1,6 +1,6 @@
 """Figures of a set of images, from float64 sums over it: texture, detail, grid, latent statistics, spectra, histograms.
 
-No model and no network is known here; `metrics.METRICS` names the figures and loads what they need.
+No model and no network is known here: `metrics.METRICS` names the figures, and loads the networks that some need.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ REFERENCE = ""  # the key of the sums that all rungs are compared with; no rung 
 
 
 def to_8bit(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] -> levels 0..255, clamped and rounded, still float: what a viewer sees."""
+    """Images in [-1, 1] -> levels 0..255, clamped and rounded, still float, as a viewer sees them."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What one rung of the ladder made of a batch, and what it is compared with.
+    """The latents and pictures that one rung of the ladder made of a batch, beside those that they are compared with.
 
     Attributes:
         original: the images (B, 3, H, W) in [-1, 1].
@@ -134,14 +134,13 @@ class Sums:
 
 
 class SetFigure:
-    """A figure of each rung: a function of the sums over its images and of the sums over what these are compared with.
+    """A figure of each rung: a function of two sums, one over its images and one over a reference that all rungs share.
 
     The interval is the jackknife's (Efron & Tibshirani 1993, chapter 11). The place of an image in the set decides its group,
     and the figure is computed without each group g of G: 1.96 · sqrt((G - 1)/G · Σ (f_g - mean f)²).
 
     Args:
-        own: Sample -> [a tuple of tensors per image], which are summed; reference: the same for what all rungs are compared
-            with.
+        own: Sample -> [a tuple of tensors per image], which are summed; reference: the same for the reference.
         figure: (the sums of `own`, those of `reference`) -> a number, or a list of numbers, which has no interval.
         groups: 1 where no interval is wanted; `own` and `reference` may then give one tuple for the whole batch.
     """
@@ -155,7 +154,7 @@ class SetFigure:
         self._referred = None
 
     def add(self, name: str, sample: Sample) -> None:
-        """Add to the sums what the rung `name` made of a batch."""
+        """Add a batch of the rung `name` to its sums."""
         if self._referred is not sample.original:  # all rungs of a batch have the same reference
             self._referred = sample.original
             self._add(REFERENCE, sample, self.reference(sample))

@@ -33,7 +33,7 @@ class Metric:
     Attributes:
         name: its key in metrics.json and its column in metrics.csv.
         label: its heading in the report.
-        scope: "image": a value for each image, of which the figure is the mean; "set": one value for all images; "cost": see
+        scope: "image": a value for each image, and their mean as the figure; "set": one value for all images; "cost": see
             `ladder.Ladder.costs`.
         load: `Measures` -> for "image" a function Sample -> list of B values, for "set" a `SetFigure`; None for "cost".
             UserError with the reason when it cannot be had.

@@ -1,4 +1,4 @@
-"""Pictures of what the rungs of the ladder make of an image. Knows no model."""
+"""Pictures of an image's way through the rungs of the ladder: panels, sheets, the page's bytes. Knows no model."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def comparison_rows(original: torch.Tensor, made: dict, captions: dict) -> list[
     """One image as three rows of (caption, panel): pictures, below each its amplified difference, below that its latents.
 
     Pictures and differences are (3, S, S), latents (3, h, w), all in [-1, 1]. None is a place without a panel; its caption
-    says what is in the row. VAE1 and VAE2 are held against the original, everything else against VAE2.
+    names the row. VAE1 and VAE2 are compared with the original, everything else with VAE2.
 
     Args:
         original: (3, S, S) in [-1, 1]; made: {rung: (latents (C, h, w), picture (3, S, S))}.
-        captions: {rung: what it is called}, of the rungs to show, in order; "vae2" is among them.
+        captions: {rung: its caption}, for the rungs to show, in order; "vae2" is among them.
     """
     pictures = {rung: made[rung][1].clamp(-1, 1) for rung in captions}
     rows = [
@@ -67,7 +67,7 @@ def comparison_rows(original: torch.Tensor, made: dict, captions: dict) -> list[
 
 
 def comparison_sheets(images: torch.Tensor, made: dict, captions: dict, size: int):
-    """For each of `images` (B, 3, S, S) what `Ladder.reconstruct` made of it as one captioned sheet of `size` px panels."""
+    """One captioned sheet of `size` px panels for each of `images` (B, 3, S, S); `made`: by `Ladder.reconstruct`."""
     for index, original in enumerate(images):
         of_image = {rung: (made[rung][0][index], made[rung][1][index]) for rung in captions}
         yield comparison_picture(comparison_rows(original, of_image, captions), size)

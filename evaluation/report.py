@@ -183,7 +183,7 @@ def report_strips(ladder: Ladder, dataset, results: dict, folder: str, wanted: i
 def read_curves(checkpoint: Path, content: dict) -> dict | None:
     """Curves of the run behind a checkpoint: {folder, evaluations: see `evaluation_curves`, loss: see `loss_curve`}.
 
-    None when there is nothing to draw. `tables.METRICS_FILE` says what the lines of a log hold.
+    None when there is nothing to draw. `tables.METRICS_FILE` describes the lines of a log.
     """
     folder = run_folder(checkpoint, content)
     if folder is None:

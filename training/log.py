@@ -8,7 +8,7 @@ The training loop sets `writer.step` before it calls anything here:
     metrics = evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype)
     writer.log_training(loss=loss, learning_rate=learning_rate, images_per_second=rate)
 
-`evaluation.tables` says what the lines hold; `evaluation.report` reads them back.
+`evaluation.tables` describes the lines; `evaluation.report` reads them back.
 """
 
 from __future__ import annotations
