@@ -166,7 +166,7 @@ def test_a_rung_costs_the_weights_that_run(name, photo_folders):
         def note(part, *_, used=used):
             used |= {id(weight): weight.numel() for weight in part.parameters(recurse=False)}
 
-        with torch.nn.modules.module.register_module_forward_hook(note):
+        with torch.inference_mode(), torch.nn.modules.module.register_module_forward_hook(note):
             rungs.rungs[rung](latents, images)
         assert found[rung]["parameters"] == sum(used.values()), rung
     assert found["reencode"]["macs"] > found["vae2"]["macs"] > found["aligned"]["macs"] > 0
