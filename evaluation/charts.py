@@ -10,6 +10,8 @@ import html
 import itertools
 import math
 
+from utils import printable
+
 WIDTH, HEIGHT = 440, 250  # units of the view box; about px on a phone, so that text stays readable there
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 40
 DASHES = {
@@ -29,14 +31,9 @@ FILE_STYLE = (
 _numbers = itertools.count(1)
 
 
-def printable(value) -> str:
-    """Anything as text of one line, with the escape of each character that cannot be shown (line ends, lone surrogates)."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in str(value))
-
-
 def text(value) -> str:
-    """Anything as text for HTML: `printable`, and escaped."""
-    return html.escape(printable(value), quote=True)
+    """Anything as text of one line for HTML: escaped, with the escape of each character that cannot be shown."""
+    return html.escape(printable(str(value)), quote=True)
 
 
 def number(value: float | None) -> str:

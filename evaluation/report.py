@@ -19,6 +19,7 @@ from tqdm import tqdm
 from evaluation import charts, pictures, tables
 from evaluation.ladder import Ladder
 from evaluation.metrics import METRICS, Metric
+from utils import printable
 
 OTHER_COLOURS = 3  # for further checkpoints' lines
 COLUMNS = [metric for metric in METRICS.values() if metric.text]  # of the ladder
@@ -44,7 +45,7 @@ def render(results: dict, strips: list[dict], curves: dict | None) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=StrictUndefined,
-        finalize=lambda value: value if isinstance(value, Markup) else charts.printable(value),
+        finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
     )
     return environment.get_template("report.html.j2").render(
         results=results,
@@ -67,7 +68,7 @@ def render(results: dict, strips: list[dict], curves: dict | None) -> str:
 def preformatted(value: str | dict) -> Markup:
     """Text, or a dict as JSON, for <pre>: line ends stay, other signs that cannot be shown become escapes."""
     text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
-    return Markup("\n").join(charts.printable(line) for line in text.split("\n"))
+    return Markup("\n").join(printable(line) for line in text.split("\n"))
 
 
 def colours_of(ladder: dict) -> dict:
