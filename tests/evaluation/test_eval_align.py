@@ -1,4 +1,4 @@
-"""The program eval_align.py: its files, its flags, and what it refuses."""
+"""The program eval_align.py: its files, its flags, its refusals, and several processes."""
 
 import os
 import re
@@ -55,7 +55,7 @@ def test_a_checkpoint_of_other_vaes_is_refused_in_one_line(judged, vae_folders, 
 
 
 def test_a_checkpoint_alone_has_the_figures_it_has_beside_others(judged, vae_folders, tmp_path):
-    """Figures that depend on what is judged beside them; pictures that nobody asked for."""
+    """Figures that depend on the checkpoints beside them; pictures that nobody asked for."""
     flags = {**judged.flags, "checkpoint": judged.flags["checkpoint"][1], "output_dir": tmp_path, "num_samples": 0}
     flags |= {"save_visualizations": None, "proxy": None, "metrics": "ssim"}
     alone = eval_align.main(as_argv(flags))["ladder"]["aligned"]
@@ -99,7 +99,7 @@ def test_module_that_has_gone_wrong_still_gets_its_report(judged, vae_folders, t
     """A crash on the first figure that is not a number, at the end of a long run."""
     path = save_checkpoint(tmp_path, vae_folders)
     content = torch.load(path, weights_only=True)
-    content["state_dict"]["out.bias"] += 3e38  # finite, which a checkpoint must be; what is computed from it is not
+    content["state_dict"]["out.bias"] += 3e38  # finite, as a checkpoint must be, but its latent error is not
     torch.save(content, path)
     flags = {"checkpoint": path, "eval_data_dir": judged.flags["eval_data_dir"], "output_dir": tmp_path / "out"}
     eval_align.main(as_argv({**flags, "num_workers": 0, "device": "cpu", "num_samples": 2, "metrics": "ssim"}))

@@ -1,4 +1,4 @@
-"""Pictures of what the rungs make of an image: their panels, their sheet, their bytes on the page, and which are chosen."""
+"""Pictures: panels of the rungs, the sheet, the bytes on the page, and the images that are chosen."""
 
 import numpy as np
 import pytest
