@@ -38,12 +38,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dataloader import ImageDataset, eval_loader, find_images, require_memory
-from evaluation import page, tables
-from evaluation.judge import PLACES, judge, ladder_of, open_checkpoints, read_checkpoints, report_strips
+from evaluation import report, tables
+from evaluation.figures import finite
+from evaluation.judge import PLACES, judge, ladder_of, open_checkpoints, read_checkpoints
 from evaluation.metrics import CHOICES, DEFAULT_CHOICES, Measures
 from evaluation.pictures import comparison_sheets
-from evaluation.run_logs import read_curves
-from evaluation.summary import finite
 from evaluation.verdict import verdict
 from runtime.cli import Parser, claim_writable_folder, integer, naming, run, use_proxy
 from runtime.processes import create_accelerator
@@ -66,7 +65,6 @@ from vaes.codec import good_image_size
 log = logging.getLogger(__name__)
 
 MARK = "vae-align eval_align.py"  # in the pictures that this program writes
-
 METRICS_FORMAT = "vae-align metrics 3"
 
 
@@ -104,43 +102,26 @@ def build_parser() -> Parser:
     return parser
 
 
+def command_line(argv: list[str]) -> str:
+    """The command that makes this report again, without the proxy, whose URL may hold a password."""
+    kept, words = [], iter(argv)
+    for word in words:
+        if word == "--proxy":
+            next(words, None)
+        elif not word.startswith("--proxy="):
+            kept.append(word)
+    return shlex.join(["python", "eval_align.py", *kept])
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({count_of(torch.get_num_threads(), 'thread')})" if device.type == "cpu" else str(device)
 
 
-def command_line(argv: list[str]) -> str:
-    """The command that makes this report again, without the proxy, whose URL may hold a password."""
-    kept, skip = [], False
-    for word in argv:
-        if not skip and not word.startswith("--proxy="):
-            skip = word == "--proxy"
-            kept += [] if skip else [word]
-        else:
-            skip = False
-    return shlex.join(["python", "eval_align.py", *kept])
-
-
 def say(text: str) -> None:
-    """Print, whatever bytes a file name may hold."""
+    """Print text that may hold file names; bytes that are not UTF-8 become escapes."""
     print(text.encode(errors="backslashreplace").decode())
-
-
-def settings_of(args, argv: list[str], ladder, precision: str, trained_image_size: int | None) -> dict:
-    """What metrics.json records of how it was made."""
-    return {
-        "created": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
-        "command": command_line(argv),
-        "eval_data_dir": args.eval_data_dir,
-        "trained_image_size": trained_image_size,
-        "vae1": ladder.pipeline.codec1.identity["path"],
-        "vae2": ladder.pipeline.codec2.identity["path"],
-        "device": device_name(ladder.pipeline.device),
-        "precision": precision,
-        "metrics": list(args.metrics),
-        "torch": torch.__version__,
-    }
 
 
 def picture_name(index: int, path: str) -> str:
@@ -148,14 +129,9 @@ def picture_name(index: int, path: str) -> str:
     return f"{index:05d}_{plain_stem(path)}.png"
 
 
-def pictures_named(results: dict) -> set[str]:
-    """The file names of the pictures of an evaluation."""
-    return {picture_name(index, path) for index, path in zip(results["indices"], results["paths"])}
-
-
 def drop_pictures(output_dir: Path, kept: set[str]) -> None:
-    """Delete the pictures of older evaluations but those of these names: beside this one's report they would pass for its own.
-    Those of an evaluation that did not come to its end are among them; a user's own picture does not bear the mark."""
+    """Delete the pictures of older evaluations except those of these names: beside the new report they would pass for its own.
+    A killed evaluation may have left some. A user's own picture does not bear the mark."""
     for path in output_dir.glob("[0-9]*_*.png"):
         with contextlib.suppress(Exception):  # no picture, or not to be deleted
             with Image.open(path, formats=("PNG",)) as picture:
@@ -164,26 +140,17 @@ def drop_pictures(output_dir: Path, kept: set[str]) -> None:
                 path.unlink()
 
 
-def write_results(output_dir: Path, results: dict, html: str) -> None:
-    """metrics.json, metrics.csv and report.html; UserError when the folder does not take them."""
-    try:
-        tables.write_files(output_dir, results, html)
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: the results cannot be written ({one_line(error)})") from None
-
-
 def main(argv: list[str] | None = None) -> dict:
-    """Judge and write the report; returns what metrics.json holds, whose keys are stable while `format` stays the same:
+    """Judge and write the report; returns the content of metrics.json, whose keys are stable while `format` stays the same:
 
     format: `METRICS_FORMAT`; images, unreadable, ladder, summary, intervals, per_image, paths: see `ladder.evaluate`, with the
         rungs of further checkpoints ("aligned_2") behind the others;
     indices: place of each image in the data set; image_size: px;
     checkpoint: the first one as it was given; checkpoints: [{row: its rung, name, path, run, step, epoch, config}];
-    verdict: see `verdict.verdict`; left_out_metrics: {name: why it could not be measured};
-    spectrum: see `ErrorSpectrum.result`; histograms: see `LatentHistograms.result`;
+    verdict: see `verdict.verdict`; spectrum, histograms, left_out_metrics: see `judge.judge`;
     settings: {created, command, eval_data_dir, trained_image_size, vae1, vae2, device, precision, metrics, torch}.
 
-    What is infinite or undefined is null.
+    Infinite and undefined numbers are null.
     """
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse(argv)
@@ -204,7 +171,7 @@ def main(argv: list[str] | None = None) -> dict:
     accelerator = create_accelerator(device, precision)
     device, main_process = accelerator.device, accelerator.is_main_process
     if not main_process:
-        logging.getLogger().setLevel(logging.ERROR)  # what one process says is enough
+        logging.getLogger().setLevel(logging.ERROR)  # one process says it
     places = {place: getattr(args, place) for place in PLACES}
     checkpoints = open_checkpoints(
         contents, places, device, dtype, args.cache_dir, ("--checkpoint", "--vae1_path", "--vae2_path")
@@ -225,7 +192,7 @@ def main(argv: list[str] | None = None) -> dict:
     marked = PngInfo()
     marked.add_text("Software", MARK)
 
-    def save_pictures(batch, made):
+    def save_pictures(batch, made):  # each process those of its own images
         sheets = comparison_sheets(batch["pixel_values"].to(device), made, ladder.captions, size)
         for sheet, path, index in zip(sheets, batch["path"], batch["index"].tolist()):
             with atomic_file(output_dir / picture_name(index, path)) as file:
@@ -236,7 +203,7 @@ def main(argv: list[str] | None = None) -> dict:
         memory_advice("evaluating", eval_batch_size=args.eval_batch_size, image_size=size, precision=precision),
     ):
         measures = Measures(args.metrics, size, device)
-        visit = save_pictures if args.save_visualizations else None  # each process those of its own images
+        visit = save_pictures if args.save_visualizations else None
         results = judge(ladder, loader, measures, size, visit, accelerator)
     if not main_process:
         return results
@@ -245,7 +212,18 @@ def main(argv: list[str] | None = None) -> dict:
         "checkpoint": str(args.checkpoint[0]),
         "checkpoints": [checkpoint.description() for checkpoint in checkpoints],
         "image_size": size,
-        "settings": settings_of(args, argv, ladder, precision, trained.get("image_size")),
+        "settings": {
+            "created": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
+            "command": command_line(argv),
+            "eval_data_dir": args.eval_data_dir,
+            "trained_image_size": trained.get("image_size"),
+            "vae1": codecs[0].identity["path"],
+            "vae2": codecs[1].identity["path"],
+            "device": device_name(device),
+            "precision": precision,
+            "metrics": list(args.metrics),
+            "torch": torch.__version__,
+        },
     }
     results = finite(results)  # a checkpoint's config may hold a number that JSON cannot
     results["verdict"] = verdict(results)
@@ -254,10 +232,15 @@ def main(argv: list[str] | None = None) -> dict:
     say(tables.ladder_table(results))
     for message in results["unreadable"]:
         log.warning("left out: %s", message)
-    strips = report_strips(ladder, dataset, results, args.eval_data_dir, args.num_samples)
-    curves = read_curves(checkpoints[0].path, checkpoints[0].content)
-    drop_pictures(output_dir, pictures_named(results) if args.save_visualizations else set())
-    write_results(output_dir, results, page.render(results, strips, curves))
+    strips = report.report_strips(ladder, dataset, results, args.eval_data_dir, args.num_samples)
+    curves = report.read_curves(checkpoints[0].path, checkpoints[0].content)
+    of_this = {picture_name(index, path) for index, path in zip(results["indices"], results["paths"])}
+    drop_pictures(output_dir, of_this if args.save_visualizations else set())
+    page = report.render(results, strips, curves)
+    try:
+        tables.write_files(output_dir, results, page)
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: the results cannot be written ({one_line(error)})") from None
     say(" ".join(results["verdict"]["sentences"]))
     say(f"{count_of(results['images'], 'image')} judged; report: {output_dir / 'report.html'}")
     return results

@@ -1,1 +1,1 @@
-"""What judges it: the ladder of baselines, figures, verdict, pictures, the report."""
+"""Judging a module: the ladder of baselines, metrics, figures, the verdict, pictures, the report."""

@@ -1,6 +1,6 @@
 """Charts as inline SVG, readable without colour and by a screen reader. Knows no model and no file.
 
-Each is a string for an HTML page. Colours are CSS classes (`c-…` of the page's style sheet), so that a page can be dark;
+Each function returns an HTML string. Colours are CSS classes (`c-…` of the page's style sheet), so that a page can be dark;
 lines also differ in their dashes. All text is escaped here.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 import html
 import itertools
 import math
+
+from utils import printable
 
 WIDTH, HEIGHT = 440, 250  # units of the view box; about px on a phone, so that text stays readable there
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 40
@@ -30,9 +32,8 @@ _numbers = itertools.count(1)
 
 
 def text(value) -> str:
-    """Anything as text for HTML: escaped, and what cannot be shown (line ends, lone surrogates) as its escape."""
-    shown = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in str(value))
-    return html.escape(shown, quote=True)
+    """Anything as text of one line for HTML: escaped, with the escape of each character that cannot be shown."""
+    return html.escape(printable(str(value)), quote=True)
 
 
 def number(value: float | None) -> str:
@@ -48,6 +49,16 @@ def number(value: float | None) -> str:
     digits = max(0, 2 - math.floor(math.log10(value)))
     shown = f"{value:.{digits}f}"
     return shown.rstrip("0").rstrip(".") if digits else shown
+
+
+def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Round numbers from `low` to `high`, about `wanted` of them."""
+    if not high > low:
+        return [low]
+    step = 10 ** math.floor(math.log10((high - low) / wanted))
+    step *= next((factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= wanted), 10)
+    first = math.ceil(low / step - 1e-9)
+    return [place * step for place in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def frame(title: str, description: str, body: str, height: float = HEIGHT, width: float = WIDTH) -> str:
@@ -66,10 +77,48 @@ def as_file(chart: str) -> str:
     return picture.replace("<title", FILE_STYLE + "<title", 1)
 
 
+def legend(entries: list[tuple[str, str]], solid: bool = False) -> str:
+    """The list of lines' labels, each (label, class) with a sample of its line; `solid`: with a square."""
+    items = ""
+    for label, colour in entries:
+        sample = f'<line class="line {colour}"{_dash(colour)} x1="0" x2="28" y1="5" y2="5"/>'
+        if solid:
+            sample = f'<rect class="bar {colour}" x="9" y="0" width="10" height="10"/>'
+        items += f'<li><svg class="key" viewBox="0 0 28 10" aria-hidden="true">{sample}</svg>{text(label)}</li>'
+    return f'<ul class="legend">{items}</ul>'
+
+
+def _dash(colour: str) -> str:
+    return f' stroke-dasharray="{DASHES[colour]}"' if DASHES.get(colour) else ""
+
+
+def _axes(x_marks, y_marks, x_label: str, y_label: str) -> str:
+    """Level lines, numbers and labels of both axes; a mark is (place in the view box, number)."""
+    body = ""
+    for y, shown in y_marks:
+        body += f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        body += f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{y + 4:.1f}">{number(shown)}</text>'
+    for x, shown in x_marks:
+        body += f'<text class="tick" text-anchor="middle" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}">{number(shown)}</text>'
+    across, down = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
+    return (
+        f'{body}<text class="tick" text-anchor="middle" x="{across}" y="{HEIGHT - 6}">{text(x_label)}</text>'
+        f'<text class="tick" text-anchor="middle" transform="translate(12 {down}) rotate(-90)">{text(y_label)}</text>'
+    )
+
+
+def _scale(low: float, high: float, start: float, end: float):
+    """The linear map from `low` … `high` to `start` … `end`."""
+    return lambda value: start + (value - low) / ((high - low) or 1) * (end - start)
+
+
+def _nothing(title: str) -> str:
+    return f"<p>{text(title)}: nothing to draw.</p>"
+
+
 def bars(title: str, rows: list[tuple[str, float | None, str, str]], unit: str = "") -> str:
     """Horizontal bars from zero. A row is (label, value or None, the value as shown, class); None has no bar."""
-    values = [value for _, value, _, _ in rows if value is not None]
-    largest = max(values, default=0) or 1
+    largest = max((value for _, value, _, _ in rows if value is not None), default=0) or 1
     row_height, body = 40, ""
     for place, (label, value, shown, colour) in enumerate(rows):
         y = place * row_height
@@ -82,21 +131,11 @@ def bars(title: str, rows: list[tuple[str, float | None, str, str]], unit: str =
     return frame(title, spoken, body, len(rows) * row_height)
 
 
-def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`, about `wanted` of them."""
-    if not high > low:
-        return [low]
-    step = 10 ** math.floor(math.log10((high - low) / wanted))
-    step *= next((factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= wanted), 10)
-    first = math.ceil(low / step - 1e-9)
-    return [place * step for place in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def lines(title, series, x_label, y_label, log_y=False, zero=False, fill=False, mark=None, height=HEIGHT) -> str:
+def lines(title, series, x_label, y_label, log_y=False, zero=False, fill=False, mark=None) -> str:
     """Lines over numbers. A series is (label, [(x, y or None), …], class).
 
-    `log_y` draws a logarithmic axis and leaves out what is not above zero; `zero` lets the axis begin there; `fill` shades
-    the area below; `mark` is (x, label) of a vertical line.
+    `log_y` draws a logarithmic axis and leaves out values that are not above zero; `zero` lets the axis begin there; `fill`
+    shades the area below; `mark` is (x, label) of a vertical line, which is not drawn at the right end.
     """
     kept = []
     for label, points, colour in series:
@@ -104,139 +143,86 @@ def lines(title, series, x_label, y_label, log_y=False, zero=False, fill=False, 
         if points:
             kept.append((label, points, colour))
     if not kept:
-        return f"<p>{text(title)}: nothing to draw.</p>"
-    flat = [point for _, points, _ in kept for point in points]
-    scale = math.log10 if log_y else float
-    x_low, x_high = min(x for x, _ in flat), max(x for x, _ in flat)
-    y_low, y_high = (scale(limit(y for _, y in flat)) for limit in (min, max))
+        return _nothing(title)
+    scaled = math.log10 if log_y else float
+    x_low, x_high = (limit(x for _, points, _ in kept for x, _ in points) for limit in (min, max))
+    y_low, y_high = (scaled(limit(y for _, points, _ in kept for _, y in points)) for limit in (min, max))
     y_low = 0 if zero and not log_y else y_low
     margin = 0.05 * (y_high - y_low) or 0.5 * abs(y_high) or 1
     y_low, y_high = y_low - (0 if zero else margin), y_high + margin
+    floor = HEIGHT - BOTTOM
+    at_x, at_y = _scale(x_low, x_high, LEFT, WIDTH - RIGHT), _scale(y_low, y_high, floor, TOP)
 
-    def at_x(x):
-        return LEFT + (x - x_low) / ((x_high - x_low) or 1) * (WIDTH - LEFT - RIGHT)
-
-    def at_y(y):
-        return TOP + (y_high - y) / (y_high - y_low) * (height - TOP - BOTTOM)
-
-    body = ""
-    marks = ticks(y_low, y_high)
-    if log_y:
-        few = y_high - y_low < 1.5  # decades
-        decades = range(math.ceil(y_low), math.floor(y_high) + 1)
-        marks = [math.log10(y) for y in ticks(10**y_low, 10**y_high) if y > 0] if few else list(decades)
-    for y in marks:
-        shown = number(10**y if log_y else y)
-        body += f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>'
-        body += f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{at_y(y) + 4:.1f}">{shown}</text>'
-    for x in ticks(x_low, x_high):
-        body += f'<text class="tick" text-anchor="middle" x="{at_x(x):.1f}" y="{height - BOTTOM + 16}">{number(x)}</text>'
-    body += _axis_labels(x_label, y_label, height)
-    if mark and x_low <= mark[0] <= x_high:
-        body += f'<line class="mark" x1="{at_x(mark[0]):.1f}" x2="{at_x(mark[0]):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>'
-        side = "end" if at_x(mark[0]) > WIDTH / 2 else "start"
-        offset = -4 if side == "end" else 4
-        body += (
-            f'<text class="tick" text-anchor="{side}" x="{at_x(mark[0]) + offset:.1f}" y="{TOP + 10}">{text(mark[1])}</text>'
-        )
-    for _, points, colour in kept:
-        places = [f"{at_x(x):.1f},{at_y(scale(y)):.1f}" for x, y in points]
+    y_ticks = [(y, y) for y in ticks(y_low, y_high)]
+    if log_y and y_high - y_low < 1.5:  # decades
+        y_ticks = [(math.log10(y), y) for y in ticks(10**y_low, 10**y_high) if y > 0]
+    elif log_y:
+        y_ticks = [(decade, 10**decade) for decade in range(math.ceil(y_low), math.floor(y_high) + 1)]
+    x_marks = [(at_x(x), x) for x in ticks(x_low, x_high)]
+    body = _axes(x_marks, [(at_y(y), shown) for y, shown in y_ticks], x_label, y_label)
+    if mark and x_low <= mark[0] < x_high:
+        x = at_x(mark[0])
+        side, offset = ("end", -4) if x > WIDTH / 2 else ("start", 4)
+        body += f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{floor}"/>'
+        body += f'<text class="tick" text-anchor="{side}" x="{x + offset:.1f}" y="{TOP + 10}">{text(mark[1])}</text>'
+    spoken = []
+    for label, points, colour in kept:
+        places = [f"{at_x(x):.1f},{at_y(scaled(y)):.1f}" for x, y in points]
+        (first_x, first_y), (last_x, last_y) = points[0], points[-1]
         if fill:
-            floor = f"{height - BOTTOM:.1f}"
-            area = f"{at_x(points[0][0]):.1f},{floor} {' '.join(places)} {at_x(points[-1][0]):.1f},{floor}"
+            area = f"{at_x(first_x):.1f},{floor:.1f} {' '.join(places)} {at_x(last_x):.1f},{floor:.1f}"
             body += f'<polygon class="area {colour}" points="{area}"/>'
         if len(points) == 1:
             x, y = places[0].split(",")
             body += f'<circle class="dot {colour}" cx="{x}" cy="{y}" r="3"/>'
-        dash = f' stroke-dasharray="{DASHES[colour]}"' if DASHES.get(colour) else ""
-        body += f'<polyline class="line {colour}"{dash} points="{" ".join(places)}"/>'
-    spoken = f"{y_label} over {x_label}. " + "; ".join(
-        f"{label}: from {number(points[0][1])} at {number(points[0][0])} to {number(points[-1][1])} at {number(points[-1][0])}"
-        for label, points, _ in kept
-    )
-    return frame(title, spoken, body, height) + legend([(label, colour) for label, _, colour in kept])
+        body += f'<polyline class="line {colour}"{_dash(colour)} points="{" ".join(places)}"/>'
+        ends = [f"{number(y)} at {number(x)}" for x, y in ((first_x, first_y), (last_x, last_y))]
+        spoken.append(f"{label}: from {ends[0]} to {ends[1]}")
+    chart = frame(title, f"{y_label} over {x_label}. {'; '.join(spoken)}", body)
+    return chart + legend([(label, colour) for label, _, colour in kept])
 
 
 def scatter(title: str, points: list[tuple[str, float, float, str]], x_label: str, y_label: str) -> str:
     """Labelled points. A point is (label, x, y, class); the labels stand beside them, moved apart where they would meet."""
     if not points:
-        return f"<p>{text(title)}: nothing to draw.</p>"
+        return _nothing(title)
 
-    def scale(values, low, high):
+    def axis(values, start, end):
         least, most = min(values), max(values)
         margin = 0.08 * (most - least) or 0.5
-        return (
-            least - margin,
-            most + margin,
-            lambda value: low + (value - least + margin) / (most - least + 2 * margin) * (high - low),
-        )
+        at = _scale(least - margin, most + margin, start, end)
+        return at, [(at(value), value) for value in ticks(least - margin, most + margin)]
 
-    x_low, x_high, at_x = scale([x for _, x, _, _ in points], LEFT, WIDTH - RIGHT)
-    y_low, y_high, at_y = scale([y for _, _, y, _ in points], HEIGHT - BOTTOM, TOP)
-    body = ""
-    for y in ticks(y_low, y_high):
-        body += f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>'
-        body += f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{at_y(y) + 4:.1f}">{number(y)}</text>'
-    for x in ticks(x_low, x_high):
-        body += f'<text class="tick" text-anchor="middle" x="{at_x(x):.1f}" y="{HEIGHT - BOTTOM + 16}">{number(x)}</text>'
-    body += _axis_labels(x_label, y_label, HEIGHT)
-    lowest = -math.inf
+    at_x, x_marks = axis([x for _, x, _, _ in points], LEFT, WIDTH - RIGHT)
+    at_y, y_marks = axis([y for _, _, y, _ in points], HEIGHT - BOTTOM, TOP)
+    body, lowest = _axes(x_marks, y_marks, x_label, y_label), -math.inf
     for label, x, y, colour in sorted(points, key=lambda point: at_y(point[2])):
-        place = max(at_y(y) + 4, lowest + 14)
-        lowest = place
-        end = at_x(x) > WIDTH / 2
+        lowest = max(at_y(y) + 4, lowest + 14)
         body += f'<circle class="dot {colour}" cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="5"/>'
-        anchor, shift = ("end", -9) if end else ("start", 9)
-        body += f'<text text-anchor="{anchor}" x="{at_x(x) + shift:.1f}" y="{place:.1f}">{text(label)}</text>'
-    spoken = f"{y_label} over {x_label}. " + "; ".join(f"{label}: {number(y)} at {number(x)}" for label, x, y, _ in points)
-    return frame(title, spoken, body)
-
-
-def _axis_labels(x_label: str, y_label: str, height: float) -> str:
-    middle = (TOP + height - BOTTOM) / 2
-    return (
-        f'<text class="tick" text-anchor="middle" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 6}">{text(x_label)}</text>'
-        f'<text class="tick" text-anchor="middle" transform="translate(12 {middle}) rotate(-90)">{text(y_label)}</text>'
-    )
+        anchor, shift = ("end", -9) if at_x(x) > WIDTH / 2 else ("start", 9)
+        body += f'<text text-anchor="{anchor}" x="{at_x(x) + shift:.1f}" y="{lowest:.1f}">{text(label)}</text>'
+    spoken = "; ".join(f"{label}: {number(y)} at {number(x)}" for label, x, y, _ in points)
+    return frame(title, f"{y_label} over {x_label}. {spoken}", body)
 
 
 def columns(title: str, series: list[tuple[str, list[float | None], str]], x_label: str, y_label: str) -> str:
     """Grouped columns from zero, one group per place in the lists. A series is (label, values, class)."""
     values = [value for _, numbers, _ in series for value in numbers if value is not None]
     if not values:
-        return f"<p>{text(title)}: nothing to draw.</p>"
+        return _nothing(title)
     largest, groups = max(values) or 1, len(series[0][1])
     base, group = HEIGHT - BOTTOM, (WIDTH - LEFT - RIGHT) / groups
     one = 0.8 * group / len(series)
-    body = ""
-    for y in ticks(0, largest):
-        height = base - y / largest * (base - TOP)
-        body += f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>'
-        body += f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{height + 4:.1f}">{number(y)}</text>'
-    for place in range(0, groups, -(-groups // 16)):
-        x = LEFT + (place + 0.5) * group
-        body += f'<text class="tick" text-anchor="middle" x="{x:.1f}" y="{base + 16}">{place}</text>'
+    at_y = _scale(0, largest, base, TOP)
+    x_marks = [(LEFT + (place + 0.5) * group, place) for place in range(0, groups, -(-groups // 16))]
+    body = _axes(x_marks, [(at_y(y), y) for y in ticks(0, largest)], x_label, y_label)
     for which, (_, numbers, colour) in enumerate(series):
         for place, value in enumerate(numbers):
-            height = (value or 0) / largest * (base - TOP)
-            x = LEFT + (place + 0.1) * group + which * one
-            size = f'x="{x:.1f}" y="{base - height:.1f}" width="{one:.1f}" height="{height:.1f}"'
+            top, x = at_y(value or 0), LEFT + (place + 0.1) * group + which * one
+            size = f'x="{x:.1f}" y="{top:.1f}" width="{one:.1f}" height="{base - top:.1f}"'
             body += f'<rect class="bar {colour}" {size}/>'
-    body += _axis_labels(x_label, y_label, HEIGHT)
     spoken = "; ".join(f"{label}: {', '.join(number(value) for value in numbers)}" for label, numbers, _ in series)
     return frame(title, spoken, body) + legend([(label, colour) for label, _, colour in series], solid=True)
-
-
-def legend(entries: list[tuple[str, str]], solid: bool = False) -> str:
-    """Which line is which; `solid` for what is not drawn as lines."""
-    items = ""
-    for label, colour in entries:
-        dash = f' stroke-dasharray="{DASHES[colour]}"' if DASHES.get(colour) else ""
-        sample = f'<line class="line {colour}"{dash} x1="0" x2="28" y1="5" y2="5"/>'
-        if solid:
-            sample = f'<rect class="bar {colour}" x="9" y="0" width="10" height="10"/>'
-        items += f'<li><svg class="key" viewBox="0 0 28 10" aria-hidden="true">{sample}</svg>{text(label)}</li>'
-    return f'<ul class="legend">{items}</ul>'
 
 
 def histogram(title: str, series: list[tuple[str, list[int], str]], limit: float) -> str:
@@ -244,20 +230,14 @@ def histogram(title: str, series: list[tuple[str, list[int], str]], limit: float
     width, height, base = 130, 78, 62
     shares = [(label, [count / (sum(counts) or 1) for count in counts], colour) for label, counts, colour in series]
     peak = max((share for _, line, _ in shares for share in line), default=0) or 1
-    body = f'<line class="grid" x1="0" x2="{width}" y1="{base}" y2="{base}"/>'
-    for _, line, colour in shares:
-        places = " ".join(
-            f"{(place + 0.5) / len(line) * width:.1f},{base - share / peak * (base - 14):.1f}"
-            for place, share in enumerate(line)
-        )
-        dash = f' stroke-dasharray="{DASHES[colour]}"' if DASHES.get(colour) else ""
-        body += f'<polyline class="line {colour}"{dash} points="{places}"/>'
+    body, spoken = f'<line class="grid" x1="0" x2="{width}" y1="{base}" y2="{base}"/>', []
+    for label, line, colour in shares:
+        middles = [(place + 0.5) / len(line) for place in range(len(line))]
+        points = " ".join(f"{x * width:.1f},{base - share / peak * (base - 14):.1f}" for x, share in zip(middles, line))
+        body += f'<polyline class="line {colour}"{_dash(colour)} points="{points}"/>'
+        mean = sum(share * (x * 2 - 1) * limit for x, share in zip(middles, line))
+        spoken.append(f"{label}: mean {number(mean)}")
     body += f'<text x="0" y="11">{text(title)}</text>'
     for anchor, x, shown in (("start", 0, f"−{number(limit)}"), ("middle", width / 2, "0"), ("end", width, number(limit))):
         body += f'<text class="tick" text-anchor="{anchor}" x="{x:g}" y="{height - 4}">{shown}</text>'
-
-    def mean(line):
-        return sum(share * ((place + 0.5) / len(line) * 2 - 1) * limit for place, share in enumerate(line))
-
-    spoken = "; ".join(f"{label}: mean {number(mean(line))}" for label, line, _ in shares)
-    return frame(title, spoken, body, height, width)
+    return frame(title, "; ".join(spoken), body, height, width)

@@ -1,4 +1,4 @@
-"""The ladder of baselines: what people could do instead of the module, and how near each rung comes to the original.
+"""The ladder of baselines: the alternatives to the module, and how near each comes to the original.
 
     ladder = Ladder(pipeline, torch.float32)
     results = evaluate(ladder, loader)
@@ -10,23 +10,28 @@ A library: it knows no command line and writes no file.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from evaluation.metrics import METRICS, Measures
-from evaluation.sample import Sample
-from evaluation.summary import finite, mean_and_interval, mean_of, summarise
+from evaluation.figures import Sample, finite, mean_and_interval, mean_of, to_8bit
+from evaluation.metrics import METRICS, Measures, summarise
 from runtime.processes import gathered, is_main
-from utils import UserError, autocast
+from utils import UserError, autocast, one_line
 from vae_align import AlignModule, align_module
 from vaes.codec import Codec, reencode
 from vaes.pipeline import PipelineWithVAEs
+
+MOVED = ("aligned",)  # the rungs that training moves
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,11 @@ class Rung:
     [-1, 1] -> scaled latents of `codec`'s space, float32.
 
     Attributes:
-        name: its key in every result; label: what tables call it.
+        name: its key in every result; label: its name in tables.
         kind: "vae1", "vae2", "reencode", "linear", "untrained", or "aligned" for the main module and each further one.
         codec: the VAE that decodes its latents: VAE2, but for VAE1's own reconstruction.
-        translate: what a call does; weights: the tensors that it computes with.
-        caption: what stands below its picture; "": no picture is shown.
+        translate: the function that a call runs; weights: the tensors that it computes with.
+        caption: the text below its picture; "": no picture is shown.
     """
 
     name: str
@@ -53,14 +58,9 @@ class Rung:
     def __call__(self, latents: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         return self.translate(latents, images)
 
-    @property
-    def parameters(self) -> int:
-        """How many weights it uses."""
-        return sum(weight.numel() for weight in self.weights())
-
 
 class Reconstruction(NamedTuple):
-    """What a rung made of images: scaled latents (B, C, h, w), and the pictures (B, 3, H, W) that they decode to."""
+    """Scaled latents (B, C, h, w) that a rung made of images, and the pictures (B, 3, H, W) that they decode to."""
 
     latents: torch.Tensor
     picture: torch.Tensor
@@ -71,7 +71,7 @@ class Ladder:
 
     Args:
         pipeline: its module is the rung "aligned".
-        dtype: of the modules' autocast. In float32 a rung computes what `translate` computes; in a lower precision it differs
+        dtype: of the modules' autocast. In float32 a rung computes the same as `translate`; in a lower precision it differs
             by that precision's rounding, as training does.
         others: {label: pipeline} of the same two VAEs, whose modules are judged too: the rungs "aligned_2", "aligned_3", …
         only: names of rungs; the others are left out. None: all.
@@ -79,21 +79,23 @@ class Ladder:
 
     Attributes:
         rungs: {name: `Rung`}, in the order in which tables show them.
-        vae2: the rung that all others are held against, whether it is among `rungs` or not.
+        vae2: the rung that all others are compared with, whether it is among `rungs` or not.
     """
 
     def __init__(self, pipeline: PipelineWithVAEs, dtype: torch.dtype, others: dict | None = None, only=None, more=()):
         self.pipeline = pipeline
         self.dtype = dtype
-        rungs = self._baselines() + self._modules(others or {})
+        rungs = self._all_rungs(others or {})
         self.vae2 = next(rung for rung in rungs if rung.kind == "vae2")
         self.rungs = {rung.name: rung for rung in rungs if only is None or rung.name in only}
         self.rungs |= {rung.name: rung for rung in more}
 
-    def _baselines(self) -> list[Rung]:
+    def _all_rungs(self, others: dict[str, PipelineWithVAEs]) -> list[Rung]:
         codec1, codec2 = self.pipeline.codec1, self.pipeline.codec2
-
-        return [
+        modules = [self.pipeline.module, *(other.module for other in others.values())]
+        with_map = next((module for module in modules if module.has_ridge), None)
+        untrained = functools.cache(lambda: untrained_module(self.pipeline))  # built by the first call, if there is one
+        rungs = [
             Rung("vae1", "VAE1 reconstruction", "vae1", codec1,
                  lambda latents, images: latents, lambda: encoder_weights(codec1), "VAE1"),
             Rung("vae2", "VAE2 reconstruction", "vae2", codec2,
@@ -102,49 +104,36 @@ class Ladder:
                  lambda latents, images: reencode(latents, codec1, codec2),
                  lambda: decoder_weights(codec1) + encoder_weights(codec2), "re-encode"),
         ]  # fmt: skip
-
-    def _modules(self, others: dict[str, PipelineWithVAEs]) -> list[Rung]:
-        modules = [self.pipeline.module, *(other.module for other in others.values())]
-        with_map = next((module for module in modules if module.has_ridge), None)
-        codec2 = self.pipeline.codec2
-
-        def by_module(module: Callable[[], AlignModule], name, label, kind, caption=""):
-            return Rung(name, label, kind, codec2, self._translation(module), lambda: module().parameters(), caption)
-
-        def known(module: AlignModule) -> Callable[[], AlignModule]:
-            return lambda: module
-
-        rungs = []
         if with_map is not None:
             rungs.append(
                 Rung("linear", "closed-form linear map", "linear", codec2,
                      lambda latents, images: with_map.linear_map(latents),
                      lambda: (with_map.ridge_weight, with_map.ridge_bias))
             )  # fmt: skip
-        untrained = functools.cache(lambda: untrained_module(self.pipeline))  # built by the first call, if there is one
-        rungs.append(by_module(untrained, "untrained", "untrained module", "untrained"))
-        rungs.append(by_module(known(modules[0]), "aligned", "aligned", "aligned", "aligned"))
+        rungs.append(self._rung_of(untrained, "untrained", "untrained module", "untrained"))
+        rungs.append(self._rung_of(lambda: modules[0], "aligned", "aligned", "aligned", "aligned"))
         for number, (label, module) in enumerate(zip(others, modules[1:]), 2):
-            rungs.append(by_module(known(module), f"aligned_{number}", label, "aligned", f"aligned {number}"))
+            caption = f"aligned {number}"
+            rungs.append(self._rung_of(lambda module=module: module, f"aligned_{number}", label, "aligned", caption))
         return rungs
 
-    def _translation(self, module: Callable[[], AlignModule]):
+    def _rung_of(self, module: Callable[[], AlignModule], name: str, label: str, kind: str, caption: str = "") -> Rung:
         def translate(latents, images):
             takes = module().config.input_types
             given = (latents if "latent" in takes else None, images if "image" in takes else None)
             with autocast(self.pipeline.device, self.dtype):
                 return module()(*given).float()
 
-        return translate
+        return Rung(name, label, kind, self.pipeline.codec2, translate, lambda: module().parameters(), caption)
 
     @property
     def captions(self) -> dict[str, str]:
-        """{rung: what stands below its picture}, of the rungs that are shown."""
+        """{rung: the text below its picture}, for the rungs that are shown."""
         return {name: rung.caption for name, rung in self.rungs.items() if rung.caption}
 
     @torch.inference_mode()
     def reconstruct(self, images: torch.Tensor, only=None) -> dict[str, Reconstruction]:
-        """{rung: what it makes of `images` (B, 3, H, W) in [-1, 1]}, of every rung and VAE2, or of those named in `only`."""
+        """{rung: its `Reconstruction` of `images` (B, 3, H, W) in [-1, 1]}: every rung and VAE2, or those named in `only`."""
         latents1 = self.pipeline.codec1.encode(images)
         made = {}
         for name, rung in {"vae2": self.vae2, **self.rungs}.items():
@@ -155,54 +144,59 @@ class Ladder:
 
     @torch.inference_mode()
     def costs(self, image_size: int, repeats: int = 3) -> dict[str, dict]:
-        """What it takes to come by VAE2's latents of one image: {rung: {milliseconds, parameters, macs}}.
+        """The cost of VAE2's latents of one image: {rung: {milliseconds, parameters, macs}}.
 
         For "vae2" from the image, for the others from VAE1's latents (and the image, where the module takes it). Decoding with
         VAE2, which all have in common, is left out. `macs` are multiply-adds of convolutions and matrix products; the time is
-        the fastest of `repeats` runs at batch size 1.
+        the fastest of `repeats` runs at batch size 1. A rung whose cost cannot be measured is left out with a warning.
         """
-        from torch.utils.flop_counter import FlopCounterMode
-
         images = torch.zeros(1, 3, image_size, image_size, device=self.pipeline.device)
         latents1 = self.pipeline.codec1.encode(images)
         costs = {}
         for name, rung in self.rungs.items():
             if rung.kind == "vae1":
                 continue
-            with FlopCounterMode(display=False) as counter:
-                rung(latents1, images)
-            times = []
-            for _ in range(repeats):
-                start = time.perf_counter()
-                rung(latents1, images)[0, 0, 0, 0].item()  # reading a value waits for the device
-                times.append(time.perf_counter() - start)
-            costs[name] = {
-                "milliseconds": 1e3 * min(times),
-                "parameters": rung.parameters,
-                "macs": counter.get_total_flops() // 2,
-            }
+            try:
+                costs[name] = _cost(rung, latents1, images, repeats)
+            except Exception as error:  # the set has been judged by now, and its figures must not be lost for want of a cost
+                log.warning("%s: its cost cannot be measured (%s)", rung.label, one_line(error))
         return costs
+
+
+def _cost(rung: Rung, latents: torch.Tensor, images: torch.Tensor, repeats: int) -> dict:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        rung(latents, images)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        rung(latents, images)[0, 0, 0, 0].item()  # reading a value waits for the device
+        times.append(time.perf_counter() - start)
+    return {
+        "milliseconds": 1e3 * min(times),
+        "parameters": sum(weight.numel() for weight in rung.weights()),
+        "macs": counter.get_total_flops() // 2,
+    }
 
 
 def encoder_weights(codec: Codec) -> list[torch.Tensor]:
     """The weights that a VAE encodes with."""
-    return _weights_of(codec.vae.model, "encoder", "quant_conv")
+    model = codec.vae.model
+    modules = model.encoder, getattr(model, "quant_conv", None)
+    return [weight for module in modules if module is not None for weight in module.parameters()]
 
 
 def decoder_weights(codec: Codec) -> list[torch.Tensor]:
-    """The weights that a VAE decodes with."""
-    return _weights_of(codec.vae.model, "decoder", "post_quant_conv")
-
-
-def _weights_of(model: torch.nn.Module, coder: str, quant: str) -> list[torch.Tensor]:
-    modules = getattr(model, coder), getattr(model, quant, None)
-    return [weight for module in modules if module is not None for weight in module.parameters()]
+    """The weights that a VAE decodes with: all others, since not every class has a part named `decoder`."""
+    of_encoder = {id(weight) for weight in encoder_weights(codec)}
+    return [weight for weight in codec.vae.model.parameters() if id(weight) not in of_encoder]
 
 
 def untrained_module(pipeline: PipelineWithVAEs) -> AlignModule:
     """The pipeline's module as it would start at random, from its run's seed."""
-    with torch.random.fork_rng():
-        torch.manual_seed(pipeline.progress["config"].get("seed", 42))
+    with torch.random.fork_rng(devices=[]):  # the module is made on the CPU; no GPU's generator is touched
+        torch.default_generator.manual_seed(pipeline.progress["config"].get("seed", 42))
         return align_module(pipeline.config).to(pipeline.device).eval()
 
 
@@ -218,22 +212,22 @@ def evaluate(
     """Judge every rung of `ladder` on every image of `loader`. UserError when not one image could be read.
 
     Several processes judge a set together: each calls this with its `accelerator` and its share of the batches (see
-    `dataloader.eval_loader`), and each gets the figures of the whole set, to the last digit those of one process.
+    `dataloader.eval_loader`), and each gets the figures of the whole set. They agree with those of one process to 1e-9.
 
     Args:
         loader: batches {pixel_values (B, 3, H, W) in [-1, 1], index, path, unreadable}, see `dataloader.eval_loader`.
         measures: which metrics beyond the plain ones; by default SSIM alone. Good for one evaluation.
-        visit: called with (batch, what `Ladder.reconstruct` returned) for each batch, for pictures and for what is summed up.
-        costs: also measure what each rung costs (see `Ladder.costs`), at the size of the last batch, on the main process.
+        visit: called with (batch, the result of `Ladder.reconstruct`) for each batch, for pictures and further sums.
+        costs: also measure the cost of each rung (see `Ladder.costs`), at the size of the last batch, on the main process.
 
     Returns a dict of plain values:
         images: how many were judged; unreadable: the messages of those that could not be.
         ladder: {rung: {label, caption: a short one, kind (see `Rung`), every metric of `metrics.METRICS`}}: means over images.
-            What begins with `latent` is against VAE2's posterior mean; `psnr_vs_vae2`, `ssim_vs_vae2` and `colour_bias`
+            Names with `latent` are against VAE2's posterior mean; `psnr_vs_vae2`, `ssim_vs_vae2` and `colour_bias`
             (signed 8-bit levels of R, G, B) are against VAE2's own reconstruction; `detail` and the statistics of latents are
             relative to VAE2's; the others are against the original. None where undefined or not measured. milliseconds,
             parameters and macs come with `costs` only.
-        summary: {rung: {metric: {mean, std, worst, worst_image}}}, see `summary.summarise`.
+        summary: {rung: {metric: {mean, std, worst, worst_image}}}, see `metrics.summarise`.
         intervals: {rung: {metric: half the width of its figure's 95% interval}}, as far as there is one.
         per_image: {rung: {metric: [value per image]}}; paths: the images' names in the same order; indices: their places.
     """
@@ -241,23 +235,22 @@ def evaluate(
     module = ladder.pipeline.module
     was_training = module.training
     module.eval()
-    judged = []
     show_progress = show_progress and is_main(accelerator)
-    for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not show_progress):
-        judged.append(_judge_batch(ladder, batch, measures, visit))
-    judged = _in_order(gathered(judged, accelerator))
+    batches = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not show_progress)
+    judged = gathered([_judge_batch(ladder, batch, measures, visit) for batch in batches], accelerator)
+    # of P processes, number r has the batches r, r + P, …
+    judged = [batch for turn in itertools.zip_longest(*judged) for batch in turn if batch is not None]
     measures.gather(accelerator)
-    unreadable = [message for batch in judged for message in batch.unreadable]
-    paths = [path for batch in judged for path in batch.paths]
+    paths, indices, unreadable = ([item for batch in judged for item in batch[key]] for key in ("path", "index", "unreadable"))
     if not paths:
         raise UserError(f"no image could be evaluated; the last failure: {(unreadable or ['the folder is empty'])[-1]}")
     values = {name: {} for name in ladder.rungs}
     for batch in judged:
-        for name, metrics in batch.values.items():
+        for name, metrics in batch["values"].items():
             for metric, per_image in metrics.items():
                 values[name].setdefault(metric, []).extend(per_image)
-    figures = _means(ladder, values, measures)
-    image_size = [batch.image_size for batch in judged if batch.paths][-1]
+    figures, intervals = _figures_of(ladder, values, measures)
+    image_size = [batch["image_size"] for batch in judged if batch["path"]][-1]
     for name, cost in ladder.costs(image_size).items() if costs and is_main(accelerator) else ():
         figures[name] |= cost
     module.train(was_training)
@@ -266,63 +259,116 @@ def evaluate(
         "unreadable": unreadable,
         "ladder": figures,
         "summary": summarise(values),
-        "intervals": _intervals(values, measures),
+        "intervals": intervals,
         "per_image": finite(values),
         "paths": paths,
-        "indices": [index for batch in judged for index in batch.indices],
+        "indices": indices,
     }
 
 
-@dataclass
-class JudgedBatch:
-    """What is kept of a batch, as plain values: names, places in the set and width of its images, messages of those that could
-    not be read, and {rung: {metric: [value per image]}}."""
-
-    paths: list[str]
-    indices: list[int]
-    image_size: int
-    unreadable: list[str]
-    values: dict
-
-
-def _judge_batch(ladder: Ladder, batch: dict, measures: Measures, visit) -> JudgedBatch:
-    values = {}
+def _judge_batch(ladder: Ladder, batch: dict, measures: Measures, visit) -> dict:
+    """The plain values of a batch, which processes exchange: {path, index, unreadable, image_size, values: {rung: {metric:
+    [value per image]}}}."""
+    index, values = batch["index"].tolist(), {}
     if batch["path"]:
         images = batch["pixel_values"].to(ladder.pipeline.device)
         made = ladder.reconstruct(images)
-        target, index = made["vae2"], tuple(batch["index"].tolist())
+        target = made["vae2"]
         for name, rung in ladder.rungs.items():
             latents = None if rung.kind == "vae1" else made[name].latents
-            sample = Sample(images, made[name].picture, latents, target.picture, target.latents, index)
+            sample = Sample(images, made[name].picture, latents, target.picture, target.latents, tuple(index))
             values[name] = measures.of_each_image(sample)
             measures.add(name, sample)
         if visit:
             visit(batch, made)
-    return JudgedBatch(batch["path"], batch["index"].tolist(), batch["pixel_values"].shape[-1], batch["unreadable"], values)
+    size = batch["pixel_values"].shape[-1]
+    return {"path": batch["path"], "index": index, "unreadable": batch["unreadable"], "image_size": size, "values": values}
 
 
-def _in_order(of_each_process: list[list[JudgedBatch]]) -> list[JudgedBatch]:
-    """The batches of all processes in the order of the set: of P processes, number r has the batches r, r + P, …"""
-    turns = itertools.zip_longest(*of_each_process)
-    return [batch for turn in turns for batch in turn if batch is not None]
-
-
-def _means(ladder: Ladder, values: dict, measures: Measures) -> dict:
+def _figures_of(ladder: Ladder, values: dict, measures: Measures) -> tuple[dict, dict]:
+    """(`ladder`, `intervals`) as `evaluate` returns them, from the values per image and the metrics of the set."""
     of_the_set = measures.of_the_set()
     not_measured = dict.fromkeys(name for name, metric in METRICS.items() if metric.scope != "cost")
-    figures = {}
+    figures, intervals = {}, {}
     for name, rung in ladder.rungs.items():
+        own = {metric: by_rung.get(name, (None, None)) for metric, by_rung in of_the_set.items()}
         figures[name] = {"label": rung.label, "kind": rung.kind, "caption": rung.caption or rung.kind} | not_measured
         figures[name] |= {metric: mean_of(numbers) for metric, numbers in values[name].items()}
-        figures[name] |= finite({metric: values_of_set.get(name) for metric, values_of_set in of_the_set.items()})
-    return figures
+        figures[name] |= finite({metric: figure for metric, (figure, _) in own.items()})
+        found = {
+            metric: mean_and_interval(numbers)[1]
+            for metric, numbers in values[name].items()
+            if METRICS[metric].components == ()
+        }
+        found |= {metric: interval for metric, (_, interval) in own.items()}
+        intervals[name] = {metric: finite(interval) for metric, interval in found.items() if interval is not None}
+    return figures, intervals
 
 
-def _intervals(values: dict, measures: Measures) -> dict:
-    of_the_set = measures.intervals_of_the_set()
-    intervals = {}
-    for rung, metrics in values.items():
-        own = {name: mean_and_interval(numbers)[1] for name, numbers in metrics.items() if METRICS[name].components == ()}
-        own |= {name: by_rung.get(rung) for name, by_rung in of_the_set.items()}
-        intervals[rung] = {name: finite(interval) for name, interval in own.items() if interval is not None}
-    return intervals
+# ----------------------------------------------------------------------------------------------------------------------
+# Again and again on the same images
+
+
+@dataclass
+class FixedRungs:
+    """The memory of an evaluator that judges the same images again and again while a module is trained: the rungs that training
+    cannot move are measured once.
+
+    Attributes:
+        images: a digest of the pixels that the rungs were measured on; "" before the first evaluation.
+        figures: {rung: {metric: value}} of every rung but the trained module's.
+        unreadable: messages of the last evaluation, one for each image that could not be decoded.
+    """
+
+    images: str = ""
+    figures: dict = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
+
+    def evaluate(self, pipeline: PipelineWithVAEs, loader, dtype: torch.dtype, accelerator=None) -> dict:
+        """{rung: {metric: value}} of the whole ladder (see `evaluate`) on the images of `loader`.
+
+        The first call measures every rung; the next ones only the module, as long as the pixels are the same. With an
+        `accelerator` its processes do so together, each on its share of the images.
+        """
+
+        def judge(only):
+            seen = _PixelDigest()
+            results = evaluate(Ladder(pipeline, dtype, only=only), loader, visit=seen, accelerator=accelerator)
+            self.unreadable = results["unreadable"]
+            return results["ladder"], seen.hexdigest(accelerator)
+
+        if self.figures:
+            moved, images = judge(MOVED)
+            if images == self.images:
+                return self.figures | moved
+        ladder, self.images = judge(None)
+        self.figures = {rung: figures for rung, figures in ladder.items() if rung not in MOVED}
+        return ladder
+
+    def state_dict(self) -> dict:
+        return {"images": self.images, "figures": self.figures}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from `state_dict`. The next evaluation finds out whether the images are still the same."""
+        self.images = str(state["images"])
+        self.figures = dict(state["figures"])
+
+
+class _PixelDigest:
+    """A digest of the images of every batch that it is called with. It depends neither on the batch size nor on which process
+    had which batch."""
+
+    def __init__(self):
+        self._of_each_image = []
+
+    def __call__(self, batch: dict, made: dict) -> None:
+        for index, image in zip(batch["index"].tolist(), to_8bit(batch["pixel_values"]).to(torch.uint8)):
+            content = repr(tuple(image.shape)).encode() + image.contiguous().cpu().numpy().tobytes()
+            self._of_each_image.append((index, hashlib.blake2b(content, digest_size=16).digest()))
+
+    def hexdigest(self, accelerator=None) -> str:
+        """The digest over the images of all processes."""
+        digest = hashlib.blake2b(digest_size=16)
+        for _, of_image in sorted(image for images in gathered(self._of_each_image, accelerator) for image in images):
+            digest.update(of_image)
+        return digest.hexdigest()

@@ -1,56 +1,28 @@
-"""The metrics: one table, `METRICS`, that the ladder, the tables, metrics.csv and the page read.
+"""The metrics: formulas on one image, and the table `METRICS` that the ladder, the tables, metrics.csv and the report read.
 
 A new metric is one entry. A metric of each image names a function of a `Sample` that gives a list with one value per image;
-the rung's figure is their mean. A metric of the set names a class with `add` and `result` (see `SetMeasure`), such as a
-distance between two distributions. What a metric needs beyond its formula, such as a network, is loaded by `load`, which
-raises UserError with the reason when this machine does not have it; the metric is then left out by name.
+the rung's figure is their mean. A metric of the set names a `figures.SetFigure`, such as a distance between two distributions.
+Whatever a metric needs beyond its formula, such as a network, is loaded by `load`. It raises UserError with the reason when
+this machine does not have it; the metric is then left out by name.
 
     Metric("crispness", "Crispness", "image", each_image(lambda sample: crispness(sample.levels)), "{:.2f}".format, better=+1)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 
-from evaluation import per_image, set_figures
-from evaluation.exact_sum import ExactSums
-from evaluation.frechet import FeatureSums, frechet_distance
-from evaluation.sample import Sample
+from evaluation import figures
+from evaluation.figures import Sample, SetFigure, finite, mean_and_std, to_8bit
 from losses import SMALLEST_SIDE, inception_network, lpips_network, st_lpips
 from utils import UserError, one_line
 
 LPIPS_SIDE = 32  # px: below that nothing is left after AlexNet's pooling
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a metric may ask before it is loaded: the side of the images in px, the device, and the precision of ST-LPIPS'
-    networks. `perceptual` keeps these, which several metrics look through, by name."""
-
-    image_size: int
-    device: torch.device | str
-    dtype: torch.dtype = torch.float32
-    perceptual: dict[str, PerceptualFeatures] = field(default_factory=dict)
-
-
-class SetMeasure(Protocol):
-    """A metric of a set of images, for all rungs."""
-
-    def add(self, name: str, sample: Sample) -> None:
-        """Take note of what the rung `name` made of a batch."""
-
-    def gather(self, accelerator) -> None:
-        """Bring together what all processes have taken note of."""
-
-    def result(self) -> dict[str, float | list | None]:
-        """{rung: value over all batches}; None where undefined."""
-
-    def intervals(self) -> dict[str, float | None]:
-        """{rung: half the width of the value's 95% interval}; rungs without one may be missing."""
+MS_SSIM_SIDE = 176  # px: a sixteenth of it must exceed 10, or torchmetrics raises
 
 
 @dataclass(frozen=True)
@@ -59,11 +31,11 @@ class Metric:
 
     Attributes:
         name: its key in metrics.json and its column in metrics.csv.
-        label: its heading on the page.
-        scope: "image": a value for each image, of which the figure is the mean; "set": one value for all images; "cost": what
-            the rung takes (see `ladder.Ladder.costs`).
-        load: Setting -> what measures it: for "image" a function Sample -> list of B values, for "set" a `SetMeasure`; None
-            for "cost". UserError with the reason when it cannot be had.
+        label: its heading in the report.
+        scope: "image": a value for each image, and their mean as the figure; "set": one value for all images; "cost": see
+            `ladder.Ladder.costs`.
+        load: `Measures` -> for "image" a function Sample -> list of B values, for "set" a `SetFigure`; None for "cost".
+            UserError with the reason when it cannot be had.
         text: value -> how the tables show it; None: only in metrics.json and metrics.csv.
         better: +1: higher is better, -1: lower is better, 0: neither.
         unit: beside the heading, such as "dB".
@@ -71,15 +43,15 @@ class Metric:
         choice: the word of --metrics that asks for it; "": always measured. Two metrics may share a choice.
         by_default: whether that word is among the defaults of --metrics.
         of_latents: needs latents in VAE2's space, which VAE1's own are not.
-        components: names of its numbers where a value has several; None: as many as there are latent channels, which
-            metrics.csv leaves out.
+        components: names of its numbers where a value has several; None: one number per latent channel, which metrics.csv
+            leaves out.
         decides: whether the verdict rests on it; the terminal then shows its interval too.
     """
 
     name: str
     label: str
     scope: str
-    load: Callable[[Setting], Callable[[Sample], list] | SetMeasure] | None
+    load: Callable[[Measures], Callable[[Sample], list] | SetFigure] | None
     text: Callable | None
     better: int = 0
     unit: str = ""
@@ -92,39 +64,67 @@ class Metric:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What measures them
+# Formulas: each returns a list with one item per image
 
 
-def each_image(measure: Callable[[Sample], list]) -> Callable[[Setting], Callable[[Sample], list]]:
-    """The `load` of a metric that needs nothing but a formula."""
-    return lambda setting: measure
+def psnr(levels: torch.Tensor, reference: torch.Tensor) -> list[float]:
+    """PSNR in dB between 8-bit levels (B, 3, H, W): infinite for equal images."""
+    error = (levels - reference).square().cpu().mean(dim=(1, 2, 3), dtype=torch.float64)
+    return (10 * torch.log10(255**2 / error)).tolist()
 
 
-def require_side(setting: Setting, side: int) -> None:
-    """UserError unless the images are at least `side` px wide."""
-    if setting.image_size < side:
-        raise UserError(f"needs images of at least {side} px, these have {setting.image_size}")
+def colour_bias(levels: torch.Tensor, reference: torch.Tensor) -> list[list[float]]:
+    """Mean of `levels` - `reference` (B, 3, H, W), for R, G and B each, in 8-bit levels."""
+    return (levels - reference).cpu().mean(dim=(2, 3), dtype=torch.float64).tolist()
 
 
-def load_ms_ssim(setting: Setting) -> Callable[[Sample], list]:
-    require_side(setting, per_image.MS_SSIM_SIDE)
-    return lambda sample: per_image.ms_ssim(sample.levels, sample.original_levels)
+def ssim(levels: torch.Tensor, reference: torch.Tensor) -> list[float]:
+    """SSIM of 8-bit levels (B, 3, H, W), as Wang et al. 2004 (11x11 Gaussian window, sigma 1.5; mirrored borders)."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    return structural_similarity_index_measure(levels, reference, data_range=255.0, reduction="none").reshape(-1).tolist()
 
 
-def load_lpips(setting: Setting) -> Callable[[Sample], list]:
-    require_side(setting, LPIPS_SIDE)
-    network = lpips_network(setting.device)
+def ms_ssim(levels: torch.Tensor, reference: torch.Tensor) -> list[float]:
+    """MS-SSIM of 8-bit levels (B, 3, H, W) from five scales (Wang et al. 2003). Both sides at least `MS_SSIM_SIDE` px."""
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
-    def measure(sample):
-        return network(sample.levels / 127.5 - 1, sample.original_levels / 127.5 - 1).reshape(-1).tolist()
+    scores = multiscale_structural_similarity_index_measure(levels, reference, data_range=255.0, reduction="none")
+    return scores.reshape(-1).tolist()
 
-    return measure
+
+def latent_mse_by_channel(latents: torch.Tensor, target: torch.Tensor) -> list[list[float]]:
+    """Mean squared error of each channel of latents (B, C, h, w): B lists of C values."""
+    return _squared_error_by_channel(latents, target).tolist()
+
+
+def latent_mse(latents: torch.Tensor, target: torch.Tensor) -> list[float]:
+    """Mean squared error over all channels and places of latents (B, C, h, w)."""
+    return _squared_error_by_channel(latents, target).mean(dim=1).tolist()
+
+
+def latent_l1(latents: torch.Tensor, target: torch.Tensor) -> list[float]:
+    """Mean absolute error over all channels and places of latents (B, C, h, w)."""
+    return (latents - target).float().abs().mean(dim=(1, 2, 3)).tolist()
+
+
+def latent_cosine(latents: torch.Tensor, target: torch.Tensor) -> list[float]:
+    """Cosine of the angle between the whole latents (B, C, h, w), each taken as one vector."""
+    return torch.cosine_similarity(latents.float().flatten(1), target.float().flatten(1)).tolist()
+
+
+def _squared_error_by_channel(latents, target):
+    return (latents - target).float().square().mean(dim=(2, 3))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading
 
 
 class PerceptualFeatures:
-    """An ST-LPIPS network and what it made of the last few batches, since rungs and metrics share them."""
+    """An ST-LPIPS network and its features of the last few batches, since rungs and metrics share them."""
 
-    KEPT = 2  # the originals, and what the rung at hand made of them
+    KEPT = 2  # the originals, and the pictures of the current rung
 
     def __init__(self, network: str, device: torch.device | str, dtype: torch.dtype = torch.float32):
         self.network = st_lpips(network, device).to(dtype)
@@ -133,77 +133,62 @@ class PerceptualFeatures:
     def __call__(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Images (B, 3, H, W) in [-1, 1] -> the network's features of their 8-bit levels, see `PerceptualDistance.features`."""
         found = next((kept for kept in self._recent if kept[0] is images), None)
-        found = found or (images, [stage.float() for stage in self.network.features(per_image.to_8bit(images) / 127.5 - 1)])
+        found = found or (images, [stage.float() for stage in self.network.features(to_8bit(images) / 127.5 - 1)])
         others = [kept for kept in self._recent if kept[0] is not images]
         self._recent = [*others[1 - self.KEPT :], found]
         return found[1]
 
     def distance(self, first: torch.Tensor, second: torch.Tensor) -> list[float]:
         """ST-LPIPS between images of two batches, pair by pair."""
-        reference = self(second)  # first, so that what the rungs share is the last to be forgotten
+        reference = self(second)  # first, so that the originals, which the rungs share, are the last to be forgotten
         return self.network.distance(self(first), reference).tolist()
 
 
-def perceptual_features(setting: Setting, network: str) -> PerceptualFeatures:
-    require_side(setting, SMALLEST_SIDE)
-    if network not in setting.perceptual:
-        setting.perceptual[network] = PerceptualFeatures(network, setting.device, setting.dtype)
-    return setting.perceptual[network]
+def require_side(image_size: int, side: int) -> None:
+    """UserError unless images are at least `side` px wide."""
+    if image_size < side:
+        raise UserError(f"needs images of at least {side} px, these have {image_size}")
 
 
-def load_st_lpips(network: str) -> Callable[[Setting], Callable[[Sample], list]]:
+def each_image(measure: Callable[[Sample], list]) -> Callable[[Measures], Callable[[Sample], list]]:
+    """The `load` of a metric of each image that needs nothing but a formula."""
+    return lambda measures: measure
+
+
+def of_the_set(figure: Callable[[], SetFigure]) -> Callable[[Measures], SetFigure]:
+    """The `load` of a figure of the set that needs no network."""
+    return lambda measures: figure()
+
+
+def load_ms_ssim(measures: Measures) -> Callable[[Sample], list]:
+    require_side(measures.image_size, MS_SSIM_SIDE)
+    return lambda sample: ms_ssim(sample.levels, sample.original_levels)
+
+
+def load_lpips(measures: Measures) -> Callable[[Sample], list]:
+    require_side(measures.image_size, LPIPS_SIDE)
+    network = lpips_network(measures.device)
+    return lambda sample: network(sample.levels / 127.5 - 1, sample.original_levels / 127.5 - 1).reshape(-1).tolist()
+
+
+def load_st_lpips(network: str) -> Callable[[Measures], Callable[[Sample], list]]:
     """The `load` of ST-LPIPS with that network."""
 
-    def load(setting):
-        features = perceptual_features(setting, network)
+    def load(measures):
+        features = measures.perceptual(network)
         return lambda sample: features.distance(sample.picture, sample.original)
 
     return load
 
 
-def load_texture(setting: Setting) -> set_figures.SetFigure:
-    features = perceptual_features(setting, "vgg")
-    return set_figures.texture(lambda images: features(images)[: set_figures.TEXTURE_STAGES])
+def load_texture(measures: Measures) -> SetFigure:
+    features = measures.perceptual("vgg")
+    return figures.texture(lambda images: features(images)[: figures.TEXTURE_STAGES])
 
 
-def of_the_set(figure: Callable[[], SetMeasure]) -> Callable[[Setting], SetMeasure]:
-    """The `load` of a figure of the set that needs no network."""
-    return lambda setting: figure()
-
-
-class FrechetToOriginals:
-    """A `SetMeasure`: the Fréchet distance between the features of a rung's pictures and those of the originals.
-
-    Args:
-        features: 8-bit levels (B, 3, H, W), float -> feature vectors (N, F).
-    """
-
-    def __init__(self, features: Callable[[torch.Tensor], torch.Tensor]):
-        self.features = features
-        self.sums = ExactSums()  # by rung
-        self._counted = None
-
-    def add(self, name: str, sample: Sample) -> None:
-        if self._counted is not sample.original:  # all rungs of a batch share the originals
-            self._counted = sample.original
-            self.sums.add(set_figures.REFERENCE, FeatureSums.of(self.features(sample.original_levels)))
-        self.sums.add(name, FeatureSums.of(self.features(sample.levels)))
-
-    def gather(self, accelerator) -> None:
-        self.sums.gather(accelerator)
-
-    def result(self) -> dict[str, float | None]:
-        sums = {name: FeatureSums(*self.sums.total([name])) for name in self.sums.added}
-        originals = sums.pop(set_figures.REFERENCE, None)
-        return {name: frechet_distance(of_rung, originals) for name, of_rung in sums.items()}
-
-    def intervals(self) -> dict[str, float | None]:
-        return {}
-
-
-def load_rfid(setting: Setting) -> FrechetToOriginals:
-    network = inception_network(setting.device)
-    return FrechetToOriginals(lambda levels: network(levels.to(torch.uint8)))
+def load_rfid(measures: Measures) -> SetFigure:
+    network = inception_network(measures.device)
+    return figures.frechet_to_originals(lambda levels: network(levels.to(torch.uint8)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -214,14 +199,6 @@ def _levels_of_rgb(bias: list) -> str:
     return " ".join("–" if level is None else f"{level:+.1f}" for level in bias)
 
 
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.2f}"
-
-
-def _billions(count: int) -> str:
-    return f"{count / 1e9:.2f}"
-
-
 DECIBELS, FOUR_DIGITS = "{:.2f}".format, "{:.4f}".format
 
 # in the order in which tables show them
@@ -229,9 +206,9 @@ METRICS = {
     metric.name: metric
     for metric in (
         Metric("latent_mse", "Latent MSE", "image",
-               each_image(lambda sample: per_image.latent_mse(sample.latents, sample.vae2_latents)),
+               each_image(lambda sample: latent_mse(sample.latents, sample.vae2_latents)),
                FOUR_DIGITS, better=-1, heading="latent MSE", of_latents=True),
-        Metric("psnr", "PSNR", "image", each_image(lambda sample: per_image.psnr(sample.levels, sample.original_levels)),
+        Metric("psnr", "PSNR", "image", each_image(lambda sample: psnr(sample.levels, sample.original_levels)),
                DECIBELS, better=+1, unit="dB", heading="PSNR dB", decides=True),
         Metric("st_lpips_vgg", "ST-LPIPS, VGG", "image", load_st_lpips("vgg"), "{:.3f}".format, better=-1,
                heading="ST-LPIPS", choice="st_lpips", by_default=True, decides=True),
@@ -239,42 +216,44 @@ METRICS = {
                choice="st_lpips", by_default=True),
         Metric("texture", "Texture distance", "set", load_texture, "{:.1f}".format, better=-1, heading="texture",
                choice="texture", by_default=True),
-        Metric("detail", "Finest detail", "set", of_the_set(set_figures.detail), "{:.2f}".format, unit="of VAE2's",
+        Metric("detail", "Finest detail", "set", of_the_set(figures.detail), "{:.2f}".format, unit="of VAE2's",
                heading="detail"),
-        Metric("grid", "Grid", "set", of_the_set(set_figures.grid), "{:.1f}".format, better=-1, unit="of its surroundings",
+        Metric("grid", "Grid", "set", of_the_set(figures.grid), "{:.1f}".format, better=-1, unit="of its surroundings",
                heading="grid"),
-        Metric("ssim", "SSIM", "image", each_image(lambda sample: per_image.ssim(sample.levels, sample.original_levels)),
+        Metric("ssim", "SSIM", "image", each_image(lambda sample: ssim(sample.levels, sample.original_levels)),
                FOUR_DIGITS, better=+1, heading="SSIM", choice="ssim", by_default=True),
         Metric("ms_ssim", "MS-SSIM", "image", load_ms_ssim, FOUR_DIGITS, better=+1, choice="ms_ssim", by_default=True),
         Metric("lpips", "LPIPS", "image", load_lpips, FOUR_DIGITS, better=-1, choice="lpips"),
         Metric("rfid", "rFID", "set", load_rfid, DECIBELS, better=-1, choice="rfid"),
         Metric("colour_bias", "Colour bias", "image",
-               each_image(lambda sample: per_image.colour_bias(sample.levels, sample.vae2_levels)),
+               each_image(lambda sample: colour_bias(sample.levels, sample.vae2_levels)),
                _levels_of_rgb, unit="R G B, levels", heading="colour bias", components=("r", "g", "b")),
-        Metric("latent_variance", "Latent variance", "set", of_the_set(set_figures.latent_variance), "{:.2f}".format,
+        Metric("latent_variance", "Latent variance", "set", of_the_set(figures.latent_variance), "{:.2f}".format,
                unit="of VAE2's", heading="latent var", of_latents=True),
-        Metric("latent_detail", "Latents' finest detail", "set", of_the_set(set_figures.latent_detail), "{:.2f}".format,
+        Metric("latent_detail", "Latents' finest detail", "set", of_the_set(figures.latent_detail), "{:.2f}".format,
                unit="of VAE2's", of_latents=True),
         Metric("milliseconds", "Time", "cost", None, "{:.2f}".format, better=-1, unit="ms", heading="ms"),
-        Metric("parameters", "Weights", "cost", None, _millions, better=-1, unit="millions", heading="M params"),
-        Metric("macs", "Multiply-adds", "cost", None, _billions, better=-1, unit="billions", heading="G MACs"),
+        Metric("parameters", "Weights", "cost", None, lambda count: f"{count / 1e6:.2f}", better=-1, unit="millions",
+               heading="M params"),
+        Metric("macs", "Multiply-adds", "cost", None, lambda count: f"{count / 1e9:.2f}", better=-1, unit="billions",
+               heading="G MACs"),
         Metric("psnr_vs_vae2", "PSNR to VAE2", "image",
-               each_image(lambda sample: per_image.psnr(sample.levels, sample.vae2_levels)), DECIBELS, better=+1, unit="dB"),
+               each_image(lambda sample: psnr(sample.levels, sample.vae2_levels)), DECIBELS, better=+1, unit="dB"),
         Metric("ssim_vs_vae2", "SSIM to VAE2", "image",
-               each_image(lambda sample: per_image.ssim(sample.levels, sample.vae2_levels)),
+               each_image(lambda sample: ssim(sample.levels, sample.vae2_levels)),
                None, better=+1, choice="ssim", by_default=True),
         Metric("latent_l1", "Latent L1", "image",
-               each_image(lambda sample: per_image.latent_l1(sample.latents, sample.vae2_latents)),
+               each_image(lambda sample: latent_l1(sample.latents, sample.vae2_latents)),
                FOUR_DIGITS, better=-1, of_latents=True),
         Metric("latent_cosine", "Latent cosine", "image",
-               each_image(lambda sample: per_image.latent_cosine(sample.latents, sample.vae2_latents)),
+               each_image(lambda sample: latent_cosine(sample.latents, sample.vae2_latents)),
                FOUR_DIGITS, better=+1, of_latents=True),
         Metric("latent_mse_by_channel", "Latent MSE by channel", "image",
-               each_image(lambda sample: per_image.latent_mse_by_channel(sample.latents, sample.vae2_latents)),
+               each_image(lambda sample: latent_mse_by_channel(sample.latents, sample.vae2_latents)),
                None, better=-1, of_latents=True, components=None),
         Metric("latent_variance_by_channel", "Latent variance by channel", "set",
-               of_the_set(set_figures.latent_variance_by_channel), None, of_latents=True, components=None),
-        Metric("latent_spectrum", "Latent spectrum", "set", of_the_set(set_figures.latent_spectrum), None, of_latents=True,
+               lambda measures: figures.latent_variance(by_channel=True), None, of_latents=True, components=None),
+        Metric("latent_spectrum", "Latent spectrum", "set", of_the_set(figures.latent_spectrum), None, of_latents=True,
                components=None),
     )
 }  # fmt: skip
@@ -291,8 +270,7 @@ class Measures:
         image_size: side of the images, px. device: where networks are put. dtype: the precision of ST-LPIPS' networks.
 
     Attributes:
-        names: of the metrics that are measured, in the order of `METRICS`.
-        left_out: {metric: in a phrase, why it cannot be had}. Nothing is ever downloaded.
+        left_out: {metric: the reason, in a phrase}. Only LPIPS downloads weights.
     """
 
     def __init__(
@@ -302,47 +280,84 @@ class Measures:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
+        self.image_size = image_size
+        self.device = device
+        self.dtype = dtype
         self.left_out = {}
-        self._of_each_image = {}
-        self._of_the_set = {}
-        setting = Setting(image_size, device, dtype)
+        self._perceptual = {}
+        self._measures = {}
         for metric in METRICS.values():
             if metric.scope == "cost" or (metric.choice and metric.choice not in choices):
                 continue
             try:
-                measure = metric.load(setting)
+                self._measures[metric.name] = metric.load(self)
             except UserError as error:
                 self.left_out[metric.name] = str(error)
             except Exception as error:  # a damaged file of weights, a library of another version: said, not raised
                 self.left_out[metric.name] = one_line(error)
-            else:
-                into = self._of_each_image if metric.scope == "image" else self._of_the_set
-                into[metric.name] = measure
-        self.names = tuple(name for name in METRICS if name in self._of_each_image or name in self._of_the_set)
 
-    def of_each_image(self, sample: Sample) -> dict[str, list]:
-        """{metric: [value per image]} of what one rung made of a batch."""
+    def perceptual(self, network: str) -> PerceptualFeatures:
+        """The features of ST-LPIPS' network of that name, which its metrics share."""
+        require_side(self.image_size, SMALLEST_SIDE)
+        if network not in self._perceptual:
+            self._perceptual[network] = PerceptualFeatures(network, self.device, self.dtype)
+        return self._perceptual[network]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The metrics that are measured, in the order of `METRICS`."""
+        return tuple(self._measures)
+
+    def _wanted(self, scope: str, sample: Sample | None = None) -> dict:
+        """{metric: its measure} for a scope, without those that need latents which `sample` does not have."""
+        without_latents = sample is not None and sample.latents is None
         return {
-            name: measure(sample)
-            for name, measure in self._of_each_image.items()
-            if sample.latents is not None or not METRICS[name].of_latents
+            name: measure
+            for name, measure in self._measures.items()
+            if METRICS[name].scope == scope and not (without_latents and METRICS[name].of_latents)
         }
 
+    def of_each_image(self, sample: Sample) -> dict[str, list]:
+        """{metric: [value per image]} for one rung and a batch."""
+        return {name: measure(sample) for name, measure in self._wanted("image", sample).items()}
+
     def add(self, rung: str, sample: Sample) -> None:
-        """Take note of what a rung made of a batch, for the metrics of the set."""
-        for name, measure in self._of_the_set.items():
-            if sample.latents is not None or not METRICS[name].of_latents:
-                measure.add(rung, sample)
+        """Add a rung's batch to the metrics of the set."""
+        for figure in self._wanted("set", sample).values():
+            figure.add(rung, sample)
 
     def gather(self, accelerator) -> None:
-        """Bring together what all processes have taken note of."""
-        for name in sorted(self._of_the_set):
-            self._of_the_set[name].gather(accelerator)
+        """Add up the metrics of the set over all processes."""
+        for figure in self._wanted("set").values():
+            figure.gather(accelerator)
 
-    def of_the_set(self) -> dict[str, dict[str, float | list | None]]:
-        """{metric: {rung: value over all images}}."""
-        return {name: measure.result() for name, measure in self._of_the_set.items()}
+    def of_the_set(self) -> dict[str, dict[str, tuple]]:
+        """{metric: {rung: (value over all images, half the width of its 95% interval)}}; None where undefined."""
+        return {name: figure.result() for name, figure in self._wanted("set").items()}
 
-    def intervals_of_the_set(self) -> dict[str, dict[str, float | None]]:
-        """{metric: {rung: half the width of its 95% interval}}, as far as there is one."""
-        return {name: measure.intervals() for name, measure in self._of_the_set.items()}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Summary over images
+
+
+def summarise(values: dict) -> dict:
+    """{rung: {metric: [value per image]}} -> {rung: {metric: {mean, std, worst, worst_image}}}.
+
+    `std` is over images (n - 1). `worst` is the least value where higher is better, else the greatest; not-a-number counts
+    as worse than any number. `worst_image` is the index of that image in the list. Metrics with several numbers per image
+    are left out.
+    """
+    return {
+        rung: {
+            name: _summary_of(numbers, -1 if METRICS[name].better > 0 else 1)
+            for name, numbers in metrics.items()
+            if numbers and METRICS[name].components == ()
+        }
+        for rung, metrics in values.items()
+    }
+
+
+def _summary_of(numbers, sign):
+    mean, std = mean_and_std(numbers)
+    worst = max(range(len(numbers)), key=lambda index: math.inf if math.isnan(numbers[index]) else sign * numbers[index])
+    return {"mean": finite(mean), "std": std, "worst": finite(numbers[worst]), "worst_image": worst}

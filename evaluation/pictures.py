@@ -1,4 +1,4 @@
-"""Pictures of what the rungs of the ladder make of an image. Knows no model."""
+"""Pictures of an image's way through the rungs of the ladder: panels, sheets, the page's bytes. Knows no model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import textwrap
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from evaluation.per_image import to_8bit
+from evaluation.figures import to_8bit
 
 DIFFERENCE_GAIN = 5  # differences are shown this many times amplified around mid-grey
 PADDING = 6  # px
@@ -46,11 +46,11 @@ def comparison_rows(original: torch.Tensor, made: dict, captions: dict) -> list[
     """One image as three rows of (caption, panel): pictures, below each its amplified difference, below that its latents.
 
     Pictures and differences are (3, S, S), latents (3, h, w), all in [-1, 1]. None is a place without a panel; its caption
-    says what is in the row. VAE1 and VAE2 are held against the original, everything else against VAE2.
+    names the row. VAE1 and VAE2 are compared with the original, everything else with VAE2.
 
     Args:
         original: (3, S, S) in [-1, 1]; made: {rung: (latents (C, h, w), picture (3, S, S))}.
-        captions: {rung: what it is called}, of the rungs to show, in order; "vae2" is among them.
+        captions: {rung: its caption}, for the rungs to show, in order; "vae2" is among them.
     """
     pictures = {rung: made[rung][1].clamp(-1, 1) for rung in captions}
     rows = [
@@ -67,7 +67,7 @@ def comparison_rows(original: torch.Tensor, made: dict, captions: dict) -> list[
 
 
 def comparison_sheets(images: torch.Tensor, made: dict, captions: dict, size: int):
-    """For each of `images` (B, 3, S, S) what `Ladder.reconstruct` made of it as one captioned sheet of `size` px panels."""
+    """One captioned sheet of `size` px panels for each of `images` (B, 3, S, S); `made`: by `Ladder.reconstruct`."""
     for index, original in enumerate(images):
         of_image = {rung: (made[rung][0][index], made[rung][1][index]) for rung in captions}
         yield comparison_picture(comparison_rows(original, of_image, captions), size)
@@ -124,27 +124,6 @@ def chosen_images(results: dict, wanted: int) -> dict:
 # Pictures on the page
 
 
-def picture_uri(image: torch.Tensor, side: int, limit: int) -> str:
-    """(3, h, w) in [-1, 1] as a data URI of a JPEG of at most `side` px and, where a lower quality suffices, `limit` bytes."""
-    picture = to_pil(image)
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    for quality in (90, 80, 65, 45):
-        file = io.BytesIO()
-        picture.save(file, "JPEG", quality=quality, subsampling=0)
-        if file.tell() <= limit:
-            break
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def pixels_uri(image: torch.Tensor, limit: int) -> str:
-    """(3, h, w) in [-1, 1], as small as latents are, as a data URI of a PNG; of a JPEG if that is over `limit` bytes."""
-    file = io.BytesIO()
-    to_pil(image).save(file, "PNG", optimize=True)
-    if file.tell() > limit:
-        return picture_uri(image, max(image.shape[-2:]), limit)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
 def page_panels(rows: list[list[tuple[str, torch.Tensor | None]]], panels_on_page: int) -> list[list[dict]]:
     """`comparison_rows` for the page: {caption, uri, pixelated} for each place, with None as `uri` where there is no panel.
 
@@ -154,7 +133,24 @@ def page_panels(rows: list[list[tuple[str, torch.Tensor | None]]], panels_on_pag
     side = max(64, min(PAGE_PANEL, int(math.sqrt(limit * 2))))  # at half a byte per pixel photos look as they are
 
     def for_page(caption, image, pixelated):
-        uri = None if image is None else pixels_uri(image, limit) if pixelated else picture_uri(image, side, limit)
+        uri = None if image is None else picture_uri(image, None if pixelated else side, limit)
         return {"caption": caption, "uri": uri, "pixelated": pixelated}
 
     return [[for_page(caption, image, row is rows[-1]) for caption, image in row] for row in rows]
+
+
+def picture_uri(image: torch.Tensor, side: int | None, limit: int) -> str:
+    """(3, h, w) in [-1, 1] as a data URI of, where possible, at most `limit` bytes: a JPEG of at most `side` px, or with None a
+    PNG of all pixels, such as latents are."""
+    picture = to_pil(image)
+    tried = [("JPEG", {"quality": quality, "subsampling": 0}) for quality in (90, 80, 65, 45)]
+    if side is None:
+        tried.insert(0, ("PNG", {"optimize": True}))
+    else:
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    for kind, options in tried:
+        file = io.BytesIO()
+        picture.save(file, kind, **options)
+        if file.tell() <= limit:
+            break
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""Figures as text: the ladder's table, metrics.csv, metrics.json, and how numbers are written."""
+"""Figures as text: the ladder's table, the files of an evaluation, and how numbers are written."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from pathlib import Path
 from evaluation.metrics import METRICS, Metric
 from utils import atomic_file
 
+# The log of a training run, which `report.read_curves` reads back. With a discriminator, the second file also has
+# "adversarial", "discriminator_loss" and "discriminator_accuracy", or the same after "latent_" where it judges latents.
+METRICS_FILE = "metrics.jsonl"  # each evaluation: {"step", "epoch", "ladder": {rung: {metric: value}}}
+TRAINING_FILE = "training.jsonl"  # each log entry: {"step", "loss", "learning_rate"}; older runs lack this file
+
 
 def ladder_table(results: dict) -> str:
-    """The baseline ladder as aligned text: one line a rung, a dash where a figure has no meaning; the figures on which the
-    verdict rests with their 95% intervals. What was not measured has no column."""
+    """The baseline ladder as aligned text: one line a rung, a dash where a figure has no meaning. The figures on which the
+    verdict rests have their 95% intervals. A metric that was not measured has no column."""
     ladder = results["ladder"]
     measured = {name for rung in ladder.values() for name, value in rung.items() if value is not None}
     columns = [metric for metric in METRICS.values() if metric.heading and metric.name in measured]
@@ -71,7 +76,7 @@ def csv_rows(results: dict):
 def write_files(folder: Path, results: dict, page: str) -> None:
     """Write metrics.json, metrics.csv and report.html into `folder`; bytes of a file name that are not UTF-8 become escapes.
 
-    At every moment, and after a kill, the files that are there belong to one evaluation: the new files are complete before the
+    At every moment, and after a kill, the files in the folder belong to one evaluation: the new files are complete before the
     old ones are deleted, and the old ones are deleted before the first new one gets its name. The page comes last.
     """
     paths = [folder / name for name in ("report.html", "metrics.csv", "metrics.json")]

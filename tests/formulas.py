@@ -1,4 +1,4 @@
-"""Image and latent metrics written out in numpy, as the papers have them: what `metrics.py` is checked against.
+"""Image and latent metrics written out in numpy, as in the papers: references for `metrics.py` and `figures.py`.
 
 Images are (3, H, W) in [-1, 1], latents (C, h, w), both numpy.
 """
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def levels(image):
-    """[-1, 1] -> what an 8-bit file holds."""
+    """[-1, 1] -> the levels of an 8-bit file."""
     return np.clip(np.rint((image.astype(np.float64) + 1) * 127.5), 0, 255)
 
 

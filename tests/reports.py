@@ -92,8 +92,8 @@ def judge_hostile_images(folder, vae_folders):
 
 
 def results_of(gains, aligned=None, reencode=None, nearer=0.0, **more):
-    """Results of as many images as there are `gains`, the PSNR of the module over decode + re-encode in dB; `nearer` is by how
-    much its ST-LPIPS is below that of decode + re-encode."""
+    """Results with one image for each of `gains`: the PSNR of the module minus that of decode + re-encode, in dB. `nearer`: the
+    ST-LPIPS of decode + re-encode minus the module's."""
     per_image = {"reencode": {"psnr": [25.0] * len(gains)}, "vae2": {"psnr": [30.0] * len(gains)}}
     per_image["aligned"] = {"psnr": [25.0 + gain for gain in gains], "latent_mse": [0.1] * len(gains)}
     for row, distance in (("vae2", 0.05), ("reencode", 0.2), ("aligned", 0.2 - nearer)):

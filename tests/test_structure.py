@@ -76,7 +76,7 @@ def test_training_needs_no_page():
     needed = {module for module in GRAPH if module.startswith("training")}
     while more := {name for module in needed for name in GRAPH.get(module, ())} - needed:
         needed |= more
-    assert not needed & {"evaluation.page", "evaluation.charts"}
+    assert not needed & {"evaluation.report", "evaluation.charts"}
 
 
 def test_the_inference_file_stands_on_torch_alone():

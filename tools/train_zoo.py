@@ -38,9 +38,9 @@ from zoo_results import (
 )
 
 from dataloader import ImageDataset, eval_loader, find_images
+from evaluation.figures import finite
 from evaluation.ladder import Ladder, Rung, evaluate
 from evaluation.metrics import Measures, PerceptualFeatures
-from evaluation.summary import finite
 from evaluation.verdict import verdict
 from runtime.cli import Parser, claim_writable_folder, integer, real, run
 from utils import (

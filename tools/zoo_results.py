@@ -16,7 +16,7 @@ import torch
 
 from dataloader import ImageDataset
 from evaluation import charts
-from evaluation.comparison import PERCEPTION_NOISE, PSNR_NOISE
+from evaluation.verdict import PERCEPTION_NOISE, PSNR_NOISE
 from images.files import list_images
 from runtime.cli import run
 from utils import atomic_file

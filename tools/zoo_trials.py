@@ -11,11 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from evaluation.figures import finite, to_8bit
 from evaluation.ladder import Ladder
-from evaluation.metrics import PerceptualFeatures
-from evaluation.per_image import psnr, to_8bit
+from evaluation.metrics import PerceptualFeatures, psnr
 from evaluation.pictures import comparison_picture
-from evaluation.summary import finite
 from images.decoding import to_pixel_values
 from vaes.codec import decode_picture
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from evaluation.fixed_rungs import FixedRungs
+from evaluation.ladder import FixedRungs
 from losses import Objective
 from runtime.processes import gathered
 from training.budget import Budget

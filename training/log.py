@@ -8,7 +8,7 @@ The training loop sets `writer.step` before it calls anything here:
     metrics = evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype)
     writer.log_training(loss=loss, learning_rate=learning_rate, images_per_second=rate)
 
-`evaluation.run_logs` says what the lines hold, and reads them back.
+`evaluation.tables` describes the lines; `evaluation.report` reads them back.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataloader import eval_loader as whole_set
-from evaluation.fixed_rungs import FixedRungs
-from evaluation.ladder import Ladder
+from evaluation.ladder import FixedRungs, Ladder
 from evaluation.pictures import comparison_sheets
-from evaluation.run_logs import METRICS_FILE, TRAINING_FILE
-from evaluation.tables import decibels
+from evaluation.tables import METRICS_FILE, TRAINING_FILE, decibels
 from utils import UserError, atomic_file, printable
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Charts as SVG: what they say, and what they do with what is not there."""
+"""Charts as SVG: their words, and missing values."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The program eval_align.py: its files, its flags, and what it refuses."""
+"""The program eval_align.py: its files, its flags, its refusals, and several processes."""
 
 import os
 import re
@@ -6,12 +6,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import as_argv
+from conftest import as_argv, make_photo, run_script
 from PIL import Image
 from reports import HOSTILE, read_json, save_checkpoint
+from runs import LAUNCHER
 
 import eval_align
-from evaluation import page
+from evaluation import report
 from utils import UserError
 
 
@@ -54,7 +55,7 @@ def test_a_checkpoint_of_other_vaes_is_refused_in_one_line(judged, vae_folders, 
 
 
 def test_a_checkpoint_alone_has_the_figures_it_has_beside_others(judged, vae_folders, tmp_path):
-    """Figures that depend on what is judged beside them; pictures that nobody asked for."""
+    """Figures that depend on the checkpoints beside them; pictures that nobody asked for."""
     flags = {**judged.flags, "checkpoint": judged.flags["checkpoint"][1], "output_dir": tmp_path, "num_samples": 0}
     flags |= {"save_visualizations": None, "proxy": None, "metrics": "ssim"}
     alone = eval_align.main(as_argv(flags))["ladder"]["aligned"]
@@ -86,7 +87,7 @@ def test_command_is_repeatable_and_keeps_no_password(judged):
 def test_interrupt_leaves_the_older_report_whole(judged, tmp_path, monkeypatch):
     """Half a page, new figures beside an old page, temporary files that stay."""
     (tmp_path / "report.html").write_text("older")
-    monkeypatch.setattr(page, "render", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(report, "render", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     flags = {**judged.flags, "output_dir": tmp_path, "num_samples": 1, "save_visualizations": None, "proxy": None}
     with pytest.raises(KeyboardInterrupt):
         eval_align.main(as_argv({**flags, "checkpoint": flags["checkpoint"][0]}))
@@ -98,7 +99,7 @@ def test_module_that_has_gone_wrong_still_gets_its_report(judged, vae_folders, t
     """A crash on the first figure that is not a number, at the end of a long run."""
     path = save_checkpoint(tmp_path, vae_folders)
     content = torch.load(path, weights_only=True)
-    content["state_dict"]["out.bias"] += 3e38  # finite, which a checkpoint must be; what is computed from it is not
+    content["state_dict"]["out.bias"] += 3e38  # finite, as a checkpoint must be, but its latent error is not
     torch.save(content, path)
     flags = {"checkpoint": path, "eval_data_dir": judged.flags["eval_data_dir"], "output_dir": tmp_path / "out"}
     eval_align.main(as_argv({**flags, "num_workers": 0, "device": "cpu", "num_samples": 2, "metrics": "ssim"}))
@@ -125,3 +126,43 @@ def test_pictures_of_an_older_evaluation_do_not_stay(judged, vae_folders, tmp_pa
     (tmp_path / "photos" / "two.png").unlink()
     eval_align.main(as_argv(flags))
     assert sorted(file.name for file in (tmp_path / "out").glob("*.png")) == ["00000_one.png", "00007_mine.png"]
+
+
+def assert_close(one, two, where=()):
+    """That two values from JSON agree to 1e-9."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys(), where
+        one, two = list(one.items()), [(name, two[name]) for name in one]
+    if isinstance(one, (list, tuple)):
+        assert len(one) == len(two), where
+        for place, pair in enumerate(zip(one, two)):
+            assert_close(*pair, (*where, place))
+    else:
+        assert one == (pytest.approx(two, rel=1e-9, abs=1e-9) if isinstance(two, float) else two), where
+
+
+def test_two_processes_find_the_figures_of_one(vae_folders, tmp_path):
+    """Images judged twice or by nobody; means of means; an interval whose groups are those of one process; values in another
+    order than the paths; pictures of the main process's share alone."""
+    (tmp_path / "photos").mkdir()
+    rng = np.random.default_rng(3)
+    for number in range(12):  # more than the groups of the jackknife
+        make_photo(rng, (48, 40)).save(tmp_path / "photos" / f"{number:02}.png")
+    (tmp_path / "photos" / "03_broken.png").write_bytes(b"no picture")
+    flags = {"checkpoint": save_checkpoint(tmp_path, vae_folders), "eval_data_dir": tmp_path / "photos", "device": "cpu"}
+    flags |= {"eval_batch_size": 2, "num_workers": 0, "num_samples": 2, "save_visualizations": True}
+    flags["metrics"] = ["ssim", "st_lpips", "texture"]
+    out = [tmp_path / "one", tmp_path / "two"]
+    eval_align.main(as_argv(flags | {"output_dir": out[0]}))
+    shared = as_argv(flags | {"output_dir": out[1]})
+    run_script("eval_align.py", *shared, launcher=LAUNCHER, env={"ACCELERATE_USE_CPU": "true"})
+    one, two = (read_json(folder / "metrics.json") for folder in out)
+    assert one["images"] == 12 and len(one["unreadable"]) == 1
+    assert one["ladder"]["aligned"]["texture"] > 0 and one["intervals"]["aligned"]["texture"] > 0
+    for results in (one, two):
+        del results["settings"], results["verdict"]["time_fraction"]
+        for figures in results["ladder"].values():
+            figures.pop("milliseconds", None)
+    assert_close(one, two)
+    pictures = [{picture.name: picture.read_bytes() for picture in folder.glob("*.png")} for folder in out]
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 12

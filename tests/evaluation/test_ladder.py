@@ -1,16 +1,20 @@
-"""The rungs of the ladder, and what `evaluate` measures, against formulas written out in numpy."""
+"""The rungs of the ladder, and the figures of `evaluate`, against formulas written out in numpy."""
 
 import math
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_photo
 from diffusers import AutoencoderKL
+from families import make_family
 from formulas import levels, psnr, ssim
 
 from dataloader import ImageDataset, eval_loader
-from evaluation import tables
-from evaluation.ladder import Ladder, evaluate
+from evaluation import ladder, tables
+from evaluation.ladder import FixedRungs, Ladder, evaluate
 from images.files import list_images
 from vae_align import AlignConfig, align_module
 from vaes.codec import Codec
@@ -27,7 +31,7 @@ def pipeline(vae_folders):
     return PipelineWithVAEs(align_module(AlignConfig(hidden_channels=8, num_blocks=1)), *spaces)
 
 
-def loader_of(folder, batch_size):
+def loader_of(folder, batch_size=2):
     return eval_loader(ImageDataset(list_images(folder), 32), batch_size, 0)
 
 
@@ -49,10 +53,10 @@ def judged(pipeline, photo_folders):
 
 def test_means_do_not_depend_on_the_batch_size(pipeline, photo_folders, judged):
     """Only the first batch judged, or a short last batch (5 images in batches of 2) weighted like a full one."""
-    whole = evaluate(Ladder(pipeline, torch.float32), loader_of(photo_folders[1], 5), show_progress=False)
-    single = evaluate(Ladder(pipeline, torch.float32), loader_of(photo_folders[1], 1), show_progress=False)
     assert len(set(judged[0]["per_image"]["aligned"]["psnr"])) == 5  # the images differ, or this test proves nothing
-    for other in (whole, single):
+    for batch_size in (5, 1):
+        loader = loader_of(photo_folders[1], batch_size)
+        other = evaluate(Ladder(pipeline, torch.float32), loader, show_progress=False)
         assert other["images"] == judged[0]["images"] == 5
         assert other["paths"] == judged[0]["paths"] == list_images(photo_folders[1])
         assert other["ladder"].keys() == judged[0]["ladder"].keys()
@@ -62,25 +66,15 @@ def test_means_do_not_depend_on_the_batch_size(pipeline, photo_folders, judged):
                 assert other["ladder"][row][name] == (None if expected is None else pytest.approx(expected, rel=1e-3)), name
 
 
-def test_ladder_holds_the_means_of_the_per_image_values(judged):
-    """A sum in place of a mean, or rows mixed up."""
-    results, _ = judged
-    for row, figures in results["ladder"].items():
-        assert figures["kind"] == row
-        for name in ("psnr", "ssim"):
-            values = results["per_image"][row][name]
-            assert len(values) == 5
-            assert figures[name] == pytest.approx(np.mean(values), rel=1e-6)
-
-
 def test_psnr_and_ssim_against_the_original_match_independent_formulas(judged):
-    """PSNR over the batch instead of per image, a peak of 1 or 2 for 8-bit levels, unclamped values, another SSIM window."""
+    """PSNR over the batch instead of per image, a peak of 1 or 2 for 8-bit levels, unclamped values, another SSIM window; a
+    sum in place of a mean, or rows mixed up."""
     results, seen = judged
     for row in ("vae2", "aligned"):
-        expected = [psnr(made, original) for made, original in zip(seen[row], seen["images"])]
-        assert results["per_image"][row]["psnr"] == pytest.approx(expected, abs=1e-3)
-        expected = [ssim(made, original) for made, original in zip(seen[row], seen["images"])]
-        assert results["per_image"][row]["ssim"] == pytest.approx(expected, abs=1e-3)
+        for name, formula in (("psnr", psnr), ("ssim", ssim)):
+            expected = [formula(made, original) for made, original in zip(seen[row], seen["images"])]
+            assert results["per_image"][row][name] == pytest.approx(expected, abs=1e-3)
+            assert results["ladder"][row][name] == pytest.approx(np.mean(results["per_image"][row][name]), rel=1e-6)
 
 
 def test_figures_against_vae2_match_independent_formulas(judged):
@@ -149,20 +143,83 @@ def test_ssim_of_pictures_smaller_than_its_window_is_none_or_a_number(pipeline, 
 def test_only_the_rungs_that_are_asked_for_are_computed(pipeline, photo_folders, monkeypatch):
     """Every evaluation of a training run that decodes with VAE1 and encodes again, for figures that nobody reads."""
     monkeypatch.setattr(pipeline.codec1, "decode", lambda latents: pytest.fail("VAE1's decoder ran"))
-    ladder = Ladder(pipeline, torch.float32, only=("aligned", "linear"))
-    results = evaluate(ladder, loader_of(photo_folders[1], 5), show_progress=False)
+    rungs = Ladder(pipeline, torch.float32, only=("aligned", "linear"))
+    results = evaluate(rungs, loader_of(photo_folders[1], 5), show_progress=False)
     assert list(results["ladder"]) == ["aligned"]  # this module knows no linear map
 
 
-def test_a_rung_costs_the_weights_that_it_uses(pipeline):
-    """VAE2's decoder counted where only its encoder runs; an untrained module that is counted as none."""
-    costs = Ladder(pipeline, torch.float32).costs(32, repeats=1)
-    count = {name: sum(weight.numel() for weight in module.parameters()) for name, module in (
-        ("encoder", pipeline.vae2.model.encoder), ("quant", pipeline.vae2.model.quant_conv), ("module", pipeline.module),
-        ("decoder", pipeline.vae1.model.decoder), ("post", pipeline.vae1.model.post_quant_conv),
-    )}  # fmt: skip
-    assert costs["vae2"]["parameters"] == count["encoder"] + count["quant"]
-    assert costs["reencode"]["parameters"] == count["encoder"] + count["quant"] + count["decoder"] + count["post"]
-    assert costs["aligned"]["parameters"] == costs["untrained"]["parameters"] == count["module"]
-    assert costs["reencode"]["macs"] > costs["vae2"]["macs"] > costs["aligned"]["macs"] > 0
-    assert "vae1" not in costs
+@pytest.mark.parametrize("name", ["sd15", "consistency", "flux2", "sana"])
+def test_a_rung_costs_the_weights_that_run(name, photo_folders):
+    """A decoder counted where only the encoder runs; a class without a part named `decoder`, such as ConsistencyDecoderVAE,
+    at which the evaluation or a cost is lost."""
+    codec = Codec(make_family(name))
+    shape = {"latent_channels": codec.channels, "out_channels": codec.channels}
+    strides = {"latent_stride": codec.stride, "out_stride": codec.stride}
+    module = align_module(AlignConfig(input_types=("latent",), hidden_channels=8, num_blocks=1, **shape, **strides))
+    rungs = Ladder(PipelineWithVAEs(module, codec, codec), torch.float32)
+    found = evaluate(rungs, loader_of(photo_folders[1], 5), costs=True, show_progress=False)["ladder"]
+    images = torch.zeros(1, 3, 32, 32)
+    latents = codec.encode(images)
+    for rung in ("vae2", "reencode", "untrained", "aligned"):
+        used = {}
+
+        def note(part, *_, used=used):
+            used |= {id(weight): weight.numel() for weight in part.parameters(recurse=False)}
+
+        with torch.inference_mode(), torch.nn.modules.module.register_module_forward_hook(note):
+            rungs.rungs[rung](latents, images)
+        assert found[rung]["parameters"] == sum(used.values()), rung
+    assert found["reencode"]["macs"] > found["vae2"]["macs"] > 0
+    assert found["untrained"]["macs"] == found["aligned"]["macs"] > 0
+    assert "macs" not in found["vae1"]
+
+
+def test_a_cost_that_cannot_be_measured_loses_no_figure(pipeline, photo_folders, monkeypatch, caplog):
+    """An evaluation of hours that is lost at its end, since costs are measured after judging."""
+    broken = Ladder(pipeline, torch.float32)
+    broken.rungs["reencode"] = replace(broken.rungs["reencode"], weights=lambda: 1 / 0)
+    results = evaluate(broken, loader_of(photo_folders[1]), costs=True, show_progress=False)["ladder"]
+    assert results["reencode"]["psnr"] and "macs" not in results["reencode"] and results["aligned"]["macs"]
+    assert "re-encode with VAE2: its cost cannot be measured (division by zero)" in caplog.text
+
+
+@pytest.fixture
+def judged_rungs(monkeypatch):
+    """The names of the rungs of each evaluation, in the order in which they are made."""
+    calls = []
+
+    def recorded(rungs, *args, **options):
+        calls.append(list(rungs.rungs))
+        return real(rungs, *args, show_progress=False, **options)
+
+    real = ladder.evaluate
+    monkeypatch.setattr(ladder, "evaluate", recorded)
+    return calls
+
+
+def test_fixed_rungs_are_measured_once_and_survive_a_resume(pipeline, photo_folders, judged_rungs):
+    """Baselines that are measured at every evaluation, or again after each resume, also with another batch size."""
+    fixed = FixedRungs()
+    first = fixed.evaluate(pipeline, loader_of(photo_folders[1]), torch.float32)
+    resumed = FixedRungs()
+    resumed.load_state_dict(fixed.state_dict())
+    again = resumed.evaluate(pipeline, loader_of(photo_folders[1], batch_size=3), torch.float32)
+    assert judged_rungs == [["vae1", "vae2", "reencode", "untrained", "aligned"], ["aligned"]]
+    assert list(first) == list(again)
+    assert {name: again[name] for name in fixed.figures} == {name: first[name] for name in fixed.figures}
+    assert again["aligned"]["psnr"] == pytest.approx(first["aligned"]["psnr"], rel=1e-5)
+
+
+def test_other_pictures_of_the_same_names_are_measured_anew(pipeline, photo_folders, judged_rungs, tmp_path):
+    """Baselines of the old pictures beside the module's figures on the new ones: in the log, the checkpoint, the report."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photo_folders[1], folder)
+    fixed = FixedRungs()
+    before = fixed.evaluate(pipeline, loader_of(folder), torch.float32)
+    rng = np.random.default_rng(9)
+    for photo in sorted(folder.iterdir()):
+        make_photo(rng, (80, 64)).save(photo, quality=95)
+    after = fixed.evaluate(pipeline, loader_of(folder), torch.float32)
+    fresh = FixedRungs().evaluate(pipeline, loader_of(folder), torch.float32)
+    assert after == fresh
+    assert after["vae2"]["psnr"] != before["vae2"]["psnr"]

@@ -1,5 +1,6 @@
-"""The table of metrics: what a new entry gets, what cannot be had, and what is measured over a set."""
+"""The metrics: their formulas, the table of them, metrics that cannot be had, and the summary over images."""
 
+import math
 import sys
 import urllib.request
 
@@ -9,27 +10,55 @@ import pytest
 import torch
 from pairs import noisy_pair
 
-from evaluation import page, per_image, tables
+from evaluation import metrics, report, tables
+from evaluation.figures import Sample, SetFigure, to_8bit
 from evaluation.metrics import (
     CHOICES,
     DEFAULT_CHOICES,
     METRICS,
-    FrechetToOriginals,
+    MS_SSIM_SIDE,
     Measures,
     Metric,
-    Setting,
     each_image,
-    perceptual_features,
+    summarise,
 )
-from evaluation.per_image import MS_SSIM_SIDE
-from evaluation.sample import Sample
-from evaluation.summary import summarise
 
 
 def sample_of(images, originals):
     """What a rung made of a batch, without latents; VAE2's picture is the original."""
     images, originals = (torch.as_tensor(each) for each in (images, originals))
     return Sample(originals, images, None, originals, torch.zeros(len(images), 1, 2, 2), tuple(range(len(images))))
+
+
+@pytest.mark.parametrize(("name", "size"), [("psnr", 40), ("psnr", 48), ("ssim", 40), ("ssim", 48), ("ms_ssim", 192)])
+def test_figures_of_textured_pictures_match_the_formula(name, size):
+    """A window of another size or sigma, borders filled with black, another number of scales: invisible on smooth pictures,
+    plain on noise. A mean over the batch; values that were not clamped to 8 bits."""
+    images, originals = noisy_pair(size)
+    measured = getattr(metrics, name)(*(to_8bit(torch.from_numpy(each)) for each in (images, originals)))
+    expected = [getattr(formulas, name)(*pair) for pair in zip(images, originals)]
+    assert measured == pytest.approx(expected, abs=1e-4)
+    assert name == "psnr" or max(expected) < 0.99
+
+
+def test_colour_bias_is_positive_where_the_picture_is_brighter():
+    """A bias with the sign turned, in image values, or with red and blue exchanged."""
+    original = torch.zeros(1, 3, 16, 16)
+    shifted = original + torch.tensor([20, 0, -10]).view(1, 3, 1, 1) / 127.5
+    assert metrics.colour_bias(to_8bit(shifted), to_8bit(original)) == [pytest.approx([20, 0, -10], abs=0.51)]
+
+
+def test_latent_metrics_match_the_formulas():
+    """A mean over the batch in place of one per image, a square that is missing, a cosine by place instead of the whole."""
+    rng = np.random.default_rng(2)
+    latents, target = (rng.normal(size=(3, 5, 4, 6)).astype(np.float32) for _ in range(2))
+    pair = torch.from_numpy(latents), torch.from_numpy(target)
+    error = latents - target
+    assert metrics.latent_mse(*pair) == pytest.approx((error**2).mean(axis=(1, 2, 3)).tolist(), rel=1e-5)
+    assert metrics.latent_l1(*pair) == pytest.approx(np.abs(error).mean(axis=(1, 2, 3)).tolist(), rel=1e-5)
+    cosines = [formulas.cosine(*each) for each in zip(latents, target)]
+    assert metrics.latent_cosine(*pair) == pytest.approx(cosines, abs=1e-5)
+    np.testing.assert_allclose(metrics.latent_mse_by_channel(*pair), (error**2).mean(axis=(2, 3)), rtol=1e-5)
 
 
 def test_ms_ssim_is_left_out_where_the_library_refuses():
@@ -40,40 +69,23 @@ def test_ms_ssim_is_left_out_where_the_library_refuses():
         assert ("ms_ssim" in measures.of_each_image(sample_of(*noisy_pair(size, count=1)))) == (size == MS_SSIM_SIDE)
 
 
-def test_a_metric_of_the_set_compares_each_rung_with_the_originals():
-    """Rungs that share a sum, originals counted once per rung, features of unclamped pictures."""
-    distance = FrechetToOriginals(lambda levels: levels.mean(dim=(2, 3)) / 255)
-    images, originals = noisy_pair(32, count=8)
-    for part in range(0, 8, 2):
-        batch = torch.from_numpy(originals[part : part + 2])
-        distance.add("vae2", sample_of(batch, batch))
-        distance.add("aligned", sample_of(images[part : part + 2], batch))
-    features = [np.stack([formulas.levels(image).mean(axis=(1, 2)) / 255 for image in each]) for each in (images, originals)]
-    assert distance.result()["aligned"] == pytest.approx(formulas.frechet_distance(*features), rel=1e-3)
-    assert distance.result()["vae2"] == pytest.approx(0, abs=1e-9)
-
-
 @pytest.mark.parametrize("scope", ["image", "set"])
 def test_one_entry_in_the_table_is_measured_summed_up_and_shown(monkeypatch, judged, scope):
     """A metric that is added to the table and that the ladder, a table or the page does not know."""
 
-    class Brightness:
-        def __init__(self):
-            self.levels = {}
-
-        def add(self, name, sample):
-            self.levels.setdefault(name, []).extend(brightness(sample))
-
-        def result(self):
-            return {name: float(np.mean(levels)) for name, levels in self.levels.items()}
-
     def brightness(sample):
         return sample.levels.mean(dim=(1, 2, 3)).tolist()
 
-    load = each_image(brightness) if scope == "image" else lambda setting: Brightness()
+    def of_the_set(measures):
+        def sums(sample):
+            return [(value, 1) for value in brightness(sample)]
+
+        return SetFigure(sums, sums, lambda own, reference: (own[0] / own[1]).item())
+
+    load = each_image(brightness) if scope == "image" else of_the_set
     entry = Metric("brightness", "Brightness", scope, load, "{:.1f} lm".format, better=+1, heading="bright", choice="light")
     monkeypatch.setitem(METRICS, "brightness", entry)
-    monkeypatch.setattr(page, "COLUMNS", [*page.COLUMNS, entry])
+    monkeypatch.setattr(report, "COLUMNS", [*report.COLUMNS, entry])
     measures = Measures(("light",))
     sample = sample_of(np.full((2, 3, 8, 8), 1.0, dtype=np.float32), np.zeros((2, 3, 8, 8), dtype=np.float32))
     measures.add("aligned", sample)
@@ -81,14 +93,14 @@ def test_one_entry_in_the_table_is_measured_summed_up_and_shown(monkeypatch, jud
         value = measures.of_each_image(sample)["brightness"][0]
         assert summarise({"aligned": {"brightness": [1.0, 3.0]}})["aligned"]["brightness"]["worst"] == 1.0
     else:
-        value = measures.of_the_set()["brightness"]["aligned"]
+        value, _ = measures.of_the_set()["brightness"]["aligned"]
     assert value == 255
     results = judged.results | {
         "ladder": {name: rung | {"brightness": value} for name, rung in judged.results["ladder"].items()}
     }
     assert "255.0 lm" in tables.ladder_table(results)
     assert "bright" in tables.ladder_table(results).splitlines()[0]
-    assert "Brightness<small>↑</small>" in page.render(results, [], None)
+    assert "Brightness<small>↑</small>" in report.render(results, [], None)
 
 
 def test_metrics_that_cannot_be_had_are_named(monkeypatch, tmp_path):
@@ -116,15 +128,15 @@ def test_nothing_is_downloaded_unasked(monkeypatch, tmp_path):
 
 def test_the_networks_see_what_each_rung_made(monkeypatch):
     """Features of another rung's pictures that are taken from the memory; originals that are looked at once per rung."""
-    setting = Setting(32, "cpu")
-    features = perceptual_features(setting, "alex")
+    measures = Measures((), 32)
+    features = measures.perceptual("alex")
     looked = []
     network = features.network.features
     monkeypatch.setattr(features.network, "features", lambda images: looked.append(1) or network(images))
     images, originals = (torch.from_numpy(each) for each in noisy_pair(32))
     found = [features.distance(picture, originals) for picture in (images, originals, 0.5 * images)]
     assert len(looked) == 3
-    assert found[0] == pytest.approx(features.network(per_image.to_8bit(images) / 127.5 - 1, originals).tolist(), rel=1e-4)
+    assert found[0] == pytest.approx(features.network(to_8bit(images) / 127.5 - 1, originals).tolist(), rel=1e-4)
     assert found[1] == [0, 0] and found[2] != found[0]
 
 
@@ -134,3 +146,23 @@ def test_a_library_that_breaks_is_a_reason_not_a_crash(monkeypatch):
     measures = Measures(("ssim", "lpips"), 64)
     assert "ssim" in measures.names and "lpips" not in measures.names
     assert measures.left_out["lpips"]
+
+
+def test_summary_knows_which_way_is_worse():
+    """The best image called the worst; a deviation over n; a mean of colours that cancel out."""
+    values = {"aligned": {"psnr": [20.0, 26.0, 23.0], "latent_mse": [0.1, 0.4, 0.1], "colour_bias": [[1, 2, 3]] * 3}}
+    summary = summarise(values)["aligned"]
+    assert summary["psnr"] == {"mean": pytest.approx(23), "std": pytest.approx(3), "worst": 20.0, "worst_image": 0}
+    assert summary["latent_mse"]["worst"] == 0.4
+    assert summary["latent_mse"]["worst_image"] == 1
+    assert "colour_bias" not in summary
+
+
+@pytest.mark.parametrize("odd", [math.inf, math.nan])
+def test_summary_of_infinite_and_undefined_figures_can_be_written(odd):
+    """Infinity in a JSON file; an undefined figure that hides behind a finite worst one."""
+    figures = summarise({"aligned": {"psnr": [30.0, odd]}})["aligned"]["psnr"]
+    assert figures["mean"] is None
+    assert figures["std"] is None
+    assert (figures["worst"], figures["worst_image"]) == ((30.0, 0) if odd == math.inf else (None, 1))
+    assert summarise({"aligned": {"psnr": [30.0]}})["aligned"]["psnr"]["std"] is None

@@ -1,4 +1,4 @@
-"""Pictures of what the rungs make of an image: their panels, their sheet, their bytes on the page, and which are chosen."""
+"""Pictures: panels of the rungs, the sheet, the bytes on the page, and the images that are chosen."""
 
 import numpy as np
 import pytest
@@ -37,14 +37,8 @@ def test_comparison_picture_shows_every_panel_apart():
     assert panel >= 40
     assert row_height > panel + PADDING
     middle = PADDING + panel // 2
-    colours = {
-        (0, 0): (255, 0, 0),
-        (1, 0): (0, 255, 0),
-        (2, 0): (0, 0, 255),
-        (0, 1): (0, 255, 0),
-        (1, 1): (255, 0, 0),
-    }
-    for (column, row), colour in colours.items():
+    pure = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
+    for (column, row), colour in zip(((0, 0), (1, 0), (2, 0), (0, 1), (1, 1)), (*pure, pure[1], pure[0])):
         assert sheet.getpixel((middle + column * (panel + PADDING), middle + row * row_height)) == colour
     corner = (PADDING + panel - 2, PADDING + row_height + panel - 2)
     assert sheet.getpixel(corner) == (0, 255, 0)

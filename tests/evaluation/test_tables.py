@@ -10,7 +10,7 @@ from evaluation.metrics import METRICS
 
 
 def test_table_shows_every_rung_and_a_dash_where_a_figure_has_no_meaning(judged):
-    """A rung or a column that is lost; a zero in place of what was not measured."""
+    """A rung or a column that is lost; a zero in place of a figure that was not measured."""
     lines = tables.ladder_table(judged.results).splitlines()
     assert [line.split("  ")[0] for line in lines[1:]] == [rung["label"] for rung in judged.results["ladder"].values()]
     measured = [metric for metric in METRICS.values() if metric.name not in ("lpips", "grid")]  # none at this size

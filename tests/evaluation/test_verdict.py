@@ -1,4 +1,4 @@
-"""The verdict: its figures, and what it says."""
+"""The verdict: its figures and its words."""
 
 import math
 
