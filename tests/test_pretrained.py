@@ -118,12 +118,12 @@ def test_beats_decoding_and_encoding_again(path, shared):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# tools/share_checkpoint.py
+# tools/publish.py
 
 
 def share(source, output, *more, check=True):
     paths = ("--vae1_path", "owner/vae1", "--vae2_path", "owner/vae2")
-    return run_script("tools/share_checkpoint.py", str(source), str(output), *paths, *more, check=check)
+    return run_script("tools/publish.py", str(source), str(output), *paths, *more, check=check)
 
 
 def test_a_module_is_shared_from_a_training_checkpoint(tmp_path):
@@ -152,6 +152,6 @@ def test_a_folder_of_this_machine_is_not_shared(tmp_path):
     output = tmp_path / "shared.safetensors"
     places = (tmp_path, "vaes/taesd/vae", "./taesd", "~/taesd")
     given = [[PRETRAINED[1], output, "--vae1_path", place, "--vae2_path", "owner/vae2"] for place in places]
-    for result in run_each("tools/share_checkpoint.py", given, tmp_path, "torch"):
+    for result in run_each("tools/publish.py", given, tmp_path, "torch"):
         assert result.returncode == 1 and "name a hub id" in result.stderr, result.args
     assert not output.exists()
