@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image, ImageOps
+from torchvision.transforms.functional import resized_crop
 from tqdm import tqdm
 
 from images.files import list_images
@@ -54,10 +55,9 @@ def random_crops(photos, batch_size, crop, generator):
         photo = photos[draw(len(photos))]
         size = min(crop + draw(crop + 1), *photo.shape[1:])
         top, left = draw(photo.shape[1] - size + 1), draw(photo.shape[2] - size + 1)
-        square = photo[:, top : top + size, left : left + size].float()[None]
-        square = F.interpolate(square, size=(crop, crop), mode="bilinear", antialias=True)
+        square = resized_crop(photo.float(), top, left, size, size, [crop, crop])
         batch.append(square.flip(-1) if draw(2) else square)
-    return torch.cat(batch) / 127.5 - 1
+    return torch.stack(batch) / 127.5 - 1
 
 
 @torch.inference_mode()

@@ -21,10 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import jinja2
-import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
 
@@ -37,7 +35,6 @@ from evaluation.per_image import psnr, to_8bit
 from evaluation.pictures import comparison_picture
 from evaluation.summary import finite
 from evaluation.verdict import verdict
-from images.decoding import to_pixel_values
 from images.files import list_images
 from latents.families import family_of
 from latents.pipeline import PipelineWithVAEs
@@ -292,10 +289,8 @@ def strange_inputs(photos: torch.Tensor, latents: torch.Tensor) -> dict[str, tor
     The noise has the mean and standard deviation of each channel of `latents` (B, C, h, w); the mosaics show `photos`
     (B, 3, S, S).
     """
-    drawn = {
-        path.stem: np.array(Image.open(path).convert("RGB")) for path in sorted(Path(__file__).parent.glob("unseen/*.png"))
-    }
-    inputs = {name: to_pixel_values(torch.from_numpy(each).permute(2, 0, 1)[None]).to(photos) for name, each in drawn.items()}
+    drawn = sorted(map(str, Path(__file__).parent.glob("unseen/*.png")))
+    inputs = {Path(path).stem: pixels[None].to(photos) for path, pixels in zip(drawn, pixels_of(drawn, 256))}
     noise = torch.randn(1, *latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(latents)
     over = {"dim": (0, 2, 3), "keepdim": True}
     inputs["noise"] = noise * latents.std(**over) + latents.mean(**over)
@@ -340,14 +335,6 @@ CHARTS = (  # file, metric, title, label of the axis
     ("drift_psnr.svg", "psnr", "PSNR after hops", "PSNR dB"),
     ("drift_st_lpips.svg", "st_lpips_vgg", "ST-LPIPS after hops", "ST-LPIPS"),
 )
-COLUMNS = (("%.2f", "psnr"), ("%.3f", "st_lpips_vgg"), ("%.1f", "texture"), ("%.2f", "detail"), ("%.2f", "latent_variance"),
-           ("%.3f", "latent_mse"))  # fmt: skip
-RUNGS = {
-    "vae2": "VAE2's own reconstruction",
-    "reencode": "decode + re-encode",
-    "linear": "the closed-form linear map",
-    "aligned": "**the module**",
-}
 
 
 def pairs_in(manifest: dict) -> list[tuple[str, str, dict]]:
@@ -383,8 +370,8 @@ def results_page(manifest: dict) -> str:
         better=better,
         rest=[TITLES[into] for _, into, _ in images if TITLES[into] not in better],
         losses=[each for each in sorted(gains_in(pairs, "transfer", "psnr")) if each[0] < -BROKEN_DB],
-        behind=_behind, titles=TITLES, columns=COLUMNS, rungs=RUNGS, charts=CHARTS, sheets=SHEETS, broken_db=BROKEN_DB,
-        hops=(1, 2, HOPS), drift_photos=DRIFT_PHOTOS,
+        behind=_behind, titles=TITLES, charts=CHARTS, sheets=SHEETS, broken_db=BROKEN_DB, hops=(1, 2, HOPS),
+        drift_photos=DRIFT_PHOTOS,
     )  # fmt: skip
 
 
