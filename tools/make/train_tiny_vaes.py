@@ -104,11 +104,9 @@ def main():
     )
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1.5e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     warmup = min(200, args.steps)
-
-    def schedule(step):
-        return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / args.steps)))
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+    )
     for _ in tqdm(range(args.steps), desc=f"{args.latent_channels}-channel VAE", mininterval=5):
         images = random_crops(photos, 16, 128, generator)
         with torch.autocast("cpu", torch.bfloat16):

@@ -370,12 +370,12 @@ def results_page(manifest: dict) -> str:
         better=better,
         rest=[TITLES[into] for _, into, _ in images if TITLES[into] not in better],
         losses=[each for each in sorted(gains_in(pairs, "transfer", "psnr")) if each[0] < -BROKEN_DB],
-        behind=_behind, titles=TITLES, charts=CHARTS, sheets=SHEETS, broken_db=BROKEN_DB, hops=(1, 2, HOPS),
+        worse_by=_worse_by, titles=TITLES, charts=CHARTS, sheets=SHEETS, broken_db=BROKEN_DB, hops=(1, 2, HOPS),
         drift_photos=DRIFT_PHOTOS,
     )  # fmt: skip
 
 
-def _behind(found: dict) -> str:
+def _worse_by(found: dict) -> str:
     """In which figures a pair's verdict finds it worse than decode + re-encode, beyond the interval."""
     gains = [(found["gain_db"], found["gain_error_db"], "{:.2f} ± {:.2f} dB PSNR")]
     gains += [(found["perceptual_gain"], found["perceptual_gain_error"], "{:.3f} ± {:.3f} ST-LPIPS")]
