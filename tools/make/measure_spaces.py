@@ -45,7 +45,7 @@ def lines_of(name: str, matrices: torch.Tensor) -> str:
     for matrix in matrices:
         numbers = " ".join(f"{value:.3g}" for value in matrix[tuple(torch.triu_indices(*matrix.shape))].tolist())
         lines += [f'            "{line} "' for line in textwrap.wrap(numbers, 110)]
-        lines[-1] = lines[-1].replace(' "', '",')
+        lines[-1] = lines[-1][:-2] + '",'
     return "\n".join([*lines, "        ),"])
 
 

@@ -357,8 +357,8 @@ def gains_in(pairs: list[tuple[str, str, dict]], trial: str, metric: str) -> lis
 
 def results_page(manifest: dict) -> str:
     """The page of a manifest, see `vae_align.read_zoo`: Markdown. Missing figures leave their cells empty."""
-    every = pairs_in(manifest)
-    pairs, images = ([each for each in every if (each[0] == IMAGE) == takes_image] for takes_image in (False, True))
+    pairs = [each for each in pairs_in(manifest) if each[0] != IMAGE]
+    images = [each for each in pairs_in(manifest) if each[0] == IMAGE]
     better = [TITLES[into] for _, into, pair in images if _is_better(pair["figures"]["aligned"], pair["figures"]["vae2"])]
     text = (Path(__file__).parent / "results.md.jinja").read_text("utf-8")
     return jinja2.Template(text, trim_blocks=True, keep_trailing_newline=True).render(
