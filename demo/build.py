@@ -1,4 +1,4 @@
-"""Build the page to try a module in a browser: one HTML file that needs no server and no network.
+"""Build a page that runs a module in a browser: one HTML file that needs no server and no network.
 
     make page
     python demo/build.py --checkpoint demo_output/ckpt_align --output demo_output/page.html
@@ -15,26 +15,26 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from export_onnx import export_graph, export_pipeline
 
 from runtime.cli import run
+from tools.export_onnx import export_graph, export_pipeline
 from utils import UserError, atomic_file
 from vaes.codec import Codec
 from vaes.pipeline import PipelineWithVAEs
 
-ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "demo"
+DEMO = Path(__file__).resolve().parent
 RUNTIME = DEMO / "node_modules" / "onnxruntime-web" / "dist"
-SAMPLE = ROOT / "assets" / "photos" / "eval" / "skimage_coffee.jpg"
+SAMPLE = DEMO.parent / "assets" / "photos" / "eval" / "skimage_coffee.jpg"
 
 
 class Half(torch.nn.Module):
-    """One half of a VAE as plain tensor operations that an exporter can follow: an AutoencoderKL or AutoencoderTiny whose
-    scaled latents are `(raw - shift) * scale`."""
+    """The encoder or decoder of a VAE as plain tensor operations, which an exporter can follow.
+
+    For an AutoencoderKL or AutoencoderTiny whose scaled latents are `(raw - shift) * scale`.
+    """
 
     def __init__(self, codec: Codec, decodes: bool):
         super().__init__()
@@ -57,13 +57,12 @@ def export_vae(codec: Codec, name: str, folder: Path) -> None:
     image = torch.rand(2, 3, 3 * codec.stride, 5 * codec.stride) * 2 - 1
     latents = codec.encode(image)
     try:
-        same = torch.allclose(encoder(image), latents, atol=1e-3) and torch.allclose(
-            decoder(latents), codec.decode(latents), atol=1e-3
-        )
-    except Exception:  # a VAE of video, or one whose encode returns something of its own
-        same = False
-    if not same:
-        raise UserError(f"{codec.vae.where}: the page cannot hold this kind of VAE; take an AutoencoderKL or AutoencoderTiny")
+        torch.testing.assert_close(encoder(image), latents, atol=1e-3, rtol=1e-5)
+        torch.testing.assert_close(decoder(latents), codec.decode(latents), atol=1e-3, rtol=1e-5)
+    except Exception:  # a VAE of video, or one whose encode returns a class of its own
+        raise UserError(
+            f"{codec.vae.where}: the page cannot hold this kind of VAE; take an AutoencoderKL or AutoencoderTiny"
+        ) from None
     batch, rows, columns = (torch.export.Dim(side, min=1, max=1 << 12) for side in ("batch", "rows", "columns"))
     grid = {0: batch, 2: rows, 3: columns}
     pixels = {0: batch, 2: codec.stride * rows, 3: codec.stride * columns}
@@ -71,26 +70,15 @@ def export_vae(codec: Codec, name: str, folder: Path) -> None:
     export_graph(decoder, {"given": latents}, {"given": grid}, folder / f"{name}_decoder.onnx", "image", {}, ["latents"])
 
 
-def export_parts(pipeline: PipelineWithVAEs, folder: Path) -> dict[str, Path]:
-    """The five .onnx files of a page, by part."""
-    export_vae(pipeline.codec1, "vae1", folder)
-    export_vae(pipeline.codec2, "vae2", folder)
-    export_pipeline(pipeline, folder / "module.onnx")
-    return {file.stem: file for file in sorted(folder.glob("*.onnx"))}
-
-
-def page_of(parts: dict[str, Path], picture: Path) -> str:
-    """The page's HTML."""
-    files = {
-        "runtime": RUNTIME / "ort.wasm.bundle.min.mjs",
-        "wasm": RUNTIME / "ort-wasm-simd-threaded.wasm",
-        "picture": picture,
-    }
+def page_of(parts: list[Path], picture: Path) -> str:
+    """The page's HTML, with the five .onnx files `parts` in it."""
+    runtime = {"runtime": RUNTIME / "ort.wasm.bundle.min.mjs", "wasm": RUNTIME / "ort-wasm-simd-threaded.wasm"}
+    files = runtime | {"picture": picture} | {part.stem: part for part in parts}
     for file in files.values():
         if not file.is_file():
             raise UserError(f"{file}: no such file; run npm install --prefix demo")
     data = []
-    for name, file in (files | parts).items():
+    for name, file in files.items():
         packed = base64.b64encode(gzip.compress(file.read_bytes(), mtime=0)).decode()
         data.append(f'<script type="text/plain" id="{name}">{packed}</script>')
     page = (DEMO / "page.html").read_text(encoding="utf-8")
@@ -112,11 +100,14 @@ def main():
         args.checkpoint, args.vae1_path, args.vae2_path,
         vae1_subfolder=args.vae1_subfolder, vae2_subfolder=args.vae2_subfolder, labels=("--vae1_path", "--vae2_path"),
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        parts = export_parts(pipeline, Path(folder))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        export_vae(pipeline.codec1, "vae1", folder)
+        export_vae(pipeline.codec2, "vae2", folder)
+        export_pipeline(pipeline, folder / "module.onnx")
         if args.parts:
             shutil.copytree(folder, args.parts, dirs_exist_ok=True)
-        page = page_of(parts, args.picture)
+        page = page_of(sorted(folder.glob("*.onnx")), args.picture)
     with atomic_file(args.output, "w", encoding="utf-8") as file:
         file.write(page)
     print(f"{args.output}: {len(page) / 1e6:.1f} MB; open it in a browser")

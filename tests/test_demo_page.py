@@ -12,6 +12,10 @@ from conftest import ROOT, run_script
 from PIL import Image
 from pipelines import make_pipeline, save
 
+from tools.export_onnx import export_pipeline
+
+for package in ("onnx", "onnxscript"):
+    pytest.importorskip(package, reason=f"the package {package} is not installed")
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 DROP = """(async () => {
   const bytes = Uint8Array.from(atob(%s), (letter) => letter.charCodeAt(0));
@@ -28,8 +32,6 @@ SETTLED = """new Promise((resolve) => {
 @pytest.fixture(scope="module")
 def page(vae_folders, tmp_path_factory):
     """(page of an untrained module between tiny VAEs, open in Chromium; the same pipeline in Python; folder of its parts)."""
-    for package in ("onnx", "onnxscript"):
-        pytest.importorskip(package, reason=f"the package {package} is not installed")
     if not (ROOT / "demo" / "node_modules" / "onnxruntime-web").is_dir():
         pytest.skip("onnxruntime-web is not installed: npm install --prefix demo")
     if not find_chromium():
@@ -111,8 +113,6 @@ def test_another_module_is_taken_from_a_file(page):
     node = browser.call("DOM.querySelector", nodeId=target, selector="#models")["nodeId"]
     torch.nn.init.zeros_(pipeline.module.out.weight)
     torch.nn.init.zeros_(pipeline.module.linear.weight)
-    from tools.export_onnx import export_pipeline
-
     export_pipeline(pipeline, folder / "other.onnx")
     before = shown(browser, "aligned")
     browser.run('document.body.dataset.state = "fresh"')

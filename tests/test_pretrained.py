@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import ROOT, run_each, run_script
+from conftest import ROOT
 from safetensors import safe_open
 
 from dataloader import ImageDataset, eval_loader
@@ -115,43 +115,3 @@ def test_beats_decoding_and_encoding_again(path, shared):
         assert aligned["psnr"] > reencode["psnr"]
     else:  # on a hundred photos they are level
         assert aligned["psnr"] > reencode["psnr"] - 0.3
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# tools/share_checkpoint.py
-
-
-def share(source, output, *more, check=True):
-    paths = ("--vae1_path", "owner/vae1", "--vae2_path", "owner/vae2")
-    return run_script("tools/share_checkpoint.py", str(source), str(output), *paths, *more, check=check)
-
-
-def test_a_module_is_shared_from_a_training_checkpoint(tmp_path):
-    """Flags or weights of the wrong kind in the file, a space without a name that nobody hears of, a file that is replaced."""
-    module = AlignPipeline.from_pretrained(PRETRAINED[1]).module
-    vaes = {f"vae{n}": {"path": "/a/folder", "subfolder": None, "channels": c, "stride": 8} for n, c in ((1, 4), (2, 16))}
-    training = {"config": {"train_data_dir": "/a/folder"}, "step": 3, "epoch": 1.0, "metrics": {"aligned": {"psnr": 20.5}}}
-    content = {"format": "vae-align", "align_config": module.config.to_dict(), "state_dict": module.state_dict()}
-    torch.save(content | vaes | training, tmp_path / "training.pth")
-    output = tmp_path / "shared.safetensors"
-    result = share(tmp_path / "training.pth", output, "--vae1_space", "sd15")
-    assert f"{output}: 4.9 MB" in result.stdout
-    assert "VAE2's latent space has no name" in result.stderr and "VAE1's" not in result.stderr
-    assert b"/a/folder" not in output.read_bytes()
-    pipeline = AlignPipeline.from_pretrained(output)
-    assert pipeline.figures == training["metrics"]
-    assert (pipeline.space1, pipeline.space2.name) == (SPACES["sd15"], None)
-    before = output.read_bytes()
-    again = share(PRETRAINED[0], output, check=False)
-    assert again.returncode == 1 and "exists already" in again.stderr
-    assert output.read_bytes() == before
-
-
-def test_a_folder_of_this_machine_is_not_shared(tmp_path):
-    """A private path in a file that is given away, and that nobody else can open."""
-    output = tmp_path / "shared.safetensors"
-    places = (tmp_path, "vaes/taesd/vae", "./taesd", "~/taesd")
-    given = [[PRETRAINED[1], output, "--vae1_path", place, "--vae2_path", "owner/vae2"] for place in places]
-    for result in run_each("tools/share_checkpoint.py", given, tmp_path, "torch"):
-        assert result.returncode == 1 and "name a hub id" in result.stderr, result.args
-    assert not output.exists()

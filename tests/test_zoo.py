@@ -12,11 +12,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, child_environment, make_photo
+from conftest import ROOT, as_argv, child_environment, make_photo
 from diffusers import AutoencoderTiny
 from pipelines import make_zoo, of_itself
 
-from tools.zoo_results import PAGE, carried_psnr, results_page
+from tools.make.zoo import embedded_psnr, results_page
 from utils import read_json
 from vae_align import IMAGE, ZOO, ZOO_NAME, AlignError, AlignPipeline, read_zoo, zoo_pairs
 from vaes.codec import SPACES
@@ -117,13 +117,13 @@ def test_a_pair_carries_photos_as_well_as_the_manifest_says(into, shipped):
     for one in (IMAGE, *SPACE_NAMES):
         if one != into:
             pair = manifest["pairs"][one][into]
-            psnr = carried_psnr(pipelines.get(one), pipelines[into])
+            psnr = embedded_psnr(pipelines.get(one), pipelines[into])
             assert psnr == pytest.approx(pair["embedded_psnr"], abs=0.05), one
 
 
 def test_the_page_is_made_of_the_manifest(shipped):
     """Figures that were edited by hand, or trained anew without the page."""
-    assert PAGE.read_text("utf-8") == results_page(shipped[0]), "run python tools/zoo_results.py"
+    assert (ROOT / "RESULTS.md").read_text("utf-8") == results_page(shipped[0]), "run python tools/make/zoo.py"
 
 
 def test_a_manifest_that_cannot_be_read_is_said(tmp_path):
@@ -137,7 +137,7 @@ def test_a_manifest_that_cannot_be_read_is_said(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# tools/train_zoo.py
+# tools/make/zoo.py
 
 
 def test_a_killed_zoo_goes_on_where_it_was(tmp_path):
@@ -150,10 +150,9 @@ def test_a_killed_zoo_goes_on_where_it_was(tmp_path):
         (tmp_path / folder).mkdir()
         for number in range(2):
             make_photo(rng, (256, 256)).save(tmp_path / folder / f"{number}.png")
-    command = [sys.executable, str(ROOT / "tools" / "train_zoo.py"), "--pairs", "sd15:flux1", "--minutes", "0.05"]
-    command += ["--train_data_dir", "train", "--eval_data_dir", "eval", "--vaes", "vaes", "--work_dir", "work"]
-    command += ["--output_dir", "zoo", "--results", "RESULTS.md", "--image_size", "64"]
-    command += ["--device", "cpu", "--precision", "float32"]
+    flags = {"pairs": "sd15:flux1", "minutes": 0.05, "image_size": 64, "device": "cpu", "precision": "float32", "vaes": "vaes"}
+    flags |= {"train_data_dir": "train", "eval_data_dir": "eval", "work_dir": "work", "output_dir": "zoo", "results": "page.md"}
+    command = [sys.executable, str(ROOT / "tools" / "make" / "zoo.py"), *as_argv(flags)]
     options = {
         "cwd": tmp_path,
         "env": child_environment(),
@@ -173,4 +172,4 @@ def test_a_killed_zoo_goes_on_where_it_was(tmp_path):
     assert (tmp_path / "zoo" / "sd15.safetensors").stat().st_mtime_ns == trained
     made = read_json(manifest)
     assert set(made["spaces"]) == {"sd15", "flux1"} and set(made["pairs"]) == {"sd15"}
-    assert "| SD1.5 → FLUX.1 |" in (tmp_path / "RESULTS.md").read_text("utf-8")
+    assert "| SD1.5 → FLUX.1 |" in (tmp_path / "page.md").read_text("utf-8")

@@ -1,10 +1,10 @@
-"""Write a module as one .onnx file, for onnxruntime and whatever else reads ONNX.
+"""Write a module as one .onnx file, for onnxruntime and other readers of ONNX.
 
     python tools/export_onnx.py assets/pretrained/taesd_to_taef1_latent.safetensors sd15_to_flux1.onnx
 
 Inputs are `latents` (scaled, float32), `image` (NCHW in [-1, 1]), or both, as the module takes them; the output is `aligned`
 (scaled). Batch, height and width are open. The file's metadata holds both latent spaces under `vae_align`, as JSON. Needs the
-packages onnx and onnxscript; with onnxruntime the file is also run beside torch, and the largest difference is printed.
+packages onnx and onnxscript; with onnxruntime the program also runs the file beside torch and prints the largest difference.
 """
 
 import argparse
@@ -45,30 +45,29 @@ def example_inputs(module: AlignModule, rows: int, columns: int, batch: int = 2)
 
 
 def open_sizes(module: AlignModule) -> dict[str, dict]:
-    """Which sizes of which input stay open, and how those of two inputs hang together."""
+    """{input: its open sizes, as multiples of the sizes that both inputs share}."""
     config = module.config
     unit = max(config.latent_stride, config.out_stride)
     batch, rows, columns = (torch.export.Dim(name, min=1, max=1 << 14) for name in ("batch", "rows", "columns"))
-    units = {"latents": unit // config.latent_stride, "image": unit}
-    names = [name for name in units if name.removesuffix("s") in config.input_types]
-    return {
-        name: {0: batch, **{axis: units[name] * side if units[name] > 1 else side for axis, side in ((2, rows), (3, columns))}}
-        for name in names
-    }
+    sizes = {}
+    for kind, name, factor in (("latent", "latents", unit // config.latent_stride), ("image", "image", unit)):
+        if kind in config.input_types:
+            height, width = (rows, columns) if factor == 1 else (factor * rows, factor * columns)
+            sizes[name] = {0: batch, 2: height, 3: width}
+    return sizes
 
 
 def export_graph(
     model: torch.nn.Module, inputs: dict, sizes: dict, output: str | Path, output_name: str, metadata: dict, input_names=None
 ) -> None:
-    """Write `model(**inputs)` as ONNX with the sizes open; one file, weights included.
+    """Write `model(**inputs)` as one ONNX file, weights included, with open sizes.
 
     Args:
-        sizes: what `torch.export` takes as `dynamic_shapes`. metadata: {key: text}.
-        input_names: of the graph, where the names of `inputs` will not do.
+        sizes: torch.export's `dynamic_shapes`. metadata: {key: text}. input_names: the graph's, by default those of `inputs`.
     """
     for chatty in ("onnxscript", "onnx_ir"):  # a line for every node they simplify
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    with warnings.catch_warnings():  # the two inputs share their sizes, of which torch warns
+    with warnings.catch_warnings():  # torch warns that the two inputs share their sizes
         warnings.filterwarnings("ignore", "# The axis name: ", UserWarning)
         program = torch.onnx.export(
             model, (), kwargs=inputs, dynamic_shapes=sizes, opset_version=OPSET, dynamo=True, verbose=False,
@@ -86,20 +85,15 @@ def export_pipeline(pipeline: AlignPipeline, output: str | Path) -> None:
     """Write a pipeline's module as ONNX, in float32, with its spaces in the metadata."""
     module = pipeline.module.float().cpu().eval()
     module.to(memory_format=torch.contiguous_format)
-    description = {
-        "align_config": pipeline.config.to_dict(),
-        "space1": pipeline.space1.to_dict(),
-        "space2": pipeline.space2.to_dict(),
-    }
+    description = {"align_config": pipeline.config, "space1": pipeline.space1, "space2": pipeline.space2}
+    metadata = {"vae_align": json.dumps({name: part.to_dict() for name, part in description.items()})}
     torch.manual_seed(0)
-    export_graph(
-        module, example_inputs(module, 3, 5), open_sizes(module), output, "aligned", {"vae_align": json.dumps(description)}
-    )
+    export_graph(module, example_inputs(module, 3, 5), open_sizes(module), output, "aligned", metadata)
 
 
 @torch.no_grad()
 def largest_difference(module: AlignModule, session, rows: int, columns: int, batch: int) -> float:
-    """Between what onnxruntime and torch make of random inputs of that size."""
+    """The largest difference between onnxruntime's and torch's output for random inputs of that size."""
     inputs = example_inputs(module, rows, columns, batch)
     (aligned,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
     return (torch.from_numpy(aligned) - module(**inputs)).abs().max().item()
@@ -116,10 +110,10 @@ def main():
     pipeline = PipelineWithVAEs.from_checkpoint(args.checkpoint)
     try:
         import onnxscript  # noqa: F401 - torch's exporter needs it, and names it in many lines
+
+        export_pipeline(pipeline, output)
     except ImportError as error:
         raise UserError(f"{output}: needs the package {error.name}; pip install onnx onnxscript onnxruntime") from None
-    try:
-        export_pipeline(pipeline, output)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({one_line(error)}); name another place") from None
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, opset {OPSET}, inputs {', '.join(open_sizes(pipeline.module))}")

@@ -1,115 +1,96 @@
-"""Put a module on the hub: weights, config.json, vae_align.py and a model card with figures, baselines and a picture.
+"""Share a module: as one .safetensors file, or on the hub with vae_align.py, a model card, figures and a picture.
 
+    python tools/publish.py CHECKPOINT sd15_to_flux1.safetensors --vae1_path madebyollin/taesd --vae2_path madebyollin/taef1
     python tools/publish.py CHECKPOINT --repo owner/name --metrics eval_results/metrics.json --dry_run
     HF_TOKEN=… python tools/publish.py CHECKPOINT --repo owner/name --metrics eval_results/metrics.json
 
-The files are written into --output_dir first; --dry_run ends there. `AlignPipeline.from_pretrained("owner/name")` reads them
-back, and so does diffusers' `AutoModel.from_pretrained("owner/name", trust_remote_code=True)`. What a checkpoint holds of the
-training stays behind, as with tools/share_checkpoint.py.
+The weights, both latent spaces and the figures are written; flags, folders of this machine and the state of the training are
+not. So no run can resume from the result, but --load_checkpoint starts one from its weights.
+
+With --repo the files are first written into --output_dir, and --dry_run stops there. Both
+`AlignPipeline.from_pretrained("owner/name")` and diffusers' `AutoModel.from_pretrained("owner/name", trust_remote_code=True)`
+load the repository.
 """
 
 import argparse
+import logging
 import re
 import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from huggingface_hub import HfApi, ModelCardData
-from share_checkpoint import add_arguments, pipeline_to_share, require_hub_id
+import torch
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from runtime.cli import claim_writable_folder, run
-from utils import UserError, atomic_file, hub_token, one_line, shown
-from vae_align import AlignPipeline
+from utils import UserError, atomic_file, hub_token, one_line, read_json, shown
+from vae_align import AlignPipeline, module_of, read_checkpoint, spaces_of
+from vaes.codec import named_space
 
-ROWS = {
-    "vae2": "VAE2's own reconstruction",
-    "reencode": "decode with VAE1, re-encode with VAE2",
-    "linear": "the best linear map",
-    "aligned": "**this module**",
-}
-COLUMNS = {
-    "psnr": ("PSNR dB", "{:.2f}"),
-    "st_lpips_vgg": ("ST-LPIPS (VGG)", "{:.3f}"),
-    "ssim": ("SSIM", "{:.4f}"),
-    "latent_mse": ("latent MSE", "{:.4f}"),
-}
+log = logging.getLogger(__name__)
+
+FIGURES = ("psnr", "st_lpips_vgg", "texture", "detail", "ssim", "psnr_vs_vae2", "latent_mse", "colour_bias")
+RUNGS = ("vae2", "reencode", "linear", "aligned")
+COLUMNS = {"psnr": "%.2f", "st_lpips_vgg": "%.3f", "ssim": "%.4f", "latent_mse": "%.4f"}  # of the card, and their formats
+CARD = Path(__file__).with_name("model_card.md.jinja")
 PICTURE = "comparison.png"
-DIFFUSERS = """
-In diffusers 0.33 or newer the latents go into the image-to-image pipeline of VAE2's family unpacked, as `image=`, with
-`height={stride} * aligned.shape[2]` and `width={stride} * aligned.shape[3]`; for FLUX.1 both must be multiples of 16.
-"""
 
 
-def card_data(pipeline: AlignPipeline, repo: str, base_models: list[str], licence: str) -> str:
-    """The card's YAML header."""
+def require_hub_id(flag: str, value: str) -> None:
+    """UserError for a local folder: nobody else can open it, and it reveals how this machine's disks are laid out."""
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", value, re.ASCII) or Path(value).is_dir():
+        raise UserError(f"{flag} {shown(value)}: a folder of this machine goes into no shared file; name a hub id, owner/name")
+
+
+def figures_in(results: dict, names: tuple[str, ...] = FIGURES) -> dict:
+    """{rung: {metric: mean}} from the results of `ladder.evaluate` with their `image_size`; KeyError where one is missing."""
+    rungs = {rung: results["ladder"][rung] for rung in RUNGS if rung in results["ladder"]}
+    judged_on = {"images": results["images"], "image_size": results["image_size"]}
+    return {rung: {name: figures.get(name) for name in names} | judged_on for rung, figures in rungs.items()}
+
+
+def pipeline_to_share(args: argparse.Namespace) -> tuple[AlignPipeline, list[str]]:
+    """(the pipeline of `args.checkpoint` without its training, hub ids of its VAEs). UserError for local folders."""
+    content = read_checkpoint(args.checkpoint)
+    vaes, spaces = [], []
+    for number, recorded in enumerate(spaces_of(content), 1):
+        name = getattr(args, f"vae{number}_space")
+        vaes.append(getattr(args, f"vae{number}_path") or content[f"vae{number}"]["path"] or "")
+        spaces.append(named_space(name) if name else recorded)
+        require_hub_id(f"--vae{number}_path", vaes[-1])
+        if not spaces[-1].map_is_known:
+            said = "VAE%d's latent space has no name: the file serves scaled latents only; --vae%d_space names it"
+            log.warning(said, number, number)
+    figures = content["metrics"]
+    if args.metrics:
+        try:
+            figures = figures_in(read_json(args.metrics))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{args.metrics}: not a metrics.json of eval_align.py ({one_line(error)})") from None
+    return AlignPipeline(module_of(content), *spaces, figures=figures).to(getattr(torch, args.dtype)), vaes
+
+
+def model_card(pipeline: AlignPipeline, vaes: list[str], args: argparse.Namespace, picture: str | None) -> ModelCard:
+    """README.md of the repository."""
+    figures = {rung: pipeline.figures[rung] for rung in RUNGS if isinstance(pipeline.figures.get(rung), dict)}
+    spaces = [space.name for space in (pipeline.space1, pipeline.space2) if space.name]
     data = ModelCardData(
-        license=licence,
-        base_model=base_models,
+        license=args.license,
+        base_model=args.base_model or vaes,
         library_name="diffusers",
         pipeline_tag="image-to-image",
-        tags=["latent-interposer", "vae", *(space.name for space in (pipeline.space1, pipeline.space2) if space.name)],
-        model_name=repo.rpartition("/")[2],
+        tags=["latent-interposer", "vae", *spaces],
+        model_name=args.repo.rpartition("/")[2],
     )
-    return data.to_yaml()
-
-
-def figures_table(figures: dict) -> str:
-    """The module's figures beside its baselines, as a Markdown table; "" where none are known."""
-    rows = {name: figures[name] for name in ROWS if isinstance(figures.get(name), dict)}
-    if "aligned" not in rows:
-        return ""
-    columns = {name: column for name, column in COLUMNS.items() if any(row.get(name) is not None for row in rows.values())}
-    lines = ["| |" + "".join(f" {title} |" for title, _ in columns.values()), "|---|" + "---|" * len(columns)]
-    for name, row in rows.items():
-        cells = ("–" if row.get(column) is None else form.format(row[column]) for column, (_, form) in columns.items())
-        lines.append(f"| {ROWS[name]} |" + "".join(f" {cell} |" for cell in cells))
-    judged = rows["aligned"]
-    if judged.get("images"):
-        lines += ["", f"*Means of {judged['images']} images at {judged.get('image_size')} px, decoded with VAE2.*"]
-    return "\n".join(lines)
-
-
-def model_card(pipeline: AlignPipeline, repo: str, vaes: list[str], args: argparse.Namespace, picture: bool) -> str:
-    """README.md of the repository."""
-    inputs = ", ".join(["latents"] * pipeline.uses_latents + ["image"] * pipeline.uses_image)
-    takes = " and ".join(["VAE1's latents"] * pipeline.uses_latents + ["the image"] * pipeline.uses_image)
-    parts = [
-        f"---\n{card_data(pipeline, repo, args.base_model or vaes, args.license)}\n---",
-        f"# {repo.rpartition('/')[2]}",
-        f"Carries latents of {pipeline.space1} into the latent space {pipeline.space2}, without decoding and encoding again. "
-        f"It takes {takes}. VAE1 is `{vaes[0]}`, VAE2 is `{vaes[1]}`.",
-        f"![original, VAE1, VAE2, re-encoded and aligned]({PICTURE})" if picture else "",
-        "## Figures" if figures_table(pipeline.figures) else "",
-        figures_table(pipeline.figures),
-        "## Use",
-        "```python\nfrom vae_align import AlignPipeline  # vae_align.py of this repository; needs torch and safetensors\n\n"
-        f'align = AlignPipeline.from_pretrained("{repo}")\n'
-        f"aligned = align.translate({inputs})  # scaled latents; raw=True for raw ones, as ComfyUI keeps them\n```",
-        f'or `align = diffusers.AutoModel.from_pretrained("{repo}", trust_remote_code=True)`.',
-        DIFFUSERS.format(stride=pipeline.space2.stride).strip(),
-        "## Limits",
-        "One direction between these two latent spaces. What VAE1's latents do not hold cannot come back: without the image "
-        "fine detail is softer than VAE2's own, which image-to-image at a strength of 0.4 and more hides. Latents far outside "
-        "what photos give, such as noise, are not translated faithfully.",
-        f"## Licence\n\n{args.license} for these weights. The VAEs named above have licences of their own.",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def find_picture(args: argparse.Namespace) -> Path | None:
-    """The comparison picture: the one that was named, else the first that eval_align.py left beside its metrics.json."""
-    if args.picture:
-        if not Path(args.picture).is_file():
-            raise UserError(f"--picture {args.picture}: no such file")
-        return Path(args.picture)
-    return next(iter(sorted(Path(args.metrics).parent.glob("*.png"))), None) if args.metrics else None
+    columns = {name: form for name, form in COLUMNS.items() if any(row.get(name) is not None for row in figures.values())}
+    values = {"pipeline": pipeline, "repo": args.repo, "vaes": vaes, "figures": figures, "columns": columns, "picture": picture}
+    return ModelCard.from_template(data, template_path=CARD, **values)
 
 
 def upload(folder: Path, repo: str, private: bool) -> str:
-    """Upload the folder's files as one commit, to a repository that is made where it is missing; the commit's address."""
+    """Upload the folder's files as one commit, to a new repository where there is none; the commit's address."""
     api = HfApi(token=hub_token() or False)
     try:
         api.create_repo(repo, exist_ok=True, private=private)
@@ -121,38 +102,64 @@ def upload(folder: Path, repo: str, private: bool) -> str:
     return done.commit_url
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="file (.pth or .safetensors), or a folder: its newest")
-    parser.add_argument("--repo", required=True, help="owner/name on the hub")
-    parser.add_argument("--dry_run", action="store_true", help="write the files and upload nothing")
-    parser.add_argument("--output_dir", help="folder of the files (default: published/NAME)")
-    parser.add_argument("--picture", help="PNG for the card (default: the first one beside --metrics)")
-    parser.add_argument("--license", default="apache-2.0", help="the hub's short name of the weights' licence")
-    parser.add_argument("--base_model", nargs="+", help="hub ids of the models on both sides (default: the VAEs')")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    add_arguments(parser, vaes_required=False)
-    args = parser.parse_args()
-
+def write_repository(args: argparse.Namespace) -> Path:
+    """Write the files of the repository `args.repo`; their folder."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", args.repo, re.ASCII):
         raise UserError(f"--repo {shown(args.repo)}: name it owner/name")
     for model in args.base_model or ():
         require_hub_id("--base_model", model)
+    if args.picture and not Path(args.picture).is_file():
+        raise UserError(f"--picture {args.picture}: no such file")
+    found = sorted(Path(args.metrics).parent.glob("*.png")) if args.metrics else []
+    picture = Path(args.picture) if args.picture else next(iter(found), None)
     pipeline, vaes = pipeline_to_share(args)
-    picture = find_picture(args)
     folder = claim_writable_folder(args.output_dir or Path("published") / args.repo.rpartition("/")[2], "--output_dir")
     pipeline.save_pretrained(folder, vaes=vaes)
     if picture and picture.resolve() != (folder / PICTURE).resolve():
         shutil.copyfile(picture, folder / PICTURE)
     with atomic_file(folder / "README.md", "w", encoding="utf-8") as file:
-        file.write(model_card(pipeline, args.repo, vaes, args, picture is not None))
-    AlignPipeline.from_pretrained(folder)
-    for file in sorted(folder.iterdir()):
-        print(f"{file}: {file.stat().st_size / 1e6:.3f} MB")
-    if args.dry_run:
-        print("--dry_run: nothing was uploaded")
+        file.write(f"{model_card(pipeline, vaes, args, picture and PICTURE)}\n")
+    return folder
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="file (.pth or .safetensors), or a folder: its newest")
+    parser.add_argument("output", nargs="?", help="the .safetensors file to write; replaces none")
+    parser.add_argument("--repo", help="owner/name on the hub, in place of a file")
+    parser.add_argument("--dry_run", action="store_true", help="write the repository's files and upload nothing")
+    parser.add_argument("--output_dir", help="folder of the repository's files (default: published/NAME)")
+    parser.add_argument("--picture", help="PNG for the card (default: the first one beside --metrics)")
+    parser.add_argument("--license", default="apache-2.0", help="the hub's short name of the weights' licence")
+    parser.add_argument("--base_model", nargs="+", help="hub ids of the models on both sides (default: the VAEs')")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    for number in (1, 2):
+        recorded = "(default: what the checkpoint records)"
+        parser.add_argument(f"--vae{number}_path", help=f"hub id of VAE{number}, for those who judge the module {recorded}")
+        parser.add_argument(f"--vae{number}_space", help=f"name or alias of its latent space {recorded}")
+    parser.add_argument("--metrics", help="a metrics.json of eval_align.py about this checkpoint: its figures go along")
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the weights")
+    args = parser.parse_args()
+
+    if bool(args.output) == bool(args.repo):
+        raise UserError("name either a .safetensors file to write, or --repo owner/name")
+    if args.repo:
+        written = write_repository(args)
     else:
-        print(f"uploaded: {upload(folder, args.repo, args.private)}")
+        written = Path(args.output)
+        if written.suffix != ".safetensors":
+            raise UserError(f"{written}: name a file that ends in .safetensors")
+        if written.exists():
+            raise UserError(f"{written}: exists already; name another file or delete it")
+        pipeline, vaes = pipeline_to_share(args)
+        pipeline.save_pretrained(written, vaes=vaes)
+    AlignPipeline.from_pretrained(written)
+    for file in sorted(written.iterdir()) if args.repo else [written]:
+        print(f"{file}: {file.stat().st_size / 1e6:.3f} MB")
+    if args.repo and not args.dry_run:
+        print(f"uploaded: {upload(written, args.repo, args.private)}")
+    elif args.repo:
+        print("--dry_run: nothing was uploaded")
 
 
 if __name__ == "__main__":

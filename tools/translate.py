@@ -1,13 +1,13 @@
-"""Latents of VAE1, or images through VAE1, into latents of VAE2: files in, files of the same kind out.
+"""Translate files of VAE1's latents, or images through VAE1, into files of VAE2's latents.
 
     python tools/translate.py assets/pretrained/taesd_to_taef1_latent.safetensors saved/*.latent --output_dir flux
     python tools/translate.py MODULE photos/ --output_dir flux --vae1_path sd-legacy/stable-diffusion-v1-5
 
-A folder stands for the files in it. What is read: `.latent` (ComfyUI's, always raw), `.safetensors` (a tensor `latents`, or its
-only one), `.pt` and `.pth` (a tensor, or a dict of tensors in the same way), `.npy`, and images. VAE1 encodes images whole, but
-for a crop around the centre to a multiple of its stride; a module that takes the image gets them too. Latents are (B, C, h, w)
-or (C, h, w). Each result keeps its file's name and kind; images become `.safetensors`. A file that cannot be read is left out
-and named, and the exit status is then 1.
+A folder stands for the files in it. Readable are `.latent` (ComfyUI's, always raw), `.safetensors` (a tensor `latents`, or its
+only one), `.pt` and `.pth` (a tensor, or a dict of tensors in the same way), `.npy`, and images. Images are cropped around the
+centre to a multiple of VAE1's stride; a module that takes the image gets them too. Latents are (B, C, h, w) or (C, h, w). Each
+result keeps its file's name and kind; images become `.safetensors`. The program names each file that it cannot translate, goes
+on with the others, and then exits with status 1.
 """
 
 import argparse
@@ -28,9 +28,8 @@ from images.decoding import to_pixel_values
 from images.files import list_images
 from runtime.cli import MISTAKES, claim_writable_folder, run
 from utils import UserError, atomic_file, compute_policy, one_line, resolve_device
-from vaes.codec import SPACES, Codec
-from vaes.loading import load_vae_model
-from vaes.pipeline import PipelineWithVAEs, read_checkpoint
+from vaes.codec import SPACES
+from vaes.pipeline import PipelineWithVAEs
 
 log = logging.getLogger(__name__)
 
@@ -50,21 +49,20 @@ def read_latents(path: Path) -> tuple[torch.Tensor, bool]:
             content = load_file(path)
     except Exception as error:  # numpy, torch and safetensors have errors of their own
         raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
-    comfyui = path.suffix == ".latent"
-    scale = 1.0
+    comfyui, scale = path.suffix == ".latent", 1.0
     if isinstance(content, dict):
         if comfyui and RAW_MARK not in content:
             scale = SPACES["sd15"].std[0]
         tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor) and value.ndim >= 3}
-        named = [tensors[name] for name in NAMES if name in tensors]
-        content = named[0] if named else next(iter(tensors.values())) if len(tensors) == 1 else None
+        named = [tensors[name] for name in NAMES if name in tensors] or list(tensors.values())[: len(tensors) == 1]
+        content = named[0] if named else None
     if not isinstance(content, torch.Tensor) or content.ndim not in (3, 4) or not content.is_floating_point():
         raise UserError(f"{path}: holds no latents (B, C, h, w); name the tensor `latents`")
-    return content * scale if scale != 1 else content, comfyui
+    return content * scale, comfyui
 
 
 def write_latents(path: Path, latents: torch.Tensor) -> None:
-    """One file of the kind that its ending says, whole or not at all."""
+    """Write latents in the kind of file that the ending names, atomically."""
     latents = latents.cpu().contiguous()
     with atomic_file(path) as file:
         if path.suffix == ".npy":
@@ -91,44 +89,22 @@ def read_image(path: Path, stride: int) -> torch.Tensor:
     return to_pixel_values(torch.from_numpy(levels).permute(2, 0, 1)[None])
 
 
-class Translator:
-    """A module, and VAE1 where images come: opened when the first one does."""
+def translate_file(path: Path, pipeline: PipelineWithVAEs, raw: bool) -> torch.Tensor:
+    """VAE2's latents of a file of latents, or of an image through VAE1; the result has as many dimensions as the file's tensor.
 
-    def __init__(self, args):
-        content = read_checkpoint(args.module)
-        self.pipeline = PipelineWithVAEs.from_checkpoint(content, device=args.device)
-        self.vae_path = args.vae1_path or content["vae1"]["path"]
-        self.vae_subfolder, self.cache_dir, self.raw = args.vae1_subfolder, args.cache_dir, args.latents == "raw"
-        self._codec = None
-
-    @property
-    def codec(self) -> Codec:
-        if self._codec is None:
-            if not self.vae_path:
-                raise UserError("--vae1_path: the module's file names no VAE1; name the one that encodes the images")
-            device = self.pipeline.device
-            vae = load_vae_model(self.vae_path, self.vae_subfolder, self.cache_dir, device, torch.float32, "--vae1_path")
-            self._codec = Codec(vae, self.vae_path, self.vae_subfolder)
-            own = self.pipeline.space1
-            if (self._codec.channels, self._codec.stride) != (own.channels, own.stride):
-                raise UserError(f"--vae1_path {self.vae_path}: its latents are {self._codec.space}; the module takes {own}")
-        return self._codec
-
-    def of_latents(self, path: Path) -> torch.Tensor:
+    `raw`: read and return raw latents; a `.latent` file is always raw. UserError or AlignError if the file does not fit.
+    """
+    if path.suffix in LATENT_FILES:
         latents, says_raw = read_latents(path)
-        if self.pipeline.uses_image:
+        if pipeline.uses_image:
             raise UserError(f"{path}: this module also takes the image; give it the images, or use a module of latents alone")
-        batch = latents if latents.ndim == 4 else latents[None]
-        translated = self.pipeline.translate(batch, raw=self.raw or says_raw)
+        translated = pipeline.translate(latents if latents.ndim == 4 else latents[None], raw=raw or says_raw)
         return translated if latents.ndim == 4 else translated[0]
-
-    def of_image(self, path: Path) -> torch.Tensor:
-        pipeline = self.pipeline
-        image = read_image(path, max(pipeline.config.latent_stride, pipeline.config.out_stride)).to(pipeline.device)
-        scaled = pipeline.translate(self.codec.encode(image) if pipeline.uses_latents else None, image)
-        if self.raw and not pipeline.space2.map_is_known:
-            raise UserError("--latents raw: the module's file does not name VAE2's latent space; leave the flag out")
-        return pipeline.space2.to_raw(scaled) if self.raw else scaled
+    image = read_image(path, max(pipeline.config.latent_stride, pipeline.config.out_stride)).to(pipeline.device)
+    scaled = pipeline.translate(pipeline.codec1.encode(image) if pipeline.uses_latents else None, image)
+    if raw and not pipeline.space2.map_is_known:
+        raise UserError("--latents raw: the module's file does not name VAE2's latent space; leave the flag out")
+    return pipeline.space2.to_raw(scaled) if raw else scaled
 
 
 def planned(inputs: list[str], output_dir: Path) -> dict[Path, Path]:
@@ -139,14 +115,12 @@ def planned(inputs: list[str], output_dir: Path) -> dict[Path, Path]:
             raise UserError(f"{given}: no such file or folder")
         found = [given]
         if given.is_dir():
-            found = sorted(
-                {file for file in given.iterdir() if file.suffix in LATENT_FILES} | set(map(Path, list_images(given)))
-            )
+            latents = {file for file in given.iterdir() if file.suffix in LATENT_FILES}
+            found = sorted(latents | set(map(Path, list_images(given))))
             if not found:
                 raise UserError(f"{given}: no latents and no images in this folder")
         for file in found:
-            ending = file.suffix if file.suffix in LATENT_FILES else ".safetensors"
-            result = output_dir / (file.stem + ending)
+            result = output_dir / (file.name if file.suffix in LATENT_FILES else f"{file.stem}.safetensors")
             if sources.setdefault(result, file) != file:
                 raise UserError(f"{file}, {sources[result]}: both would become {result}; rename one")
             if result.exists() and result.samefile(file):
@@ -160,7 +134,7 @@ def main():
     parser.add_argument("module", help="file (.safetensors or .pth), or a folder: its newest checkpoint")
     parser.add_argument("inputs", nargs="+", metavar="IN", help="latents, images, or folders of them")
     parser.add_argument("--output_dir", required=True, help="folder of the results")
-    kinds = "of .safetensors, .pt and .npy files, in and out, and of results of images (default: scaled, as in diffusers)"
+    kinds = "in .safetensors, .pt and .npy files, read and written, and in results of images (default: scaled, as in diffusers)"
     parser.add_argument("--latents", choices=("scaled", "raw"), default="scaled", help=kinds)
     parser.add_argument("--vae1_path", help="hub id or folder of VAE1, which encodes images (default: what the module names)")
     parser.add_argument("--vae1_subfolder", default="vae", help="folder in it that holds the VAE, if there is one")
@@ -168,21 +142,20 @@ def main():
     parser.add_argument("--device", help="cuda, cuda:N, mps or cpu (default: the first of cuda, mps, cpu that is there)")
     args = parser.parse_args()
 
-    if args.device is None:
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    args.device = resolve_device(args.device, True)
-    compute_policy(args.device)
+    default = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = resolve_device(args.device or default, True)
+    compute_policy(device)
     output_dir = claim_writable_folder(args.output_dir, "--output_dir")
     plan = planned(args.inputs, output_dir)
-    translator = Translator(args)
-    if any(file.suffix not in LATENT_FILES for file in plan) and translator.pipeline.uses_latents:
-        translator.codec  # noqa: B018 - a VAE that is not to be had is said before the work begins
+    options = {"device": device, "cache_dir": args.cache_dir, "vae1_subfolder": args.vae1_subfolder}
+    pipeline = PipelineWithVAEs.from_checkpoint(args.module, args.vae1_path, labels=("--vae1_path", "VAE2"), **options)
+    if any(file.suffix not in LATENT_FILES for file in plan) and pipeline.uses_latents:
+        pipeline.codec1  # noqa: B018 - a missing VAE ends the program before the work begins
     failed = 0
     with logging_redirect_tqdm():
         for file, result in tqdm(plan.items(), desc="translate", unit="file"):
             try:
-                translate = translator.of_latents if file.suffix in LATENT_FILES else translator.of_image
-                write_latents(result, translate(file))
+                write_latents(result, translate_file(file, pipeline, args.latents == "raw"))
             except MISTAKES as error:
                 failed += 1
                 log.warning("left out: %s", one_line(error) if str(file) in str(error) else f"{file}: {one_line(error)}")

@@ -1,10 +1,10 @@
-"""Put the node pack into a ComfyUI: the nodes, vae_align.py and the modules that the project ships. Standard library only.
+"""Install the node pack into a ComfyUI: the nodes, vae_align.py and the shipped modules. Standard library only.
 
     python integrations/comfyui/install.py PATH_TO_COMFYUI [MODULE.safetensors …]
 
-Writes custom_nodes/align_latents, with it the zoo, and models/latent_align; further modules that are named go along.
-PATH_TO_COMFYUI is the folder that holds custom_nodes and models. What an earlier install wrote is replaced; nothing else is
-touched. Restart ComfyUI afterwards.
+PATH_TO_COMFYUI is the folder that holds custom_nodes and models. Writes custom_nodes/align_latents, which includes the zoo, and
+models/latent_align, with the named modules too. Replaces the files of an earlier install and touches nothing else. Restart
+ComfyUI afterwards.
 """
 
 import argparse
@@ -14,25 +14,9 @@ from pathlib import Path
 
 PACK = Path(__file__).resolve().parent
 ROOT = PACK.parent.parent
-ZOO = ROOT / "assets" / "zoo"  # where vae_align.py looks for it, from wherever it is
 FILES = [PACK / name for name in ("__init__.py", "nodes.py", "latent_dict.py", "pyproject.toml", "README.md")]
 FILES += [ROOT / "vae_align.py", ROOT / "LICENSE"]
-
-
-def install(comfyui: Path, modules: list[Path]) -> tuple[Path, Path]:
-    """Copy the pack and the modules; the two folders that were written."""
-    pack, models = comfyui / "custom_nodes" / "align_latents", comfyui / "models" / "latent_align"
-    for folder in (pack, models, pack / "example_workflows"):
-        folder.mkdir(parents=True, exist_ok=True)
-    for file in FILES:
-        shutil.copyfile(file, pack / file.name)
-    for workflow in (PACK / "workflows").glob("*.json"):
-        shutil.copyfile(workflow, pack / "example_workflows" / workflow.name)
-    if ZOO.is_dir():
-        shutil.copytree(ZOO, pack / ZOO.relative_to(ROOT), dirs_exist_ok=True)
-    for module in modules:
-        shutil.copyfile(module, models / module.name)
-    return pack, models
+ZOO = Path("assets", "zoo")  # vae_align.py looks for it beside itself
 
 
 def main():
@@ -46,8 +30,14 @@ def main():
     if absent:
         sys.exit(f"error: {absent[0]}: no such file; name a module as .safetensors")
     modules = [*sorted((ROOT / "assets" / "pretrained").glob("*.safetensors")), *args.modules]
+    pack, models = args.comfyui / "custom_nodes" / "align_latents", args.comfyui / "models" / "latent_align"
     try:
-        pack, models = install(args.comfyui, modules)
+        shutil.copytree(PACK / "workflows", pack / "example_workflows", dirs_exist_ok=True)
+        if (ROOT / ZOO).is_dir():
+            shutil.copytree(ROOT / ZOO, pack / ZOO, dirs_exist_ok=True)
+        models.mkdir(parents=True, exist_ok=True)
+        for file, folder in [(file, pack) for file in FILES] + [(module, models) for module in modules]:
+            shutil.copyfile(file, folder / file.name)
     except OSError as error:
         sys.exit(f"error: {args.comfyui}: cannot write there ({error.strerror or error})")
     print(f"nodes:   {pack}")

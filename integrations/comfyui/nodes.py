@@ -25,13 +25,10 @@ def _module_names() -> list[str]:
     return [*folder_paths.get_filename_list(FOLDER), *map(TO.join, zoo_pairs())]
 
 
-def _pair_of(module_name: str) -> tuple[str, ...] | None:
-    pair = tuple(module_name.split(TO))
-    return pair if pair in zoo_pairs() else None
-
-
 def _path_of(module_name: str) -> str:
-    return str(ZOO / ZOO_NAME) if _pair_of(module_name) else folder_paths.get_full_path_or_raise(FOLDER, module_name)
+    if tuple(module_name.split(TO)) in zoo_pairs():
+        return str(ZOO / ZOO_NAME)
+    return folder_paths.get_full_path_or_raise(FOLDER, module_name)
 
 
 def _version_of(module_name: str) -> int:
@@ -40,15 +37,15 @@ def _version_of(module_name: str) -> int:
 
 @functools.lru_cache(maxsize=4)
 def _load(module_name: str, version: int) -> AlignPipeline:
-    pair = _pair_of(module_name)
-    return AlignPipeline.pair(*pair) if pair else AlignPipeline.from_checkpoint(_path_of(module_name))
+    pair = tuple(module_name.split(TO))
+    return AlignPipeline.pair(*pair) if pair in zoo_pairs() else AlignPipeline.from_checkpoint(_path_of(module_name))
 
 
 class LoadAlignModule:
-    """A file of models/latent_align, or a pair of the zoo -> its module, and a line that says what it does."""
+    """Load a file of models/latent_align or a pair of the zoo: its module, and a line that describes it."""
 
     CATEGORY = "latent/align"
-    DESCRIPTION = "Loads a module that carries latents from one VAE's latent space into another's."
+    DESCRIPTION = "Loads a module that translates latents from one VAE's latent space into another's."
     RETURN_TYPES = ("ALIGN_MODULE", "STRING")
     RETURN_NAMES = ("align_module", "description")
     FUNCTION = "load"
@@ -67,10 +64,10 @@ class LoadAlignModule:
 
 
 class AlignLatents:
-    """VAE1's LATENT -> VAE2's LATENT."""
+    """Translate VAE1's LATENT into VAE2's LATENT."""
 
     CATEGORY = "latent/align"
-    DESCRIPTION = "Carries latents into another model family's latent space, without decoding and encoding again."
+    DESCRIPTION = "Translates latents into another model family's latent space."
     RETURN_TYPES = ("LATENT",)
     FUNCTION = "align"
 

@@ -24,35 +24,28 @@ WORKFLOWS = ROOT / "integrations" / "comfyui" / "workflows"
 MODULES = sorted(path.name for path in (ROOT / "assets" / "pretrained").glob("*.safetensors"))
 
 
-def untrained(input_types=("latent",), space1="sd15", space2="flux1"):
-    """A pipeline of the project's own `vae_align`, with random weights."""
+def untrained(input_types=("latent",), space2="flux1"):
+    """A pipeline from SD1.5, of the project's own `vae_align`, with random weights."""
     torch.manual_seed(0)
-    one, two = (SPACES[space] if isinstance(space, str) else space for space in (space1, space2))
-    sizes = {"latent_channels": one.channels, "latent_stride": one.stride}
-    sizes |= {"out_channels": two.channels, "out_stride": two.stride}
-    return AlignPipeline(align_module(AlignConfig(input_types, hidden_channels=8, num_blocks=1, **sizes)).eval(), one, two)
+    two = SPACES[space2] if isinstance(space2, str) else space2
+    config = AlignConfig(input_types, 4, two.channels, hidden_channels=8, num_blocks=1, out_stride=two.stride)
+    return AlignPipeline(align_module(config).eval(), SPACES["sd15"], two)
 
 
 class Host:
-    """An emulated ComfyUI with the pack installed and loaded."""
+    """An emulated ComfyUI with the pack installed and loaded; `monkeypatch` takes its modules away again."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, monkeypatch):
         self.folder = make_host(folder)
-        self.installed = subprocess.run([sys.executable, str(INSTALL), str(folder)], capture_output=True, text=True)
-        assert self.installed.returncode == 0, self.installed.stderr
-        self.names = ("utils", "comfy", "comfy.utils", "comfy.model_management", "folder_paths")
-        self.before = {name: sys.modules.pop(name, None) for name in self.names}
-        sys.path.insert(0, str(folder))
+        installed = subprocess.run([sys.executable, str(INSTALL), str(folder)], capture_output=True, text=True)
+        assert installed.returncode == 0, installed.stderr
+        for name in ("utils", "comfy", "comfy.utils", "comfy.model_management", "folder_paths"):
+            monkeypatch.setitem(sys.modules, name, None)
+            del sys.modules[name]
+        monkeypatch.syspath_prepend(str(folder))
         self.pack = load_pack(folder / "custom_nodes" / "align_latents")
         self.utils = __import__("utils")
         self.nodes = self.pack.NODE_CLASS_MAPPINGS
-
-    def close(self):
-        sys.path.remove(str(self.folder))
-        for name, module in self.before.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
 
     def add(self, pipeline, name):
         pipeline.save_pretrained(self.folder / "models" / "latent_align" / name)
@@ -64,13 +57,8 @@ class Host:
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
-    host = Host(tmp_path_factory.mktemp("ComfyUI"))
-    yield host
-    host.close()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Installed and loaded
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield Host(tmp_path_factory.mktemp("ComfyUI"), monkeypatch)
 
 
 def test_the_pack_is_complete_and_takes_no_name_of_its_host(host):
@@ -124,10 +112,6 @@ def test_a_pair_of_the_zoo_is_chosen_by_its_name(host):
     for given in ({}, {"align_module": loaded}):
         aligned = host.nodes["AlignLatents"]().align({"samples": raw}, "sd15 to flux1", **given)[0]["samples"]
         torch.testing.assert_close(aligned, pair.translate(raw, raw=True))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Latents
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -196,39 +180,29 @@ def test_a_space_that_the_host_folds_itself_is_taken_as_it_is(host):
     torch.testing.assert_close(host.align({"samples": raw}, name)["samples"], expected)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What does not fit
+SMALL = torch.randn(1, 4, 8, 8)
+BOTH = ("image", "latent")
 
 
-def refused(host, latent, pipeline, *parts, image=None):
-    name = host.add(pipeline, "refusing.safetensors")
-    with pytest.raises(ValueError) as error:
-        host.align(latent, name, image)
-    for part in parts:
-        assert part in str(error.value), error.value
+@pytest.mark.parametrize(
+    "samples, inputs, space2, image, said",
+    [
+        (torch.randn(1, 16, 8, 8), ("latent",), "flux1", None, "SD1.5 latents .*look like FLUX.1 latents"),
+        (torch.randn(1, 128, 8, 8), ("latent",), "flux1", None, "look like FLUX.2 or LTX latents"),
+        (torch.randn(1, 5, 8, 8), ("latent",), "flux1", None, "5 channels. Choose"),
+        (torch.randn(1, 8, 100), ("latent",), "flux1", None, "no pictures' latents"),
+        (SMALL, BOTH, "flux1", None, "connect the image"),
+        (SMALL, BOTH, "flux1", torch.rand(1, 128, 128, 3), "does not belong"),
+        (SMALL, ("latent",), LatentSpace.from_scale(None, 16, 8), None, "does not name its latent spaces"),
+    ],
+    ids=("FLUX.1", "FLUX.2", "no known space", "sound", "no image", "another image", "no name"),
+)
+def test_an_input_that_does_not_fit_is_refused(samples, inputs, space2, image, said, host):
+    """A bare "expected 4 channels, got 16", without a remedy; sound taken for a picture; a module run without its image."""
+    name = host.add(untrained(inputs, space2=space2), "refusing.safetensors")
+    with pytest.raises(ValueError, match=said) as error:
+        host.align({"samples": samples}, name, image)
     assert "\n" not in str(error.value)
-
-
-def test_latents_that_do_not_fit_are_refused_by_name(host):
-    """A bare "expected 4 channels, got 16", which names no remedy; sound taken for a picture."""
-    plain = untrained()
-    refused(host, {"samples": torch.randn(1, 16, 8, 8)}, plain, "SD1.5 latents", "look like FLUX.1 latents")
-    refused(host, {"samples": torch.randn(1, 128, 8, 8)}, plain, "look like FLUX.2 or LTX latents")
-    refused(host, {"samples": torch.randn(1, 5, 8, 8)}, plain, "5 channels. Choose")
-    refused(host, {"samples": torch.randn(1, 8, 100), "type": "audio"}, plain, "no pictures' latents")
-
-
-def test_a_module_that_needs_more_says_so(host):
-    """A module with the image run without it, or a file without names whose raw latents nobody knows."""
-    refused(host, {"samples": torch.randn(1, 4, 8, 8)}, untrained(("image", "latent")), "connect the image")
-    other = {"samples": torch.randn(1, 4, 8, 8)}
-    refused(host, other, untrained(("image", "latent")), "does not belong", image=torch.rand(1, 128, 128, 3))
-    unnamed = LatentSpace.from_scale(None, 16, 8)
-    refused(host, other, untrained(space2=unnamed), "does not name its latent spaces")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The real one
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_kl_vae, run_script
+from conftest import ROOT, run_script
+from real_pipelines import PIPELINES, build
 
 from runtime.cli import MISTAKES
 from vae_align import AlignConfig, AlignPipeline, align_module, pack
@@ -26,50 +27,16 @@ class Prompted:
         return self.pipeline(num_inference_steps=2, **self.embeddings, **options)
 
 
-def tiny_unet(**options):
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=32,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=8, **options,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def pipelines():
-    """{"sd15", "sdxl", "flux": a pipeline of the real class, for 64 x 96 px where none is asked for}."""
+    """{"sd15", "sdxl", "flux": a pipeline of the real class, for 64 x 96 px where no size is given}."""
     pytest.importorskip("transformers", reason="diffusers' pipelines need the package transformers")
     import diffusers
 
-    scheduler = diffusers.DDIMScheduler(clip_sample=False)
-    nothing = {"text_encoder": None, "tokenizer": None}
     torch.manual_seed(0)
-    sd15 = diffusers.StableDiffusionPipeline(
-        vae=make_kl_vae(4), unet=tiny_unet(), scheduler=scheduler, safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False, **nothing,
-    )  # fmt: skip
-    more = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80}
-    sdxl = diffusers.StableDiffusionXLPipeline(
-        vae=make_kl_vae(4), unet=tiny_unet(**more), scheduler=scheduler, text_encoder_2=None, tokenizer_2=None, **nothing
-    )
-    torch.manual_seed(0)
-    transformer = diffusers.FluxTransformer2DModel(
-        patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
-    )  # fmt: skip
-    flux = diffusers.FluxImg2ImgPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=make_kl_vae(16, scaling_factor=0.3611, shift_factor=0.1159),
-        transformer=transformer, text_encoder_2=None, tokenizer_2=None, **nothing,
-    )  # fmt: skip
-    words, pooled = torch.randn(1, 5, 32), torch.randn(1, 32)
-    size = {"height": 64, "width": 96, "prompt_embeds": words, "negative_prompt_embeds": words}
-    return {
-        "sd15": Prompted(sd15, **size),
-        "sdxl": Prompted(sdxl, **size, pooled_prompt_embeds=pooled, negative_pooled_prompt_embeds=pooled),
-        "flux": Prompted(flux, prompt_embeds=words, pooled_prompt_embeds=pooled),
-    }
+    made = {name: Prompted(build(name), height=64, width=96, **PIPELINES[name][3]) for name in ("sd15", "sdxl")}
+    flux = diffusers.FluxImg2ImgPipeline.from_pipe(build("flux1"))
+    return made | {"flux": Prompted(flux, **PIPELINES["flux1"][3])}
 
 
 def module_from(space):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, run_each, run_script
 
+from tools.export_onnx import export_pipeline, largest_difference
 from vae_align import AlignConfig, AlignPipeline, LatentSpace, align_module
 from vaes.codec import SPACES
 
@@ -16,14 +17,10 @@ SIZES = ((1, 4, 4), (1, 24, 40), (2, 17, 9), (3, 1, 2), (1, 32, 32))  # batch, r
 PRETRAINED = sorted((ROOT / "assets" / "pretrained").glob("*.safetensors"))
 
 
-def session_of(path):
-    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
-
-def largest_difference(session, module):
-    from tools.export_onnx import largest_difference
-
-    return max(largest_difference(module, session, rows, columns, batch) for batch, rows, columns in SIZES)
+def difference_of(path, module):
+    """The largest difference between the file's and the module's output at all sizes, and the file's session."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return max(largest_difference(module, session, rows, columns, batch) for batch, rows, columns in SIZES), session
 
 
 @pytest.mark.parametrize("path", PRETRAINED, ids=lambda path: path.stem)
@@ -33,11 +30,12 @@ def test_a_shipped_module_is_one_file_that_computes_the_same(path, tmp_path):
     told = run_script("tools/export_onnx.py", str(path), str(output))
     assert "differs from torch by at most" in told.stdout and not told.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["module.onnx"]
-    pipeline, session = AlignPipeline.from_pretrained(path), session_of(output)
+    pipeline = AlignPipeline.from_pretrained(path)
+    difference, session = difference_of(output, pipeline.module)
+    assert difference < 1e-4
     inputs = ["latents"] * pipeline.uses_latents + ["image"] * pipeline.uses_image
     assert [entry.name for entry in session.get_inputs()] == inputs
     assert [entry.name for entry in session.get_outputs()] == ["aligned"]
-    assert largest_difference(session, pipeline.module) < 1e-4
     model = onnx.load(output)
     assert [entry.version for entry in model.opset_import if not entry.domain] == [20]
     described = json.loads({entry.key: entry.value for entry in model.metadata_props}["vae_align"])
@@ -48,14 +46,12 @@ def test_a_shipped_module_is_one_file_that_computes_the_same(path, tmp_path):
 @pytest.mark.parametrize("input_types", [("latent",), ("image",), ("image", "latent")], ids="-".join)
 def test_other_grids_leave_their_sizes_open_too(input_types, strides, tmp_path):
     """A grid that is folded or repeated, whose size the exporter takes for a constant."""
-    from tools.export_onnx import export_pipeline
-
     torch.manual_seed(0)
     downsample_times = {8: 3, 16: 4}[strides[1]]
     config = AlignConfig(input_types, 4, 16, 8, 1, downsample_times, *strides)
     pipeline = AlignPipeline(align_module(config).eval())
     export_pipeline(pipeline, tmp_path / "module.onnx")
-    assert largest_difference(session_of(tmp_path / "module.onnx"), pipeline.module) < 1e-4
+    assert difference_of(tmp_path / "module.onnx", pipeline.module)[0] < 1e-4
 
 
 def test_another_ending_or_place_is_one_line(tmp_path):

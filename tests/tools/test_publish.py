@@ -1,16 +1,17 @@
-"""tools/publish.py against a hub on the loopback interface, and what others load from it."""
+"""tools/publish.py: one file, and a repository on a hub on the loopback interface, loaded from there."""
 
 import json
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_each, run_script
 from hub import BAD_TOKEN, TOKEN, HubHandler, Server, hub_environment, serving
 from huggingface_hub import ModelCard
 from PIL import Image
 
 from vae_align import AlignPipeline
+from vaes.codec import SPACES
 
 SHIPPED = ROOT / "assets" / "pretrained" / "taesd_to_taef1_latent.safetensors"
 READER = """
@@ -75,15 +76,10 @@ def test_the_card_says_what_the_module_is(published):
     card = ModelCard(published[1]["README.md"].decode())
     assert card.data.base_model == ["madebyollin/taesd", "madebyollin/taef1"] and card.data.license == "apache-2.0"
     assert "sd15" in card.data.tags and "flux1" in card.data.tags
-    for said in (
-        "| VAE2's own reconstruction | 20.50 |",
-        "| **this module** | 22.50 |",
-        "3 images at 64 px",
-        "(comparison.png)",
-    ):
+    rows = ("| VAE2's own reconstruction | 20.50 |", "| **this module** | 22.50 |", "3 images at 64 px", "(comparison.png)")
+    for said in (*rows, 'from_pretrained("owner/name")', "align.translate(latents)", "## Limits"):
         assert said in card.text
     assert "SSIM" not in card.text  # undefined in every row
-    assert 'from_pretrained("owner/name")' in card.text and "## Limits" in card.text
 
 
 def test_a_dry_run_asks_nobody(tmp_path):
@@ -100,3 +96,38 @@ def test_a_refused_token_is_one_line(tmp_path):
         ended = publish("--output_dir", tmp_path / "out", env=env, check=False)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr and BAD_TOKEN not in ended.stderr
     assert "set HF_TOKEN to a token that may write" in ended.stderr.splitlines()[-1]
+
+
+def test_a_module_is_shared_from_a_training_checkpoint(tmp_path):
+    """Flags or weights of the wrong kind in the file; a nameless space that nobody hears of."""
+    module = AlignPipeline.from_pretrained(SHIPPED).module
+    vaes = {f"vae{n}": {"path": "/a/folder", "subfolder": None, "channels": c, "stride": 8} for n, c in ((1, 4), (2, 16))}
+    training = {"config": {"train_data_dir": "/a/folder"}, "step": 3, "epoch": 1.0, "metrics": {"aligned": {"psnr": 20.5}}}
+    content = {"format": "vae-align", "align_config": module.config.to_dict(), "state_dict": module.state_dict()}
+    torch.save(content | vaes | training, tmp_path / "training.pth")
+    output = tmp_path / "shared.safetensors"
+    paths = ("--vae1_path", "owner/vae1", "--vae2_path", "owner/vae2", "--vae1_space", "sd15")
+    result = run_script("tools/publish.py", str(tmp_path / "training.pth"), str(output), *paths)
+    assert f"{output}: 4.92" in result.stdout
+    assert "VAE2's latent space has no name" in result.stderr and "VAE1's" not in result.stderr
+    assert b"/a/folder" not in output.read_bytes()
+    pipeline = AlignPipeline.from_pretrained(output)
+    assert pipeline.figures == training["metrics"]
+    assert (pipeline.space1, pipeline.space2.name) == (SPACES["sd15"], None)
+
+
+def test_an_output_that_cannot_be_shared_is_one_line(tmp_path):
+    """A private path in a shared file, which nobody else can open; a file that is replaced; a name that no reader knows."""
+    output, existing = tmp_path / "shared.safetensors", tmp_path / "existing.safetensors"
+    existing.write_bytes(b"mine")
+    said = {
+        "name a hub id": [[output, "--vae1_path", place] for place in (tmp_path, "vaes/taesd/vae", "~/taesd")],
+        "exists already": [[existing]],
+        "ends in .safetensors": [[tmp_path / "shared.pth"]],
+        "name either": [[], [output, "--repo", "owner/name"]],
+        "name it owner/name": [["--repo", "name"]],
+    }
+    given = [(part, [SHIPPED, *argv]) for part, argvs in said.items() for argv in argvs]
+    for (part, _), result in zip(given, run_each("tools/publish.py", [argv for _, argv in given], tmp_path, "torch")):
+        assert result.returncode == 1 and part in result.stderr and "Traceback" not in result.stderr, result.args
+    assert not output.exists() and existing.read_bytes() == b"mine"

@@ -1,7 +1,5 @@
 """tools/translate.py: latents in every kind of file, images through VAE1, and files that cannot be translated."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -10,19 +8,23 @@ from hostile import refusal
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tools.translate import planned, translate_file
 from vae_align import AlignConfig, AlignPipeline, align_module
 from vaes.codec import SPACES, Codec
 from vaes.loading import load_vae_model
+from vaes.pipeline import PipelineWithVAEs
 
-SCRIPT = "tools/translate.py"
+
+def translate(tmp_path, *argv, **options):
+    """Run the program; its results go into the folder `out`."""
+    return run_script("tools/translate.py", *map(str, argv), "--output_dir", str(tmp_path / "out"), **options)
 
 
 def save_module(path, *input_types):
     """A module of random weights from sd15 to flux1, in a file; its pipeline."""
     torch.manual_seed(0)
     module = align_module(AlignConfig(input_types, hidden_channels=8, num_blocks=1)).eval()
-    pipeline = AlignPipeline(module, SPACES["sd15"], SPACES["flux1"])
-    pipeline.save_pretrained(path)
+    AlignPipeline(module, SPACES["sd15"], SPACES["flux1"]).save_pretrained(path)
     return AlignPipeline.from_pretrained(path)
 
 
@@ -32,9 +34,8 @@ def latents(tmp_path):
     torch.manual_seed(1)
     folder = tmp_path / "in"
     folder.mkdir()
-    made = {
-        folder / name: torch.randn(2, 4, 6, 8) for name in ("a.latent", "b.latent", "c.safetensors", "d.pt", "e.npy", "f.pt")
-    }
+    names = ("a.latent", "b.latent", "c.safetensors", "d.pt", "e.npy", "f.pt")
+    made = {folder / name: torch.randn(2, 4, 6, 8) for name in names}
     mark, raw = {"latent_format_version_0": torch.tensor([])}, SPACES["sd15"].to_raw
     save_file({"latent_tensor": raw(made[folder / "a.latent"])} | mark, folder / "a.latent")
     save_file({"latent_tensor": made[folder / "b.latent"]}, folder / "b.latent")  # the oldest kind holds scaled ones
@@ -56,7 +57,7 @@ def read(path):
 def test_every_kind_of_file_comes_out_as_it_went_in(tmp_path, latents):
     """A kind that is read in another convention than it is written, old .latent files taken for raw ones, a lost batch axis."""
     pipeline = save_module(tmp_path / "module.safetensors", "latent")
-    told = run_script(SCRIPT, str(tmp_path / "module.safetensors"), str(tmp_path / "in"), "--output_dir", str(tmp_path / "out"))
+    told = translate(tmp_path, tmp_path / "module.safetensors", tmp_path / "in")
     assert "6 of 6 translated" in told.stdout and "6/6" in told.stderr
     for file, scaled in latents.items():
         expected = pipeline.translate(scaled if scaled.ndim == 4 else scaled[None])
@@ -71,8 +72,7 @@ def test_raw_is_said_by_name(tmp_path, latents):
     pipeline = save_module(tmp_path / "module.safetensors", "latent")
     file = next(file for file in latents if file.suffix == ".npy")
     np.save(file, SPACES["sd15"].to_raw(latents[file]).numpy())
-    told = [str(tmp_path / "module.safetensors"), str(file), "--output_dir", str(tmp_path / "out"), "--latents", "raw"]
-    run_script(SCRIPT, *told)
+    translate(tmp_path, tmp_path / "module.safetensors", file, "--latents", "raw")
     expected = SPACES["flux1"].to_raw(pipeline.translate(latents[file]))
     torch.testing.assert_close(read(tmp_path / "out" / file.name), expected, atol=1e-4, rtol=1e-4)
 
@@ -83,10 +83,7 @@ def test_images_go_through_vae1(tmp_path, input_types, vae_folders, photo_folder
     pipeline = save_module(tmp_path / "module.safetensors", *input_types)
     photo = Image.open(sorted(photo_folders[1].glob("*.jpg"))[0]).convert("RGB").crop((0, 0, 61, 50))
     photo.save(tmp_path / "photo.png")
-    run_script(
-        SCRIPT, str(tmp_path / "module.safetensors"), str(tmp_path / "photo.png"), "--output_dir", str(tmp_path / "out"),
-        "--vae1_path", str(vae_folders["kl4"]),
-    )  # fmt: skip
+    translate(tmp_path, tmp_path / "module.safetensors", tmp_path / "photo.png", "--vae1_path", vae_folders["kl4"])
     image = torch.from_numpy(np.array(photo)[1:49, 2:58]).permute(2, 0, 1)[None] / 127.5 - 1
     codec = Codec(load_vae_model(str(vae_folders["kl4"]), "vae", None, "cpu", torch.float32))
     expected = pipeline.translate(codec.encode(image), image)
@@ -99,8 +96,7 @@ def test_a_bad_file_is_left_out_and_named(tmp_path, latents):
     (tmp_path / "in" / "broken.pt").write_bytes(b"no tensor")
     np.save(tmp_path / "in" / "other.npy", np.zeros((1, 16, 4, 4), np.float32))
     torch.save({"step": 3}, tmp_path / "in" / "empty.pt")
-    given = [str(tmp_path / "module.safetensors"), str(tmp_path / "in"), "--output_dir", str(tmp_path / "out")]
-    ended = run_script(SCRIPT, *given, check=False)
+    ended = translate(tmp_path, tmp_path / "module.safetensors", tmp_path / "in", check=False)
     assert ended.returncode == 1 and "6 of 9 translated" in ended.stdout and "Traceback" not in ended.stderr
     left_out = [line for line in ended.stderr.replace("\r", "\n").splitlines() if line.startswith("left out: ")]
     assert len(left_out) == 3 and any("other.npy" in line and "look like latents of flux1" in line for line in left_out)
@@ -109,8 +105,6 @@ def test_a_bad_file_is_left_out_and_named(tmp_path, latents):
 
 def test_results_that_would_replace_something_are_refused(tmp_path, latents):
     """A result that replaces its own source or another's; a file that is not there."""
-    from tools.translate import planned
-
     folder, other, out = tmp_path / "in", tmp_path / "other", tmp_path / "out"
     other.mkdir()
     np.save(other / "e.npy", np.zeros((1, 4, 4, 4), np.float32))
@@ -123,24 +117,18 @@ def test_results_that_would_replace_something_are_refused(tmp_path, latents):
 
 def test_what_a_module_needs_is_said(tmp_path, latents):
     """A module without its image, or images without a VAE1, which ends in a traceback."""
-    from tools.translate import Translator
-
-    settings = {"module": tmp_path / "module.safetensors", "device": "cpu", "vae1_path": None, "vae1_subfolder": "vae"}
-    settings |= {"cache_dir": None, "latents": "scaled"}
-    save_module(settings["module"], "image", "latent")
-    translator = Translator(SimpleNamespace(**settings))
-    refusal(lambda: translator.of_latents(tmp_path / "in" / "e.npy"), "also takes the image", "e.npy")
-    Image.new("RGB", (16, 16)).save(tmp_path / "photo.png")
-    refusal(lambda: translator.of_image(tmp_path / "photo.png"), "names no VAE1")
-    Image.new("RGB", (16, 7)).save(tmp_path / "photo.png")
-    refusal(lambda: translator.of_image(tmp_path / "photo.png"), "16x7 px")
+    save_module(tmp_path / "module.safetensors", "image", "latent")
+    pipeline, photo = PipelineWithVAEs.from_checkpoint(tmp_path / "module.safetensors"), tmp_path / "photo.png"
+    refusal(lambda: translate_file(tmp_path / "in" / "e.npy", pipeline, False), "also takes the image", "e.npy")
+    Image.new("RGB", (16, 16)).save(photo)
+    refusal(lambda: translate_file(photo, pipeline, False), "VAE1: the checkpoint does not say where it is")
+    Image.new("RGB", (16, 7)).save(photo)
+    refusal(lambda: translate_file(photo, pipeline, False), "16x7 px")
 
 
 def test_the_shipped_module_needs_no_vae_for_latents(tmp_path):
     """A module that is looked up on the hub although latents need no VAE."""
     shipped = ROOT / "assets" / "pretrained" / "taesd_to_taef1_latent.safetensors"
     np.save(tmp_path / "a.npy", np.zeros((1, 4, 4, 4), np.float32))
-    run_script(
-        SCRIPT, str(shipped), str(tmp_path / "a.npy"), "--output_dir", str(tmp_path / "out"), env={"HF_HUB_OFFLINE": "1"}
-    )
+    translate(tmp_path, shipped, tmp_path / "a.npy", env={"HF_HUB_OFFLINE": "1"})
     assert read(tmp_path / "out" / "a.npy").shape == (1, 16, 4, 4)

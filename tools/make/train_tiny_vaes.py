@@ -3,21 +3,28 @@
 The embedded default mirrors SD1.5 -> FLUX.1 in miniature: one VAE with 4 latent channels and no shift, one with 16 and a
 shift_factor, both of stride 8. The two shipped ones were made with:
 
-    python tools/train_tiny_vaes.py --photos PHOTOS --held_out OTHER_PHOTOS --latent_channels 4  --output_dir assets/vaes/tiny4
-    python tools/train_tiny_vaes.py --photos PHOTOS --held_out OTHER_PHOTOS --latent_channels 16 --output_dir assets/vaes/tiny16
+    python tools/make/train_tiny_vaes.py --photos PHOTOS --held_out OTHERS --latent_channels 4 --output_dir assets/vaes/tiny4
+    python tools/make/train_tiny_vaes.py --photos PHOTOS --held_out OTHERS --latent_channels 16 --output_dir assets/vaes/tiny16
 
 The same photos, seed, thread count and library versions give the same weights again.
 """
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image, ImageOps
+from torchvision.transforms.functional import resized_crop
 from tqdm import tqdm
+
+from images.files import list_images
 
 BLOCK_CHANNELS = (16, 32, 64, 96)  # 1.7 M parameters: 3.4 MB in float16
 STORED_SIZE = 320  # short side kept in memory, px
@@ -26,15 +33,14 @@ STORED_SIZE = 320  # short side kept in memory, px
 def load_photos(folder):
     """Every photo below `folder` as a uint8 CHW tensor, short side at most STORED_SIZE px."""
     photos = []
-    for path in sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp"}):
+    for path in list_images(folder):
         image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
         scale = STORED_SIZE / min(image.size)
         if scale < 1:
             image = image.resize([max(STORED_SIZE, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
-        data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        photos.append(data.view(image.height, image.width, 3).permute(2, 0, 1))
+        photos.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
     if not photos:
-        raise SystemExit(f"--photos {folder}: no photo found there; name a folder of JPEG, PNG or WebP files")
+        raise SystemExit(f"{folder}: no photo found there; name a folder of photos")
     return photos
 
 
@@ -49,36 +55,25 @@ def random_crops(photos, batch_size, crop, generator):
         photo = photos[draw(len(photos))]
         size = min(crop + draw(crop + 1), *photo.shape[1:])
         top, left = draw(photo.shape[1] - size + 1), draw(photo.shape[2] - size + 1)
-        square = photo[:, top : top + size, left : left + size].float()[None]
-        square = F.interpolate(square, size=(crop, crop), mode="bilinear", antialias=True)
+        square = resized_crop(photo.float(), top, left, size, size, [crop, crop])
         batch.append(square.flip(-1) if draw(2) else square)
-    return torch.cat(batch) / 127.5 - 1
+    return torch.stack(batch) / 127.5 - 1
 
 
-def centre_crops(photos, size=256):
-    """The centre square of each photo, resized to `size` px: yields (1, 3, size, size) in [-1, 1]."""
+@torch.inference_mode()
+def measure(vae, photos, size=256):
+    """(mean, standard deviation) of the raw posterior mean over the photos' centre squares, resized to `size` px, and the mean
+    PSNR in dB of their reconstructions, clamped to [-1, 1]."""
+    latents, psnr = [], []
     for photo in photos:
         side = min(photo.shape[1:])
         top, left = (photo.shape[1] - side) // 2, (photo.shape[2] - side) // 2
         square = photo[:, top : top + side, left : left + side].float()[None]
-        yield F.interpolate(square, size=(size, size), mode="bilinear", antialias=True).clamp(0, 255) / 127.5 - 1
-
-
-@torch.inference_mode()
-def latent_statistics(vae, photos):
-    """Mean and standard deviation of the raw posterior mean over the photos' centre squares (two floats)."""
-    latents = torch.cat([vae.encode(image).latent_dist.mode().flatten() for image in centre_crops(photos)])
-    return latents.mean().item(), latents.std().item()
-
-
-@torch.inference_mode()
-def mean_psnr(vae, photos):
-    """PSNR in dB of decode(posterior mean) against the photo, per photo on clamped values, then averaged."""
-    total = 0.0
-    for image in centre_crops(photos):
-        decoded = vae.decode(vae.encode(image).latent_dist.mode()).sample.clamp(-1, 1)
-        total += 10 * math.log10(4 / F.mse_loss(decoded, image).item())
-    return total / len(photos)
+        image = F.interpolate(square, size=(size, size), mode="bilinear", antialias=True).clamp(0, 255) / 127.5 - 1
+        mode = vae.encode(image).latent_dist.mode()
+        psnr.append(10 * math.log10(4 / F.mse_loss(vae.decode(mode).sample.clamp(-1, 1), image).item()))
+        latents.append(mode.flatten())
+    return torch.cat(latents).mean().item(), torch.cat(latents).std().item(), sum(psnr) / len(psnr)
 
 
 def main():
@@ -88,10 +83,6 @@ def main():
     parser.add_argument("--latent_channels", type=int, choices=(4, 16), required=True, help="16 also gets a shift_factor")
     parser.add_argument("--output_dir", required=True, help="where the diffusers folder is written")
     parser.add_argument("--steps", type=int, default=4000, help="optimizer steps")
-    parser.add_argument("--batch_size", type=int, default=16, help="crops per step")
-    parser.add_argument("--crop", type=int, default=128, help="training crop, px")
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3, help="peak of a warm-up + cosine schedule")
-    parser.add_argument("--kl_weight", type=float, default=1e-4, help="weight of the KL divergence per latent element")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; part of what makes a run reproducible")
     args = parser.parse_args()
@@ -111,40 +102,33 @@ def main():
         mid_block_add_attention=False,  # convolutions only: every size costs, and looks, alike
         sample_size=256,
     )
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1.5e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     warmup = min(200, args.steps)
-
-    def schedule(step):
-        return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / args.steps)))
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    progress = tqdm(range(args.steps), desc=f"{args.latent_channels}-channel VAE", mininterval=5)
-    for step in progress:
-        images = random_crops(photos, args.batch_size, args.crop, generator)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+    )
+    for _ in tqdm(range(args.steps), desc=f"{args.latent_channels}-channel VAE", mininterval=5):
+        images = random_crops(photos, 16, 128, generator)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.sample(generator=generator)).sample.float()
         error = decoded - images
         kl = posterior.kl().float().mean() / posterior.mean[0].numel()
-        loss = error.abs().mean() + error.square().mean() + args.kl_weight * kl
+        loss = error.abs().mean() + error.square().mean() + 1e-4 * kl
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         scheduler.step()
-        if step % 50 == 0:
-            progress.set_postfix(l1=f"{error.abs().mean().item():.4f}", kl=f"{kl.item():.2f}")
 
-    vae.eval()
-    mean, std = latent_statistics(vae, photos)
+    mean, std, _ = measure(vae.eval(), photos)
     shift_factor = round(mean, 4) if args.latent_channels == 16 else None
     vae.register_to_config(scaling_factor=round(1 / std, 5), shift_factor=shift_factor)
     vae.half().save_pretrained(args.output_dir)
-    vae = AutoencoderKL.from_pretrained(args.output_dir, torch_dtype=torch.float32)
-    print(f"scaling_factor {vae.config.scaling_factor}  shift_factor {vae.config.shift_factor}")
+    print(f"{args.output_dir}: scaling_factor {vae.config.scaling_factor}  shift_factor {vae.config.shift_factor}")
     if args.held_out:
-        print(f"PSNR on {args.held_out}: {mean_psnr(vae, load_photos(args.held_out)):.2f} dB")
-    print(f"written to {args.output_dir}")
+        vae = AutoencoderKL.from_pretrained(args.output_dir, torch_dtype=torch.float32)
+        print(f"PSNR on {args.held_out}: {measure(vae, load_photos(args.held_out))[2]:.2f} dB")
 
 
 if __name__ == "__main__":

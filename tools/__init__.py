@@ -1,0 +1,1 @@
+"""Programs for users; `make/` holds the programs that made the assets."""
