@@ -11,6 +11,7 @@
 import argparse
 import contextlib
 import itertools
+import os
 import subprocess
 import sys
 import tempfile
@@ -73,6 +74,7 @@ def measure_memory(options):
     in a process of its own. Memory that maps a file does not count. The result has `peak_mb` of `n` and `10n`, and their
     ratio. Linux only.
     """
+    os.chdir(ROOT)  # where the demo's config looks for its VAEs
     peaks = {"training": {}, "evaluation": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name, count in (("n", options.n), ("10n", 10 * options.n)):
@@ -81,10 +83,10 @@ def measure_memory(options):
             for number, (image, _) in enumerate(FakeData(count, (3, options.image_size, options.image_size))):
                 image.save(images / f"{number:06d}.jpg")
             training = {
-                "load_config": ROOT / "config/demo.json", "train_data_dir": images, "image_size": options.image_size,
-                "cache_views": 1, "latent_cache_dir": f"{folder}/cache", "log_dir": f"{folder}/runs",
-                "save_dir": f"{folder}/ckpt", "eval_frequency": 0, "visualize_frequency": 0, "max_train_steps": options.steps,
-                "num_workers": 1,
+                "load_config": "config/demo.json", "train_data_dir": images,
+                "image_size": options.image_size, "cache_views": 1, "latent_cache_dir": f"{folder}/cache",
+                "log_dir": f"{folder}/runs", "save_dir": f"{folder}/ckpt", "max_train_steps": options.steps,
+                "eval_frequency": 0, "visualize_frequency": 0, "num_workers": 1,
             }  # fmt: skip
             judging = {
                 "checkpoint": f"{folder}/ckpt", "eval_data_dir": images, "output_dir": f"{folder}/results",

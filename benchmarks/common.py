@@ -57,6 +57,7 @@ def recipe_flags(input_types, **changes) -> dict:
 def settings_of(flags: dict) -> argparse.Namespace:
     """The training script's settings for these flags, with device and precision resolved for this machine."""
     args = train.parse_args(words_of(flags))
+    args.vae1_space = args.vae2_space = None  # the recipe names those of its own pair
     args.device = str(train.resolve_device(args.device, False))
     train.keep_freed_memory(torch.device(args.device))
     args.precision = train.resolve_precision(args.precision, torch.device(args.device), False)
