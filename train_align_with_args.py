@@ -45,7 +45,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import dataloader
 from cache.build import CacheOptions, cache_latents
 from cache.read import cached_loader
-from losses import KINDS, LOSSES, PERCEPTUAL_LOSSES, Objective, decoded_image_loss, get_loss_function
+from losses import KINDS, LOSSES, PERCEPTUAL_LOSSES, Encoded, Objective, decoded_image_loss, get_loss_function
 from runtime.cli import Parser, claim_writable_file, claim_writable_folder, integer, load_config, naming, real, run, use_proxy
 from runtime.processes import create_accelerator, gathered, machine_of, machines_of
 from training import checkpoint
@@ -846,25 +846,8 @@ def training_loop(
                 if args.sample_posterior:
                     generator.manual_seed(seed_of_step(args.seed, going.step, accelerator.process_index))
                 encoded = objective.encode(batch, args.sample_posterior, generator)
-            with record_function("module"):
-                aligned = going.module(**encoded.inputs).float()
-            with record_function("losses and decoding"):
-                loss, bias = objective(aligned, encoded, going.step, position)
-            with record_function("backward"):
-                going.optimizer.zero_grad(set_to_none=True)
-                accelerator.backward(loss)
-            with record_function("optimizer"):
-                grad_norm = accelerator.clip_grad_norm_(going.module.parameters(), args.grad_clip or math.inf)
-                ok = going.bad_steps.mask(going.optimizer.optimizer, loss, grad_norm)  # a bad step changes nothing
-                learning_rate = going.optimizer.param_groups[0]["lr"]
-                going.optimizer.step()
-                going.scheduler.step()
-                going.step += 1
-                if going.average:
-                    update_average(going.average, pipeline.training_module, args.ema_decay, going.step, ok)
-                objective.after_step(bias, ok, accelerator)
-            going.last_inputs = encoded.inputs
-
+            learning_rate = going.optimizer.param_groups[0]["lr"]
+            loss, grad_norm, ok = train_step(args, going, encoded, position)
             # ---- log
             with record_function("logging"):
                 going.loss.add(loss, ok)
@@ -901,6 +884,33 @@ def training_loop(
         if going.bad_steps.total:
             log.warning("%s skipped: loss or gradient not finite", count_of(going.bad_steps.total, "step"))
     return stopped
+
+
+def train_step(args: argparse.Namespace, going: Run, encoded: Encoded, position: float):
+    """One optimizer step on an encoded batch: (loss, gradient norm, whether both were finite), tensors on the device.
+
+    `position`: share of the run that is done, in [0, 1]. A step that was not finite changes no weight, moment or average.
+    Nothing here waits for a device that has fused kernels.
+    """
+    accelerator, optimizer = going.accelerator, going.optimizer
+    with record_function("module"):
+        aligned = going.module(**encoded.inputs).float()
+    with record_function("losses and decoding"):
+        loss, bias = going.objective(aligned, encoded, going.step, position)
+    with record_function("backward"):
+        optimizer.zero_grad(set_to_none=True)
+        accelerator.backward(loss)
+    with record_function("optimizer"):
+        grad_norm = accelerator.clip_grad_norm_(going.module.parameters(), args.grad_clip or math.inf)
+        ok = going.bad_steps.mask(optimizer.optimizer, loss, grad_norm)
+        optimizer.step()
+        going.scheduler.step()
+        going.step += 1
+        if going.average:
+            update_average(going.average, going.pipeline.training_module, args.ema_decay, going.step, ok)
+        going.objective.after_step(bias, ok, accelerator)
+    going.last_inputs = encoded.inputs
+    return loss.detach(), grad_norm, ok
 
 
 def save_now(args: argparse.Namespace, going: Run, train_loader, writer: RunLog | None) -> None:

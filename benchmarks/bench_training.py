@@ -1,168 +1,231 @@
-"""Images per second of training, against the two limits: the bare module and the bare encoders.
+"""What training costs: images per second against two limits, and a step's time and memory beside the first recipe's.
 
-    python benchmarks/bench_training.py --vae1 PATH --vae2 PATH --images FOLDER --input_types latent
+    python benchmarks/bench_training.py rates --vae1 PATH --vae2 PATH --images FOLDER --input_types latent
+    python benchmarks/bench_training.py step --vae1 PATH --vae2 PATH --images FOLDER --input_types latent
 
-Prints one JSON line last. `online` and `cached` are the real training loop with the shipped recipe (latent loss alone),
-`module` its step alone on a batch that is already on the device, `cache_build` the encoding pass,
-`encoders_best` both VAEs' encoders in the layout and precision that the project chooses, `encoders_naive` the same as plain
-diffusers runs them: float32, NCHW, the whole batch at once, malloc as it comes. An encoded image counts once it went through
-both. With `--cores 0 1` there are rows for one process and for two, each on a core of its own, with local VAEs: `cached` with
-as many images a step in each process, and `evaluation` with the default metrics. Nothing else may run on those cores.
+`--help` after a measurement's name describes it. Each prints its result as one JSON line, last.
 """
 
 import argparse
+import multiprocessing
+import os
 import statistics
+import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
+import common
 import torch
-from common import RANDOM_VAES, RECIPES, ROOT, open_vae, prepared_step, print_result, recipe_args, train
-from processes import process_rates
-from tqdm import tqdm
+from common import train
 
-import dataloader
-from cache.build import CacheOptions, cache_latents
-from cache.read import cached_loader
-from utils import get_dtype
-from vaes.codec import Codec
+RATIOS = (
+    ("cached", "module"),
+    ("cached", "online"),
+    ("cache_build", "encoders_best"),
+    ("encoders_best", "encoders_naive"),
+    ("cached, 2 processes", "cached, 1 process"),
+    ("evaluation, 2 processes", "evaluation, 1 process"),
+)
+PINNED = 'cores=($CORES); exec taskset -c ${cores[${LOCAL_RANK:-0}]} "$0" "$@"'  # in bash: a core for each process
+FIRST_RECIPE = {
+    "architecture": "plain", "init": "ridge", "hidden_channels": 128, "num_blocks": 4, "optimizer": "muon", "loss_type": "mse",
+    "decoder_loss_weight": 12, "decoder_loss_type": "mse", "decoder_loss_batch": 2, "decoder_loss_window": 24,
+    "decoder_loss_reference": "original", "perceptual_loss_weight": 0, "adversarial_weight": 0,
+    "latent_adversarial_weight": 0, "reencode_target": 0, "moments_loss_weight": 0,
+}  # fmt: skip
+TERMS = (
+    "moments_loss_weight", "decoder_loss_weight", "perceptual_loss_weight", "adversarial_weight", "latent_adversarial_weight",
+    "reencode_target",
+)  # fmt: skip
+FIXED = {"image_size": 256, "train_batch_size": 8, "adversarial_start_step": 0, "decoder_loss_start": 0}
+STEP_PHOTOS = 16
 
 
-def rate_of(work, images, rounds):
-    """Images per second of `work()`, which handles `images` of them: the median of `rounds`, after one warm-up."""
-    work()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return images / statistics.median(times)
+def flags_of(options, folder: str, photos: int) -> dict:
+    """Flags of a run of the recipe on the first photos, which writes to `folder` alone; it neither evaluates nor saves on its
+    way."""
+    images = f"{folder}/photos"
+    if not Path(images).exists():
+        common.folder_of(common.photos_in(options.images)[:photos], images)
+    quiet = dict.fromkeys(("eval_frequency", "visualize_frequency", "save_frequency", "num_workers"), 0)
+    places = {name: f"{folder}/{name}" for name in ("latent_cache_dir", "log_dir", "save_dir")}
+    return common.recipe_flags(options.input_types, train_data_dir=images, eval_data_dir=images, **quiet, **places)
 
 
-def loop_rate(args, vaes, loader, steps, log_dir):
-    """Images per second of the real training loop, as it logs them: the median over log entries, the first left out."""
+def measure_rates(options):
+    """Images per second of training, against the bare module and the bare encoders.
+
+    `online` and `cached` are the real training loop with the shipped recipe, its squared decoded loss switched off. `module` is
+    the step alone, on a batch that is already on the device. `cache_build` is the encoding pass. `encoders_best` is both VAEs'
+    encoders in the layout and precision that the project chooses. `encoders_naive` is the same as plain diffusers runs them:
+    float32, NCHW, the whole batch at once, malloc as it comes. An encoded image counts once it went through both.
+
+    With --cores there are rows for one process and for two, each on a core of its own. `cached` has the same number of images a
+    step in each process, `evaluation` the default metrics. Nothing else may run on those cores. Linux only.
+    """
+    rates = defaultdict(list)
+    names, device = (options.vae1, options.vae2), train.resolve_device("cuda", False)
+    images = torch.rand(options.encode_batch, 3, options.image_size, options.image_size, device=device) * 2 - 1
+
+    def time_encoders(name, encoders, rounds):
+        with torch.no_grad():
+            seconds = common.seconds_of({name: lambda: [encode(images) for encode in encoders]}, rounds)[name]
+        rates[name].append(len(images) / seconds)
+
+    naive = common.open_vaes(names, device, torch.float32)
+    naive = [getattr(vae, "model", vae).to(memory_format=torch.contiguous_format) for vae in naive]
+    time_encoders("encoders_naive", [vae.encode for vae in naive], 1)  # before malloc is tuned
+    del naive
+    with tempfile.TemporaryDirectory() as folder:
+        flags = flags_of(options, folder, options.max_images) | {"image_size": options.image_size, "decoder_loss_weight": 0}
+        flags |= {"cache_views": options.views} | dict(options.set)
+        args = common.settings_of(flags | {"num_workers": 2})
+        vaes = common.open_vaes(names, args.device, train.get_dtype(args.precision))
+        pipeline = train.create_align_pipeline(*vaes, args).to(args.device)
+        for number in range(2):
+            time_encoders("encoders_best", [pipeline.codec1.encode, pipeline.codec2.encode], 2)
+            args.latent_cache_dir = f"{folder}/cache{number}"
+            start = time.perf_counter()
+            loader, _ = train.create_data_loaders(args, *vaes)
+            rates["cache_build"].append(len(loader.dataset) * options.views / (time.perf_counter() - start))
+        step = common.prepared_step(args, vaes, loader)
+        for _ in range(options.rounds):
+            seconds = common.seconds_of({"step": step}, options.steps)["step"]
+            rates["module"].append(args.train_batch_size / seconds)
+            rates["cached"].append(loop_rate(args, vaes, loader, options.steps))
+        online_loader, _ = train.create_data_loaders(args)  # without VAEs there is no cache
+        rates["online"].append(loop_rate(args, vaes, online_loader, options.online_steps))
+        if options.cores:
+            add_process_rates(rates, flags | {"vae1_path": names[0], "vae2_path": names[1]}, folder, options)
+    rates = {name: statistics.median(rounds) for name, rounds in rates.items()}
+    for name, rate in rates.items():
+        print(f"{name:24} {rate:10.2f} images/s")
+    ratios = {f"{name}/{other}": rates[name] / rates[other] for name, other in RATIOS if name in rates}
+    return {"images_per_second": {name: round(rate, 3) for name, rate in rates.items()}, "ratios": ratios}
+
+
+def loop_rate(args, vaes, loader, steps: int) -> float:
+    """Images per second of the real training loop."""
+    args.max_train_steps, args.epochs, args.log_frequency = steps, 10**6, max(1, steps // 10)
+    train.train_align_pipeline(args, *vaes, loader, None, torch.Generator(args.device).manual_seed(args.seed))
+    return logged_rate(args.log_dir)
+
+
+def logged_rate(log_dir: str) -> float:
+    """Images per second, as the newest run logged them: the median of its entries but the first, when things start."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with tempfile.TemporaryDirectory(dir=log_dir) as folder:
-        args.log_dir = args.save_dir = folder
-        args.max_train_steps, args.epochs = steps, 10**6
-        args.eval_frequency = args.visualize_frequency = args.save_frequency = 0
-        args.log_frequency = max(1, steps // 10)
-        generator = torch.Generator(args.device).manual_seed(args.seed)
-        train.train_align_pipeline(args, *vaes, loader, None, generator)
-        (file,) = Path(folder).rglob("events.*")
-        events = EventAccumulator(str(file))
-        events.Reload()
-        return statistics.median([event.value for event in events.Scalars("train/images_per_second")][1:])
+    newest = max(Path(log_dir).rglob("events.*"), key=os.path.getmtime)
+    events = EventAccumulator(str(newest)).Reload()
+    return statistics.median([event.value for event in events.Scalars("train/images_per_second")][1:])
 
 
-def module_rate(args, vaes, loader, steps, log_dir):
-    """Images per second of the training step alone, on one batch that is already on the device: nothing is read or encoded."""
-    with tempfile.TemporaryDirectory(dir=log_dir) as folder:
-        args.log_dir = args.save_dir = folder
-        step, run = prepared_step(args, vaes, loader)
-        rate = rate_of(lambda: [step() for _ in range(steps)], run.batch_size * steps, 1)
-        run.close()
-        return rate
+def add_process_rates(rates: dict, training: dict, folder: str, options) -> None:
+    """Add the rates of each round to `rates`; one process and two take turns.
+
+    An evaluation's rate follows from its times on all photos and on half of them, so that the start of a program drops out.
+    """
+
+    def run(script, processes, **flags):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "--no-python"]
+        pinned = [*([sys.executable, *map(str, launcher)] if processes > 1 else []), "bash", "-c", PINNED, sys.executable]
+        environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CORES": " ".join(map(str, options.cores))}
+        start = time.perf_counter()
+        common.run_program(script, flags | {"device": "cpu"}, pinned, **environment)
+        return time.perf_counter() - start
+
+    photos = common.photos_in(training["train_data_dir"])
+    half = common.folder_of(photos[: len(photos) // 2], f"{folder}/half")
+    training |= {"log_frequency": options.steps}
+    judging = {"checkpoint": training["save_dir"], "output_dir": f"{folder}/out", "num_workers": 0, "num_samples": 0}
+    run("train_align_with_args.py", 1, **training, max_train_steps=1)  # builds the cache
+    for _ in range(options.rounds):
+        for processes, name in ((1, "1 process"), (2, "2 processes")):
+            run("train_align_with_args.py", processes, **training, max_train_steps=options.steps)
+            rates[f"cached, {name}"].append(logged_rate(training["log_dir"]))
+            short = run("eval_align.py", processes, **judging, eval_data_dir=half)
+            long = run("eval_align.py", processes, **judging, eval_data_dir=training["eval_data_dir"])
+            rates[f"evaluation, {name}"].append((len(photos) - len(photos) // 2) / (long - short))
 
 
-def encoder_rate(spaces, images, rounds):
-    return rate_of(lambda: [space.encode(images) for space in spaces], len(images), rounds)
+def measure_step(options):
+    """A training step's time and memory beside the first recipe's, and the share of each term of the loss.
+
+    The step is that of the shipped recipe on batches of 8 photos at 256 px out of a latent cache. Discriminators and losses on
+    decoded images are in play from the first step. The first recipe is a plain latent error with a squared decoded one. The
+    steps of all variants take turns. On a CPU a step's seconds are those of all its threads, which other programs do not
+    lengthen. Memory is that of a process that does nothing else: the device's on CUDA, else the most that was resident.
+
+    The result has `seconds` and `peak_gb` of `first` and `recipe`, the `ratio` of their times, and as `shares` the part of the
+    recipe's time that each term adds when it is switched on after those before it. Not on Windows.
+    """
+    changes = dict(options.set) | FIXED
+    wanted = common.settings_of(common.recipe_flags(options.input_types, **changes))
+    terms = [name for name in TERMS if getattr(wanted, name)]
+    variants = {"first": FIXED | FIRST_RECIPE | {"num_blocks": 5 if len(options.input_types) == 1 else 4}}
+    variants |= {name: changes | dict.fromkeys(terms[on:], 0) for on, name in enumerate(["latents", *terms])}
+    recipe = list(variants)[-1]
+    with tempfile.TemporaryDirectory() as folder:
+        # Linux counts to a process the memory of the one that starts it: this one has little so far
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            for count in (0, 3):  # the first pass builds the caches, which takes memory of its own
+                peaks = {name: pool.apply(peak_gb, (options, variants[name], folder, count)) for name in ("first", recipe)}
+        steps = dict(zip(variants, steps_of(options, variants.values(), folder)))
+        clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+        seconds = common.seconds_of(steps, options.rounds, clock)
+    shares, before = {}, 0.0
+    for name in list(seconds)[1:]:
+        shares[name] = round((seconds[name] - before) / seconds[recipe], 3)
+        before = seconds[name]
+    return {
+        "first": {"seconds": seconds["first"], "peak_gb": peaks["first"]},
+        "recipe": {"seconds": seconds[recipe], "peak_gb": peaks[recipe]},
+        "ratio": seconds[recipe] / seconds["first"],
+        "shares": shares,
+        "threads": torch.get_num_threads(),
+    }
 
 
-@torch.no_grad()
-def naive_encoder_rate(names, images, device):
-    """Images per second through both encoders as plain diffusers runs them: float32, NCHW, the whole batch at once."""
-    vaes = [open_vae(name, device, torch.float32) for name in names]
-    vaes = [getattr(vae, "model", vae).to(memory_format=torch.contiguous_format) for vae in vaes]
-    images = images.to(device)
-    return rate_of(lambda: [vae.encode(images) for vae in vaes], len(images), 1)
+def steps_of(options, variants, folder: str) -> list:
+    """A function for each variant that trains one step."""
+    steps, vaes = [], None
+    for changes in variants:
+        args = common.settings_of(flags_of(options, folder, STEP_PHOTOS) | {"cache_views": 1} | changes)
+        vaes = vaes or common.open_vaes((options.vae1, options.vae2), args.device, train.get_dtype(args.precision))
+        loader, _ = train.create_data_loaders(args, *vaes)
+        steps.append(common.prepared_step(args, vaes, loader))
+    return steps
+
+
+def peak_gb(options, changes: dict, folder: str, count: int) -> float:
+    """GB at the peak of this process, after `count` steps of a variant."""
+    import resource  # which Windows does not have
+
+    (step,) = steps_of(options, [changes], folder)
+    for _ in range(count):
+        step()
+    return (torch.cuda.max_memory_allocated() or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae1", required=True, help="folder, hub id, random:sd15 or random:flux")
-    parser.add_argument("--vae2", required=True, help="folder, hub id, random:sd15 or random:flux")
-    parser.add_argument("--images", required=True, help="folder of training images")
-    parser.add_argument("--input_types", nargs="+", default=["image", "latent"], choices=["image", "latent"])
-    parser.add_argument("--image_size", type=int, default=256, help="px")
-    parser.add_argument("--max_images", type=int, default=160, help="use this many of the images")
-    parser.add_argument("--views", type=int, default=4, help="views per image in the cache")
-    parser.add_argument("--steps", type=int, default=40, help="cached steps per round")
-    parser.add_argument("--online_steps", type=int, default=10, help="online steps")
-    parser.add_argument("--encode_batch", type=int, default=16, help="images per call of the bare encoders")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds in which the bare module and the cached loop take turns")
-    parser.add_argument("--cores", type=int, nargs=2, default=[], help="two CPU cores for one process and two")
-    options = parser.parse_args()
-    if options.cores and {options.vae1, options.vae2} & RANDOM_VAES.keys():
-        parser.error("--cores: needs VAEs in folders")
-
-    images = torch.rand(options.encode_batch, 3, options.image_size, options.image_size) * 2 - 1
-    names = (options.vae1, options.vae2)
-    naive = naive_encoder_rate(names, images, train.resolve_device("cuda", False))  # before anything is tuned
-    args = recipe_args(
-        options.input_types, image_size=options.image_size, train_data_dir=options.images, decoder_loss_weight=0,
-        num_workers=2,
-    )  # fmt: skip
-    vaes = [open_vae(name, args.device, get_dtype(args.precision)) for name in names]
-    spaces = [Codec(vae) for vae in vaes]
-    source = dataloader.find_images(options.images, "default", True, "--images").paths[: options.max_images]
-    dataset = dataloader.ImageDataset(source, options.image_size, random_crop=True, random_flip=True, seed=args.seed)
-
-    with tempfile.TemporaryDirectory() as folder:
-        best, build = [], []
-        with_images = train.needs_pixels(args)
-        rounds = 2
-        for number in range(rounds):
-            best.append(encoder_rate(spaces, images, 2))
-            start = time.perf_counter()
-            cached = cache_latents(
-                dataset, *spaces, CacheOptions(f"{folder}/cache{number}", options.views, with_images), args.num_workers
-            )
-            build.append(len(dataset) * options.views / (time.perf_counter() - start))
-        loader = cached_loader(cached, args.train_batch_size, 0, args.seed, options.views)
-        online_loader = dataloader.train_loader(dataset, args.train_batch_size, args.num_workers, args.seed, options.views)
-        module, cached_rate = [], []
-        for _ in range(options.rounds):
-            module.append(module_rate(args, vaes, loader, options.steps, folder))
-            cached_rate.append(loop_rate(args, vaes, loader, options.steps, folder))
-        online = loop_rate(args, vaes, online_loader, options.online_steps, folder)
-
-    rates = {
-        "online": online,
-        "cached": statistics.median(cached_rate),
-        "module": statistics.median(module),
-        "cache_build": statistics.median(build),
-        "encoders_best": statistics.median(best),
-        "encoders_naive": naive,
-    }
-    ratios = {}
-    if options.cores:
-        recipe = {
-            "load_config": ROOT / "config" / RECIPES[tuple(sorted(options.input_types))], "vae1_path": options.vae1,
-            "vae2_path": options.vae2, "image_size": options.image_size, "cache_views": options.views,
-            "decoder_loss_weight": 0,
-        }  # fmt: skip
-        together = process_rates(recipe, source, options.steps, options.cores, options.rounds)
-        rates |= {name: statistics.median(of_rounds) for name, of_rounds in together.items()}
-        for what in ("cached", "evaluation"):
-            pairs = zip(together[f"{what}, 2 processes"], together[f"{what}, 1 process"])
-            ratios[f"{what}, 2 processes/1 process"] = statistics.median(two / one for two, one in pairs)
-        ratios["cached, 2 processes/1 process, per core"] = ratios["cached, 2 processes/1 process"] / 2
-    for name, rate in rates.items():
-        tqdm.write(f"{name:24} {rate:10.2f} images/s")
-    print_result(
-        {
-            "images_per_second": {name: round(rate, 3) for name, rate in rates.items()},
-            "ratios": ratios
-            | {
-                "cached/module": statistics.median(a / b for a, b in zip(cached_rate, module)),
-                "cached/online": rates["cached"] / rates["online"],
-                "cache_build/encoders_best": statistics.median(a / b for a, b in zip(build, best)),
-                "encoders_best/encoders_naive": rates["encoders_best"] / rates["encoders_naive"],
-            },
-        }
-    )
+    kinds = parser.add_subparsers(metavar="MEASUREMENT", required=True)
+    rates, step = common.add_measurement(kinds, measure_rates), common.add_measurement(kinds, measure_step)
+    for kind in (rates, step):
+        common.add_recipe_flags(kind)
+        kind.add_argument("--images", required=True, help="folder of training images")
+    rates.add_argument("--image_size", type=int, default=256, help="px")
+    rates.add_argument("--max_images", type=int, default=160, help="use this many of the images")
+    rates.add_argument("--views", type=int, default=4, help="views per image in the cache")
+    rates.add_argument("--steps", type=int, default=40, help="cached steps per round")
+    rates.add_argument("--online_steps", type=int, default=10, help="online steps")
+    rates.add_argument("--encode_batch", type=int, default=16, help="images per call of the bare encoders")
+    rates.add_argument("--rounds", type=int, default=3, help="rounds in which the bare module and the cached loop take turns")
+    rates.add_argument("--cores", type=int, nargs=2, help="two CPU cores for one process and two; needs VAEs in folders")
+    step.add_argument("--rounds", type=int, default=10, help="steps of each variant, of which the median counts")
+    common.run_measurement(parser)
 
 
 if __name__ == "__main__":

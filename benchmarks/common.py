@@ -1,8 +1,14 @@
-"""What the benchmarks share: the shipped recipe for given inputs, VAEs by path or at full size with random weights."""
+"""Parts of the benchmarks: the shipped recipes, VAEs at full size with random weights, programs to run, and a clock."""
 
+import argparse
+import inspect
 import json
 import os
+import statistics
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,8 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-import train_align_with_args as train  # noqa: E402 - the project is not installed, it is beside this folder
-from vaes.loading import freeze, load_vae_model  # noqa: E402
+import train_align_with_args as train  # noqa: E402 - the project is not installed: it is beside this folder
 
 RECIPES = {("image", "latent"): "taesd_to_taef1.json", ("latent",): "taesd_to_taef1_latent.json"}
 FULL_SIZE = {
@@ -30,41 +35,103 @@ RANDOM_VAES = {
 }  # fmt: skip
 
 
-def recipe_args(input_types, **overrides):
-    """The parsed flags of the recipe that config/ ships for `input_types`, with `overrides` as if typed."""
-    name = RECIPES[tuple(sorted(input_types))]
-    argv = ["--load_config", str(ROOT / "config" / name)]
-    for flag, value in overrides.items():
-        argv += [f"--{flag}", *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
-    args = train.parse_args(argv)
-    args.device = str(train.resolve_device(args.device, False))
-    train.keep_freed_memory(torch.device(args.device))
-    args.precision = train.resolve_precision(args.precision, torch.device(args.device), False)
-    return args
+def words_of(flags: dict) -> list[str]:
+    """A command line's words: {"image_size": 64, "cache_only": []} -> ["--image_size", "64", "--cache_only"]."""
+    words = []
+    for name, value in flags.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return words
 
 
-def open_vae(name: str, device, dtype):
-    """A frozen VAE from a folder or hub id, or 'random:sd15' / 'random:flux': the full-size architecture, random weights."""
-    if name not in RANDOM_VAES:
-        return load_vae_model(name, "vae", None, device, dtype)
+def run_program(script: str, flags: dict, launcher=(sys.executable,), **environment) -> str:
+    """Run a program of the project; returns what it printed. Its warnings and errors go to the terminal."""
+    command = [*launcher, str(ROOT / script), *words_of(flags)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment).stdout
+
+
+def recipe_flags(input_types, **changes) -> dict:
+    """Flags of the training script: the recipe that config/ ships for `input_types`, with changes."""
+    return {"load_config": ROOT / "config" / RECIPES[tuple(sorted(input_types))], **changes}
+
+
+def settings_of(flags: dict) -> argparse.Namespace:
+    """The training script's settings for these flags, with device and precision resolved for this machine."""
+    values = vars(train.parse_args(words_of(flags)))
+    device = train.resolve_device(values["device"], False)
+    train.keep_freed_memory(device)
+    changes = {"device": str(device), "precision": train.resolve_precision(values["precision"], device, False)}
+    changes |= {"vae1_space": None, "vae2_space": None}  # the recipe names those of its own pair
+    return train.Settings(values | changes)
+
+
+def open_vaes(names, device, dtype) -> list:
+    """VAEs from folders or hub ids; 'random:sd15' and 'random:flux' are full-size architectures with random weights."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    return freeze(AutoencoderKL(**FULL_SIZE, **RANDOM_VAES[name]).to(device, dtype))
+    return [
+        AutoencoderKL(**FULL_SIZE, **RANDOM_VAES[name]).to(device, dtype)
+        if name in RANDOM_VAES
+        else train.load_vae_model(name, "vae", None, device, dtype)
+        for name in names
+    ]
 
 
-def prepared_step(args, vaes, loader):
-    """(a function that does one training step on a batch that is already on the device, and waits for it; the `Run`)."""
-    parts = train.build_parts(args, *vaes)
-    run = train.prepare_run(args, parts, loader)
-    encoded = parts.objective.encode(next(iter(loader)))
+def prepared_step(args, vaes, loader) -> Callable[[], float]:
+    """A function that trains one step on a batch that is already on the device, waits for it, and returns the loss."""
+    accelerator = train.create_accelerator(args.device, args.precision)
+    torch.manual_seed(args.seed)
+    pipeline = train.create_align_pipeline(*vaes, args).to(accelerator.device)
+    objective = train.create_objective(pipeline, args)
+    run = train.prepare_run(args, pipeline, objective, accelerator, loader)
+    encoded = objective.encode(next(iter(loader)))
+    return lambda: train.train_step(args, run, encoded, position=1.0)[0].item()
 
-    def step():
-        train.train_step(args, parts, run, encoded)[0].item()
 
-    return step, run
+def photos_in(folder) -> list[Path]:
+    """The JPEG, PNG and WebP files below a folder, sorted."""
+    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
 
 
-def print_result(result: dict) -> None:
-    """The last line that every benchmark prints: its result as JSON."""
-    print(json.dumps(result))
+def folder_of(photos: list[Path], place: str) -> str:
+    """A new folder with links to the photos, in their order."""
+    os.mkdir(place)
+    for number, photo in enumerate(photos):
+        os.symlink(photo.resolve(), f"{place}/{number:06d}{photo.suffix}")
+    return place
+
+
+def seconds_of(calls: dict[str, Callable], rounds: int, clock=time.perf_counter) -> dict[str, float]:
+    """{name: median seconds of a call}. The calls take turns, so that a busy machine slows all alike; one round warms up."""
+    times = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            start = clock()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append(clock() - start)
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which recipe is trained between which VAEs."""
+    parser.add_argument("--vae1", required=True, help="folder or hub id; `rates` also takes random:sd15")
+    parser.add_argument("--vae2", required=True, help="folder or hub id; `rates` also takes random:flux")
+    parser.add_argument("--input_types", nargs="+", default=["image", "latent"], choices=["image", "latent"])
+    parser.add_argument("--set", nargs="+", default=[], metavar="FLAG=VALUE", type=lambda word: word.split("=", 1),
+                        help="changes to the recipe")  # fmt: skip
+
+
+def add_measurement(kinds, measure: Callable[[argparse.Namespace], dict]) -> argparse.ArgumentParser:
+    """A subcommand, named after the function `measure_NAME` and described by its docstring."""
+    name, text = measure.__name__.removeprefix("measure_"), inspect.getdoc(measure)
+    parser = kinds.add_parser(name, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(measure=measure)
+    return parser
+
+
+def run_measurement(parser: argparse.ArgumentParser) -> None:
+    """Run the measurement that the command line names, and print its result as JSON on the last line."""
+    options = parser.parse_args()
+    print(json.dumps(options.measure(options)))

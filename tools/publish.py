@@ -26,8 +26,9 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from runtime.cli import claim_writable_folder, run
 from utils import UserError, atomic_file, hub_token, one_line, read_json, shown
-from vae_align import AlignPipeline, module_of, read_checkpoint, spaces_of
+from vae_align import AlignPipeline, module_of
 from vaes.codec import named_space
+from vaes.pipeline import read_checkpoint, spaces_of
 
 log = logging.getLogger(__name__)
 

@@ -23,9 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jinja2
 import torch
 from accelerate import Accelerator
-from evaluation.comparison import PERCEPTION_NOISE, PSNR_NOISE
-from evaluation.per_image import psnr, to_8bit
-from evaluation.summary import finite
 from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
 from training.linear_start import fit_ridge
@@ -33,10 +30,11 @@ from training.vae_start import start_from_vaes
 
 from dataloader import ImageDataset, eval_loader, find_images
 from evaluation import charts
+from evaluation.figures import finite, to_8bit
 from evaluation.ladder import Ladder, evaluate
-from evaluation.metrics import Measures, PerceptualFeatures
+from evaluation.metrics import Measures, PerceptualFeatures, psnr
 from evaluation.pictures import comparison_picture
-from evaluation.verdict import verdict
+from evaluation.verdict import PERCEPTION_NOISE, PSNR_NOISE, verdict
 from images.files import list_images
 from runtime.cli import Parser, claim_writable_folder, integer, real, run
 from tools.publish import FIGURES, figures_in
@@ -52,11 +50,11 @@ from utils import (
     resolve_precision,
     write_json,
 )
-from vae_align import IMAGE, ZOO, ZOO_NAME, AlignModule, AlignPipeline, newest_checkpoint, read_zoo
+from vae_align import IMAGE, ZOO, ZOO_NAME, AlignPipeline, align_module, read_zoo
 from vaes.codec import Codec, decode_picture
 from vaes.families import family_of
 from vaes.loading import load_vae_model
-from vaes.pipeline import PipelineWithVAEs
+from vaes.pipeline import PipelineWithVAEs, newest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 TITLES = {"sd15": "SD1.5", "sdxl": "SDXL", "sd3": "SD3", "flux1": "FLUX.1", "flux2": "FLUX.2", IMAGE: "the image"}
@@ -141,7 +139,7 @@ class Zoo:
             raise UserError(f"the training of {space} ended with code {ended}; start the same command again to continue it")
         checkpoint, content = newest_checkpoint(folder)
         config = AlignPipeline.from_checkpoint(checkpoint).config
-        module = AlignModule(replace(config, input_types=("latent",)))
+        module = align_module(replace(config, input_types=("latent",)))
         start_from_vaes(PipelineWithVAEs(module, codec, codec), str(checkpoint))
         file = self._folder / f"{space}.safetensors"
         pipeline = AlignPipeline(module, codec.space, codec.space).to(torch.float16)
