@@ -508,7 +508,7 @@ class PlainModule(AlignModule):
 
 
 class TinyModule(AlignModule):
-    """The parts of tiny autoencoders, whose weights are the usual start (`training/vae_start.py`).
+    """The parts of tiny autoencoders, whose weights are the usual start (`training/starts.py`).
 
         z1 ── conv 3x3 ──────┐
                              + ── 3 + num_blocks stage blocks ── conv ── z2

@@ -25,8 +25,8 @@ import torch
 from accelerate import Accelerator
 from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
-from training.linear_start import fit_ridge
-from training.vae_start import start_from_vaes
+from training.starts import fit_ridge
+from training.starts import start_from_vaes
 
 from dataloader import ImageDataset, eval_loader, find_images
 from evaluation import charts
