@@ -214,14 +214,13 @@ def resolve_device(name: str, typed: bool) -> torch.device:
     A device that the machine lacks is a UserError if the user `typed` it. A default falls back, with one warning, to the first
     of cuda, mps and cpu that the machine has. A name that is no such device is a UserError in both cases.
     """
+    present = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device {name}: not a device; use cuda, cuda:N, mps or cpu") from None
-    present = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
-    if device.type not in present:
-        raise UserError(f"device {name}: not supported; use cuda, cuda:N, mps or cpu")
-    if not present[device.type]() or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        there = present[device.type]()
+    except (RuntimeError, KeyError):
+        raise UserError(f"device {name}: not a device to compute on; use cuda, cuda:N, mps or cpu") from None
+    if not there or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         if typed:
             raise UserError(f"device {name}: not available on this machine; use cpu, or leave the choice to the program")
         device = torch.device(next(kind for kind in ("cuda", "mps", "cpu") if present[kind]()))
