@@ -415,15 +415,11 @@ class AlignModule(nn.Module):
         if len(inputs) == 2 and len(latents) != len(image):
             raise AlignError(f"batches of {len(latents)} latents and {len(image)} images: pass one image for each latent")
         if sizes[-1] != sizes[0]:
-            raise AlignError(
-                f"an image of {image.shape[2]}x{image.shape[3]} px does not belong to latents of "
-                f"{latents.shape[2]}x{latents.shape[3]}, which stand for {sizes[0][0]}x{sizes[0][1]} px"
-            )
+            latent_size, image_size = ("x".join(map(str, size)) for size in sizes)
+            raise AlignError(f"an image of {image_size} px does not belong to latents that stand for {latent_size} px")
         if not all(side > 0 and side % config.out_stride == 0 for side in sizes[0]):
-            raise AlignError(
-                f"the inputs cover {sizes[0][0]}x{sizes[0][1]} px; both sides must be multiples of "
-                f"{max(config.out_stride, config.latent_stride)} px"
-            )
+            unit = max(config.out_stride, config.latent_stride)
+            raise AlignError(f"the inputs cover {sizes[0][0]}x{sizes[0][1]} px; both sides must be multiples of {unit} px")
 
     def on_output_grid(self, latents: torch.Tensor) -> torch.Tensor:
         """VAE1's latents on VAE2's grid. A finer grid is folded into channels, which loses nothing; a coarser one repeated."""
@@ -727,11 +723,6 @@ class AlignPipeline:
         `dtype`: see `from_pretrained`. Executes no code from the file."""
         path = Path(path)
         path = path / PRETRAINED_NAME if os.path.isdir(path) else path  # `Path.is_dir` fails for too long a name
-        if not is_safetensors(path):
-            raise AlignError(
-                f"checkpoint {path}: not a .safetensors file. Make one of a training checkpoint: "
-                "vaes.pipeline.PipelineWithVAEs.from_checkpoint(path).save_pretrained('module.safetensors')"
-            )
         content = read_safetensors(path)
         spaces = (LatentSpace.from_dict(content[name]) for name in ("space1", "space2"))
         return cls(module_of(content), *spaces, content["figures"]).to(device, dtype)
@@ -882,20 +873,6 @@ def zoo_pairs(folder: str | os.PathLike = ZOO) -> list[tuple[str, str]]:
 # The file
 
 
-def is_safetensors(path: str | os.PathLike) -> bool:
-    """Whether a file is a .safetensors file, by its name or its first bytes. AlignError where it cannot be read."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe waits for a writer, a device may never end
-            raise OSError("a pipe, socket or device, not a file")
-        with open(path, "rb") as file:
-            start = file.read(9)
-    except FileNotFoundError:
-        raise AlignError(f"checkpoint {path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise AlignError(f"checkpoint {path}: cannot be read ({_one_line(error)})") from None
-    return Path(path).suffix == ".safetensors" or start[8:] == b"{"
-
-
 def read_safetensors(path: Path) -> dict:
     """The content of a .safetensors file: `align_config` and `state_dict`, which make the module (`module_of`); `space1`,
     `space2` and `figures` as `save_pretrained` wrote them; `vaes`, the places of both VAEs or None.
@@ -908,20 +885,27 @@ def read_safetensors(path: Path) -> dict:
     except ImportError:
         raise AlignError(f"checkpoint {path}: reading a .safetensors file needs the package safetensors; install it") from None
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe waits for a writer, a device may never end
+            raise OSError("a pipe, socket or device, not a file")
         with safe_open(path, "pt") as file:
             description = json.loads((file.metadata() or {}).get("vae_align", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         checksum = _crc_of_tensors(path.read_bytes())
+    except FileNotFoundError:
+        raise AlignError(f"checkpoint {path}: no such file") from None
     except Exception as error:  # whatever is wrong with the file, safetensors and json have errors of their own for it
-        raise AlignError(f"checkpoint {path}: damaged or not a checkpoint ({_one_line(error)})") from None
+        of_training = "; PipelineWithVAEs.from_checkpoint(path).save_pretrained(output) of vaes/pipeline.py makes one"
+        remedy = of_training if path.suffix == ".pth" else ""
+        raise AlignError(f"checkpoint {path}: damaged or no .safetensors checkpoint ({_one_line(error)}){remedy}") from None
     with errors_naming(path):
         require_format(description)
         if description.get("crc32") != checksum:
             raise AlignError("damaged (its tensors do not match their checksum)")
         parts = ("format", "format_number", "align_config", "space1", "space2", "figures")
-        content = {name: description[name] for name in parts} | {"state_dict": tensors}
-        content["vaes"] = description.get("vaes") or [None, None]
-        if not isinstance(content["figures"], dict) or list(map(type, content["vaes"])) not in ([str] * 2, [type(None)] * 2):
+        vaes = description.get("vaes") or [None, None]
+        content = {name: description[name] for name in parts} | {"state_dict": tensors, "vaes": vaes}
+        kinds_fit = len(vaes) == 2 and all(isinstance(vae, (str, type(None))) for vae in vaes)
+        if not kinds_fit or not isinstance(content["figures"], dict):
             raise TypeError
         config = AlignConfig.from_dict(content["align_config"])
         require_own_spaces(config, *(LatentSpace.from_dict(content[name]) for name in ("space1", "space2")))
@@ -1070,7 +1054,12 @@ def detect_wrong_space(latents: torch.Tensor, space: LatentSpace) -> str | None:
     bands = space_features(latents) if space.name in known else None
     if bands is None:
         return None
-    likely = {name: log_likelihood(bands, moments_of(name)) for name in known}
+    likely = {}  # log-likelihood per latent under Student's t distribution about zero, up to a constant
+    for name in known:
+        moments = moments_of(name)
+        distance = torch.einsum("npc,ncd,npd->np", bands, torch.linalg.inv(moments).to(bands), bands)
+        spread = torch.log1p(distance / DEGREES).mean(1).sum().item() * (DEGREES + channels) / 2
+        likely[name] = -spread - torch.logdet(moments).sum().item() / 2
     best = max(likely, key=likely.get)
     if not likely[best] - likely[space.name] > CLEAR[channels]:
         return None
@@ -1106,14 +1095,6 @@ def moments_of(name: str) -> torch.Tensor:
     rows, columns = torch.triu_indices(channels, channels)
     upper[:, rows, columns] = torch.tensor(numbers, dtype=torch.float64)
     return upper + upper.triu(1).mT
-
-
-def log_likelihood(bands: torch.Tensor, moments: torch.Tensor) -> float:
-    """Of `space_features`, per place, under Student's t distribution with these second moments about zero, up to a constant."""
-    inverse = torch.linalg.inv(moments).to(bands)
-    distance = torch.einsum("npc,ncd,npd->np", bands, inverse, bands)
-    spread = torch.log1p(distance / DEGREES).mean(1).sum().item() * (DEGREES + bands.shape[2]) / 2
-    return -spread - torch.logdet(moments).sum().item() / 2
 
 
 # Second moments of scaled latents of photos, measured by tools/measure_spaces.py. {channels: {space: for each band of

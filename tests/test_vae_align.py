@@ -309,34 +309,23 @@ def test_a_dtype_that_computes_nothing_is_refused():
 # Exported
 
 
-SIZES = ((4, 6, 2), (10, 8, 3))  # rows and columns of the output, batch
-
-
 @pytest.mark.parametrize("strides", [(8, 8), (8, 16), (16, 8)], ids=str)
 @pytest.mark.parametrize("input_types", INPUT_TYPES, ids=IDS)
 def test_exports_leave_sizes_open(input_types, strides):
     """A graph for one size only, or a check in `forward` that a tracer cannot follow."""
+    if len(input_types) == 2 and strides == (16, 8):
+        pytest.skip("the image's sides are multiples of the latents', which torch.export cannot say of two inputs")
     module = make_module(input_types=input_types, latent_stride=strides[0], out_stride=strides[1])
-    config = module.config
-    example, other = (make_inputs(config, *(side * config.out_stride for side in sides), batch) for *sides, batch in SIZES)
-    expected = module(**other)
-    traced = torch.jit.trace(module, example_kwarg_inputs=example, check_trace=False)
-    assert torch.allclose(traced(**other), expected, atol=1e-5)
-
-    batch, rows, columns = Dim("batch"), Dim("rows", min=2, max=512), Dim("columns", min=2, max=512)
+    example, other = make_inputs(module.config, 64, 96), make_inputs(module.config, 160, 128, batch=3)
+    batch, rows, columns = Dim("batch"), Dim("rows", min=2, max=256), Dim("columns", min=2, max=256)
 
     def open_sizes(name):
-        unit = config.out_stride if name == "image" else max(1, config.out_stride // config.latent_stride)
-        scaled = [unit * side if unit > 1 else side for side in (rows, columns)]
-        if name == "latents" and config.latent_stride > config.out_stride:  # a latent stands for several rows of the output
-            return {0: batch, 2: Dim("latent_rows", min=2, max=256), 3: Dim("latent_columns", min=2, max=256)}
-        return {0: batch, 2: scaled[0], 3: scaled[1]}
+        unit = strides[1] if name == "image" else max(1, strides[1] // strides[0])
+        return {0: batch, 2: unit * rows if unit > 1 else rows, 3: unit * columns if unit > 1 else columns}
 
-    if len(input_types) == 2 and strides == (16, 8):
-        return  # the image's sides are multiples of the latents', which torch.export cannot say of two inputs
     sizes = {name: open_sizes(name) for name in example}
     exported = torch.export.export(module, (), example, dynamic_shapes=sizes)
-    assert torch.allclose(exported.module()(**other), expected, atol=1e-5)
+    assert torch.allclose(exported.module()(**other), module(**other), atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -48,10 +48,15 @@ def warnings_of(caplog):
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_another_spaces_latents_are_said_once_in_one_line_and_translated(name, caplog):
-    """SDXL's latents in a module for SD 1.5's, which gives a picture that is wrong and no word; a word for every batch."""
+@pytest.mark.parametrize("raw", [False, True], ids=["scaled", "raw"])
+def test_another_spaces_latents_are_said_once_in_one_line_and_translated(name, raw, caplog):
+    """SDXL's latents in a module for SD 1.5's, which gives a picture that is wrong and no word; a word for every batch;
+    ComfyUI's raw latents, which the other space's map does not make its own."""
     pipeline, wrong = pipeline_from(OTHER[name]), latents_of(name)
-    assert pipeline.translate(wrong).isfinite().all() and pipeline.translate(wrong).shape == (1, 16, 24, 24)
+    wrong = SPACES[name].to_raw(wrong) if raw else wrong
+    for _ in range(2):
+        translated = pipeline.translate(wrong, raw=raw)
+    assert translated.isfinite().all() and translated.shape == (1, 16, 24, 24)
     (line,) = warnings_of(caplog)
     assert f"look like those of {name}" in line and f"takes those of {OTHER[name]}" in line and "\n" not in line
     assert f"use a module for {name}" in line and re.search(r"per latent -?\d+\.\d\d against -?\d", line)
@@ -67,14 +72,7 @@ def test_a_spaces_own_latents_are_taken_without_a_word(name, raw, caplog):
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_raw_latents_of_another_space_are_told_too(name, caplog):
-    """ComfyUI's latents, which are raw: the other space's map does not make them its own."""
-    pipeline_from(OTHER[name]).translate(SPACES[name].to_raw(latents_of(name)), raw=True)
-    assert len(warnings_of(caplog)) == 1
-
-
-@pytest.mark.parametrize("name", OTHER)
-def test_what_tells_nothing_raises_no_doubt(name):
+def test_latents_that_tell_nothing_raise_no_warning(name):
     """A word about an empty latent image, noise, a few latents, numbers that are none, or a space that nobody measured."""
     space = SPACES[name]
     for latents in (

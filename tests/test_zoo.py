@@ -42,8 +42,8 @@ def test_a_pair_is_the_first_ones_picture_in_the_second_ones_latents(one, into):
     "first, second, said",
     [
         ({}, {"hidden_channels": 16}, "hidden_channels 8 and 16"),
-        ({"input_types": ("image",)}, {}, "draws no picture"),
-        ({}, {"architecture": "plain"}, "looks at no picture"),
+        ({"input_types": ("image",)}, {}, "has no decoder"),
+        ({}, {"architecture": "plain"}, "encodes no picture"),
     ],
 )
 def test_what_makes_no_pair_is_refused(first, second, said):
@@ -69,7 +69,7 @@ def test_names_lead_to_the_pair_with_its_figures(tmp_path):
         "import torch, vae_align as v; p = v.AlignPipeline.from_pretrained('sd15', 'flux1', dtype=torch.float64)\n"
         "print(v.zoo_pairs(), p.figures, p.space1.name, p.space2.name)\n"
         "torch.save(p.translate(torch.load('latents.pt').double()), 'carried.pt')\n"
-        "v.AlignPipeline.from_pretrained('sd15', 'flux9')"
+        "v.AlignPipeline.pair('sd15', 'flux9')"
     )
     ended = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=child_environment(), capture_output=True, text=True

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from utils import UserError, atomic_file, next_stamp, one_line, physical_memory, shown
+from utils import UserError, atomic_file, next_stamp, one_line, physical_memory, require_regular, shown
 from vae_align import (
     CHECKPOINT_FORMAT,
     CHECKPOINT_PREFIX,
@@ -26,7 +26,6 @@ from vae_align import (
     check_weights,
     errors_naming,
     is_finite,
-    is_safetensors,
     module_of,
     read_safetensors,
     require_format,
@@ -256,9 +255,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     if os.path.isdir(path):  # `Path.is_dir` fails for too long a name
         return newest_checkpoint(path)[1]
     path = Path(path)
-    if is_safetensors(path):
+    start = _first_bytes(path)
+    if path.suffix == ".safetensors" or start[8:] == b"{":
         return _with_training_keys(read_safetensors(path))
-    content = _read_torch(path)
+    content = _read_torch(path, is_zip=start.startswith(b"PK"))
     with errors_naming(path):
         require_format(content)
         _check_content(content)
@@ -288,12 +288,22 @@ def checkpoints_in(folder: str | os.PathLike) -> list[Path]:
     return sorted(Path(folder).glob(f"{CHECKPOINT_PREFIX}_[0-9]*_[0-9]*.pth"), reverse=True)
 
 
-def _read_torch(path: Path):
+def _first_bytes(path: Path) -> bytes:
+    """The first 9 bytes of a file, which tell its kind."""
+    try:
+        require_regular(path)
+        with open(path, "rb") as file:
+            return file.read(9)
+    except FileNotFoundError:
+        raise AlignError(f"checkpoint {path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise AlignError(f"checkpoint {path}: cannot be read ({one_line(error)})") from None
+
+
+def _read_torch(path: Path, is_zip: bool):
     """The content of a .pth file. AlignError where a part does not match its CRC-32, which `torch.load` ignores."""
     damaged = compressed = None
     try:
-        with open(path, "rb") as file:
-            is_zip = file.read(2) == b"PK"
         if is_zip:
             with zipfile.ZipFile(path) as parts:
                 compressed = any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist())
