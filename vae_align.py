@@ -713,7 +713,7 @@ class AlignPipeline:
         name, suffix = str(path), Path(path).suffix
         if HUB_NAME.fullmatch(name) and suffix not in (".safetensors", ".pth") and not os.path.lexists(path):
             path = _download(name, {option: options[option] for option in HUB_OPTIONS if options.get(option) is not None})
-        return cls.from_checkpoint(path, device, dtype)
+        return cls.from_checkpoint(path, device=device, dtype=dtype)
 
     @classmethod
     def from_checkpoint(
@@ -766,7 +766,7 @@ class AlignPipeline:
         config = second.config
         if first is not None and not first.config.has_decoder:
             raise AlignError("the first module has no decoder; compose one of architecture tiny or whole, from latents alone")
-        if config.architecture == "plain" or not config.has_image_encoder:
+        if config.architecture == "plain":
             raise AlignError("the second module encodes no picture; compose one of architecture tiny or whole")
         if config.uses_latents and any(bool(weight.any()) for weight in second.module.latent_in.parameters()):
             raise AlignError("the second module was trained with latents of its own VAE1, so no other's can take their place")

@@ -150,22 +150,8 @@ def test_every_pixel_of_the_image_counts(downsample_times):
 
 
 @pytest.mark.parametrize("input_types", INPUT_TYPES, ids=IDS)
-def test_a_far_away_change_does_not_matter(input_types):
-    """Attention or statistics over the whole picture: the module would depend on the crop it was trained on."""
-    module = make_module(input_types=input_types, downsample_times=3)
-    inputs = make_inputs(module.config, 32, 320)
-    changed = {name: tensor.clone() for name, tensor in inputs.items()}
-    for tensor in changed.values():
-        tensor[..., -tensor.shape[3] // 10 :] += 10
-    with torch.no_grad():
-        before, after = module(**inputs), module(**changed)
-    torch.testing.assert_close(after[..., :20], before[..., :20])
-    assert not torch.allclose(after[..., -4:], before[..., -4:])
-
-
-@pytest.mark.parametrize("input_types", INPUT_TYPES, ids=IDS)
 def test_the_middle_of_a_crop_is_the_middle_of_the_picture(input_types):
-    """Image and latents out of register, or anything that depends on where a place lies in the picture."""
+    """Image and latents out of register; attention or statistics over the whole picture, which depend on the training crop."""
     module = make_module(input_types=input_types, downsample_times=3)
     whole = make_inputs(module.config, 32, 480, batch=1)
     crop = {name: tensor[..., tensor.shape[3] // 3 :] for name, tensor in whole.items()}
@@ -190,16 +176,6 @@ def test_training_and_evaluation_mode_give_the_same():
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(module).train()(**inputs), module(**inputs))
     assert {name for name, _ in module.named_buffers()} == {"ridge_weight", "ridge_bias"}
-
-
-def test_both_inputs_count():
-    """A branch whose features are computed and then dropped."""
-    module = make_module()
-    inputs = make_inputs(module.config)
-    with torch.no_grad():
-        out = module(**inputs)
-        for name in inputs:
-            assert not torch.allclose(module(**{**inputs, name: inputs[name] + 1}), out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -25,8 +25,6 @@ import torch
 from accelerate import Accelerator
 from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
-from training.starts import fit_ridge
-from training.starts import start_from_vaes
 
 from dataloader import ImageDataset, eval_loader, find_images
 from evaluation import charts
@@ -38,6 +36,7 @@ from evaluation.verdict import PERCEPTION_NOISE, PSNR_NOISE, verdict
 from images.files import list_images
 from runtime.cli import Parser, claim_writable_folder, integer, real, run
 from tools.publish import FIGURES, figures_in
+from training.starts import fit_ridge, start_from_vaes
 from utils import (
     PRECISIONS,
     UserError,
