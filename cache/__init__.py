@@ -1,1 +1,1 @@
-"""Latent spaces, the frozen VAEs behind them, and the cache of what they encode."""
+"""The latent cache: what both frozen VAEs make of each training image."""

@@ -2,90 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import itertools
+import json
 import logging
 import math
 import os
-from collections import deque
+import secrets
+import shutil
+import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from filelock import FileLock, Timeout
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from cache.claims import ChunkClaims
-from cache.contents import WORD, Contents, contents_of, words_of
-from cache.read import CachedDataset, as_it_is
-from cache.store import LatentCache, addresses_of, cache_key
+from cache.read import WORD, CachedDataset, LatentCache, places_in
 from dataloader import ImageDataset, UnreadableImage, WorkerLoader, loader_options
 from images.decoding import image_reader, to_levels, to_pixel_values
 from images.files import digest_of
 from runtime.processes import ALONE, Machine
-from utils import UserError, count_of, memory_advice
+from utils import UserError, atomic_file, count_of, memory_advice, one_line, write_json
 from vaes.codec import Codec, SeenThrough, decode_picture
 
 log = logging.getLogger(__name__)
 
-ENCODE_BATCH = 16  # views encoded at once for the cache
-CHUNK_IMAGES = 32  # a kill loses at most this many images' work
+LAYOUT = 2  # raised with every change to what a cache's folder holds, so that no older one is read
+ENCODE_BATCH = 16  # views encoded at once
+CHUNK_IMAGES = 32  # a kill loses at most this number of images
+CHUNK_BYTES = 1 << 28  # a chunk is in memory until it is written; larger views make chunks of fewer images
+POLL = 0.5  # seconds between looks at the locks of others
+STALE = 600.0  # seconds without progress of the others, after which their locks do not count
+MOST_CONTENTS = 1 << 20  # are remembered, or four times the images at hand, the newest
+SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd: no two views of an image get the same address
 
-Chunks = dict[int, list[tuple[int, list[int]]]]  # {number: [(index of an image, numbers of its views)]}
-
-
-@dataclass(frozen=True)
-class EncodingItem:
-    """Some views of a training image, or why there are none.
-
-    Attributes:
-        index: of the image. views: their numbers. content: the digest of what was decoded. pixels: (views, 3, S, S) uint8.
-        failure: of decoding; lasting: whether the same content will fail again.
-    """
-
-    index: int
-    views: list[int]
-    content: bytes = b""
-    pixels: torch.Tensor | None = None
-    failure: str = ""
-    lasting: bool = False
-
-
-class SomeViews(Dataset):
-    """Training images, asked for as (index, numbers of views), as `EncodingItem`s."""
-
-    def __init__(self, dataset: ImageDataset):
-        self.dataset = dataset
-
-    def __getitem__(self, item):
-        index, views = item
-        content = b""
-        try:
-            image = self.dataset.open(index)
-            content = self.dataset.content(index)
-            pixels = torch.stack([self.dataset.crop(image, content, view) for view in views])
-            return EncodingItem(index, views, content, pixels)
-        except UnreadableImage as error:
-            return EncodingItem(index, views, content, failure=error.why, lasting=not error.passing)
-
-
-@dataclass(eq=False)
-class BatchesOfChunks(Sampler):
-    """Batches of (index, numbers of views), chunk after chunk. The numbers of the chunks that have begun are put into
-    `in_work`, from which whoever is done with one takes it."""
-
-    numbers: Iterator[int]
-    chunks: Chunks
-    batch_size: int
-    in_work: deque
-
-    def __iter__(self):
-        for number in self.numbers:
-            self.in_work.append(number)
-            images = self.chunks[number]
-            for start in range(0, len(images), self.batch_size):
-                yield images[start : start + self.batch_size]
+Chunks = dict[str, list[tuple[int, list[int]]]]  # {name: [(index of an image, the numbers of its views)]}
 
 
 @dataclass(frozen=True)
@@ -112,7 +72,7 @@ class CacheOptions:
 def cache_latents(
     dataset: ImageDataset, codec1: Codec, codec2: Codec, options: CacheOptions, num_workers: int = 0, machine=ALONE
 ) -> CachedDataset:
-    """A training set out of the latent cache, in which what is missing of it is built now.
+    """The training set as rows of the latent cache, after the missing ones have been encoded.
 
     The codecs' VAEs are not loaded when nothing is missing. All processes of a `machine` encode together, and so do other runs
     that build the same cache meanwhile. Each of several machines has its share of the images, in a cache of its own. UserError
@@ -120,29 +80,31 @@ def cache_latents(
     """
     share = share_of(machine, len(dataset))
     own = dataset if len(share) == len(dataset) else dataset.part(share)
-    encoder = LatentEncoder(own, codec1, codec2, options, num_workers)
+    contents = machine.of_first(lambda: contents_of(own, Path(options.root) / "contents.npy", num_workers))
+    encoder = LatentEncoder(own, codec1, codec2, options, num_workers, *contents)
     encoder.cache.hold()
-    encoder.contents = machine.of_first(lambda: contents_of(own, Path(options.root) / "contents", num_workers))
-    if encoder.missing():  # else the cache may be where nothing can be written
-        encoder.build(machine)
+    if missing := encoder.missing():  # else the cache may be where nothing can be written
+        encoder.build(missing, machine)
     if machine.accelerator:
         machine.accelerator.wait_for_everyone()
-    present = machine.of_first(encoder.present)
-    images = np.flatnonzero(present)
+    rows = encoder.rows()
+    present = machine.of_first(lambda: (rows >= 0).all(axis=1))
+    images, rows = np.flatnonzero(present), rows[present]
+    if (rows < 0).any():
+        raise UserError(f"latent cache {encoder.cache.folder}: another process sees more of it than this one; start again")
     if machine.rank == 0:
-        failures = [encoder.why_left_out(index) for index in np.flatnonzero(~present).tolist()]
-        for why in failures:
+        left_out = encoder.left_out()
+        for index in np.flatnonzero(~present).tolist():
+            why = f"{own.name(index)!r} ({left_out.get(index, 'it could not be read when it was to be encoded')})"
             log.warning("left out: %s", why)
         if not len(images):
-            raise UserError(f"no training image could be encoded; the last failure: {failures[-1]}")
-    rows = encoder.rows()[images]
-    if machine.rank == 0:
+            raise UserError(f"no training image could be encoded; the last failure: {why}")
         encoder.cache.mark_used(rows)
     return CachedDataset(encoder.cache, dataset, share[images], rows, machine.of_each(len(images)))
 
 
 def share_of(machine: Machine, images: int) -> np.ndarray:
-    """The indices of a machine's share of so many images, in proportion to its processes. UserError if there are too few."""
+    """The indices of a machine's share of the images, in proportion to its processes. UserError if there are too few."""
     world = machine.machines[-1].stop
     if images < world and len(machine.machines) > 1:
         raise UserError(f"{images} training images for {world} processes of several machines: each needs one; start fewer")
@@ -151,217 +113,334 @@ def share_of(machine: Machine, images: int) -> np.ndarray:
     return np.flatnonzero((place >= processes.start) & (place < processes.stop))
 
 
+def contents_of(dataset: ImageDataset, path: Path, threads: int) -> tuple[list[bytes], dict[int, str]]:
+    """([digest of each image's content, zero where it cannot be read], {index of such an image: why}).
+
+    The file `path` holds pairs (digest of an image's stamp, digest of its content), so that an unchanged image is not read
+    again, unless this file is lost. Threads read the others.
+    """
+
+    def stamp_of(index):
+        with contextlib.suppress(OSError):
+            if stamp := dataset.source.stamp(index):
+                return digest_of([stamp.encode(errors="surrogateescape")])
+
+    def read(index):
+        try:
+            return dataset.content(index), ""
+        except UnreadableImage as error:
+            return bytes(16), error.why
+
+    known = {}
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        known = dict(np.load(path).view("V16").reshape(-1, 2).tolist())
+    stamps = [stamp_of(index) for index in range(len(dataset))]
+    contents, unreadable = [known.pop(stamp, None) for stamp in stamps], {}
+    waiting = [index for index, content in enumerate(contents) if content is None]
+    with ThreadPoolExecutor(max(1, threads)) as pool, tqdm(total=len(waiting), desc="read", unit="image", delay=2) as bar:
+        for start in range(0, len(waiting), 1024):
+            part = waiting[start : start + 1024]
+            for index, (content, why) in zip(part, pool.map(read, part)):
+                contents[index] = content
+                if why:
+                    unreadable[index] = why
+                bar.update()
+    if waiting:
+        known |= {stamp: content for stamp, content in zip(stamps, contents) if stamp and any(content)}
+        newest = list(known.items())[-max(MOST_CONTENTS, 4 * len(dataset)) :]
+        with contextlib.suppress(OSError), atomic_file(path) as file:
+            np.save(file, np.frombuffer(b"".join(itertools.chain(*newest)), np.uint8))
+    return contents, unreadable
+
+
+class ChunkLocks:
+    """This process's locks on the chunks that it encodes. The kernel drops them with the process.
+
+    Attributes:
+        patient: whether a chunk that another process has locked is left to it; False where no file can be locked.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder, self._held, self.patient = folder, {}, True
+        probe = secrets.token_hex(8)  # nobody else locks this one
+        self.patient = self.claim(probe)
+        self.release(probe)
+
+    def claim(self, name: str) -> bool:
+        """Whether this process is to encode that chunk."""
+        lock = FileLock(self._folder / f"{name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except (Timeout, OSError, NotImplementedError):
+            return not self.patient
+        self._held[name] = lock
+        return True
+
+    def release(self, name: str) -> None:
+        if lock := self._held.pop(name, None):
+            with contextlib.suppress(OSError):
+                os.unlink(lock.lock_file)
+            lock.release()
+
+    def show_life(self) -> None:
+        """Let those who wait for this process know that it encodes."""
+        for lock in self._held.values():
+            with contextlib.suppress(OSError):
+                os.utime(lock.lock_file)
+
+    def wait(self, name: str) -> bool:
+        """Claim a chunk as soon as its claimer has finished it, has died, or has shown no life for `STALE` seconds. True."""
+        still, life = 0.0, None
+        while not self.claim(name):
+            before = life
+            with contextlib.suppress(OSError):
+                life = os.stat(self._folder / f"{name}.lock").st_mtime_ns
+            still = still + POLL if life == before else 0.0
+            if still >= STALE:
+                log.warning("those who encode the rest of the latent cache have done nothing for %.0f s: doing it here", STALE)
+                self.patient = False
+            time.sleep(POLL)
+        return True
+
+
+class SomeViews(Dataset):
+    """Training images, asked for as (index, numbers of views): (index, views, digest of content, pixels (V, 3, S, S) uint8). An
+    UnreadableImage stands for the pixels of an image that cannot be decoded."""
+
+    def __init__(self, dataset: ImageDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, item):
+        index, views = item
+        try:
+            image, content = self.dataset.open(index), self.dataset.content(index)
+            return index, views, content, torch.stack([self.dataset.crop(image, content, view) for view in views])
+        except UnreadableImage as error:
+            return index, views, b"", error
+
+
 class LatentEncoder:
     """Encodes the views of a training set with both VAEs, chunk by chunk, into a `LatentCache`.
 
-    Attributes:
-        cache: the cache, in the folder that the content's key names.
-        contents: of the images, set before anything is asked for.
+    Args:
+        contents: [digest of each image's content]. unreadable: {index of an image that cannot be read: why}.
     """
 
-    def __init__(self, dataset: ImageDataset, codec1: Codec, codec2: Codec, options: CacheOptions, num_workers: int):
-        self.dataset = dataset
+    def __init__(
+        self, dataset: ImageDataset, codec1: Codec, codec2: Codec, options: CacheOptions, num_workers: int, contents, unreadable
+    ):
+        self.dataset, self.options, self.num_workers = dataset, options, num_workers
         self.codecs = {1: codec1, 2: codec2}
-        self.options = options
-        self.num_workers = num_workers
-        self.contents: Contents | None = None
-        self._rows = None  # where the views were when last looked
-        self._failures = {}  # {index: why}, of this run alone
+        self.contents, self._failures = contents, unreadable
         size = dataset.image_size
-        columns = {
-            f"latents{number}": ((codec.channels, size // codec.stride, size // codec.stride), "float16")
+        columns = [
+            (f"latents{number}", "<f2", (codec.channels, size // codec.stride, size // codec.stride))
             for number, codec in self.codecs.items()
-        }
-        if options.reencoded:
-            columns["reencoded"] = columns["latents2"]
-        if options.with_images:
-            columns["pixel_values"] = ((3, size, size), "uint8")
-        if options.decoded:
-            columns["decoded"] = ((3, size, size), "uint8")
+        ]
+        columns += [("reencoded", *columns[1][1:])] if options.reencoded else []
+        columns += [("pixel_values", "u1", (3, size, size))] if options.with_images else []
+        columns += [("decoded", "u1", (3, size, size))] if options.decoded else []
         key = {
+            "layout": LAYOUT,
             "vaes": [codec.fingerprint for codec in self.codecs.values()],
             "precision": [str(codec.vae.dtype) for codec in self.codecs.values()],
             "sample": options.sample,
-            "columns": {name: list(shape) for name, (shape, _) in columns.items()},
+            "columns": columns,
             **dataset.view_key(),
         }
         if options.seen_through:
             key["seen_through"] = [codec.fingerprint for codec in options.seen_through.codecs]
-        about = {"vae1": codec1.vae.where, "vae2": codec2.vae.where, **key}
-        self.cache = LatentCache(options.root, cache_key(**key), columns, about)
+        self.about = {"vae1": codec1.vae.where, "vae2": codec2.vae.where, **key}
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+        self.cache = LatentCache(Path(options.root) / digest, np.dtype(columns))
 
     # ---- what is there
 
     def rows(self) -> np.ndarray:
-        """Where in the cache the views are: (images, views) int64, -1 for those that are not there."""
-        if self._rows is None:
-            self._rows = self.cache.find(addresses_of(self.contents.digests[:, None], np.arange(self.options.views)[None]))
-        return self._rows
+        """The numbers of the views' rows: (images, views) int64, -1 for those that are not there at this moment."""
+        self.cache.look()
+        views = self.options.views
+        wanted = addresses_of([each for each in self.contents for _ in range(views)], [*range(views)] * len(self.contents))
+        return places_in(self.cache.addresses, wanted).reshape(-1, views)
 
-    def present(self) -> np.ndarray:
-        """Which images can be trained on: (images,) bool."""
-        usable = ~np.isin(np.arange(len(self.dataset)), list(self._known_failures()))
-        return (self.rows() >= 0).all(axis=1) & usable
+    def left_out(self) -> dict[int, str]:
+        """{index of an image that cannot be encoded: why}, as far as this process knows."""
+        known = {}  # a content that could not be encoded is not tried again by the same decoder
+        for entry in itertools.chain.from_iterable(map(json.loads, self.cache.left_out)):
+            if entry["reader"] == image_reader() and entry["views"] <= self.options.views:
+                known[bytes.fromhex(entry["content"])] = entry["why"]
+        return self._failures | {index: known[content] for index, content in enumerate(self.contents) if content in known}
 
     def missing(self) -> Chunks:
-        """The images to encode, each content once, and which of their views, by a new look."""
-        self._rows = None
-        absent = self.rows() < 0
-        failures, found = self._known_failures(), {}
+        """The images to encode, each content once. A chunk is named by a digest of the rows that it will hold."""
+        absent, found, chunks = self.rows() < 0, {}, {}
+        left_out = self.left_out()
         for index in np.flatnonzero(absent.any(axis=1)).tolist():
-            if index not in failures:
-                found.setdefault(self._content(index), (index, np.flatnonzero(absent[index]).tolist()))
-        chunks = {}
+            if index not in left_out:
+                found.setdefault(self.contents[index], (index, np.flatnonzero(absent[index]).tolist()))
+        most = max(1, min(CHUNK_IMAGES, CHUNK_BYTES // (self.options.views * self.cache.row.itemsize)))
         for index, views in found.values():
-            chunks.setdefault(index // CHUNK_IMAGES, []).append((index, views))
-        return chunks
+            chunks.setdefault(index // most, []).append((index, views))
+        return {self._name_of(images): images for images in chunks.values()}
 
-    def name_of_set(self) -> str:
-        """The name of the images and views that are wanted."""
-        return digest_of([self.contents.digests.tobytes(), str(self.options.views).encode()]).hex()
-
-    def why_left_out(self, index: int) -> str:
-        failures = self._known_failures() | self._failures
-        return f"{self.dataset.name(index)!r} ({failures.get(index, 'it could not be read when it was to be encoded')})"
-
-    def _known_failures(self) -> dict[int, str]:
-        """{index of an image that need not be tried again: why}."""
-        left_out = self.cache.left_out(image_reader(), self.options.views)
-        by_content = {index: left_out.get(self._content(index).hex()) for index in range(len(self.dataset))} if left_out else {}
-        return self.contents.unreadable | {index: why for index, why in by_content.items() if why}
-
-    def _content(self, index: int) -> bytes:
-        return self.contents.digests[index].tobytes()
+    def _name_of(self, images: list[tuple[int, list[int]]]) -> str:
+        wanted = [(self.contents[index], view) for index, views in images for view in views]
+        return digest_of([addresses_of(*zip(*wanted)).tobytes(), image_reader().encode()]).hex()
 
     # ---- building
 
-    def build(self, machine: Machine) -> None:
-        """Encode what is missing, together with all who do so at this moment; afterwards nothing is that can be encoded."""
-        self.cache.begin()
-        with ChunkClaims(self.cache.folder / f"{self.name_of_set()}.claims") as claims:
-            claims.look(-(-len(self.dataset) // CHUNK_IMAGES))
-            missing = self.missing()  # others may have built some of it meanwhile
-            if machine.rank == 0:
-                self.announce(missing)
-            if not claims.works:
-                missing = dict(list(missing.items())[machine.rank :: machine.world])
-            self.encode(missing, claims, show_progress=machine.rank == 0)
+    def build(self, missing: Chunks, machine: Machine) -> None:
+        """Encode the missing images, together with all other processes that do so now. UserError if nothing can be written."""
+        folder = self.cache.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+            if not (folder / "about.json").exists():  # others hold a lock on the one that is there
+                write_json(folder / "about.json", self.about)
+        except OSError as error:
+            raise UserError(
+                f"latent_cache_dir {folder.parent}: cannot write there ({one_line(error)}), and it holds no complete "
+                "cache of these images; name another folder"
+            ) from None
+        self.cache.hold()
+        if machine.rank == 0:
+            self._announce(missing)
+        locks, others, names = ChunkLocks(folder), [], list(missing)
+        start = machine.rank * len(names) // machine.world  # divides the work even where no file can be locked
+        with tqdm(total=sum(map(len, missing.values())), desc="encode", unit="image", disable=machine.rank != 0) as bar:
 
-    def announce(self, missing: Chunks) -> None:
-        """Say what the cache will take, and stop at once if the disk does not have it."""
-        to_encode = [image for images in missing.values() for image in images]
-        images = len(self.dataset)
+            def claimed(names, claim):
+                for name in names:
+                    if self.cache.chunk(name) is None and not claim(name):
+                        others.append(name)
+                    elif self.cache.chunk(name) is None:
+                        yield name
+                    else:  # another process has finished it
+                        locks.release(name)
+                        bar.update(len(missing[name]))
+
+            self._encode(claimed(names[start:] + names[:start], locks.claim), missing, locks, bar)
+            if others and machine.rank == 0:
+                log.info("latent cache: waiting for others, who encode the last %s", count_of(len(others), "chunk"))
+            for name in others:
+                self._encode(claimed([name], locks.wait), missing, locks, bar)
+
+    def _announce(self, missing: Chunks) -> None:
+        """Log the size of the cache. UserError at once if the disk has no room for it."""
+        images, folder = list(itertools.chain.from_iterable(missing.values())), self.cache.folder
+        row_bytes = self.cache.row.itemsize
         log.info(
             "latent cache: %s x %s, %.0f MB in %s; %d to encode",
-            count_of(images, "image"), count_of(self.options.views, "view"),
-            images * self.options.views * self.cache.row_bytes / 1e6, self.cache.folder, len(to_encode),
+            count_of(len(self.contents), "image"), count_of(self.options.views, "view"),
+            len(self.contents) * self.options.views * row_bytes / 1e6, folder, len(images),
         )  # fmt: skip
-        self.cache.require_space(sum(len(views) for _, views in to_encode))
+        needed, free = row_bytes * sum(len(views) for _, views in images), shutil.disk_usage(folder).free
+        if needed > free:
+            raise UserError(
+                f"latent_cache_dir {folder.parent}: the cache takes {needed / 1e6:.0f} MB more and the disk has "
+                f"{free / 1e6:.0f} MB; name another folder, lower cache_views, or train without cache_latents"
+            )
 
-    def encode(self, missing: Chunks, claims: ChunkClaims, show_progress: bool) -> None:
-        """Encode the chunks that nobody else does, and wait for those that others encode."""
-        before = dict(zip(missing, itertools.accumulate(map(len, missing.values()), initial=0)))
-        total = sum(map(len, missing.values()))
-        with tqdm(total=total, desc="encode", unit="image", disable=not show_progress or not total) as bar:
-            waiting = list(missing)
-            while waiting:
-                held = []
-                taken = claims.taken(waiting, held)
-                for number in taken:  # the loader starts its workers for at least one chunk
-                    self._encode_taken(itertools.chain([number], taken), missing, before, claims, bar)
-                waiting = claims.left_undone(held)
-            bar.update(total - bar.n)
-        self._rows = None
+    def _encode(self, names: Iterator[str], missing: Chunks, locks: ChunkLocks, bar: tqdm) -> None:
+        """Encode these chunks and write each when it is whole."""
+        chunk_of = {}  # {index of an image on its way: name}
+        size = 2 ** max(0, int(math.log2(max(1, ENCODE_BATCH / self.options.views))))  # whole batches make a chunk
 
-    def _encode_taken(self, numbers: Iterator[int], missing: Chunks, before: dict, claims: ChunkClaims, bar: tqdm) -> None:
-        """Encode those chunks and write each when it is whole; `before`: the number of images in those that precede it."""
-        in_work = deque()  # chunks of which batches are on their way
-        addresses, rows, left_out, seen = [], {name: [] for name in self.cache.columns}, [], 0
-        for items in self._loader(BatchesOfChunks(numbers, missing, self._images_per_batch(), in_work)):
-            number = in_work[0]
-            good = [item for item in items if self._may_be_encoded(item, left_out)]
-            if good:
-                encoded = self._encode_batch(good)
-                finite = self._finite(good, encoded, left_out)
-                for name, values in encoded.items():
-                    rows[name].append(values[finite])
-                addresses.append(_addresses_of(good)[finite])
-            seen += len(items)
-            bar.update(before[number] + seen - bar.n)
-            claims.show_life()
-            if seen == len(missing[number]):
-                if addresses or left_out:
-                    whole = {name: np.concatenate(values) for name, values in rows.items() if values}
-                    self.cache.append(np.concatenate(addresses or [np.empty((0, 2), WORD)]), whole, left_out)
-                claims.finish(in_work.popleft())
-                addresses, rows, left_out, seen = [], {name: [] for name in self.cache.columns}, [], 0
+        def batches(name):
+            chunk_of.update((index, name) for index, _ in missing[name])
+            return (missing[name][start : start + size] for start in range(0, len(missing[name]), size))
 
-    def _images_per_batch(self) -> int:
-        """A power of two, so that whole batches make a chunk."""
-        return 2 ** max(0, int(math.log2(max(1, ENCODE_BATCH / self.options.views))))
+        for first in names:  # the loader starts its workers for at least one chunk
+            sampler = itertools.chain.from_iterable(map(batches, itertools.chain([first], names)))
+            options = loader_options(self.num_workers) | {"persistent_workers": False}
+            loader = WorkerLoader(SomeViews(self.dataset), batch_sampler=sampler, collate_fn=list, **options)
+            for name, loaded in itertools.groupby(loader, lambda items: chunk_of[items[0][0]]):
+                self._encode_chunk(name, loaded, locks, bar)
 
-    def _loader(self, batches: BatchesOfChunks) -> DataLoader:
-        """Batches of `EncodingItem`s."""
-        options = loader_options(self.num_workers) | {"collate_fn": as_it_is, "persistent_workers": False}
-        return WorkerLoader(SomeViews(self.dataset), batch_sampler=batches, **options)
+    def _encode_chunk(self, name: str, loaded: Iterator[list[tuple]], locks: ChunkLocks, bar: tqdm) -> None:
+        parts, left_out = [], []
+        for items in loaded:
+            good = []
+            for index, views, content, pixels in items:
+                if isinstance(pixels, UnreadableImage):
+                    self._leave_out(index, pixels.why, [] if pixels.passing else left_out)
+                elif content != self.contents[index]:
+                    self._leave_out(index, "it changed while it was being read", [])
+                else:
+                    good.append((index, views, content, pixels))
+            parts += [self._encode_batch(good, left_out)] if good else []
+            bar.update(len(items))
+            locks.show_life()
+        if parts or left_out:
+            self._write(name, parts, left_out)
+        locks.release(name)
 
-    def _may_be_encoded(self, item: EncodingItem, left_out: list[dict]) -> bool:
-        why = item.failure
-        if not why and item.content != self._content(item.index):
-            why = "it changed while it was being read"
-        if why:
-            self._leave_out(item, why, left_out if item.lasting else [])
-        return not why
+    def _leave_out(self, index: int, why: str, left_out: list[dict]) -> None:
+        self._failures[index] = why
+        content, views = self.contents[index].hex(), self.options.views
+        left_out.append({"content": content, "views": views, "reader": image_reader(), "why": why})
 
-    def _leave_out(self, item: EncodingItem, why: str, left_out: list[dict]) -> None:
-        self._failures[item.index] = why
-        content = self._content(item.index).hex()
-        left_out.append({"content": content, "views": self.options.views, "reader": image_reader(), "why": why})
-
-    def _encode_batch(self, items: list[EncodingItem]) -> dict[str, np.ndarray]:
-        """{column: rows} of all views of `items`."""
-        advice = {
-            "image_size": self.dataset.image_size,
-            "cache_views": self.options.views,
-            "precision": str(self.codecs[1].vae.dtype).rpartition(".")[2],
-        }
-        pixels = torch.cat([item.pixels for item in items])
+    def _encode_batch(self, items: list[tuple], left_out: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+        """(addresses (R, 2), rows (R,)) of all views of the items. Images are left out if float16 cannot hold their latents."""
+        indices, views, contents, pixels = zip(*items)
+        pixels = torch.cat(pixels)
         images = to_pixel_values(pixels)
-        rows = {"pixel_values": pixels.numpy()} if self.options.with_images else {}
-        with memory_advice("encoding images for the latent cache", **advice):
+        rows = np.empty(len(pixels), self.cache.row)
+        settings = {"image_size": self.dataset.image_size, "cache_views": self.options.views}
+        precision = str(self.codecs[1].vae.dtype).rpartition(".")[2]
+        with memory_advice("encoding images for the latent cache", **settings, precision=precision):
             for number, codec in self.codecs.items():
                 generator = None
                 if self.options.sample:  # a function of the images, so that a build that was cut short draws the same
-                    first = int.from_bytes(items[0].content, "little")
+                    first = int.from_bytes(contents[0], "little")
                     seed = np.random.SeedSequence((self.dataset.seed, first, number)).generate_state(1)[0]
                     generator = torch.Generator(codec.vae.device).manual_seed(int(seed))
-                rows[f"latents{number}"] = codec.encode(images, self.options.sample, generator).half().cpu().numpy()
+                rows[f"latents{number}"] = codec.encode(images, self.options.sample, generator).half().cpu()
             if self.options.reencoded or self.options.decoded:
-                picture = self._picture(images, rows["latents1"])
+                device = self.codecs[1].vae.device
+                if self.options.seen_through:
+                    picture = self.options.seen_through(images.to(device))
+                else:
+                    latents = np.ascontiguousarray(rows["latents1"])
+                    picture = decode_picture(torch.from_numpy(latents).to(device), self.codecs[1])
             if self.options.reencoded:
-                rows["reencoded"] = self.codecs[2].encode(picture).half().cpu().numpy()
+                rows["reencoded"] = self.codecs[2].encode(picture).half().cpu()
             if self.options.decoded:
-                rows["decoded"] = to_levels(picture).cpu().numpy()
-        return rows
+                rows["decoded"] = to_levels(picture).cpu()
+            if self.options.with_images:
+                rows["pixel_values"] = pixels
+        finite = np.all([np.isfinite(rows[name]).reshape(len(rows), -1).all(axis=1) for name in self.cache.row.names], axis=0)
+        ends = np.cumsum(list(map(len, views)))
+        whole = [each.all() for each in np.split(finite, ends[:-1])]
+        for index in itertools.compress(indices, np.logical_not(whole)):
+            self._leave_out(index, "its latents are not finite in float16", left_out)
+        digests = [content for content, numbers in zip(contents, views) for _ in numbers]
+        kept = np.repeat(whole, list(map(len, views)))
+        return addresses_of(digests, list(itertools.chain(*views)))[kept], rows[kept]
 
-    def _picture(self, images: torch.Tensor, latents1: np.ndarray) -> torch.Tensor:
-        device = self.codecs[1].vae.device
-        if self.options.seen_through:
-            return self.options.seen_through(images.to(device))
-        return decode_picture(torch.from_numpy(latents1).to(device), self.codecs[1])
+    def _write(self, name: str, parts: list[tuple[np.ndarray, np.ndarray]], left_out: list[dict]) -> None:
+        """Store a chunk of addresses and rows. UserError if the disk is full or cannot be written."""
+        addresses, rows = zip(*parts, (np.empty((0, 2), WORD), np.empty(0, self.cache.row)))
+        chunk = {
+            "addresses": np.concatenate(addresses).view(np.int64),
+            "rows": np.concatenate(rows)[:, None].view(np.uint8),
+            "left_out": np.frombuffer(json.dumps(left_out).encode(), np.uint8),
+        }
+        try:
+            with atomic_file(self.cache.path(name)) as file:
+                file.write(safetensors.numpy.save(chunk))
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            why = "the disk is full" if full else f"cannot be written ({one_line(error)})"
+            raise UserError(
+                f"latent_cache_dir {self.cache.folder.parent}: {why}; what is cached is kept. Free some of it or "
+                "name another folder, then start again"
+            ) from None
 
-    def _finite(self, items: list[EncodingItem], encoded: dict[str, np.ndarray], left_out: list[dict]) -> np.ndarray:
-        """Which rows are of images whose views are all finite in float16: (rows,) bool. The other images are left out."""
-        of_item = np.repeat(np.arange(len(items)), [len(item.views) for item in items])
-        finite = np.all([np.isfinite(rows).reshape(len(rows), -1).all(axis=1) for rows in encoded.values()], axis=0)
-        bad = np.unique(of_item[~finite])
-        for number in bad.tolist():
-            self._leave_out(items[number], "its latents are not finite in float16", left_out)
-        return ~np.isin(of_item, bad)
 
-
-def _addresses_of(items: list[EncodingItem]) -> np.ndarray:
-    """The addresses of all views of `items`: (rows, 2)."""
-    counts = [len(item.views) for item in items]
-    contents = np.repeat(words_of([item.content for item in items]), counts, axis=0)
-    return addresses_of(contents, np.concatenate([item.views for item in items]))
+def addresses_of(digests: list[bytes], views: list[int]) -> np.ndarray:
+    """The digests of contents, of 16 bytes each, and the numbers of views -> addresses (R, 2) uint64."""
+    addresses = np.frombuffer(b"".join(digests), WORD).reshape(-1, 2).copy()
+    addresses[:, 0] += np.asarray(views, np.uint64) * SPREAD  # wraps around
+    return addresses

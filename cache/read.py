@@ -1,15 +1,146 @@
-"""Training batches out of the latent cache."""
+"""The latent cache on disk, and training batches out of it.
+
+A row is one view of an image (a random crop and flip, the same that training without a cache would draw): both VAEs' scaled
+latents in float16 and, where the module takes the image, its pixels in uint8. Its address is made of the digest of the image's
+content and the view's number, so a file that is touched, copied, renamed or joined by others keeps its rows. Everything else
+that a row depends on (VAEs, size, seed, …) names the folder, by a digest. A folder holds
+
+    about.json          what its name was made of, for people; each run that uses the folder holds a shared lock on it
+    NAME.safetensors    a chunk: the rows of up to 32 images, their addresses, and which images could not be encoded
+    NAME.lock           the lock of the process that encodes this chunk (`cache.build`)
+
+A chunk appears whole, by a rename, and never changes. Its time stamp is that of its last use.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+from pathlib import Path
+
 import numpy as np
+import safetensors.torch
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from cache.store import LatentCache
 from dataloader import EpochSampler, ImageDataset, WorkerLoader, loader_options
 from images.decoding import to_pixel_values
 from runtime.processes import ALONE
+from utils import UserError
+
+log = logging.getLogger(__name__)
+
+WORD = np.dtype("<u8")  # a digest is two of them
+MOST_MAPS = 1 << 14  # chunks that are mapped at once; Linux allows 65530 maps
+
+
+def lock(file, shared: bool) -> bool:
+    """Whether an open file could be locked until it is closed or the process ends. True too where files cannot be locked."""
+    with contextlib.suppress(ImportError, OSError):  # Windows, which deletes no mapped file; some network file systems
+        import fcntl
+
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def places_in(table: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Where addresses (N, 2) are in a table (M, 2), both uint64: (N,) int64, -1 for those that are not there."""
+    if not len(table):
+        return np.full(len(wanted), -1)
+    order = np.argsort(table[:, 0], kind="stable")
+    places = order[np.searchsorted(table[:, 0], wanted[:, 0], sorter=order).clip(max=len(table) - 1)]
+    return np.where((table[places] == wanted).all(axis=1), places, -1)
+
+
+class LatentCache:
+    """The rows in a folder, which need not be there yet.
+
+    Args:
+        row: the dtype of a row, whose fields are the columns.
+
+    Attributes:
+        addresses: (R, 2) uint64, of the rows that this process has seen; a row's number is its place here.
+        left_out: [JSON text that says which images of a chunk could not be encoded, and why].
+    """
+
+    def __init__(self, folder: Path, row: np.dtype):
+        self.folder, self.row = folder, row
+        self.addresses, self.left_out = np.empty((0, 2), WORD), []
+        self._names = []  # of the chunks
+        self._starts = np.zeros(1, np.int64)  # the number of each chunk's first row, and of the row after the last one
+        self._maps = {}
+        self._hold = None
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def hold(self) -> None:
+        """Keep tools/drop_unused_latents.py away while this process lives. UserError if it is dropping chunks right now."""
+        with contextlib.suppress(OSError):  # nothing is there yet
+            self._hold = open(self.folder / "about.json", "rb")  # noqa: SIM115 (as long as this process lives)
+            if not lock(self._hold, shared=True):
+                raise UserError(f"latent cache {self.folder}: chunks are being dropped there; start again when that is done")
+
+    def chunk(self, name: str) -> dict[str, np.ndarray] | None:
+        """A chunk as memory maps: "addresses" (R, 2) uint64, "rows" (R, bytes) uint8, "left_out" uint8, JSON text. None unless
+        it is there and whole. No file stays open: a process may open fewer files than there are chunks."""
+        try:
+            try:
+                tensors = safetensors.torch.load_file(self.path(name))
+            except (OSError, safetensors.SafetensorError):  # damaged, or on a file system that cannot map files
+                tensors = safetensors.torch.load(self.path(name).read_bytes())
+            chunk = {key: tensor.numpy() for key, tensor in tensors.items()}
+            chunk["addresses"] = chunk["addresses"].view(WORD)
+            return chunk if chunk["rows"].shape == (len(chunk["addresses"]), self.row.itemsize) else None
+        except (OSError, safetensors.SafetensorError, KeyError, ValueError):
+            return None
+
+    def look(self) -> None:
+        """Take in the chunks that have appeared since this process last looked."""
+        found = [self.addresses]
+        for name in sorted({path.stem for path in self.folder.glob("*.safetensors")}.difference(self._names)):
+            if chunk := self.chunk(name):
+                found.append(chunk["addresses"].copy())
+                self.left_out.append(chunk["left_out"].tobytes())
+                self._names.append(name)
+                self._starts = np.append(self._starts, self._starts[-1] + len(found[-1]))
+            else:
+                log.warning("%s: damaged or not readable: its images are encoded again", self.path(name))
+        self.addresses = np.concatenate(found)
+
+    def mark_used(self, rows: np.ndarray) -> None:
+        """Set the time stamps of the chunks with these rows, where that is allowed."""
+        for number in np.unique(self._chunks_of(rows)).tolist():
+            with contextlib.suppress(OSError):
+                os.utime(self.path(self._names[number]))
+
+    def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows with these numbers, copied into memory: {column: (B, *shape)}. UserError if they are gone."""
+        numbers, found, columns = self._chunks_of(rows), [], {}
+        for number, place in zip(numbers.tolist(), (rows - self._starts[numbers]).tolist()):
+            if number not in self._maps:
+                chunk = self.chunk(self._names[number])
+                if chunk is None:
+                    raise UserError(f"latent cache {self.path(self._names[number])}: gone or damaged; start again")
+                if len(self._maps) >= MOST_MAPS:
+                    self._maps.clear()
+                self._maps[number] = memoryview(chunk["rows"]).cast("B")
+            found.append((self._maps[number], place * self.row.itemsize))
+        for name, (field, offset) in self.row.fields.items():
+            parts = [chunk[start + offset : start + offset + field.itemsize] for chunk, start in found]
+            columns[name] = np.frombuffer(bytearray().join(parts), field.base).reshape(-1, *field.shape)
+        return columns
+
+    def _chunks_of(self, rows: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._starts, rows, side="right") - 1
+
+    def __getstate__(self):
+        """What a worker process needs to read rows; it makes its own maps."""
+        return self.__dict__ | {"addresses": None, "left_out": None, "_maps": {}, "_hold": None}
 
 
 class CachedDataset(Dataset):
@@ -19,7 +150,7 @@ class CachedDataset(Dataset):
     `reencoded`, `decoded` and `pixel_values`, beside what every batch has.
 
     Attributes:
-        images: (M,) the indices in `dataset` of the images that are in this cache. rows: (M, views) their places in it.
+        images: (M,) the indices in `dataset` of the images that are in this cache. rows: (M, views) their rows' numbers.
         shares: [number of images in the cache of each machine], by default of this one alone; the data set's length is the sum.
     """
 
@@ -47,16 +178,14 @@ class CachedDataset(Dataset):
 def cached_loader(
     dataset: CachedDataset, batch_size: int, num_workers: int, seed: int, views: int, machine=ALONE
 ) -> DataLoader:
-    """As `dataloader.train_loader`, of batches out of a latent cache. They are read in this process unless a device computes
-    meanwhile: there is nothing to decode. With several machines the order is one of each machine's images, in epochs of as many
-    steps on all."""
+    """As `dataloader.train_loader`, of batches out of a latent cache.
+
+    They are read in this process unless a device computes meanwhile: there is nothing to decode. Each of several machines
+    shuffles its own images, and all have the same number of steps in an epoch.
+    """
     steps = [-(-images // (batch_size * len(each))) for images, each in zip(dataset.shares, machine.machines)]
     sampler = EpochSampler(
         len(dataset.images), batch_size, seed, views, machine.rank, machine.world, machine.number, max(steps)
     )
-    options = loader_options(num_workers if torch.cuda.is_available() else 0) | {"collate_fn": as_it_is}
-    return WorkerLoader(dataset, batch_sampler=sampler, **options)
-
-
-def as_it_is(batch):
-    return batch
+    options = loader_options(num_workers if torch.cuda.is_available() else 0)
+    return WorkerLoader(dataset, batch_sampler=sampler, collate_fn=dict, **options)

@@ -4,8 +4,7 @@ time that it comes to WHERE:
     checkpoint   half of a checkpoint's bytes are in the temporary file
     rename       a checkpoint is whole, but has no name yet
     kept         a checkpoint has its name, nothing after that has happened
-    cache        half of a chunk of the latent cache is written
-    addresses    a chunk of the latent cache is written, but not yet its addresses
+    cache        a chunk of the latent cache is written, but has no name yet
     full         from then on no byte can be written (ENOSPC)
 """
 
@@ -18,15 +17,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import safetensors.numpy
 import torch
 
 import train_align_with_args
 import utils
-from cache import store as latent_cache
 from runtime.cli import run
 from vaes.pipeline import PipelineWithVAEs
 
-WHERE = ("checkpoint", "rename", "kept", "cache", "addresses")
+WHERE = ("checkpoint", "rename", "kept", "cache")
 
 
 def die(*_):
@@ -62,13 +61,6 @@ def half_a_checkpoint(content, file):
     die()
 
 
-def half_a_chunk(cache, addresses, rows, left_out):
-    name, values = next(iter(rows.items()))
-    with open(cache._own_shard() / f"{name}.bin", "ab") as file:
-        file.write(bytes(values.nbytes // 2))
-    die()
-
-
 def main():
     where, count, argv = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
     argv = argv[1:] if argv[0] == "--" else argv  # a launcher keeps it for itself
@@ -80,10 +72,7 @@ def main():
         pipeline = PipelineWithVAEs
         pipeline.save_checkpoint = at(count, pipeline.save_checkpoint, after=die)
     elif where == "cache":
-        cache = latent_cache.LatentCache
-        cache.append = at(count, cache.append, before=half_a_chunk)
-    elif where == "addresses":
-        os.fsync = at(count, os.fsync, before=die)
+        safetensors.numpy.save = at(count, safetensors.numpy.save, after=lambda *_: setattr(os, "fsync", die))
     elif where == "full":
         utils.os.fsync = at(count, os.fsync, before=disk_full)
     run(lambda: train_align_with_args.main(argv))

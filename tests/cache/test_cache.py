@@ -1,28 +1,34 @@
 """The latent cache: the same training as without it, nothing stale, nothing broken by a kill, a race or a full disk."""
 
+import contextlib
 import errno
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, as_argv, child_environment, make_photo, run_script
+from filelock import FileLock
 from hostile import refusal
 from runs import QUIET, train
 
 import train_align_with_args as train_script
-from cache import contents as contents_of_images
-from cache import store as latent_cache
-from cache.build import CHUNK_IMAGES, CacheOptions, LatentEncoder, cache_latents
+from cache import build
+from cache.build import CHUNK_IMAGES, CacheOptions, ChunkLocks, LatentEncoder, cache_latents
+from cache.read import LatentCache, lock
 from dataloader import ImageDataset
 from images import files
 from images.decoding import to_pixel_values
 from images.files import list_images
+from runtime.processes import Machine
+from tools.drop_unused_latents import main as drop_unused_latents
 from utils import UserError
 from vaes.codec import Codec
 from vaes.loading import load_vae_model
@@ -43,10 +49,10 @@ def photos(tmp_path):
     return folder
 
 
-def cached(photos, spaces, root, views=2, seed=0, size=32, with_images=False, workers=0):
+def cached(photos, spaces, root, views=2, seed=0, size=32, with_images=False, workers=0, machine=build.ALONE):
     dataset = ImageDataset(list_images(photos), size, True, True, seed)
     options = CacheOptions(root, views, with_images, reencoded=with_images, decoded=with_images)
-    return cache_latents(dataset, *spaces, options, workers)
+    return cache_latents(dataset, *spaces, options, workers, machine)
 
 
 def test_cached_and_online_training_agree(flags, tmp_path):
@@ -78,14 +84,13 @@ def test_rows_are_the_views_encoded(photos, spaces, tmp_path, spawned):
 @pytest.fixture
 def encoded(monkeypatch):
     """A list of how many images each build has encoded."""
-    counts = []
-    encode = LatentEncoder.encode
+    counts, built = [], LatentEncoder.build
 
-    def counted(encoder, missing, *rest, **options):
+    def counted(encoder, missing, machine):
         counts.append(sum(map(len, missing.values())))
-        return encode(encoder, missing, *rest, **options)
+        return built(encoder, missing, machine)
 
-    monkeypatch.setattr(LatentEncoder, "encode", counted)
+    monkeypatch.setattr(LatentEncoder, "build", counted)
     return counts
 
 
@@ -141,13 +146,12 @@ def test_what_a_row_depends_on_is_encoded_anew(photos, spaces, vae_folders, tmp_
 
 
 def test_an_unchanged_file_is_not_read_again(photos, spaces, tmp_path, monkeypatch):
-    """A warm start that reads every photo; a file that changed within one tick of the clock, taken for the old one; notes of
-    what was read that pile up, or are trusted where they are cut short."""
+    """A warm start that reads every photo; a file that changed within one tick of the clock, taken for the old one; a traceback
+    where the list of what was read is damaged."""
     monkeypatch.setattr(files, "SETTLED", 3600.0)
     cached(photos, spaces, tmp_path / "cache")
     read, content = [], files.ImageFiles.content
     monkeypatch.setattr(files.ImageFiles, "content", lambda source, index: read.append(index) or content(source, index))
-    notes = tmp_path / "cache" / "contents"
 
     def images_read(settled):
         del read[:]
@@ -157,18 +161,8 @@ def test_an_unchanged_file_is_not_read_again(photos, spaces, tmp_path, monkeypat
 
     # just changed; not just changed, but not noted yet; noted
     assert [images_read(settled) for settled in (3600.0, -3600.0, -3600.0)] == [6, 6, 0]
-    for number in range(contents_of_images.MOST_FILES + 1):
-        (notes / f"{number}.bin").write_bytes(bytes(33))
-    assert [images_read(-3600.0) for _ in range(2)] == [0, 0]
-    assert len(list(notes.iterdir())) == 1
-
-
-def test_a_complete_cache_needs_no_vae(photos, vae_folders, tmp_path):
-    """Catches a second run that loads the VAEs, or encodes, although everything is there."""
-    for expected in (True, False):
-        vaes = [load_vae_model(vae_folders[name], "vae", None, "cpu", torch.float32) for name in ("kl4", "kl16")]
-        cached(photos, [Codec(vae) for vae in vaes], tmp_path / "cache")
-        assert [vae.loaded for vae in vaes] == [expected] * 2
+    (tmp_path / "cache" / "contents.npy").write_bytes(b"half of it")
+    assert [images_read(-3600.0) for _ in range(2)] == [6, 0]
 
 
 def test_training_on_cached_latents_loads_no_vae(flags, tmp_path):
@@ -217,28 +211,23 @@ def many_photos(tmp_path):
 def rows_of(root):
     """{address: its row in every column} of the one cache below `root`; no address is there twice."""
     (about,) = root.glob("*/about.json")
-    columns = {name: (tuple(shape), dtype) for name, (shape, dtype) in json.loads(about.read_text())["columns"].items()}
-    cache = latent_cache.LatentCache(root, about.parent.name, columns)
-    addresses = np.concatenate([cache.addresses(shard) for shard in cache.shards()])
-    found = cache.find(addresses)
-    assert len({tuple(address) for address in addresses.tolist()}) == len(addresses)
-    return {
-        tuple(address): [column.tobytes() for column in cache.read(np.array([row])).values()]
-        for address, row in zip(addresses.tolist(), found)
-    }
+    columns = json.loads(about.read_text())["columns"]
+    cache = LatentCache(about.parent, np.dtype([(name, kind, tuple(shape)) for name, kind, shape in columns]))
+    cache.look()
+    addresses = list(map(tuple, cache.addresses.tolist()))
+    assert len(set(addresses)) == len(addresses)
+    rows = [cache.read(np.array([row])) for row in range(len(addresses))]
+    return {address: [column.tobytes() for column in row.values()] for address, row in zip(addresses, rows)}
 
 
 def test_two_runs_finish_a_killed_build_together(flags, many_photos, tmp_path):
-    """Catches a build that starts over or keeps half-written rows as done; rows that two runs encode, or that one corrupts."""
+    """Catches a build that starts over or takes a half-written chunk for a whole one; rows that two runs encode, or that one
+    corrupts; locks and temporary files that pile up."""
     root = tmp_path / "killed"
     argv = cache_command(flags, many_photos, root)[2:]
-    # a chunk is flushed in four files, after one about the cache, so that this one dies in its third
-    died = run_script("tests/mortal.py", "addresses", "11", "--", *argv, check=False)
+    died = run_script("tests/mortal.py", "cache", "3", "--", *argv, check=False)  # while it writes its third chunk
     assert died.returncode == -signal.SIGKILL, died.stderr
-    (shard,) = (file.parent for file in root.glob("*/*/rows.bin"))
-    with open(shard / "rows.bin", "ab") as file:
-        assert file.tell() == 2 * 2 * CHUNK_IMAGES * 16
-        file.write(b"half of it")  # as if the kill had come in the middle of an address
+    assert len(rows_of(root)) == 2 * 2 * CHUNK_IMAGES
 
     command = cache_command(flags, many_photos, root)
     processes = [subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -248,6 +237,7 @@ def test_two_runs_finish_a_killed_build_together(flags, many_photos, tmp_path):
     train_script.main(cache_command(flags, many_photos, whole)[2:])
     assert len(rows_of(root)) == 2 * (5 * CHUNK_IMAGES + 3)
     assert rows_of(root) == rows_of(whole)
+    assert not list(root.rglob("*.lock"))
 
 
 def test_a_full_disk_is_one_clear_error(photos, spaces, tmp_path, monkeypatch):
@@ -274,7 +264,7 @@ def test_a_complete_cache_is_read_where_nothing_can_be_written(photos, spaces, t
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("cache.store.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("cache.build.tempfile.TemporaryFile", refuse)
     assert len(cached(photos, spaces, tmp_path / "cache")) == 6
     refusal(lambda: cached(photos, spaces, tmp_path / "cache", seed=1), "latent_cache_dir", "Read-only", "no complete cache")
 
@@ -287,6 +277,153 @@ def test_a_cache_needs_neither_locks_nor_memory_maps(photos, spaces, tmp_path, m
         raise OSError({"locks": errno.ENOLCK, "maps": errno.ENODEV}[what], "not here")
 
     whole = cached(photos, spaces, tmp_path / "a").__getitems__([(0, 0), (5, 1)])
-    monkeypatch.setattr(*{"locks": ("fcntl.lockf", refuse), "maps": (np, "memmap", refuse)}[what])
+    monkeypatch.setattr(*{"locks": ("fcntl.flock", refuse), "maps": ("safetensors.torch.load_file", refuse)}[what])
     again = cached(photos, spaces, tmp_path / "b").__getitems__([(0, 0), (5, 1)])
     assert torch.equal(whole["latents2"], again["latents2"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Chunks that several processes encode at once; a lock that is opened twice counts as that of another process
+
+
+def test_one_that_works_is_waited_for(tmp_path, monkeypatch, caplog):
+    """A chunk that is encoded twice since its claimer takes longer than the other's patience; a chunk that nobody encodes since
+    its claimer has failed."""
+    holder, locks, looks = FileLock(tmp_path / "chunk.lock"), ChunkLocks(tmp_path), []
+    holder.acquire()
+
+    def sleep(_):
+        looks.append(1)
+        os.utime(tmp_path / "chunk.lock", ns=(len(looks), len(looks)))  # as `show_life` of the holder does
+        if len(looks) == 8:
+            holder.release()
+
+    monkeypatch.setattr(build.time, "sleep", sleep)
+    monkeypatch.setattr(build, "STALE", 2 * build.POLL)
+    assert not locks.claim("chunk")
+    assert locks.wait("chunk") and len(looks) == 8
+    assert locks.patient and "have done nothing" not in caplog.text
+    assert not ChunkLocks(tmp_path).claim("chunk")  # it is this one's now
+
+
+def test_those_who_wait_see_that_one_works(tmp_path):
+    """A process that is taken for one that stands still, since it shows no life for chunks that it has only claimed so far."""
+    locks = ChunkLocks(tmp_path)
+    assert locks.claim("a") and locks.claim("b")
+    for name in "ab":
+        os.utime(tmp_path / f"{name}.lock", ns=(1, 1))
+    locks.show_life()
+    assert all((tmp_path / f"{name}.lock").stat().st_mtime_ns > 1 for name in "ab")
+
+
+@pytest.fixture
+def three_chunks(photos, spaces, tmp_path, monkeypatch):
+    """Builds a cache of six photos in three chunks, in the folder of that name."""
+    monkeypatch.setattr(build, "CHUNK_IMAGES", 2)
+    return lambda name, **options: cached(photos, spaces, tmp_path / name, views=1, **options)
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The names of the chunks that are written, in order."""
+    names, write = [], build.LatentEncoder._write
+    monkeypatch.setattr(
+        build.LatentEncoder, "_write", lambda encoder, name, *rest: names.append(name) or write(encoder, name, *rest)
+    )
+    return names
+
+
+def test_what_one_that_stands_still_has_claimed_is_encoded_last(three_chunks, written, tmp_path, monkeypatch, caplog):
+    """A run that waits for ever for one that was stopped (Ctrl-Z) while it built the cache, or that waits although there is
+    something to encode meanwhile."""
+    monkeypatch.setattr(build, "STALE", 3 * build.POLL)
+    monkeypatch.setattr(build.time, "sleep", lambda seconds: None)
+    folder = three_chunks("alone").cache.folder
+    first, second, third = written
+    (tmp_path / "cache" / folder.name).mkdir(parents=True)
+    with FileLock(tmp_path / "cache" / folder.name / f"{second}.lock"):
+        assert len(three_chunks("cache")) == 6
+    assert written[3:] == [first, third, second] and "have done nothing" in caplog.text
+
+
+def test_what_another_has_finished_meanwhile_is_not_encoded_again(three_chunks, written, tmp_path, monkeypatch):
+    """Chunks that two runs encode: one that looks before the other has written, and encodes afterwards."""
+    missing, other = build.LatentEncoder.missing, []
+
+    def slow(encoder):
+        found = missing(encoder)
+        if not other:
+            other.append(1)
+            three_chunks("cache")
+        return found
+
+    monkeypatch.setattr(build.LatentEncoder, "missing", slow)
+    assert len(three_chunks("cache")) == 6 and len(written) == 3
+
+
+class SecondOfThree(Machine):
+    rank, world = 1, 3
+
+    def of_first(self, work):
+        return work()
+
+
+def test_the_processes_of_a_run_begin_in_different_places(three_chunks, written, monkeypatch):
+    """Processes that all encode the whole cache in the same order where no file can be locked."""
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "not here")))
+    three_chunks("a")
+    three_chunks("b", machine=SecondOfThree())
+    assert written[3:] == [written[1], written[2], written[0]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tools/drop_unused_latents.py
+
+
+def drop(root, *argv):
+    """What the tool prints."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        drop_unused_latents(["--latent_cache_dir", str(root), *argv])
+    return said.getvalue()
+
+
+def set_age(paths, days):
+    for path in paths:
+        os.utime(path, (time.time() - 86400 * days,) * 2)
+
+
+def test_chunks_that_no_run_uses_are_listed_and_dropped(three_chunks, written, encoded, photos, tmp_path):
+    """Chunks in use that are dropped; a folder that can only grow; a listing that deletes; other people's folders emptied."""
+    data, root = three_chunks("cache"), tmp_path / "cache"
+    before = data.__getitems__([(4, 0), (5, 0)])
+    old, middle, new = (data.cache.path(name) for name in written)
+    (root / "mine").mkdir()
+    for name in ("about.json", "photo.png"):
+        (root / "mine" / name).write_text("{}")
+    set_age([old, middle, *(root / "mine").iterdir()], 40)
+    data.cache._hold.close()
+    said = drop(root)
+    assert "kl4" in said and "image_size 32" in said and "; 3 chunks (" in said and ", of which 2 chunks (" in said
+    assert "dropped" not in said + drop(root, "--drop", "--unused_days", "50") and old.exists()
+    assert "dropped" in drop(root, "--drop") and len(list((root / "mine").iterdir())) == 2
+    assert [path.exists() for path in (old, middle, new)] == [False, False, True]
+    set_age([new], 29)
+    for photo in sorted(photos.iterdir())[:4]:
+        photo.unlink()
+    kept = three_chunks("cache")
+    assert encoded == [6] and torch.equal(kept.__getitems__([(0, 0), (1, 0)])["latents2"], before["latents2"])
+    assert new.stat().st_mtime > time.time() - 86400  # the run has used it
+
+
+def test_a_cache_in_use_is_left_alone(three_chunks, tmp_path):
+    """A run of weeks whose latents are deleted under its hands; one that starts while they are being deleted."""
+    data, root = three_chunks("cache"), tmp_path / "cache"
+    folder = data.cache.folder
+    set_age(folder.glob("*.safetensors"), 100)
+    assert "in use by a run: left alone" in drop(root, "--drop") and len(list(folder.glob("*.safetensors"))) == 3
+    data.cache._hold.close()
+    with open(folder / "about.json", "r+b") as file:
+        assert lock(file, shared=False)
+        refusal(lambda: three_chunks("cache"), "being dropped", "start again")
+    assert "dropped" in drop(root, "--drop") and not folder.exists()

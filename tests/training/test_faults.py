@@ -126,7 +126,7 @@ def test_killed_at_random_moments(job, tmp_path, number):
 
 
 @pytest.mark.parametrize("count", (1, 5) if KILLS else (2,))
-@pytest.mark.parametrize("where", WHERE if KILLS else ("checkpoint", "rename", "addresses"))
+@pytest.mark.parametrize("where", WHERE if KILLS else ("checkpoint", "rename", "cache"))
 def test_killed_inside_a_write(job, tmp_path, where, count):
     """A half-written file that a resume takes for a whole one, in each place where something is written."""
     flags, whole = job

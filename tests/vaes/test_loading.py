@@ -302,8 +302,8 @@ def test_a_damaged_cache_is_mended(vae_folders, photo_folders, tmp_path, kind):
 
     whole = cached()
     before = whole.__getitems__([(0, 0), (1, 0)])
-    (shard,) = (file.parent for file in whole.cache.folder.glob("*/rows.bin"))
-    DAMAGE[kind](shard / "latents1.bin")
+    (chunk,) = whole.cache.folder.glob("*.safetensors")
+    DAMAGE[kind](chunk)
     fresh = CachedDataset(whole.cache, dataset, whole.images, whole.rows)
     whole.cache._maps.clear()
     refusal(lambda: fresh.__getitems__([(1, 0)]), "latent cache", "start again")
