@@ -1,6 +1,10 @@
 """A tiny model of each class of VAEs, with random weights, and random statistics where the class keeps them in its weights."""
 
 import torch
+from conftest import make_tiny_vae
+from safetensors.torch import save_file
+
+from vaes.tiny import TinyAutoencoder
 
 WIDTHS = (4, 4, 4, 4)
 KL = {
@@ -160,3 +164,28 @@ def make_family(name, seed=0):
         model.latents_mean.normal_()
         model.latents_std.uniform_(0.5, 2)
     return model
+
+
+def save_tiny(folder, stem, suffix=".pth", **options):
+    """A random tiny autoencoder's two files in its author's format, and the model."""
+    torch.manual_seed(0)
+    model = TinyAutoencoder(**options)
+    folder.mkdir(exist_ok=True)
+    for part in ("encoder", "decoder"):
+        weights = getattr(model, part).state_dict()
+        file = folder / f"{stem}_{part}{suffix}"
+        torch.save(weights, file) if suffix == ".pth" else save_file(weights, file)
+    return model
+
+
+EVERY_CLASS = {class_name: row for row, (class_name, _) in reversed(RECIPES.items())}  # the first row of each class
+EVERY_CLASS |= {"AutoencoderTiny": None, "TinyAutoencoder": None}
+
+
+def save_class(class_name, folder):
+    """A tiny VAE of that class in `folder`."""
+    if class_name == "TinyAutoencoder":  # TAEF2: it pools, and its latents are folded
+        save_tiny(folder, "taef2", latent_channels=32, pooled=True, fold=2)
+    else:
+        model = make_tiny_vae(4) if class_name == "AutoencoderTiny" else make_family(EVERY_CLASS[class_name])
+        model.save_pretrained(folder)

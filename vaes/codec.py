@@ -7,6 +7,7 @@ deviation per channel. Outside this file latents are scaled latents.
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import math
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 from images.decoding import to_levels
-from utils import UserError, count_of, is_out_of_memory
+from utils import UserError, count_of, file_digest, is_out_of_memory
 from vae_align import LatentSpace
 from vaes.families import FAMILIES, SPACES, Family, family_of, named_space, spaces_with
 from vaes.loading import FrozenVAE
@@ -82,7 +83,8 @@ class Codec:
         shape = (self.channels, self.stride)
         if wanted is None:
             told = self.vae.space_name or self.vae.convention.space
-            family = next((family for family in FAMILIES if family.name == told or _is_tiny(path, family)), None)
+            tiny = str(path).removeprefix(HUB_OWNER_OF_TINY) if str(path).startswith(HUB_OWNER_OF_TINY) else None
+            family = next((family for family in FAMILIES if family.name == told or tiny in family.tiny), None)
             return family if family and (family.channels, family.stride) == shape else None
         if isinstance(wanted, str):
             family = wanted = family_of(wanted)
@@ -154,8 +156,15 @@ class Codec:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the VAE's config and weights."""
-        return self.vae.digest()
+        """SHA-256 of the VAE's config and weights: of the files if there are any, otherwise of the tensors."""
+        digest = hashlib.sha256()
+        for file in self.vae.files:
+            digest.update(file.name.encode() + file_digest(file))
+        if not self.vae.files:
+            digest.update(repr(sorted(self.vae.config.items())).encode())
+            for name, tensor in self.vae.model.state_dict().items():
+                digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor, sample: bool = False, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -231,7 +240,7 @@ class Codec:
         return tensor.to(self.vae.device, self.vae.dtype, memory_format=torch.channels_last)
 
 
-@dataclass
+@dataclass(eq=False)
 class SeenThrough:
     """Images as they are, or as one of several VAEs decodes their latents. A hash of an image's own pixels chooses, so cached
     and uncached training agree.
@@ -267,11 +276,6 @@ def reencode(latents: torch.Tensor, codec1: Codec, codec2: Codec) -> torch.Tenso
 def decode_picture(latents: torch.Tensor, codec: Codec) -> torch.Tensor:
     """Scaled latents (B, channels, h, w) -> the picture that a viewer sees, (B, 3, H, W), clamped to [-1, 1]."""
     return codec.decode(latents).clamp(-1, 1)
-
-
-def _is_tiny(path, family: Family) -> bool:
-    """Whether `path` is the hub id of the family's tiny autoencoder. Its config's scale is 1 and does not tell the space."""
-    return str(path) in [HUB_OWNER_OF_TINY + name for name in family.tiny]
 
 
 def good_image_size(size: int, *strides: int) -> int:

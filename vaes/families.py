@@ -84,9 +84,9 @@ def named_space(name: str) -> LatentSpace:
     return family.space
 
 
-def family_of_file(stem: str, of: str) -> Family | None:
-    """The row that lists this stem under `of`, "files" or "tiny"; None if there is none."""
-    return next((family for family in FAMILIES if stem.lower() in getattr(family, of)), None)
+def space_of_file(stem: str, kind: str) -> str | None:
+    """The name of the space that lists this stem of a file under `kind`, "files" or "tiny"; None if there is none."""
+    return next((family.name for family in FAMILIES if stem.lower() in getattr(family, kind)), None)
 
 
 def spaces_with(channels: int, stride: int) -> list[Family]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 
 import torch
 from torch import nn
 
-from utils import UserError, file_digest, one_line
+from utils import UserError, one_line
 from vaes.conventions import CONVENTIONS
 from vaes.sources import Misfit, Source, find_source
 
@@ -35,7 +34,7 @@ class FrozenVAE:
         convention: the `Convention` of that class.
         raw_channels, raw_stride: of its encoder's latents. Strides are image pixels per latent.
         channels, stride: of scaled latents. A class that folds (FLUX.2) has `fold` x `fold` raw latents in one.
-        device, dtype: where and in which precision the weights live. Never float16: the activations of some VAEs exceed it.
+        device, dtype: where and in which precision the weights live. float16 becomes bfloat16 or float32.
         label: how messages call it, such as the flag that named it.
         place: the folder, the file, or the path that names its two files; None for a model that the caller made.
         files: its config, if that is a file, and its weights.
@@ -48,7 +47,10 @@ class FrozenVAE:
         self.class_name = source.vae_class.__name__
         self.convention = CONVENTIONS[self.class_name]
         self.device = torch.device(device)
-        self.dtype = _without_float16(dtype, self.device)
+        if dtype == torch.float16:  # the activations of SDXL's VAE and others exceed its range
+            fast = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype = torch.bfloat16 if fast else torch.float32
+        self.dtype = dtype
         self.label = label
         self.place = source.place
         self.files = source.files
@@ -81,18 +83,6 @@ class FrozenVAE:
     def where(self) -> str:
         """How messages name it: the label and the place, or the class of a model that the caller made."""
         return f"{self.label} {self.place or f'({self.class_name})'}"
-
-    def digest(self) -> str:
-        """SHA-256 of config and weights: of the files if there are any, otherwise of the tensors."""
-        digest = hashlib.sha256()
-        if self.files:
-            for file in self.files:
-                digest.update(file.name.encode() + file_digest(file))
-        else:
-            digest.update(repr(sorted(self.config.items())).encode())
-            for name, tensor in self.model.state_dict().items():
-                digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
 
     @property
     def loaded(self) -> bool:
@@ -136,15 +126,6 @@ class FrozenVAE:
         if self.loaded:
             self._model.to(self.device)
         return self
-
-
-def _without_float16(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """`dtype`, but for float16, whose range the activations of SDXL's VAE and others exceed. bfloat16 replaces it where the
-    device computes in bfloat16, otherwise float32."""
-    if dtype != torch.float16:
-        return dtype
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if fast else torch.float32
 
 
 def freeze(vae: nn.Module) -> nn.Module:

@@ -18,7 +18,7 @@ from torch import nn
 
 from utils import UserError, count_of, hub_token, one_line, read_json, shown
 from vaes.conventions import CONVENTIONS
-from vaes.families import FAMILIES, family_of_file
+from vaes.families import FAMILIES, space_of_file
 from vaes.tiny import TinyAutoencoder
 
 STEM = "diffusion_pytorch_model"
@@ -232,12 +232,10 @@ def _read_folder(vae_class: type, folder: Path, weights: Path, dtype: torch.dtyp
         output_loading_info=True,
         local_files_only=True,
     )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise Misfit(f"{len(missing)} weights are missing, {missing[0]} first")
-    unused = sorted(name for name in report["unexpected_keys"] if name.startswith(("encoder.", "decoder.")))
-    if unused:  # a part of the network that its config leaves out
-        raise Misfit(f"{len(unused)} weights have no place in its config, {unused[0]} first")
+    unused = [name for name in report["unexpected_keys"] if name.startswith(("encoder.", "decoder."))]
+    for names, said in ((report["missing_keys"], "are missing"), (unused, "have no place in its config")):
+        if names:
+            raise Misfit(f"{len(names)} weights {said}, {min(names)} first")
     return model
 
 
@@ -300,9 +298,8 @@ def _of_tiny_files(place: Path, files: tuple[Path, Path], label: str) -> Source:
     channels, pooled = len(encoder[f"{last}.weight"]), any(".pool." in name for name in encoder)
     fold = 2 if pooled and channels == 32 else 1
     config = {"latent_channels": channels, "stride": 32 if len(first) == 32 else 8, "pooled": pooled, "fold": fold}
-    family = family_of_file(_stem_of(files[0]), "tiny")
     read = functools.partial(_read_tiny, files, config)
-    return Source(TinyAutoencoder, config, read, place, files, "its encoder", family and family.name)
+    return Source(TinyAutoencoder, config, read, place, files, "its encoder", space_of_file(_stem_of(files[0]), "tiny"))
 
 
 def _read_tiny(files: tuple[Path, Path], config: dict, dtype: torch.dtype) -> TinyAutoencoder:
@@ -335,7 +332,7 @@ def _of_single_file(file: Path, label: str) -> Source:
         raise UserError(f"{label} {file}: cannot be read as a VAE in the original layout ({one_line(error)})") from None
     vae_class = _diffusers_class("AutoencoderKL", f"{label} {file}")
     read = functools.partial(_read_single_file, vae_class, file, names, config)
-    return Source(vae_class, config, read, file, [file], "its content", _space_of(file, tensors), has_own_map=False)
+    return Source(vae_class, config, read, file, [file], "its content", _space_of_single_file(file, tensors), has_own_map=False)
 
 
 def _read_tensors(file: Path, device: str, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
@@ -390,16 +387,16 @@ def _config_of(tensors: dict[str, torch.Tensor]) -> dict:
     }
 
 
-def _space_of(file: Path, tensors: dict[str, torch.Tensor]) -> str | None:
+def _space_of_single_file(file: Path, tensors: dict[str, torch.Tensor]) -> str | None:
     """The space of a single file. diffusers recognises a whole model's; otherwise the file's name may tell."""
-    family = family_of_file(file.stem, "files")
+    told = space_of_file(file.stem, "files")
     if not any(name.startswith(VAE_PREFIXES) for name in tensors):
-        return family and family.name
+        return told
     from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
     kind = infer_diffusers_model_type(tensors)
     begins = {begin: family.name for family in FAMILIES for begin in family.model_types if kind.startswith(begin)}
-    return begins[max(begins, key=len)] if begins else family and family.name
+    return begins[max(begins, key=len)] if begins else told
 
 
 def _read_single_file(vae_class: type, file: Path, names: dict[str, str], config: dict, dtype: torch.dtype) -> nn.Module:

@@ -62,17 +62,6 @@ def test_decode_is_what_diffusers_pipelines_compute(vae_folders, name):
         torch.testing.assert_close(space.decode(latents), reference.decode(raw).sample)
 
 
-@pytest.mark.parametrize("name", ["kl16", "tiny4"])
-def test_round_trip_is_the_vaes_own_reconstruction(vae_folders, name):
-    """encode and decode that do not undo each other's scale and shift, or images taken to be in [0, 1]."""
-    space, images = Codec(load(vae_folders[name])), make_images()
-    with torch.no_grad():
-        own = space.vae.model(images, sample_posterior=False) if name == "kl16" else space.vae.model(images)
-        # the tiny autoencoder's forward stores its latents in 8 bits; up to there it is the same
-        tolerance = {"rtol": 1e-4, "atol": 1e-4} if name == "kl16" else {"rtol": 0.05, "atol": 0.05}
-        torch.testing.assert_close(space.decode(space.encode(images)), own.sample, **tolerance)
-
-
 def test_the_tiny_autoencoders_latents_are_taken_as_scaled(vae_folders):
     """Scale applied a second time, a missing posterior asked for, or the image range shifted to [0, 1] twice."""
     reference = AutoencoderTiny.from_pretrained(vae_folders["tiny4"]).eval()
@@ -102,12 +91,6 @@ def test_sample_draws_from_the_posterior_with_the_given_generator(vae_folders):
     with torch.no_grad():
         raw = reference.encode(images).latent_dist.sample(torch.Generator().manual_seed(7))
     torch.testing.assert_close(first, (raw - 0.1159) * 0.3611)
-
-
-def test_mean_is_the_default_and_repeats(vae_folders):
-    """A posterior that is sampled without being asked to: targets that change from one pass to the next."""
-    space = Codec(load(vae_folders["kl4"]))
-    assert torch.equal(space.encode(make_images()), space.encode(make_images()))
 
 
 def test_latents_and_images_are_float32_whatever_the_vaes_precision(vae_folders):
@@ -164,12 +147,6 @@ def test_a_vae_given_as_an_object_is_frozen_too():
 # Finding and reading
 
 
-def test_class_follows_config_json(vae_folders):
-    """AutoencoderKL for everything: a tiny autoencoder that comes up with random weights."""
-    classes = {name: type(load(vae_folders[name]).model) for name in ("kl4", "tiny4")}
-    assert classes == {"kl4": AutoencoderKL, "tiny4": AutoencoderTiny}
-
-
 def test_subfolder_is_looked_at_first_and_the_folder_itself_second(vae_folders, tmp_path):
     """A subfolder that is required, ignored, or loses against a VAE in the folder itself."""
     assert load(vae_folders["nested"], "vae").config.latent_channels == 16
@@ -214,73 +191,10 @@ def test_fingerprint_changes_with_the_weights_and_with_the_config(vae_folders, t
 # What goes wrong
 
 
-def drop_a_key(folder):
-    tensors = load_file(folder / WEIGHTS)
-    tensors.pop("decoder.conv_out.weight")
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def truncate(folder):
-    content = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
-
-
-def reshape_a_weight(folder):
-    tensors = load_file(folder / WEIGHTS)
-    tensors["decoder.conv_out.bias"] = torch.zeros(5)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def edit_config(**changes):
-    def edit(folder):
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, **changes}))
-
-    return edit
-
-
-def write(name, content):
-    return lambda folder: (folder / name).write_bytes(content)
-
-
-DAMAGE = {
-    "missing_key": (drop_a_key, "decoder.conv_out.weight"),  # diffusers itself would start it at random
-    "truncated": (truncate, "weights cannot be loaded"),
-    "wrong_shape": (reshape_a_weight, "decoder.conv_out.bias"),
-    "empty_file": (write(WEIGHTS, b""), "weights cannot be loaded"),
-    "unknown_class": (edit_config(_class_name="UNet2DModel"), "UNet2DModel"),
-    "levels_disagree": (edit_config(block_out_channels=[8, 8]), "config.json"),
-    "channels_not_a_number": (edit_config(latent_channels="four"), "config.json"),
-    "scale_not_a_number": (edit_config(scaling_factor="big"), "scaling_factor"),
-    "not_json": (write("config.json", b"{not json"), "config.json"),
-    "not_text": (write("config.json", b"\xff\xfe\x00"), "config.json"),
-    "json_list": (write("config.json", b"[1, 2]"), "config.json"),
-    "no_class": (write("config.json", b"{}"), "config.json"),
-    "no_weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
-    "no_config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
-    "no_folder": (shutil.rmtree, "neither a folder"),
-}
-
-
-@pytest.mark.parametrize("damage, said", DAMAGE.values(), ids=DAMAGE)
-def test_a_broken_vae_is_one_line_that_names_flag_and_folder(vae_folders, tmp_path, damage, said):
-    """A traceback from inside safetensors or diffusers, or (worse) a VAE with some of its weights at random."""
-    folder = shutil.copytree(vae_folders["kl4"], tmp_path / "broken_vae")
-    damage(folder)
-    images = make_images()
-    refusal(lambda: Codec(load(folder, label="--vae2_path")).encode(images), "--vae2_path", "broken_vae", said)
-
-
-def test_a_vae_path_that_is_a_file_is_one_line(vae_folders):
-    """A weights file in place of its folder, taken for a hub id or opened as a folder."""
-    refusal(lambda: load(vae_folders["kl4"] / WEIGHTS), "VAE", WEIGHTS)
-
-
-@pytest.mark.parametrize("size", [(36, 32), (32, 20), (31, 31)])
+@pytest.mark.parametrize("size", [(36, 32), (32, 20)])
 def test_image_that_does_not_fit_the_stride_is_refused(vae_folders, size):
     """Latents of a rounded size, which fit nothing later on."""
-    for name, multiple in (("kl4", "8"), ("tiny4", "8")):
-        refusal(lambda name=name: Codec(load(vae_folders[name])).encode(make_images(*size)), str(size), multiple)
+    refusal(lambda: Codec(load(vae_folders["kl4"])).encode(make_images(*size)), str(size), "8")
 
 
 def test_good_image_size_names_the_nearest():

@@ -88,8 +88,8 @@ def header(change):
     return edit
 
 
-def cut_by_a_byte(folder):
-    os.truncate(folder / WEIGHTS, (folder / WEIGHTS).stat().st_size - 1)
+def cut_by_a_byte(path):
+    os.truncate(path, path.stat().st_size - 1)
 
 
 def pickled_noise(folder):
@@ -99,60 +99,34 @@ def pickled_noise(folder):
 
 NAME = "decoder.conv_out.bias"
 KINDS = {  # kind: (what makes it of a good folder, what the message says)
+    "no config": (lambda folder: (folder / CONFIG).unlink(), "config.json"),
+    "class of another kind": (config(_class_name="UNet2DModel"), "known VAE classes"),
     "config of nothing": (write(CONFIG, b""), "config.json"),
-    "config that is text": (write(CONFIG, b"AutoencoderKL"), "config.json"),
     "config that is an array": (write(CONFIG, b"[]"), "config.json"),
-    "config that is not utf-8": (write(CONFIG, b"\xff\xfe{}"), "config.json"),
-    "config 100,000 deep": (write(CONFIG, b'{"_class_name":' * 100_000), "config.json"),
     "config with a key twice": (write(CONFIG, b'{"_class_name": "AutoencoderKL", "_class_name": "Other"}'), "twice"),
-    "config that is a folder": (replace_by(os.mkdir, CONFIG), "config.json"),
     "config that is a pipe": (replace_by(os.mkfifo, CONFIG), "config.json"),
-    "config that is a device": (replace_by(lambda path: path.symlink_to("/dev/zero"), CONFIG), "config.json"),
     "class that is a list": (config(_class_name=["AutoencoderKL"]), "AutoencoderKL"),
     "class with a newline": (config(_class_name="two\nlines"), "two"),
     "scale of zero": (config(scaling_factor=0), "scaling_factor 0"),
-    "scale below zero": (config(scaling_factor=-0.18), "scaling_factor -0.18"),
     "scale of NaN": (config(scaling_factor=math.nan), "scaling_factor nan"),
-    "scale of infinity": (config(scaling_factor=math.inf), "scaling_factor inf"),
-    "scale of 10**400": (config(scaling_factor=10**400), "scaling_factor"),
     "scale in quotes": (config(scaling_factor="0.18"), "scaling_factor '0.18'"),
-    "scale of true": (config(scaling_factor=True), "scaling_factor True"),
-    "shift of NaN": (config(shift_factor=math.nan), "shift_factor nan"),
     "shift in a list": (config(shift_factor=[0.1]), "shift_factor [0.1]"),
     "no latent channels": (config(latent_channels=0), "latent_channels 0"),
-    "latent channels below zero": (config(latent_channels=-4), "config.json"),
     "a billion latent channels": (config(latent_channels=10**9), "latent_channels 1000000000"),
-    "half a latent channel": (config(latent_channels=4.5), "config.json"),
-    "no widths": (config(block_out_channels=[]), "config.json"),
-    "widths of zero": (config(block_out_channels=[0, 0, 0, 0]), "config.json"),
     "widths in words": (config(block_out_channels=["8", "8", "16", "16"]), "config.json"),
-    "widths that are a number": (config(block_out_channels=8), "config.json"),
     "a hundred thousand widths": (config(block_out_channels=[8] * 100_000), "block_out_channels"),
     "a billion layers": (config(layers_per_block=10**9), "layers_per_block 1000000000"),
     "widths that the file does not hold": (config(block_out_channels=[8192] * 4), "weights cannot be loaded"),
-    "no groups": (config(norm_num_groups=0), "config.json"),
     "grey images": (config(in_channels=1), "config.json"),
     "four channels of colour": (config(out_channels=4), "config.json"),
-    "an activation that nobody knows": (config(act_fn="magic"), "config.json"),
     "a level left out": (config(down_block_types=["DownEncoderBlock2D"] * 3), "have no place"),
-    "quantised weights": (config(quantization_config={"quant_method": "none"}), "weights cannot be loaded"),
     "weights of nothing": (write(WEIGHTS, b""), "weights cannot be loaded"),
-    "weights of zeros": (write(WEIGHTS, bytes(1 << 20)), "weights cannot be loaded"),
-    "weights that are a page": (write(WEIGHTS, b"<html>Not found</html>" * 9), "weights cannot be loaded"),
-    "weights that git-lfs has not fetched": (write(WEIGHTS, b"version https://git-lfs.github.com/spec/v1"), "cannot be loaded"),
-    "weights cut by a byte": (cut_by_a_byte, "cannot be loaded"),
-    "weights whose header is endless": (write(WEIGHTS, struct.pack("<Q", 1 << 60) + bytes(1 << 20)), "cannot be loaded"),
+    "weights cut by a byte": (lambda folder: cut_by_a_byte(folder / WEIGHTS), "cannot be loaded"),
     "weights that claim another shape": (header(lambda entries: entries[NAME].update(shape=[10**9])), "cannot be loaded"),
-    "weights beyond the file": (header(lambda entries: entries[NAME].update(data_offsets=[0, 1 << 50])), "cannot be loaded"),
-    "weights of an unknown type": (header(lambda entries: entries[NAME].update(dtype="F7")), "weights cannot be loaded"),
     "weights of another shape": (weights(lambda tensors: tensors.update({NAME: torch.zeros(5)})), NAME),
     "weights that lack one": (weights(lambda tensors: tensors.pop(NAME)), NAME),
     "weights of NaN": (weights(lambda tensors: tensors[NAME].fill_(math.nan)), "not finite"),
-    "weights of infinity": (weights(lambda tensors: tensors[NAME].fill_(math.inf)), "not finite"),
-    "weights that are a folder": (replace_by(os.mkdir, WEIGHTS), "no VAE there"),
     "weights that are a pipe": (replace_by(os.mkfifo, WEIGHTS), "no VAE there"),
-    "weights that are a device": (replace_by(lambda path: path.symlink_to("/dev/zero"), WEIGHTS), "no VAE there"),
-    "weights that link to nowhere": (replace_by(lambda path: path.symlink_to("nowhere"), WEIGHTS), "no VAE there"),
     "pickled weights that are noise": (pickled_noise, "cannot be loaded"),
 }  # fmt: skip
 
@@ -170,7 +144,7 @@ def test_the_good_vae_is_taken(folder):
     assert Codec(load(folder)).encode(images()).shape == (1, 4, 2, 2)
 
 
-@pytest.mark.parametrize("form", ["torch", "legacy", "pickle"])
+@pytest.mark.parametrize("form", ["torch", "pickle"])
 def test_code_in_pickled_weights_is_not_run(folder, tmp_path, form):
     """diffusers' older weights format, which is a pickle, loaded as one."""
     marker = tmp_path / "executed"
@@ -179,12 +153,12 @@ def test_code_in_pickled_weights_is_not_run(folder, tmp_path, form):
         (folder / PICKLED).write_bytes(pickle.dumps(Payload(marker), protocol=2) + bytes(1 << 20))
     else:
         content = {"x": Payload(marker), "room": torch.zeros(1 << 18)}
-        torch.save(content, folder / PICKLED, _use_new_zipfile_serialization=form == "torch")
+        torch.save(content, folder / PICKLED)
     refusal(lambda: Codec(load(folder)).encode(images()), "--vae2_path", "weights cannot be loaded")
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("path", ["", "a\0b", "x" * 5000, "two\nlines", "/dev/null", "/dev/zero/vae"], ids=repr)
+@pytest.mark.parametrize("path", ["", "a\0b", "x" * 5000, "/dev/zero/vae"], ids=["", "NUL", "too long", "device"])
 def test_a_vae_path_that_leads_nowhere_is_one_line(path, tmp_path, monkeypatch):
     """A ValueError or OSError of the system's in place of a message."""
     monkeypatch.chdir(tmp_path)
@@ -284,15 +258,7 @@ def test_building_the_cache_goes_on_with_half_the_batch(vae_folders, photo_folde
         np.testing.assert_allclose(made[name], expected[name], rtol=1e-2, atol=1e-3)
 
 
-DAMAGE = {
-    "cut short": lambda path: os.truncate(path, path.stat().st_size - 1),
-    "of nothing": lambda path: os.truncate(path, 0),
-    "gone": lambda path: path.unlink(),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_cache_is_mended(vae_folders, photo_folders, tmp_path, kind):
+def test_a_damaged_cache_is_mended(vae_folders, photo_folders, tmp_path):
     """A traceback from mmap in the first step; rows of zeros where a copy was cut short; no line if it is lost while used."""
     spaces = [Codec(load(vae_folders[vae])) for vae in ("kl4", "kl16")]
     dataset = ImageDataset(sorted(map(str, photo_folders[0].rglob("*.png")))[:2], 16, random_crop=True)

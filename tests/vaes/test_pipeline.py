@@ -1,6 +1,5 @@
 """Checkpoints: they carry all that use needs, run no code, appear whole, and never replace one another."""
 
-import json
 import math
 import multiprocessing
 import os
@@ -25,13 +24,15 @@ from safetensors.torch import save_file
 import eval_align
 import train_align_with_args as train_script
 from runtime.cli import MISTAKES
-from train_align_with_args import create_align_pipeline, parse_args
 from vae_align import AlignConfig, AlignError, align_module
 from vaes.codec import Codec
 from vaes.loading import load_vae_model
 from vaes.pipeline import PipelineWithVAEs, read_checkpoint, require_memory_for
 
 NAME = re.compile(r"align_pipeline_\d{8}_\d{6}\.pth")
+
+
+NAMES = ("kl4", "kl16")
 
 
 def make_inputs():
@@ -49,7 +50,7 @@ def saved(vae_folders, tmp_path):
 @pytest.fixture
 def orphan(vae_folders, tmp_path):
     """(pipeline, its checkpoint), both VAEs gone from where they were."""
-    for name in ("kl4", "kl16"):
+    for name in NAMES:
         shutil.copytree(vae_folders[name], tmp_path / "gone" / name)
     pipeline = make_pipeline(tmp_path / "gone" / "kl4", tmp_path / "gone" / "kl16")
     path = save(pipeline, tmp_path / "ckpt")
@@ -108,10 +109,8 @@ def test_plain_torch_reads_the_file_without_running_code(saved):
 
 def test_paths_given_as_path_objects_can_be_read_back(vae_folders, tmp_path):
     """A pathlib.Path in the file, which weights_only refuses: a checkpoint that is written and never read again."""
-    args = parse_args(["--hidden_channels", "8"])
-    args.vae1_path, args.vae2_path = vae_folders["kl4"], vae_folders["kl16"]
-    vaes = [load_vae_model(path, "", None, "cpu", torch.float32) for path in (args.vae1_path, args.vae2_path)]
-    path = save(create_align_pipeline(*vaes, args), tmp_path)
+    codecs = [Codec(load_vae_model(vae_folders[name], "", None, "cpu", torch.float32), vae_folders[name]) for name in NAMES]
+    path = save(PipelineWithVAEs(AlignModule(AlignConfig(hidden_channels=8)), *codecs), tmp_path)
     assert PipelineWithVAEs.from_checkpoint(path).codec2.channels == 16
 
 
@@ -120,14 +119,7 @@ def test_paths_given_as_path_objects_can_be_read_back(vae_folders, tmp_path):
 
 
 def test_translate_needs_neither_vae(orphan):
-    """VAEs that are loaded, looked for or asked about although only the module is used."""
-    pipeline, path = orphan
-    again = PipelineWithVAEs.from_checkpoint(path)
-    assert torch.equal(again.translate(*make_inputs()), pipeline.translate(*make_inputs()))
-
-
-def test_moving_to_a_device_needs_neither_vae(orphan):
-    """`from_checkpoint(...).to(device).translate(...)`: the three lines of a diffusers user without our VAE folders."""
+    """VAEs that are loaded or looked for although the module is only moved and used."""
     pipeline, path = orphan
     again = PipelineWithVAEs.from_checkpoint(path).to("cpu")
     assert torch.equal(again.translate(*make_inputs()), pipeline.translate(*make_inputs()))
@@ -142,7 +134,7 @@ def test_a_vae_that_is_gone_is_one_line_that_names_it(orphan):
 
 def test_vae_of_a_relative_path_is_found_from_another_directory(vae_folders, tmp_path, monkeypatch):
     """A path recorded as typed: elsewhere it means another folder, and one such as `vaes/kl16` reads like a hub id."""
-    for name in ("kl4", "kl16"):
+    for name in NAMES:
         shutil.copytree(vae_folders[name], tmp_path / "here" / "assets" / "vaes" / name)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -203,66 +195,6 @@ def test_a_malicious_file_runs_no_code(saved, tmp_path, form):
         torch.save(content, path, _use_new_zipfile_serialization=form == "torch")
     refusal(lambda: PipelineWithVAEs.from_checkpoint(path), path, "code")
     assert not target.exists()
-
-
-def cut(path, share):
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * share)])
-
-
-FOREIGN = {
-    "cut_in_half": lambda path: cut(path, 0.5),
-    "cut_at_the_end": lambda path: cut(path, 0.99),
-    "empty": lambda path: path.write_bytes(b""),
-    "text": lambda path: path.write_text("# a page of text, not a checkpoint\n" * 9),
-    "picture": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100)),
-    "dict": lambda path: torch.save({"step": 1}, path),
-    "tensor": lambda path: torch.save(torch.zeros(3), path),
-    "state_dict": lambda path: torch.save(torch.nn.Linear(2, 2).state_dict(), path),
-    "format_only": lambda path: torch.save({"format": "vae-align"}, path),
-    "folder_without_checkpoints": lambda path: (path.unlink(), path.mkdir()),
-    "nothing_there": lambda path: path.unlink(),
-}
-
-
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_a_foreign_file_is_refused_in_one_line(saved, kind):
-    """A traceback from zipfile, pickle or torch; a warning about malicious code for a file that merely is another kind."""
-    path = saved[1]
-    FOREIGN[kind](path)
-    text = refusal(lambda: PipelineWithVAEs.from_checkpoint(path), path)
-    assert "run code" not in text
-
-
-def change(path, **changes):
-    torch.save(torch.load(path, weights_only=True) | changes, path)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"state_dict": {}},
-        {"state_dict": [1, 2]},
-        {"align_config": {"hidden_channels": "many"}},
-        {"align_config": {"hidden_channels": 16}},  # not what the weights are
-        {"align_config": None},
-        {"align_config": {"input_types": ["sound"]}},
-        {"vae2": None},
-        {"vae2": {"path": "somewhere"}},
-        {"config": [1]},
-    ],
-    ids=str,
-)
-def test_a_checkpoint_with_a_broken_part_is_one_line(saved, changes):
-    """A traceback from a missing key or a wrong type, far from where the file was read."""
-    path = saved[1]
-    change(path, **changes)
-
-    def use():
-        pipeline = PipelineWithVAEs.from_checkpoint(path)
-        return pipeline.codec2, pipeline.progress["config"].get("seed")
-
-    refusal(use)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -333,14 +265,6 @@ def test_two_processes_that_save_at_once_never_overwrite(saved, tmp_path):
         assert read_checkpoint(folder / name)["step"] == step
 
 
-def test_a_save_that_fails_leaves_nothing_behind(saved):
-    """Half a checkpoint under its final name, or a temporary file for ever."""
-    pipeline, first = saved
-    with pytest.raises(Exception, match="pickle"):
-        save(pipeline, first.parent, metrics={"unwritable": lambda: None})
-    assert list(first.parent.iterdir()) == [first]
-
-
 def test_a_checkpoint_is_readable_by_whoever_the_umask_allows(saved):
     """mkstemp's 0600 left on the file: a group that shares a folder cannot read each other's checkpoints."""
     before = os.umask(0o022)
@@ -375,13 +299,13 @@ def rewrite(path, change):
     torch.save(content, path)
 
 
-def rezip(path, change, compression=zipfile.ZIP_STORED):
-    """Copy the zip part by part with sound checksums; `change(name, content)` gives each part's new content."""
+def compress(path):
+    """Compress the parts of the zip, with sound checksums."""
     with zipfile.ZipFile(path) as parts:
         contents = {name: parts.read(name) for name in parts.namelist()}
-    with zipfile.ZipFile(path, "w", compression) as parts:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as parts:
         for name, content in contents.items():
-            parts.writestr(name, change(name, content))
+            parts.writestr(name, content)
 
 
 def setting(part, **values):
@@ -405,87 +329,33 @@ def cut_to(path, share):
     os.truncate(path, int(path.stat().st_size * share))
 
 
-def claim_more_elements(path):
-    """A storage that says it holds a billion numbers, in a part of the file that holds a few."""
-    rezip(
-        path,
-        lambda name, content: (
-            content.replace(b"K\x10", b"J" + (10**9).to_bytes(4, "little")) if name.endswith(".pkl") else content
-        ),
-    )
-
-
-def flip_in_weights(path):
-    with zipfile.ZipFile(path) as parts:
-        part = max(parts.infolist(), key=lambda part: part.file_size)
-    content = bytearray(path.read_bytes())
-    content[part.header_offset + 200] ^= 1
-    path.write_bytes(content)
-
-
 BIAS = "out.bias"
 KINDS = {  # kind: (what makes it of a good one, what the message says)
-    "cut to nothing": (lambda path: cut_to(path, 0), "checkpoint"),
-    "cut to a few bytes": (lambda path: path.write_bytes(b"PK"), "damaged"),
     "cut in half": (lambda path: cut_to(path, 0.5), "damaged"),
-    "cut by a byte": (lambda path: os.truncate(path, path.stat().st_size - 1), "damaged"),
-    "of zeros": (lambda path: path.write_bytes(bytes(4096)), "checkpoint"),
     "of noise": (lambda path: path.write_bytes(random.Random(0).randbytes(4096)), "checkpoint"),
-    "one bit of a weight flipped": (flip_in_weights, "damaged"),
-    "json": (lambda path: path.write_text(json.dumps({"format": "vae-align"})), "checkpoint"),
-    "picture": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99)), "checkpoint"),
     "safetensors": (lambda path: save_file({"out.bias": torch.zeros(3)}, path), "checkpoint"),
-    "zip of something else": (lambda path: zipfile.ZipFile(path, "w").close(), "checkpoint"),
-    "zip that compresses": (lambda path: rezip(path, lambda name, content: content, zipfile.ZIP_DEFLATED), "compresses"),
-    "zip bomb": (lambda path: rezip(path, lambda name, content: bytes(1 << 18), zipfile.ZIP_DEFLATED), "compresses"),
-    "state dict alone": (lambda path: torch.save(torch.load(path, weights_only=True)["state_dict"], path), "not a checkpoint"),
+    "zip that compresses": (compress, "compresses"),
     "tensor alone": (lambda path: torch.save(torch.zeros(3), path), "not a checkpoint"),
-    "list": (lambda path: torch.save([1, 2], path), "not a checkpoint"),
     "another tool's": (top(format="other"), "not a checkpoint"),
-    "format of the wrong type": (top(format=["vae-align"]), "not a checkpoint"),
-    "storage that claims more than it has": (claim_more_elements, "damaged"),
-    "no weights": (top(state_dict={}), "do not fit"),
     "weights in a list": (top(state_dict=[]), "incomplete"),
     "a weight missing": (without("state_dict", BIAS), "out.bias"),
     "a weight too many": (setting("state_dict", extra=torch.zeros(1)), "extra"),
-    "a weight whose name is a number": (lambda path: rewrite(path, lambda content: content["state_dict"].update({7: 7})), "7"),
     "a weight of another shape": (setting("state_dict", **{BIAS: torch.zeros(3)}), "out.bias"),
-    "a weight of no shape": (setting("state_dict", **{BIAS: torch.tensor(1.0)}), "out.bias"),
     "a weight that is a number": (setting("state_dict", **{BIAS: 3.0}), "out.bias"),
-    "a weight that is none": (setting("state_dict", **{BIAS: None}), "out.bias"),
     "a weight of whole numbers": (setting("state_dict", **{BIAS: torch.zeros(16, dtype=torch.int64)}), "out.bias"),
-    "a weight that is complex": (setting("state_dict", **{BIAS: torch.zeros(16, dtype=torch.complex64)}), "out.bias"),
     "a weight without memory": (setting("state_dict", **{BIAS: torch.zeros(16, device="meta")}), "out.bias"),
     "a weight that is NaN": (setting("state_dict", **{BIAS: torch.full((16,), math.nan)}), "not finite"),
-    "a weight that is infinite": (setting("state_dict", **{BIAS: torch.full((16,), math.inf)}), "not finite"),
     "a billion channels": (setting("align_config", hidden_channels=10**9), "hidden_channels 1000000000"),
-    "a billion blocks": (setting("align_config", num_blocks=10**9), "num_blocks 1000000000"),
     "a thousand blocks that are not there": (setting("align_config", num_blocks=1000), "do not fit"),
-    "8192 channels that are not there": (setting("align_config", hidden_channels=8192), "do not fit"),
-    "a billion halvings": (setting("align_config", downsample_times=10**9), "downsample_times"),
-    "a stride of 10**30": (setting("align_config", out_stride=10**30), "out_stride"),
     "strides that share no grid": (setting("align_config", latent_stride=3), "strides"),
-    "zero channels": (setting("align_config", out_channels=0), "out_channels"),
-    "half a channel": (setting("align_config", hidden_channels=8.5), "hidden_channels"),
-    "true channels": (setting("align_config", hidden_channels=True), "hidden_channels"),
-    "channels in words": (setting("align_config", hidden_channels="eight"), "hidden_channels"),
     "an input of another kind": (setting("align_config", input_types=["sound"]), "input_types"),
-    "inputs in a list of lists": (setting("align_config", input_types=[["image"]]), "input_types"),
-    "inputs of number": (setting("align_config", input_types=3), "checkpoint"),
     "no architecture": (without("align_config"), "incomplete"),
-    "no VAE": (without("vae1"), "incomplete"),
-    "a VAE without channels": (without("vae2", "channels"), "incomplete"),
     "a VAE of another space": (setting("vae1", channels=16), "contradicts"),
     "a VAE whose path is a number": (setting("vae1", path=3), "incomplete"),
-    "a VAE whose subfolder is a list": (setting("vae2", subfolder=["vae"]), "incomplete"),
-    "no step": (without("step"), "incomplete"),
     "a step before the first": (top(step=-1), "step"),
-    "a step of NaN": (top(step=math.nan), "step"),
     "an epoch in words": (top(epoch="one"), "incomplete"),
-    "metrics in a list": (top(metrics=[]), "incomplete"),
     "a config that is text": (top(config="{}"), "incomplete"),
     "a seed in words": (setting("config", seed="one"), "seed"),
-    "an image size of 10**30": (setting("config", image_size=10**30), "image_size"),
     "a precision that is a list": (setting("config", precision=["float32"]), "incomplete"),
 }
 
@@ -499,29 +369,12 @@ def test_a_hostile_checkpoint_is_one_line(path, kind):
     refusal(lambda: PipelineWithVAEs.from_checkpoint(path), path)
 
 
-PLACES = {
-    "folder without any": lambda path: path.mkdir(),
-    "folder of one damaged": lambda path: (path.mkdir(), (path / "align_pipeline_20260101_000000.pth").write_bytes(b"PK")),
-    "folder of one pipe": lambda path: (path.mkdir(), os.mkfifo(path / "align_pipeline_20260101_000000.pth")),
-    "named pipe": os.mkfifo,
-    "device": lambda path: path.symlink_to("/dev/zero"),
-    "dangling link": lambda path: path.symlink_to("nowhere"),
-    "link to itself": lambda path: path.symlink_to(path.name),
-    "nothing": lambda path: None,
-}
-
-
-@pytest.mark.parametrize("kind", PLACES)
-def test_a_checkpoint_that_is_no_file_is_one_line(tmp_path, kind):
-    """Waiting for someone to write into a pipe, or for a device to end."""
-    PLACES[kind](tmp_path / "wanted")
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: None], ids=["empty folder", "pipe", "nothing"])
+def test_a_checkpoint_that_is_no_file_is_one_line(tmp_path, make):
+    """Waiting for someone to write into a pipe; an error of the system's in place of a message."""
+    make(tmp_path / "wanted")
     refusal(lambda: read_checkpoint(tmp_path / "wanted"), tmp_path / "wanted")
-
-
-@pytest.mark.parametrize("path", ["a\0b", "\ud800", "x" * 5000], ids=["NUL", "half a letter", "too long"])
-def test_a_checkpoint_that_cannot_be_named_is_one_line(path):
-    """A ValueError or OSError of the system's in place of a message."""
-    refusal(lambda: read_checkpoint(path))
+    refusal(lambda: read_checkpoint("a\0b"))
 
 
 def test_what_is_damaged_is_passed_over_in_a_folder(path, caplog):
@@ -533,17 +386,6 @@ def test_what_is_damaged_is_passed_over_in_a_folder(path, caplog):
     with no_hang():
         assert read_checkpoint(path.parent)["step"] == 7
     assert caplog.text.count("trying the one before it") == 2
-
-
-@pytest.mark.parametrize("part", ["top", "config", "vae1", "state_dict", "align_config"])
-def test_code_anywhere_in_a_checkpoint_is_not_run(path, tmp_path, part):
-    """A part of the file that is unpickled on its own, past torch's guard."""
-    marker = tmp_path / "executed"
-    content = torch.load(path, weights_only=True)
-    (content if part == "top" else content[part])["step"] = Payload(marker)
-    torch.save(content, path)
-    refusal(lambda: read_checkpoint(path), "code")
-    assert not marker.exists()
 
 
 def same(content, other):
@@ -580,15 +422,6 @@ def test_a_checkpoint_with_any_bytes_changed_is_refused_or_read_as_it_was(good, 
 
     check()
     assert "refused" in outcomes
-
-
-def test_a_checkpoint_read_back_is_the_same(good):
-    """The comparison above that would call anything equal."""
-    content = read_checkpoint(good[1])
-    assert same(content, read_checkpoint(good[1]))
-    changed = read_checkpoint(good[1])
-    changed["state_dict"][BIAS][0] += 1
-    assert not same(content, changed)
 
 
 def test_the_programs_refuse_a_hostile_checkpoint_at_once(flags, path, tmp_path, monkeypatch):
@@ -628,19 +461,12 @@ def test_a_full_disk_while_saving_is_one_line_and_leaves_nothing(good, tmp_path)
 
 
 STATES = {  # what is set in the state of the training, or beside it
-    "nothing in it": {"training": {}},
     "a list": {"training": [1]},
-    "no order": {"order": {}},
     "an epoch of no steps": {"order": {"images": 10, "steps in an epoch": 0, "processes": 1}},
     "checkpoints of its own that are elsewhere": {"own": ["../precious.pth"]},
     "a name that is a path": {"run": "../../align_20260101_000000"},
-    "no name": {"run": None},
-    "a best in words": {"best": "yes"},
     "half a bad step": {"bad_steps": 0.5},
-    "a sum of losses that is none": {"loss_sum": None},
     "a colour of one channel": {"colours": {"vae2_bias": torch.zeros(1, 8, 8), "shift": torch.zeros(3, 8, 8)}},
-    "a colour of another name": {"colours": {"decoded": torch.zeros(3)}},
-    "no optimizer": {"state": {"weights": None}},
     "another optimizer": {"optimizer": {"state": {}, "param_groups": []}},
     "moments of another shape": {"optimizer": "moments"},
     "a scheduler that is none": {"scheduler": None},

@@ -7,14 +7,13 @@ import pytest
 import torch
 from conftest import ROOT, make_kl_vae
 from diffusers import AutoencoderKL, AutoencoderTiny
-from families import make_family
+from families import make_family, save_tiny
 from hostile import refusal
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vaes.codec import SPACES, Codec
 from vaes.loading import load_vae_model
-from vaes.tiny import TinyAutoencoder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -29,18 +28,6 @@ def images(side=64):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tiny autoencoders
-
-
-def save_tiny(folder, stem, suffix=".pth", **options):
-    """A random tiny autoencoder's two files, and the model."""
-    torch.manual_seed(0)
-    model = TinyAutoencoder(**options)
-    folder.mkdir(exist_ok=True)
-    for part in ("encoder", "decoder"):
-        weights = getattr(model, part).state_dict()
-        file = folder / f"{stem}_{part}{suffix}"
-        torch.save(weights, file) if suffix == ".pth" else save_file(weights, file)
-    return model
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -1,0 +1,87 @@
+"""Each class of VAE wherever a VAE is used: the cache, training, every loss that decodes, judging, translating."""
+
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import as_argv, make_photo, tiny_flags
+from families import EVERY_CLASS, save_class
+from runs import QUIET, train
+from safetensors.torch import load_file
+
+import eval_align
+from tools import translate
+from vaes.conventions import CONVENTIONS
+from vaes.loading import load_vae_model
+
+LOSSES = {  # flags of training
+    "pixels and re-encoded latents, uncached": {"decoder_loss_weight": 1.0, "reencode_target": 0.5, "no_cache_latents": True},
+    "decoder features": {"perceptual_loss_weight": 1.0},
+}
+
+
+@pytest.fixture(scope="module", params=EVERY_CLASS)
+def flags(request, tmp_path_factory):
+    """Flags that train for two steps from a tiny VAE of the class to itself, at two latents a side or more."""
+    folder = tmp_path_factory.mktemp(request.param)
+    rng = np.random.default_rng(0)
+    for name in ("train/0", "train/1", "eval/0"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        make_photo(rng, (80, 64)).save(folder / f"{name}.png")
+    save_class(request.param, folder / "vae")
+    vaes = {"kl4": folder / "vae", "kl16": folder / "vae"}
+    side = 2 * max(16, load_vae_model(folder / "vae", "", None, "cpu", torch.float32).stride)
+    changes = {"image_size": side, "hidden_channels": 4, "train_batch_size": 2, "max_train_steps": 2}
+    return tiny_flags(vaes, (folder / "train", folder / "eval"), folder) | QUIET | changes
+
+
+def losses_of(run):
+    return [loss for _, loss in run.scalars["train/loss"]]
+
+
+@pytest.fixture(scope="module")
+def trained(flags, tmp_path_factory):
+    return train(flags, tmp_path_factory.mktemp("trained"))
+
+
+def test_every_class_is_here():
+    """A class that is added to the tool and to no consumer's test."""
+    assert EVERY_CLASS.keys() == CONVENTIONS.keys()
+
+
+def test_training_from_the_latent_cache(trained):
+    """A class that cannot be cached, or whose latents are not finite."""
+    assert len(losses_of(trained)) == 2 and all(map(math.isfinite, losses_of(trained)))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_training_with_each_loss(flags, tmp_path, loss):
+    """A loss that reads a part of the VAE that this class does not have: the run ends at its first step."""
+    losses = losses_of(train(flags, tmp_path, **LOSSES[loss]))
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+
+
+def test_judging(flags, trained, tmp_path):
+    """Costs that are measured after judging, on a part that this class does not have: the whole evaluation is lost."""
+    judging = {
+        "checkpoint": trained.checkpoints[-1],
+        "eval_data_dir": flags["eval_data_dir"],
+        "output_dir": tmp_path,
+        "device": "cpu",
+        "num_workers": 0,
+        "num_samples": 0,
+        "metrics": "ssim",
+    }
+    judged = eval_align.main(as_argv(judging))
+    assert judged["images"] == 1 and judged["ladder"]["reencode"]["parameters"] > 0
+
+
+def test_translating_an_image(flags, trained, tmp_path, monkeypatch):
+    """A class that the tool cannot find again by the checkpoint's record, or encode with."""
+    photo = flags["eval_data_dir"] / "0.png"
+    argv = ["translate.py", trained.checkpoints[-1], photo, "--output_dir", tmp_path, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    translate.main()
+    assert load_file(tmp_path / "0.safetensors")["latents"].isfinite().all()
