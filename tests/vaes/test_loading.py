@@ -269,7 +269,7 @@ def test_a_damaged_cache_is_mended(vae_folders, photo_folders, tmp_path):
     whole = cached()
     before = whole.__getitems__([(0, 0), (1, 0)])
     (chunk,) = whole.cache.folder.glob("*.safetensors")
-    DAMAGE[kind](chunk)
+    cut_by_a_byte(chunk)
     fresh = CachedDataset(whole.cache, dataset, whole.images, whole.rows)
     whole.cache._maps.clear()
     refusal(lambda: fresh.__getitems__([(1, 0)]), "latent cache", "start again")

@@ -110,7 +110,7 @@ def test_plain_torch_reads_the_file_without_running_code(saved):
 def test_paths_given_as_path_objects_can_be_read_back(vae_folders, tmp_path):
     """A pathlib.Path in the file, which weights_only refuses: a checkpoint that is written and never read again."""
     codecs = [Codec(load_vae_model(vae_folders[name], "", None, "cpu", torch.float32), vae_folders[name]) for name in NAMES]
-    path = save(PipelineWithVAEs(AlignModule(AlignConfig(hidden_channels=8)), *codecs), tmp_path)
+    path = save(PipelineWithVAEs(align_module(AlignConfig(hidden_channels=8)), *codecs), tmp_path)
     assert PipelineWithVAEs.from_checkpoint(path).codec2.channels == 16
 
 
