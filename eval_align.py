@@ -160,13 +160,12 @@ def main(argv: list[str] | None = None) -> dict:
         device = resolve_device(args.device, "device" in args.typed_flags)
     keep_freed_memory(device)
     compute_policy(device)
-    args.device = str(device)
 
     # ---- load
     contents = read_checkpoints(args.checkpoint)
     trained = contents[0][1]["config"]
     wanted = args.precision or trained.get("precision", "bfloat16")
-    args.precision = precision = resolve_precision(wanted, device, args.precision is not None)
+    precision = resolve_precision(wanted, device, args.precision is not None)
     dtype = get_dtype(precision)
     accelerator = create_accelerator(device, precision)
     device, main_process = accelerator.device, accelerator.is_main_process
