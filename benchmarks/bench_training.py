@@ -86,7 +86,7 @@ def measure_rates(options):
         pipeline = train.create_align_pipeline(*vaes, args).to(args.device)
         for number in range(2):
             time_encoders("encoders_best", [pipeline.codec1.encode, pipeline.codec2.encode], 2)
-            args.latent_cache_dir = f"{folder}/cache{number}"
+            args = args.but(latent_cache_dir=f"{folder}/cache{number}")
             start = time.perf_counter()
             loader, _ = train.create_data_loaders(args, *vaes)
             rates["cache_build"].append(len(loader.dataset) * options.views / (time.perf_counter() - start))
@@ -108,7 +108,7 @@ def measure_rates(options):
 
 def loop_rate(args, vaes, loader, steps: int) -> float:
     """Images per second of the real training loop."""
-    args.max_train_steps, args.epochs, args.log_frequency = steps, 10**6, max(1, steps // 10)
+    args = args.but(max_train_steps=steps, epochs=10**6, log_frequency=max(1, steps // 10))
     train.train_align_pipeline(args, *vaes, loader, None, torch.Generator(args.device).manual_seed(args.seed))
     return logged_rate(args.log_dir)
 
