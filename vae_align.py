@@ -1097,7 +1097,7 @@ def moments_of(name: str) -> torch.Tensor:
     return upper + upper.triu(1).mT
 
 
-# Second moments of scaled latents of photos, measured by tools/measure_spaces.py. {channels: {space: for each band of
+# Second moments of scaled latents of photos, measured by tools/make/measure_spaces.py. {channels: {space: for each band of
 # `space_features` the upper triangle of a matrix, row by row}}
 MOMENTS = {
     4: {
