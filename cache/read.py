@@ -14,6 +14,7 @@ A chunk appears whole, by a rename, and never changes. Its time stamp is that of
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import logging
 import os
@@ -71,7 +72,7 @@ class LatentCache:
         self.folder, self.row = folder, row
         self.addresses, self.left_out = np.empty((0, 2), WORD), []
         self._names = []  # of the chunks
-        self._starts = np.zeros(1, np.int64)  # the number of each chunk's first row, and of the row after the last one
+        self._starts = [0]  # the number of each chunk's first row, and of the row after the last one
         self._maps = {}
         self._hold = None
 
@@ -107,21 +108,22 @@ class LatentCache:
                 found.append(chunk["addresses"].copy())
                 self.left_out.append(chunk["left_out"].tobytes())
                 self._names.append(name)
-                self._starts = np.append(self._starts, self._starts[-1] + len(found[-1]))
+                self._starts.append(self._starts[-1] + len(found[-1]))
             else:
                 log.warning("%s: damaged or not readable: its images are encoded again", self.path(name))
         self.addresses = np.concatenate(found)
 
     def mark_used(self, rows: np.ndarray) -> None:
         """Set the time stamps of the chunks with these rows, where that is allowed."""
-        for number in np.unique(self._chunks_of(rows)).tolist():
+        for number in np.unique(np.searchsorted(self._starts, rows, side="right")).tolist():
             with contextlib.suppress(OSError):
-                os.utime(self.path(self._names[number]))
+                os.utime(self.path(self._names[number - 1]))
 
     def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """The rows with these numbers, copied into memory: {column: (B, *shape)}. UserError if they are gone."""
-        numbers, found, columns = self._chunks_of(rows), [], {}
-        for number, place in zip(numbers.tolist(), (rows - self._starts[numbers]).tolist()):
+        found, columns = [], {}
+        for row in rows.tolist():
+            number = bisect.bisect_right(self._starts, row) - 1
             if number not in self._maps:
                 chunk = self.chunk(self._names[number])
                 if chunk is None:
@@ -129,14 +131,11 @@ class LatentCache:
                 if len(self._maps) >= MOST_MAPS:
                     self._maps.clear()
                 self._maps[number] = memoryview(chunk["rows"]).cast("B")
-            found.append((self._maps[number], place * self.row.itemsize))
+            found.append((self._maps[number], (row - self._starts[number]) * self.row.itemsize))
         for name, (field, offset) in self.row.fields.items():
             parts = [chunk[start + offset : start + offset + field.itemsize] for chunk, start in found]
             columns[name] = np.frombuffer(bytearray().join(parts), field.base).reshape(-1, *field.shape)
         return columns
-
-    def _chunks_of(self, rows: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self._starts, rows, side="right") - 1
 
     def __getstate__(self):
         """What a worker process needs to read rows; it makes its own maps."""

@@ -176,8 +176,8 @@ def test_training_on_cached_latents_loads_no_vae(flags, tmp_path):
         assert [vae.loaded for vae in vaes] == [expected] * 2
 
 
-def test_unreadable_and_infinite_are_left_out_and_named(photos, spaces, tmp_path, caplog):
-    """Catches a bad file, or a latent beyond float16, that ends up as zeros or infinities in training."""
+def test_unreadable_and_infinite_are_left_out_and_named(photos, spaces, tmp_path, caplog, encoded):
+    """Catches a bad file, or a latent beyond float16, that becomes zeros or infinities in training or is tried in each run."""
     (photos / "2.png").write_bytes(b"not a picture")
     encode = spaces[1].encode
 
@@ -192,6 +192,10 @@ def test_unreadable_and_infinite_are_left_out_and_named(photos, spaces, tmp_path
     data = cached(photos, spaces, tmp_path / "cache")
     assert data.images.tolist() == [1, 3, 4, 5]
     assert "2.png" in caplog.text and "0.png" in caplog.text and "not finite" in caplog.text
+    (photos / "6.png").write_bytes(b"no picture either")  # a chunk without rows
+    for _ in range(2):
+        assert cached(photos, spaces, tmp_path / "cache").images.tolist() == [1, 3, 4, 5]
+    assert encoded == [6, 1]
 
 
 def cache_command(flags, photos, root):
