@@ -53,7 +53,7 @@ def printable(text: str) -> str:
 def without_secrets(text: str) -> str:
     """`text` with `***` in place of Hugging Face tokens and of the user and password in URLs."""
     for name in ("HUGGINGFACE_TOKEN", "HF_TOKEN"):
-        if token := os.environ.get(name, "").strip():
+        if token := "".join(os.environ.get(name, "").split()):
             text = text.replace(token, "***")
     return SECRETS.sub("***", text)
 
@@ -62,7 +62,8 @@ def hub_token() -> str | None:
     """The Hugging Face token of HUGGINGFACE_TOKEN, else of HF_TOKEN or `hf auth login`, or None. Callers store it nowhere."""
     from huggingface_hub import get_token
 
-    return os.environ.get("HUGGINGFACE_TOKEN", "").strip() or get_token()
+    # without white space, such as that of a pasted line: the HTTP client would quote the header in its error
+    return "".join(os.environ.get("HUGGINGFACE_TOKEN", "").split()) or get_token()
 
 
 def shown(value) -> str:
