@@ -46,7 +46,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import dataloader
 from cache.build import CacheOptions, cache_latents
 from cache.read import cached_loader
-from dataloader import StreamDataset, WorkersLost, open_stream, stream_loader
+from dataloader import StopWaiting, StreamDataset, WorkersLost, open_stream, stream_loader
 from losses import (
     KINDS,
     LOSSES,
@@ -671,6 +671,8 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
     resumed = parts.start is not None and parts.start.resumed
 
     with StopRequest() as stop, memory_advice("training", **memory_flags(args)):
+        if accelerator.num_processes == 1:  # several agree at a step, and the others are waiting in theirs
+            train_loader.batch_sampler.stop_requested = lambda: stop.signal is not None
         bar = tqdm(initial=state.step, desc="train", unit="step", disable=not main_process)
         state.budget.start(state.step)
         clock, clocked_step = time.perf_counter(), state.step
@@ -723,7 +725,14 @@ def training_loop(args, parts: Parts, run: Run, train_loader, eval_loader, gener
                 state.budget.forget_pace(state.step)
             run.profile.begin(state.step)
             run.profile.enter("data")
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except StopWaiting:
+                stopped = stop.signal
+                if not saved:
+                    note_places(state, train_loader.batch_sampler, accelerator)
+                    save_checkpoint(args, run)
+                break
             run.profile.enter("encoding")
             if args.sample_posterior:
                 generator.manual_seed(seed_of_step(args.seed, state.step, accelerator.process_index))

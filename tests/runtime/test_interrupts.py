@@ -4,12 +4,10 @@ import os
 import signal
 
 import pytest
-from hostile import is_one_line, no_hang
-from torch.utils.data import get_worker_info
+from hostile import is_one_line
 
-from dataloader import WorkerLoader
 from runtime.cli import run
-from runtime.interrupts import ONCE, POLITE, RELAY, StopRequest, leave_signals_to_parent, unwinding_on_signals
+from runtime.interrupts import ONCE, POLITE, RELAY, StopRequest, unwinding_on_signals
 
 
 @pytest.fixture(autouse=True)
@@ -69,19 +67,6 @@ def test_a_signal_is_heard_when_nobody_reads_the_log_any_more():
         os.close(writer)
 
 
-def die_then_leave_signals(worker):
-    os.kill(os.getpid(), signal.SIGTERM)
-    leave_signals_to_parent(worker)
-
-
-def test_workers_survive_a_signal_to_all_while_they_are_born():
-    """A job's SIGTERM at the first step that ends a worker, and with it the run that it asks to stop."""
-    loader = WorkerLoader(list(range(3)), batch_size=None, num_workers=1, worker_init_fn=die_then_leave_signals)
-    with no_hang():
-        assert list(loader) == [0, 1, 2]
-    assert not set(POLITE) & signal.pthread_sigmask(signal.SIG_BLOCK, [])
-
-
 @pytest.mark.parametrize("number", ONCE, ids=lambda number: number.name)
 def test_a_warning_stops_the_run_and_a_second_one_does_not_kill_it(number):
     """A closed terminal or a scheduler's warning that ends the run unsaved; a closed terminal sends two."""
@@ -98,21 +83,6 @@ def test_what_nohup_has_a_program_ignore_stays_ignored():
     with unwinding_on_signals(), StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGHUP)
     assert stop.signal is None
-
-
-def worker_number(items):
-    return get_worker_info().id
-
-
-def test_workers_end_with_a_parent_that_did_not_fork_them(start_method):
-    """A program that waits at its end for workers whose parent is the fork server: they took its SIGTERM for a stranger's."""
-    options = {"num_workers": 1, "persistent_workers": True, "collate_fn": worker_number}
-    loader = WorkerLoader(list(range(3)), worker_init_fn=leave_signals_to_parent, **options)
-    assert list(loader) == [0, 0, 0]
-    (worker,) = loader._iterator._workers
-    worker.terminate()
-    worker.join(60)
-    assert worker.exitcode == 0
 
 
 class Steps:
