@@ -1,13 +1,14 @@
-"""Images in, batches out: folders, ImageNet layouts and hub data sets.
+"""Images in, batches out: folders, ImageNet layouts, hub data sets and shards -> crops -> order -> batches.
 
 A batch is a dict: `pixel_values` (B, 3, S, S) float32 in [-1, 1], `index` (B,) int64, `path`, a list of B names, and
-`unreadable`, a list of messages, one for each file that could not be decoded. The crop and flip of a training image are a
-function of (seed, content of its file, view), and the order of the images is a function of (seed, epoch). Neither depends on
-the number of workers or processes, or on what was read before, and the crops not on what else is in the folder.
+`unreadable`, a list of messages, one for each file that could not be decoded. Crop and flip of a training image depend only
+on (seed, content of its file, view). The order of the images depends only on (seed, epoch). Neither depends on the number of
+workers or processes, or on earlier reads.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import functools
@@ -22,55 +23,50 @@ import os
 import pickle
 import queue
 import re
+import shutil
 import signal
 import threading
+import time
 import warnings
-from collections import OrderedDict
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data._utils import signal_handling
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from images.decoding import open_image, resized_crop, to_pixel_values, to_rgb
 from images.files import ImageFiles, SomeImages, digest_of, list_imagenet, list_images, said_of_endings
-from runtime.interrupts import leave_signals_to_parent, signals_held_back
-from utils import UserError, hub_token, one_line, physical_memory
+from utils import STOP_SIGNALS, UserError, hub_token, one_line, physical_memory
 
 log = logging.getLogger(__name__)
 
-SAMPLED = 32  # images that are looked at to say how many are small
+SAMPLED = 32  # images whose size is looked at before a run begins
 ZOOM = 1.25  # training draws the short side between image_size and this multiple of it (at most the image's own)
 PREPROCESSING = 3  # raised with every change to the pixels that `ImageDataset.crop` returns, so that no older cache is read
+EPOCH_IMAGES = 10_000  # an epoch of a stream whose number of images is unknown
+BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-class UnreadableImage(Exception):
-    """An image that cannot be decoded; the message says which and why.
-
-    Attributes:
-        why: it cannot be. passing: whether that may change though the content stays, such as an error of the disk.
-    """
-
-    def __init__(self, name: str, why: str, passing: bool = False):
-        super().__init__(name, why, passing)
-        self.why, self.passing = why, passing
-
-    def __str__(self):
-        return f"{self.args[0]!r} ({self.why})"
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders
 
 
 def find_images(
     folder: str, dataset_type: str, train: bool, label: str, cache_dir: str | None = None
 ) -> ImageFiles | HubImages:
-    """The images in `folder`, or of the hub data set with that id.
+    """The images in `folder`, or in the hub data set with that id.
 
     Args:
         folder: searched recursively, or with `dataset_type` "imagenet" in the ImageNet layout. A hub id, owner/name, is
             tried only with "imagenet", and only where there is no such folder.
-        train: whether the images are for training or for evaluation, of those that come in splits.
+        train: whether to take the training or the evaluation split, where there are splits.
         label: begins the message of a UserError, which is raised when there is nothing to read.
         cache_dir: where the hub client keeps downloads; None is its own default.
     """
@@ -98,395 +94,7 @@ def find_images(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data sets
-
-
-class ImageDataset(Dataset):
-    """Square images of `image_size` px from a source.
-
-    For training (`random_crop`) an item is asked for as (index, view). Each view of an image has its own random crop and,
-    with `random_flip`, its own chance of being mirrored. The next readable image replaces an unreadable one.
-
-    For evaluation an item is asked for as index and gets the centre crop. An unreadable image has `pixel_values` None, and
-    `collate` drops it. In both cases `unreadable` of the item says why.
-
-    Args:
-        source: `ImageFiles`, `HubImages`, or a list of paths, which stands for `ImageFiles`.
-    """
-
-    def __init__(self, source, image_size: int, random_crop: bool = False, random_flip: bool = False, seed: int = 0):
-        self.source = ImageFiles(source) if isinstance(source, list) else source
-        self.image_size = image_size
-        self.random_crop = random_crop
-        self.random_flip = random_flip
-        self.seed = seed
-
-    def __len__(self):
-        return len(self.source)
-
-    def part(self, indices: np.ndarray) -> ImageDataset:
-        """The images of those indices as a data set."""
-        source = SomeImages(self.source, indices)
-        return ImageDataset(source, self.image_size, self.random_crop, self.random_flip, self.seed)
-
-    def name(self, index: int) -> str:
-        """What messages and results call that image."""
-        return self.source.name(index)
-
-    def open(self, index: int) -> Image.Image:
-        """The whole image as RGB. For training, a large JPEG is decoded at a reduced scale that is still large enough.
-        UnreadableImage if it cannot be decoded."""
-        try:
-            with warnings.catch_warnings():
-                # between its limit and twice that Pillow only warns; a photo is smaller
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with self.source.open(index) as image:
-                    if 0 in image.size:
-                        raise ValueError(f"{image.width}x{image.height} pixels")
-                    if self.random_crop:
-                        image.draft(None, (int(self.image_size * ZOOM),) * 2)
-                    return to_rgb(image)
-        except Exception as error:  # every Pillow plugin raises its own classes
-            raise UnreadableImage(self.name(index), one_line(error), _is_passing(error)) from None
-
-    def content(self, index: int) -> bytes:
-        """The digest of what the image's file holds. UnreadableImage if it cannot be read."""
-        try:
-            return self.source.content(index)
-        except Exception as error:  # of the disk, or of the hub client's table
-            raise UnreadableImage(self.name(index), one_line(error), passing=True) from None
-
-    def view_key(self) -> dict:
-        """Everything that the pixels of a view depend on beside the image's content, as plain JSON values."""
-        return {
-            "image_size": self.image_size,
-            "random_flip": self.random_flip,
-            "seed": self.seed,
-            "preprocessing": PREPROCESSING,
-        }
-
-    def require_readable(self, label: str) -> None:
-        """UserError, which begins with `label`, unless at least one of the images can be decoded."""
-        failure = None
-        for index in range(len(self)):
-            try:
-                self.open(index)
-                return
-            except UnreadableImage as error:
-                failure = error
-        raise UserError(f"{label}: none of {len(self)} files can be read as an image; the last: {failure}")
-
-    def warn_of_small(self, label: str) -> None:
-        """Say how many of the images are smaller than `image_size` and will be enlarged, by a sample of their headers."""
-        looked_at = range(0, len(self), -(-len(self) // SAMPLED))
-        small = 0
-        for index in looked_at:
-            with contextlib.suppress(Exception), self.source.open(index) as image:
-                small += min(image.size) < self.image_size
-        if small:
-            log.warning(
-                "%s: %d of the %d images looked at are smaller than %d px; they are enlarged, which adds no detail",
-                label, small, len(looked_at), self.image_size,
-            )  # fmt: skip
-
-    def crop(self, image: Image.Image, content: bytes, view: int) -> torch.Tensor:
-        """View `view` of a training image: (3, S, S) uint8, a function of (seed, the digest of its content, view)."""
-        zoom, top, left, flip = np.random.default_rng((self.seed, int.from_bytes(content, "little"), view)).random(4)
-        largest = min(int(self.image_size * ZOOM), max(self.image_size, min(image.size)))
-        short_side = self.image_size + int(zoom * (largest - self.image_size + 1))
-        pixels = resized_crop(image, short_side, self.image_size, (top, left))
-        return pixels.flip(-1) if self.random_flip and flip < 0.5 else pixels
-
-    def __getitem__(self, item):
-        unreadable = []
-        if not self.random_crop:
-            try:
-                pixels = to_pixel_values(resized_crop(self.open(item), self.image_size, self.image_size))
-            except UnreadableImage as error:
-                pixels = None
-                unreadable.append(str(error))
-            return {"pixel_values": pixels, "index": item, "path": self.name(item), "unreadable": unreadable}
-        index, view = item
-        for offset in range(len(self)):
-            candidate = (index + offset) % len(self)
-            try:
-                pixels = to_pixel_values(self.crop(self.open(candidate), self.content(candidate), view))
-                return {"pixel_values": pixels, "index": candidate, "path": self.name(candidate), "unreadable": unreadable}
-            except UnreadableImage as error:
-                unreadable.append(str(error))
-        raise UserError(f"no image can be read any more; the last failure: {unreadable[-1]}")
-
-
-def _is_passing(error: Exception) -> bool:
-    """Whether an image may be readable later though its content stays. Pillow's own errors have no number."""
-    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
-
-
-def collate(items: list[dict]) -> dict:
-    """Items -> batch. Items without pixels are dropped; `unreadable` holds the messages of all items."""
-    good = [item for item in items if item["pixel_values"] is not None]
-    return {
-        "pixel_values": torch.stack([item["pixel_values"] for item in good]) if good else torch.empty(0),
-        "index": torch.tensor([item["index"] for item in good], dtype=torch.int64),
-        "path": [item["path"] for item in good],
-        "unreadable": [message for item in items for message in item["unreadable"]],
-    }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Order
-
-
-@dataclass(eq=False)
-class EpochSampler(Sampler):
-    """Batches of (index, view) for one process, epoch after epoch without end.
-
-    Every process draws the same permutation of (seed, epoch) and takes its own slice of each global batch. P processes with
-    batch B therefore see what one process with batch P·B sees. The last batch of an epoch is filled up from the start of the
-    epoch, so that all batches have one size and every image is seen in every epoch.
-
-    Attributes:
-        length: number of images; batch_size: images per batch of this process.
-        views: number of views per image, of which each epoch draws one; 0: view e in epoch e.
-        rank, world: this process and the number of processes.
-        part, least_steps: where `length` counts one part of several of the images, each with processes of its own: its number,
-            and the steps of an epoch of the largest part, which all parts have.
-        first_step: the step at which an iteration starts; a resumed run sets it.
-    """
-
-    length: int
-    batch_size: int
-    seed: int
-    views: int = 0
-    rank: int = 0
-    world: int = 1
-    part: int = 0
-    least_steps: int = 0
-    first_step: int = 0
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return max(self.least_steps, -(-self.length // (self.batch_size * self.world)))
-
-    def __len__(self):
-        return self.steps_per_epoch
-
-    def state_after(self, step: int) -> None:
-        """What is to be remembered after `step` steps: nothing, the place in the order is a function of the step."""
-
-    def go_on(self, step: int, place: None) -> None:
-        """Let the next iteration begin after `step` steps."""
-        self.first_step = step
-
-    def epoch_items(self, epoch: int) -> np.ndarray:
-        """The (index, view) pairs of an epoch over all processes, a whole number of global batches: (pairs, 2) int64."""
-        draw = np.random.default_rng((self.seed, epoch, self.part))
-        order = draw.permutation(self.length)
-        views = draw.integers(self.views, size=self.length) if self.views else np.full(self.length, epoch)
-        indices = order[np.arange(self.steps_per_epoch * self.batch_size * self.world) % self.length]
-        return np.stack([indices, views[indices]], axis=1)
-
-    def __iter__(self):
-        step = self.first_step
-        while True:
-            epoch, offset = divmod(step, self.steps_per_epoch)
-            items = self.epoch_items(epoch)
-            for batch in range(offset, self.steps_per_epoch):
-                start = (batch * self.world + self.rank) * self.batch_size
-                yield [tuple(item) for item in items[start : start + self.batch_size].tolist()]
-            step += self.steps_per_epoch - offset
-
-
-@dataclass(eq=False)
-class BatchesInOrder(Sampler):
-    """The batches of one pass over `length` images that are one process's: `rank`, `rank` + `world`, … Whole batches are
-    shared out, so that an image has the same neighbours, and to the last digit the same results, on one process or many."""
-
-    length: int
-    batch_size: int
-    rank: int = 0
-    world: int = 1
-
-    def __len__(self):
-        return len(range(self.rank, -(-self.length // self.batch_size), self.world))
-
-    def __iter__(self):
-        for start in range(self.rank * self.batch_size, self.length, self.world * self.batch_size):
-            yield list(range(start, min(start + self.batch_size, self.length)))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Loaders
-
-
-def train_loader(dataset, batch_size: int, num_workers: int, seed: int, views=0, rank=0, world=1) -> DataLoader:
-    """A loader of training batches without end, in the order of `EpochSampler`; its `len` is the number of steps in an
-    epoch."""
-    sampler = EpochSampler(len(dataset), batch_size, seed, views, rank, world)
-    return WorkerLoader(dataset, batch_sampler=sampler, collate_fn=collate, **loader_options(num_workers))
-
-
-def eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int, rank: int = 0, world: int = 1) -> DataLoader:
-    """One pass over the evaluation images, in order; of `world` processes, number `rank` has every `world`-th batch from its
-    own on."""
-    sampler = BatchesInOrder(len(dataset), batch_size, rank, world)
-    return WorkerLoader(dataset, batch_sampler=sampler, collate_fn=collate, **loader_options(num_workers))
-
-
-def require_memory(batch_size: int, image_size: int, label: str) -> None:
-    """UserError, which begins with `label`, unless this machine's memory holds a batch of images in float32.
-
-    Without this check the operating system would kill the run without a message. `image_size` is the side of an image, px.
-    """
-    needed = batch_size * 3 * image_size**2 * 4
-    available = physical_memory()
-    if needed > available:
-        raise UserError(
-            f"{label} {batch_size}: such a batch of {image_size} px images takes {needed / 1e9:.0f} GB and this machine has "
-            f"{available / 1e9:.0f} GB; lower it or the image size"
-        )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# workers
-
-
-IMPORTS = 480.0  # seconds more for the first batch of workers that are no forks: each imports torch, from whatever disk
-PATIENCE = 120.0  # seconds without a batch after which data workers are given up
-TIMED_OUT = "DataLoader timed out"  # how torch's message begins
-LOST = "lower it (0: none), or give the machine or container more memory (docker: --memory, --shm-size)"
-TICK = 5.0  # seconds after which the wait for a batch looks whether all workers live
-
-
-class WorkersLost(UserError):
-    """No further batch will come: a data worker has died, stands still, or could not be started, or a stream has ended. Begins
-    with the setting that it is about."""
-
-
-class WorkerLoader(DataLoader):
-    """A DataLoader that never waits in vain: its workers survive a signal to all processes, its errors are those that its
-    workers raised, and a worker that cannot deliver is `WorkersLost`.
-
-    A worker's batch comes through its pipe as bytes (`Parcel`), not through shared memory. Containers have little of that, and
-    a worker whose queue fails to get any says so to nobody.
-
-    Args:
-        patience: seconds to wait for a batch beyond 2 s for each of its images.
-        options: of the DataLoader.
-    """
-
-    def __init__(self, dataset, patience: float = PATIENCE, **options):
-        workers = options.get("num_workers", 0)
-        super().__init__(dataset, timeout=min(TICK, patience) if workers else 0, **options)
-        if workers:
-            self.collate_fn = Parcelled(self.collate_fn)
-        self._patience = patience + 2 * (getattr(self.batch_sampler, "batch_size", None) or 1)
-
-    def __iter__(self):
-        if not self.num_workers:
-            yield from super().__iter__()
-            return
-        batches = self._started()
-        waited = 0.0 if multiprocessing.get_start_method() == "fork" else -IMPORTS
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except WorkersLost:  # no worker's: raised here, where the order of the images is drawn
-                raise
-            except UserError as error:  # torch puts the worker's traceback into its message
-                raise UserError(str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]) from None
-            except RuntimeError as error:
-                waited += self.timeout  # by the count: a suspended program waits for nobody
-                if not str(error).startswith(TIMED_OUT) or waited >= self._patience:
-                    raise self._lost(error, batches) from None
-                continue
-            waited = 0.0
-            yield batch.open() if isinstance(batch, Parcel) else batch
-
-    def _started(self):
-        """torch's iterator, with its workers at work."""
-        batches = self._iterator
-        if batches:  # it first waits for what its workers still do for an iteration that nobody reads any more
-            batches._timeout = self._patience
-        try:
-            with signals_held_back(), _signal_of_children_kept():
-                batches = super().__iter__()
-        except OSError as error:  # no memory, processes or semaphores for them
-            raise WorkersLost(f"num_workers {self.num_workers}: they cannot be started ({one_line(error)}); {LOST}") from None
-        except RuntimeError as error:
-            raise self._lost(error, batches) from None
-        batches._timeout = self.timeout
-        return batches
-
-    def _lost(self, error: RuntimeError, batches) -> Exception:
-        """`error` as `WorkersLost`, if that is what it says; the workers end, for one that stands still never would."""
-        if str(error).startswith(TIMED_OUT):
-            why = "no data worker has delivered anything for minutes, such as from a disk that does not answer"
-        elif str(error).startswith("DataLoader worker (pid"):
-            why = "a data worker has ended unexpectedly, most often killed for want of memory"
-        else:
-            return error
-        for worker in batches._workers:
-            worker.kill()
-        for worker in batches._workers:
-            worker.join(min(TICK, self._patience))
-            if worker.is_alive():  # its disk does not answer: Python would wait for it at its own end
-                multiprocessing.process._children.discard(worker)
-        return WorkersLost(f"num_workers {self.num_workers}: {why}; {LOST}")
-
-
-class Parcel:
-    """A batch as the bytes in which a worker sends it. Where torch pins memory it opens the parcel too."""
-
-    def __init__(self, batch):
-        self._bytes = pickle.dumps(batch, protocol=pickle.HIGHEST_PROTOCOL)
-
-    def open(self):
-        return pickle.loads(self._bytes)
-
-    def pin_memory(self):
-        return pin_memory(self.open())
-
-
-@dataclass
-class Parcelled:
-    """A `collate_fn` whose batches leave their worker as parcels."""
-
-    collate_fn: Callable
-
-    def __call__(self, items):
-        return Parcel(self.collate_fn(items))
-
-
-@contextlib.contextmanager
-def _signal_of_children_kept():
-    """Within this context torch's handler of SIGCHLD is not installed. It raises wherever the program happens to be when a
-    worker dies, such as between a step's update and its count; the loader notices at the next batch."""
-    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
-
-
-def loader_options(num_workers: int) -> dict:
-    """The options of a `WorkerLoader` with at most `num_workers` processes, and at most one per CPU core."""
-    num_workers = min(num_workers, os.cpu_count() or 1)
-    return {
-        "num_workers": num_workers,
-        "worker_init_fn": leave_signals_to_parent,
-        "persistent_workers": num_workers > 0,
-        "pin_memory": torch.cuda.is_available(),
-    }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# hub_data
+# Hub data sets
 
 
 class HubImages:
@@ -528,22 +136,24 @@ def load_hub_split(name: str, train: bool, label: str, cache_dir: str | None = N
 
 
 def hub_split(name: str, train: bool, label: str, cache_dir: str | None = None, streaming: bool = False):
-    """(a split as in `load_hub_split` with its image column alone, that column's name). With `streaming` nothing is downloaded
-    before it is read, and the images are encoded ones, {bytes, path}."""
+    """(split with its image column alone, name of that column), chosen as by `load_hub_split`. With `streaming` nothing is
+    downloaded before it is read, and the images stay encoded: {bytes, path}."""
     import datasets
 
     folder, colon, choice = name.partition(":")
+    access = {"cache_dir": cache_dir, "token": hub_token() or False}
     try:
         if not colon:
-            choice = _only_configuration(name, label, cache_dir)
-        splits = datasets.get_dataset_split_names(folder, choice, cache_dir=cache_dir, token=hub_token() or False)
+            choices = datasets.get_dataset_config_names(name, **access)
+            if len(choices) > 1 and "default" not in choices:
+                named = ", ".join(f"{name}:{one}" for one in choices)
+                raise UserError(f"{label} {name}: it has several configurations; name one: {named}")
+        splits = datasets.get_dataset_split_names(folder, choice or None, **access)
         wanted = ("train",) if train else ("validation", "val", "test")
         split = next((name for name in wanted if name in splits), splits[0])
         if split not in wanted:
             log.warning("%s %s: no %s split; using %s", label, name, wanted[0], split)
-        data = datasets.load_dataset(
-            folder, choice, split=split, cache_dir=cache_dir, token=hub_token() or False, streaming=streaming
-        )
+        data = datasets.load_dataset(folder, choice or None, split=split, streaming=streaming, **access)
     except UserError:
         raise
     except Exception as error:  # the hub client's errors have no common base class
@@ -560,11 +170,10 @@ def image_column(features: dict | None, label: str) -> str:
     """The name of the column that holds the images; UserError, which begins with `label`, if none does."""
     import datasets
 
-    columns = [column for column, feature in (features or {}).items() if isinstance(feature, datasets.Image)]
+    features = features or {}
+    columns = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
     if not columns:
-        kinds = [
-            f"{column} ({getattr(feature, 'dtype', type(feature).__name__)})" for column, feature in (features or {}).items()
-        ]
+        kinds = [f"{column} ({getattr(feature, 'dtype', type(feature).__name__)})" for column, feature in features.items()]
         raise UserError(
             f"{label}: this data set has no image column, which holds images and not their addresses; its columns "
             f"are {', '.join(kinds) or 'unknown'}"
@@ -575,37 +184,17 @@ def image_column(features: dict | None, label: str) -> str:
     return column
 
 
-def _only_configuration(name: str, label: str, cache_dir: str | None) -> str | None:
-    """The configuration of a hub data set that need not be chosen: its only one or its default. UserError names the others."""
-    import datasets
-
-    choices = datasets.get_dataset_config_names(name, cache_dir=cache_dir, token=hub_token() or False)
-    if len(choices) < 2 or "default" in choices:
-        return None
-    raise UserError(f"{label} {name}: it has several configurations; name one: {', '.join(f'{name}:{one}' for one in choices)}")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# stream
-
-
-EPOCH_IMAGES = 10_000  # an epoch of a stream that does not say how many images it has
-PEEKED = 32  # images that are looked at before a run begins
-KEPT_PLACES = 4096  # batches that may be on their way from the stream to the training loop
-BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The stream
+# Shards
 
 
 @dataclass
 class Stream:
-    """A 🤗 stream of images that are not decoded.
+    """A 🤗 stream of encoded images.
 
     Attributes:
-        data: the `datasets.IterableDataset`. column: of the image. name: what messages call it.
-        digest: changes when the stream is another one.
+        data: the `datasets.IterableDataset`. column: the one with the images. name: for messages.
+        digest: differs between two streams.
         length: number of images, where the stream says so; else None.
     """
 
@@ -637,13 +226,17 @@ def shards_of(place: str) -> list[str]:
 def open_stream(place: str, label: str, cache_dir: str | None = None) -> Stream:
     """The stream of training images at `place`: .tar shards by path, glob or URL, else a 🤗 data set by id or folder.
     UserError, which begins with `label`, if there is none."""
+
+    def digest(names: list[str]) -> str:
+        return hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
+
     shards = shards_of(place) if ".tar" in place or glob.glob(os.path.join(glob.escape(place), "*.tar")) else []
     if not shards:
         if ".tar" in place:
             raise UserError(f"{label} {place}: no such shard")
         data, column = hub_split(place, True, label, cache_dir, streaming=True)
         split = (data.info.splits or {}).get(str(data.split))
-        return Stream(data, column, place, _digest([place]), split.num_examples if split else None)
+        return Stream(data, column, place, digest([place]), split.num_examples if split else None)
     import datasets
 
     try:
@@ -655,19 +248,11 @@ def open_stream(place: str, label: str, cache_dir: str | None = None) -> Stream:
     except Exception as error:  # each file system has its own classes
         raise UserError(f"{label} {place}: cannot be read as WebDataset shards ({one_line(error)})") from None
     data = data.select_columns([column, "__key__", "__url__"]).cast_column(column, datasets.Image(decode=False))
-    return Stream(data, column, place, _digest([os.path.basename(shard) for shard in shards]))
-
-
-def _digest(names: list[str]) -> str:
-    return hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Images
+    return Stream(data, column, place, digest([os.path.basename(shard) for shard in shards]))
 
 
 class EncodedImages:
-    """A source of images for `ImageDataset`: some that were read, [(name, encoded image or None)]."""
+    """A source of images: some that were read, [(name, encoded image or None)]. Methods as `ImageFiles`."""
 
     paths = None  # it has no files of its own
 
@@ -690,15 +275,167 @@ class EncodedImages:
         return digest_of([self.images[index][1]])
 
 
-class StreamDataset(ImageDataset):
-    """Square training images of a stream. A batch is asked for as a list of (number, (name, encoded image)), and the crop
-    and flip are a function of (seed, the image's content, number).
+# ----------------------------------------------------------------------------------------------------------------------
+# Crops
 
-    The next readable image of the batch replaces an unreadable one. Where none is readable the pixels are not-a-number, so
-    that the step is skipped.
+
+class UnreadableImage(Exception):
+    """An image that cannot be decoded; the message says which and why.
+
+    Attributes:
+        why: the reason. passing: whether the image may become readable without a change to its content, such as after an
+            error of the disk.
+    """
+
+    def __init__(self, name: str, why: str, passing: bool = False):
+        super().__init__(name, why, passing)
+        self.why, self.passing = why, passing
+
+    def __str__(self):
+        return f"{self.args[0]!r} ({self.why})"
+
+
+class ImageDataset(Dataset):
+    """Square images of `image_size` px from a source.
+
+    For training (`random_crop`) an item is asked for as (index, view). Each view of an image has its own random crop and,
+    with `random_flip`, its own chance of being mirrored. The next readable image replaces an unreadable one.
+
+    For evaluation an item is asked for as index and gets the centre crop. An unreadable image has `pixel_values` None, and
+    `collate` drops it. In both cases `unreadable` of the item says why.
+
+    One item has `pixel_values` as float32 in [-1, 1]. A list of items, as a loader asks for them, has uint8 levels, which
+    take a quarter of the memory on their way out of a worker.
 
     Args:
-        epoch_images: that count as an epoch; 0: as many as the stream has, or `EPOCH_IMAGES`. It is this data set's length.
+        source: `ImageFiles`, `HubImages`, or a list of paths, which stands for `ImageFiles`.
+    """
+
+    def __init__(self, source, image_size: int, random_crop: bool = False, random_flip: bool = False, seed: int = 0):
+        self.source = ImageFiles(source) if isinstance(source, list) else source
+        self.image_size = image_size
+        self.random_crop = random_crop
+        self.random_flip = random_flip
+        self.seed = seed
+
+    def __len__(self):
+        return len(self.source)
+
+    def part(self, indices: np.ndarray) -> ImageDataset:
+        """The images with those indices as a data set."""
+        source = SomeImages(self.source, indices)
+        return ImageDataset(source, self.image_size, self.random_crop, self.random_flip, self.seed)
+
+    def name(self, index: int) -> str:
+        """The image's name in messages and results."""
+        return self.source.name(index)
+
+    def open(self, index: int) -> Image.Image:
+        """The whole image as RGB. For training, a large JPEG is decoded at a reduced scale that is still large enough.
+        UnreadableImage if it cannot be decoded."""
+        try:
+            with warnings.catch_warnings():
+                # between its limit and twice that Pillow only warns; a photo is smaller
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with self.source.open(index) as image:
+                    if 0 in image.size:
+                        raise ValueError(f"{image.width}x{image.height} pixels")
+                    if self.random_crop:
+                        image.draft(None, (int(self.image_size * ZOOM),) * 2)
+                    return to_rgb(image)
+        except Exception as error:  # every Pillow plugin raises its own classes
+            # Pillow's own errors have no number; the system's have one, and the next read may succeed
+            passing = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
+            raise UnreadableImage(self.name(index), one_line(error), passing) from None
+
+    def content(self, index: int) -> bytes:
+        """The digest of the bytes in the image's file. UnreadableImage if it cannot be read."""
+        try:
+            return self.source.content(index)
+        except Exception as error:  # of the disk, or of the hub client's table
+            raise UnreadableImage(self.name(index), one_line(error), passing=True) from None
+
+    def view_key(self) -> dict:
+        """Everything that the pixels of a view depend on beside the image's content, as plain JSON values."""
+        return {
+            "image_size": self.image_size,
+            "random_flip": self.random_flip,
+            "seed": self.seed,
+            "preprocessing": PREPROCESSING,
+        }
+
+    def require_readable(self, label: str) -> None:
+        """UserError, which begins with `label`, unless at least one of the images can be decoded."""
+        failure = None
+        for index in range(len(self)):
+            try:
+                self.open(index)
+                return
+            except UnreadableImage as error:
+                failure = error
+        raise UserError(f"{label}: none of {len(self)} files can be read as an image; the last: {failure}")
+
+    def warn_of_small(self, label: str) -> None:
+        """Log how many images of a sample are smaller than `image_size` and will be enlarged."""
+        looked_at = range(0, len(self), -(-len(self) // SAMPLED))
+        small = 0
+        for index in looked_at:
+            with contextlib.suppress(Exception), self.source.open(index) as image:
+                small += min(image.size) < self.image_size
+        if small:
+            log.warning(
+                "%s: %d of the %d images looked at are smaller than %d px; they are enlarged, which adds no detail",
+                label, small, len(looked_at), self.image_size,
+            )  # fmt: skip
+
+    def crop(self, image: Image.Image, content: bytes, view: int) -> torch.Tensor:
+        """View `view` of a training image: (3, S, S) uint8, a function of (seed, the digest of its content, view)."""
+        zoom, top, left, flip = np.random.default_rng((self.seed, int.from_bytes(content, "little"), view)).random(4)
+        largest = min(int(self.image_size * ZOOM), max(self.image_size, min(image.size)))
+        short_side = self.image_size + int(zoom * (largest - self.image_size + 1))
+        pixels = resized_crop(image, short_side, self.image_size, (top, left))
+        return pixels.flip(-1) if self.random_flip and flip < 0.5 else pixels
+
+    def __getitem__(self, item):
+        (made,) = self.__getitems__([item])
+        if made["pixel_values"] is not None:
+            made["pixel_values"] = to_pixel_values(made["pixel_values"])
+        return made
+
+    def __getitems__(self, items: list) -> list[dict]:
+        made = [self._levels_of(item) for item in items]
+        if self.random_crop and any(item["pixel_values"] is None for item in made):
+            raise UserError(f"no image can be read any more; the last failure: {made[-1]['unreadable'][-1]}")
+        return made
+
+    def _levels_of(self, item) -> dict:
+        """An item with uint8 levels; `pixel_values` is None if neither the image nor a replacement can be read."""
+        index, view = item if self.random_crop else (item, None)
+        unreadable = []
+        for place in range(index, index + (len(self) if self.random_crop else 1)):
+            place %= len(self)
+            try:
+                image = self.open(place)
+                if self.random_crop:
+                    pixels = self.crop(image, self.content(place), view)
+                else:
+                    pixels = resized_crop(image, self.image_size, self.image_size)
+                return {"pixel_values": pixels, "index": place, "path": self.name(place), "unreadable": unreadable}
+            except UnreadableImage as error:
+                unreadable.append(str(error))
+        return {"pixel_values": None, "index": index, "path": self.name(index), "unreadable": unreadable}
+
+
+class StreamDataset(ImageDataset):
+    """Square training images of a stream. A batch is asked for as a list of (number, (name, encoded image)). Crop and flip
+    are a function of (seed, the image's content, number).
+
+    The next readable image of the batch replaces an unreadable one. If a batch has no readable image, its pixels are
+    not-a-number, so that the training loop skips the step.
+
+    Args:
+        epoch_images: number of images in an epoch, and the length of this data set; 0: the stream's own number, or
+            `EPOCH_IMAGES` if it is unknown.
     """
 
     def __init__(self, stream: Stream, image_size: int, random_flip: bool = False, seed: int = 0, epoch_images: int = 0):
@@ -710,36 +447,25 @@ class StreamDataset(ImageDataset):
         return self.epoch_images
 
     def __getstate__(self):
-        return self.__dict__ | {"stream": None}  # a worker is given what the main process has read
+        return self.__dict__ | {"stream": None}  # the main process reads; a worker gets the encoded images
 
     def of(self, images: list[tuple[str, bytes | None]]) -> ImageDataset:
         """Images of this stream as a data set of their own."""
         return ImageDataset(EncodedImages(images), self.image_size, True, self.random_flip, self.seed)
 
     def __getitems__(self, items: list) -> list[dict]:
-        batch, unreadable, opened = self.of([image for _, image in items]), [], []
-        for place in range(len(items)):
-            try:
-                opened.append(batch.open(place))
-            except UnreadableImage as error:
-                opened.append(None)
-                unreadable.append(str(error))
-        made = []
-        for first, (number, (name, _)) in enumerate(items):
-            places = [*range(first, len(items)), *range(first)]
-            readable = next((place for place in places if opened[place] is not None), None)
-            pixels = torch.full((3, self.image_size, self.image_size), torch.nan)
-            if readable is not None:
-                pixels = to_pixel_values(batch.crop(opened[readable], batch.source.content(readable), number))
-            made.append({"pixel_values": pixels, "index": number, "path": name, "unreadable": []})
-        made[0]["unreadable"] = unreadable
+        batch = self.of([image for _, image in items])
+        made = [batch._levels_of((place, number)) | {"index": number} for place, (number, _) in enumerate(items)]
+        for item in made:
+            if item["pixel_values"] is None:
+                item["pixel_values"] = torch.full((3, self.image_size, self.image_size), torch.nan)
         return made
 
     def look_at_first(self, label: str) -> None:
-        """UserError, which begins with `label`, unless one of the stream's first images can be decoded; says how many of them
+        """UserError, which begins with `label`, unless one of the stream's first images can be decoded. Logs how many of them
         are small."""
         try:
-            rows = list(itertools.islice(copy.copy(self.stream.data), PEEKED))
+            rows = list(itertools.islice(copy.copy(self.stream.data), SAMPLED))
         except Exception as error:
             raise UserError(f"{label}: cannot be read ({one_line(error)})") from None
         first = self.of([self.stream.image_of(row, number) for number, row in enumerate(rows)])
@@ -753,29 +479,85 @@ class StreamDataset(ImageDataset):
 # Order
 
 
-@dataclass(frozen=True)
-class Block:
-    """Images that were read at once.
+class StopWaiting(Exception):
+    """The run is to stop, and no batch has come yet."""
+
+
+@dataclass(eq=False)
+class EpochSampler(Sampler):
+    """Batches of (index, view) for one process, epoch after epoch without end.
+
+    Every process draws the same permutation of (seed, epoch) and takes its own slice of each global batch. P processes with
+    batch B therefore see the images that one process with P·B sees. The last batch of an epoch is filled up from the start
+    of the epoch: all batches have one size, and every epoch holds every image.
 
     Attributes:
-        turn: of the stream, counted from 0; count: images that this process read before these.
-        state: of the 🤗 stream before these; None at the start of a pass.
-        images: [(name, encoded image)]; of those `StreamSampler` gives the ones from its offset on.
+        length: number of images; batch_size: images per batch of this process.
+        views: number of views per image, of which each epoch draws one; 0: view e in epoch e.
+        rank, world: this process and the number of processes.
+        part, least_steps: for images in several parts, each with its own processes: the number of this part, and the steps
+            per epoch of the largest one. All parts then have equally long epochs.
+        first_step: the step at which an iteration starts; a resumed run sets it.
+        stop_requested: called while no batch comes; the wait ends by `StopWaiting` once it returns true.
     """
 
-    turn: int
-    count: int
-    state: dict | None
-    images: list
+    length: int
+    batch_size: int
+    seed: int
+    views: int = 0
+    rank: int = 0
+    world: int = 1
+    part: int = 0
+    least_steps: int = 0
+    first_step: int = 0
+    stop_requested: Callable[[], bool] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(self.least_steps, -(-self.length // (self.batch_size * self.world)))
+
+    def __len__(self):
+        return self.steps_per_epoch
+
+    def state_after(self, step: int) -> None:
+        """The state to save after `step` steps: none, the step alone gives the place in the order."""
+
+    def go_on(self, step: int, place: None) -> None:
+        """Let the next iteration begin after `step` steps."""
+        self.first_step = step
+
+    def epoch_items(self, epoch: int) -> np.ndarray:
+        """The (index, view) pairs of an epoch over all processes, a whole number of global batches: (pairs, 2) int64."""
+        draw = np.random.default_rng((self.seed, epoch, self.part))
+        order = draw.permutation(self.length)
+        views = draw.integers(self.views, size=self.length) if self.views else np.full(self.length, epoch)
+        indices = order[np.arange(self.steps_per_epoch * self.batch_size * self.world) % self.length]
+        return np.stack([indices, views[indices]], axis=1)
+
+    def __iter__(self):
+        step = self.first_step
+        while True:
+            epoch, offset = divmod(step, self.steps_per_epoch)
+            items = self.epoch_items(epoch)
+            for batch in range(offset, self.steps_per_epoch):
+                start = (batch * self.world + self.rank) * self.batch_size
+                yield [tuple(item) for item in items[start : start + self.batch_size].tolist()]
+            step += self.steps_per_epoch - offset
 
 
 class StreamSampler(Sampler):
-    """Batches of a stream's encoded images for one process, without end: what `StreamDataset` takes. The stream is read here,
-    by a thread of the main process, so that the order does not depend on the number of workers, who decode.
+    """Batches of a stream's encoded images for one process, without end, as `StreamDataset` takes them.
+
+    The main process reads the stream and workers only decode, so the order does not depend on the number of workers. The
+    stream is read in blocks of `buffer` images, each shuffled by (seed, rank, number of images before it). A thread reads
+    the next block meanwhile.
 
     Attributes:
         batch_size: images per batch of this process; first_step: the step at which an iteration starts.
+        stop_requested: as in `EpochSampler`.
     """
+
+    KEPT = 4096  # places that are remembered: of batches on their way from the stream to the training loop
 
     def __init__(self, dataset: StreamDataset, batch_size: int, seed: int, buffer: int, rank: int = 0, world: int = 1):
         from datasets.distributed import split_dataset_by_node
@@ -783,11 +565,12 @@ class StreamSampler(Sampler):
         self.batch_size, self.seed, self.buffer, self.rank, self.world = batch_size, seed, max(1, buffer), rank, world
         self.length = len(dataset)
         self.first_step = 0
+        self.stop_requested = None
         self._stream = copy.copy(dataset.stream)
         self._stream.data = split_dataset_by_node(dataset.stream.data, rank, world)
-        self._start = self._place(Block(0, 0, None, []), 0)
-        self._places = OrderedDict()
-        self._reader = None
+        # turn: passes before this one; count: images read before this block; state: the 🤗 stream's at the block's start
+        self._start = {"stream": self._stream.digest, "turn": 0, "count": 0, "state": None, "offset": 0}
+        self._places = {}
 
     def __len__(self):
         return -(-self.length // (self.batch_size * self.world))
@@ -797,109 +580,115 @@ class StreamSampler(Sampler):
         return self._start if step == self.first_step else self._places[step]
 
     def go_on(self, step: int, place: dict) -> None:
-        """Let the next iteration begin after `step` steps, at a place that `state_after` gave. UserError if it is that of
-        another stream."""
+        """Let the next iteration begin after `step` steps, at a place from `state_after`. UserError for a place in another
+        stream."""
         if place["stream"] != self._stream.digest:
             raise UserError(f"train_data_dir {self._stream.name}: not the shards that the run to resume had; name the same")
         self.first_step, self._start = step, place
 
-    def _place(self, block: Block, offset: int) -> dict:
-        digest = self._stream.digest
-        return {"stream": digest, "turn": block.turn, "count": block.count, "state": block.state, "offset": offset}
-
     def __iter__(self):
-        step, start = self.first_step, self._start
-        self._places.clear()
-        if self._reader:
-            self._reader.stop()  # an iteration that nobody finished: two must not read one stream
-        self._reader = ReadAhead(lambda stopped: self._blocks(start, stopped), self._stream.name)
-        batch, offset = [], start["offset"]
-        for block in self._reader.blocks():
-            order = np.random.default_rng((self.seed, self.rank, block.count)).permutation(len(block.images))
+        step, offset, batch = self.first_step, self._start["offset"], []
+        self._places = {}
+        for start, images in self._read_ahead(self._start):
+            order = np.random.default_rng((self.seed, self.rank, start["count"])).permutation(len(images))
             for place in range(offset, len(order)):
-                batch.append((block.count + place, block.images[order[place]]))
+                batch.append((start["count"] + place, images[order[place]]))
                 if len(batch) == self.batch_size:
                     step += 1
-                    self._places[step] = self._place(block, place + 1)
-                    if len(self._places) > KEPT_PLACES:
-                        self._places.popitem(last=False)
+                    self._places[step] = start | {"offset": place + 1}
+                    self._places.pop(step - self.KEPT, None)
                     yield batch
                     batch = []
             offset = 0
 
-    def _blocks(self, start: dict, stopped: Callable[[], bool]):
-        """What the stream holds from a place on, pass after pass."""
-        turn, count, state = start["turn"], start["count"], start["state"]
-        data, name = self._stream.data, self._stream.name
-        while not stopped():
-            data.set_epoch(1 + int(np.random.SeedSequence((self.seed, turn)).generate_state(1)[0] >> 1))
-            data.load_state_dict(state)
-            rows, begun = iter(data), state is not None
-            while True:
-                images = []
-                for row in itertools.islice(rows, self.buffer):
-                    images.append(self._stream.image_of(row, count + len(images)))
-                    if stopped():
-                        return
-                if not images:
-                    break
-                yield Block(turn, count, state, images)
-                begun, count, state = True, count + len(images), data.state_dict()
-            if not begun:
-                raise UserError(f"train_data_dir {name}: no image in the share of process {self.rank}; give it more shards")
-            turn, state = turn + 1, None
-
-
-class ReadAhead:
-    """A thread that reads the next block of a stream while one is used.
-
-    Args:
-        read: called in the thread with a function that says whether to stop; gives the blocks. name: of the stream.
-    """
-
-    def __init__(self, read: Callable, name: str):
-        self._blocks, self._name = read(lambda: self._stop.is_set()), name
-        self._ahead, self._stop = queue.Queue(maxsize=1), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="stream", daemon=True)
-
-    def blocks(self):
-        """The blocks, until `stop` or until nobody wants them any more. WorkersLost when the stream cannot be read on."""
-        self._thread.start()
+    def _read_ahead(self, place: dict):
+        """(place of a block, its images), block after block. WorkersLost if the stream breaks off."""
+        ahead, unwanted = queue.Queue(maxsize=1), threading.Event()
+        data = copy.deepcopy(self._stream.data)  # an iteration that nobody reads any more may still be at its last image
+        threading.Thread(target=self._read, args=(data, place, ahead, unwanted), daemon=True).start()
         try:
             while True:
-                block = self._ahead.get()
+                try:
+                    block = ahead.get(timeout=TICK)
+                except queue.Empty:
+                    if self.stop_requested and self.stop_requested():
+                        raise StopWaiting from None
+                    continue
                 if isinstance(block, Exception):
                     raise block
                 yield block
-        finally:
-            self.stop()
+        finally:  # the thread ends at its next image; nobody waits for one that a server keeps waiting
+            unwanted.set()
+            if not ahead.empty():
+                ahead.get()
 
-    def stop(self) -> None:
-        """Return when the thread has ended, which first reads the image at hand."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _run(self):
+    def _read(self, data, place: dict, ahead: queue.Queue, unwanted: threading.Event) -> None:
+        """Thread: put the blocks from a place on into `ahead`, pass after pass, and last the error that ends them."""
+        turn, count, state = place["turn"], place["count"], place["state"]
         try:
-            for block in self._blocks:
-                self._put(block)
+            while True:
+                data.set_epoch(1 + int(np.random.SeedSequence((self.seed, turn)).generate_state(1)[0] >> 1))
+                data.load_state_dict(state)
+                rows, begun = iter(data), state is not None
+                while images := self._block(rows, count, unwanted):
+                    ahead.put(({"stream": self._stream.digest, "turn": turn, "count": count, "state": state}, images))
+                    begun, count, state = True, count + len(images), data.state_dict()
+                if unwanted.is_set():
+                    return
+                if not begun:
+                    share = f"no image in the share of process {self.rank}; give it more shards"
+                    raise UserError(f"train_data_dir {self._stream.name}: {share}")
+                turn, state = turn + 1, None
         except UserError as error:
-            self._put(error)
+            ahead.put(error)
         except Exception as error:  # a network, a file system, a shard that is cut short
-            self._put(WorkersLost(f"train_data_dir {self._name}: cannot be read on ({one_line(error)})"))
+            ahead.put(WorkersLost(f"train_data_dir {self._stream.name}: cannot be read on ({one_line(error)})"))
 
-    def _put(self, item):
-        while not self._stop.is_set():
-            with contextlib.suppress(queue.Full):
-                self._ahead.put(item, timeout=0.1)
-                return
+    def _block(self, rows, count: int, unwanted: threading.Event) -> list:
+        images = []
+        for row in itertools.islice(rows, self.buffer):
+            if unwanted.is_set():
+                return []
+            images.append(self._stream.image_of(row, count + len(images)))
+        return images
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+IMPORTS = 480.0  # seconds more for the first batch of workers that are no forks: each imports torch, from whatever disk
+PATIENCE = 120.0  # seconds without a batch after which data workers are given up
+LOST = "lower it (0: none), or give the machine or container more memory (docker: --memory, --shm-size)"
+POSIX = hasattr(signal, "pthread_sigmask")  # not Windows
+TICK = 1.0  # seconds between two looks at the workers, and at the request to stop, while no batch comes
+
+
+class WorkersLost(UserError):
+    """No further batch will come: a data worker has died, stands still, or could not be started, or a stream has ended. Begins
+    with the setting that it is about."""
+
+
+def train_loader(dataset, batch_size: int, num_workers: int, seed: int, views=0, rank=0, world=1, device=None) -> Loader:
+    """A loader of training batches without end, in the order of `EpochSampler`; its `len` is the number of steps in an
+    epoch."""
+    return Loader(dataset, EpochSampler(len(dataset), batch_size, seed, views, rank, world), num_workers, device=device)
+
+
+def eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int, rank: int = 0, world: int = 1, device=None) -> Loader:
+    """One pass over the evaluation images, in order; process `rank` of `world` has every `world`-th batch.
+
+    Processes share whole batches: an image always has the same neighbours, and the same results to the last digit.
+    """
+    indices = range(len(dataset))
+    batches = [list(indices[start : start + batch_size]) for start in range(0, len(dataset), batch_size)]
+    return Loader(dataset, batches[rank::world], num_workers, device=device, patience=PATIENCE + 2 * batch_size)
 
 
 def stream_loader(
-    dataset: StreamDataset, batch_size: int, num_workers: int, seed: int, buffer: int, rank: int = 0, world: int = 1
-) -> DataLoader:
-    """As `dataloader.train_loader`, of a stream."""
+    dataset: StreamDataset, batch_size: int, num_workers: int, seed: int, buffer: int, rank=0, world=1, device=None
+) -> Loader:
+    """As `train_loader`, from a stream."""
     shards = dataset.stream.data.num_shards
     if world > 1 and shards % world and rank == 0:
         log.warning(
@@ -907,5 +696,203 @@ def stream_loader(
             "reads its own only",
             dataset.stream.name, shards, world,
         )  # fmt: skip
-    sampler = StreamSampler(dataset, batch_size, seed, buffer, rank, world)
-    return WorkerLoader(dataset, batch_sampler=sampler, collate_fn=collate, **loader_options(num_workers))
+    return Loader(dataset, StreamSampler(dataset, batch_size, seed, buffer, rank, world), num_workers, device=device)
+
+
+def collate(items: list[dict]) -> dict:
+    """Items -> batch. Items without pixels are dropped; `unreadable` holds the messages of all items, each once."""
+    good = [item for item in items if item["pixel_values"] is not None]
+    return {
+        "pixel_values": torch.stack([item["pixel_values"] for item in good]) if good else torch.empty(0),
+        "index": torch.tensor([item["index"] for item in good], dtype=torch.int64),
+        "path": [item["path"] for item in good],
+        "unreadable": list(dict.fromkeys(message for item in items for message in item["unreadable"])),
+    }
+
+
+def widened(batch, device=None):
+    """A batch whose 8-bit pixels are float32 in [-1, 1] and whose other values are float32, on `device` if one is given."""
+    if not isinstance(batch, dict):
+        return batch
+    for name, values in batch.items():
+        if isinstance(values, torch.Tensor) and (values.dtype == torch.uint8 or values.is_floating_point()):
+            values = values.to(device, non_blocking=True) if device else values
+            batch[name] = to_pixel_values(values) if values.dtype == torch.uint8 else values.float()
+    return batch
+
+
+def require_memory(batch_size: int, image_size: int, label: str) -> None:
+    """UserError, which begins with `label`, unless this machine's memory holds a batch of images in float32.
+
+    Without this check the operating system would kill the run without a message. `image_size` is the side of an image, px.
+    """
+    needed = batch_size * 3 * image_size**2 * 4
+    available = physical_memory()
+    if needed > available:
+        raise UserError(
+            f"{label} {batch_size}: such a batch of {image_size} px images takes {needed / 1e9:.0f} GB and this machine has "
+            f"{available / 1e9:.0f} GB; lower it or the image size"
+        )
+
+
+class Loader(DataLoader):
+    """torch's DataLoader with waits that end: dead or stalled workers raise `WorkersLost`, and a request to stop (see
+    `EpochSampler`) raises `StopWaiting`. A worker's UserError keeps its own message.
+
+    Args:
+        batch_sampler: what to ask `dataset` for, batch by batch.
+        num_workers: processes that decode, at most one per CPU core; 0: this process decodes.
+        persistent_workers: whether workers outlive a pass.
+        device: where the batches are wanted; None leaves them in the CPU's memory, and nothing is pinned.
+        patience: seconds without a batch, beyond 2 s for each of its images, after which workers are given up.
+    """
+
+    def __init__(
+        self, dataset, batch_sampler, num_workers: int = 0, collate_fn=collate, persistent_workers: bool = True,
+        device=None, patience: float = PATIENCE,
+    ):  # fmt: skip
+        num_workers = min(num_workers, os.cpu_count() or 1)
+        options = {
+            "collate_fn": Parcelled(collate_fn),
+            "worker_init_fn": leave_signals_to_parent,
+            "persistent_workers": persistent_workers,
+            "timeout": patience + 2 * (getattr(batch_sampler, "batch_size", None) or 1),
+        }
+        options = options if num_workers else {"collate_fn": collate_fn}
+        super().__init__(dataset, batch_sampler=batch_sampler, num_workers=num_workers, **options)
+        self.device = torch.empty(0, device=device).device if device else None  # with the number of a CUDA device
+
+    def __iter__(self):
+        batches = self._iterator
+        try:
+            batches = self._started() if self.num_workers else super().__iter__()
+            for batch in batches:
+                yield widened(batch, self.device)
+        except WorkersLost:  # no worker's: raised here, where the order of the images is drawn
+            raise
+        except UserError as error:  # torch puts the worker's traceback into its message
+            raise UserError(str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]) from None
+        except RuntimeError as error:
+            raise self._lost(error, batches) from None
+
+    def _started(self):
+        """torch's iterator, with its workers at work."""
+        # torch's handler raises wherever the program is when a worker dies, such as between a step's update and its count
+        signal_handling._SIGCHLD_handler_set = True
+        if multiprocessing.get_start_method() != "fork":
+            resource_tracker.ensure_running()  # it would lift the block when it starts
+        try:
+            # a signal to all processes of a job would end a worker that has not yet come to `leave_signals_to_parent`
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS) if POSIX else None
+            batches = super().__iter__()
+        except OSError as error:  # no memory, processes or semaphores for them
+            raise WorkersLost(f"num_workers {self.num_workers}: they cannot be started ({one_line(error)}); {LOST}") from None
+        finally:
+            if POSIX:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if not isinstance(batches._data_queue, Inbox):
+            atexit.register(end_workers, batches._workers)
+            pinned = self.device is not None and self.device.type == "cuda"
+            batches._data_queue = Inbox(batches, self.batch_sampler, pinned)
+        return batches
+
+    def _lost(self, error: RuntimeError, batches) -> Exception:
+        """`error` as `WorkersLost`, if a worker is the cause; all workers are killed then."""
+        if str(error).startswith("DataLoader timed out"):
+            why = "no data worker has delivered anything for minutes, such as from a disk that does not answer"
+        elif str(error).startswith("DataLoader worker (pid"):
+            why = "a data worker has ended unexpectedly, most often killed for want of memory"
+        else:
+            return error
+        batches._shutdown = True  # else torch would wait for a lock that a killed worker holds
+        end_workers(batches._workers)
+        return WorkersLost(f"num_workers {self.num_workers}: {why}; {LOST}")
+
+
+def loader_options(num_workers: int) -> dict:
+    """Options of a `Loader`."""
+    return {"num_workers": num_workers}
+
+
+WorkerLoader = Loader
+
+
+@dataclass
+class Parcelled:
+    """A `collate_fn` whose batches leave their worker as bytes, with the tensors in shared memory while less than half of that
+    is in use. A container has 64 MB of it unless told otherwise, for all loaders and processes in it."""
+
+    collate_fn: Callable
+
+    def __call__(self, items) -> bytes:
+        batch = self.collate_fn(items)
+        with contextlib.suppress(OSError, RuntimeError):  # there is no such folder, or another worker was faster
+            if shutil.disk_usage("/dev/shm").used < shutil.disk_usage("/dev/shm").free:
+                return bytes(ForkingPickler.dumps(batch))
+        return pickle.dumps(batch, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+class Inbox(queue.Queue):
+    """The batches that came from workers, in place of the queue that torch reads: `get` ends as soon as a worker has died or
+    the run is to stop. Only a thread of its own reads from the workers, since that can wait for ever: for the rest of a message
+    whose worker was killed, or for the memory of one that was stopped."""
+
+    def __init__(self, batches, batch_sampler, pinned: bool):
+        super().__init__()
+        self._workers, self._sampler = batches._workers, batch_sampler
+        self._started_in = 0.0 if multiprocessing.get_start_method() == "fork" else IMPORTS
+        closed = threading.Event()
+        weakref.finalize(batches, closed.set)
+        threading.Thread(target=self._receive, args=(batches._worker_result_queue, closed, pinned), daemon=True).start()
+
+    def get(self, timeout: float):
+        """The next (number, batch). queue.Empty when a worker has died, or nothing has come for `timeout` seconds."""
+        left = timeout + self._started_in
+        while left > 0 and all(worker.is_alive() for worker in self._workers):
+            with contextlib.suppress(queue.Empty):
+                message = super().get(timeout=min(TICK, left))
+                self._started_in = 0.0
+                return message
+            left -= TICK  # by the count: a suspended program waits for nobody
+            stop_requested = getattr(self._sampler, "stop_requested", None)
+            if stop_requested and stop_requested():
+                raise StopWaiting
+        return super().get(timeout=TICK)
+
+    def _receive(self, messages, closed: threading.Event, pinned: bool) -> None:
+        while not closed.is_set():
+            with contextlib.suppress(queue.Empty):
+                number, batch = messages.get(timeout=TICK)
+                try:
+                    batch = pickle.loads(batch) if isinstance(batch, bytes) else batch
+                except Exception:  # the worker is gone, and the memory that held its tensors too
+                    continue
+                self.put((number, pin_memory(batch) if pinned else batch))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Workers and signals
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """A `worker_init_fn`: the worker ignores the signals of a terminal or a job, and ends with its parent."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    main = multiprocessing.parent_process()
+    while os.getppid() == parent and main.is_alive():  # the first of a fork, the second of a fork server's
+        time.sleep(TICK)
+    os._exit(1)
+
+
+def end_workers(workers: list) -> None:
+    """Kill data workers. One whose disk does not answer outlives even that; it is left behind, and Python does not wait."""
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join(TICK)
+        if worker.is_alive():
+            multiprocessing.process._children.discard(worker)

@@ -801,6 +801,8 @@ def training_loop(
     done_at = going.step if going.last else None
 
     with StopRequest() as stop, memory_advice("training", **memory_flags(args)), profile:
+        if accelerator.num_processes == 1:  # several agree at a step, and the others are waiting in theirs
+            train_loader.batch_sampler.stop_requested = lambda: stop.signal is not None
         bar = tqdm(initial=going.step, desc="train", unit="step", disable=not accelerator.is_main_process)
         budget.start(going.step)
         while True:
@@ -839,7 +841,12 @@ def training_loop(
 
             # ---- one step
             with record_function("waiting for data"):
-                batch = next(batches)
+                try:
+                    batch = next(batches)
+                except dataloader.StopWaiting:
+                    stopped = stop.signal
+                    save_now(args, going, train_loader, writer)
+                    break
             position = budget.position(going.step)
             budget.note_kind(going.step, objective.decodes_at(position))
             with record_function("encoding"):

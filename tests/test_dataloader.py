@@ -2,18 +2,16 @@
 
 import os
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from drawn import BLUE, PNG, RED, levels
 from hostile import no_hang, refusal
 from PIL import Image
 
-from dataloader import BatchesInOrder, EpochSampler, ImageDataset, eval_loader, find_images, train_loader
+from dataloader import EpochSampler, ImageDataset, eval_loader, find_images, train_loader
 from images.files import list_images
 from train_align_with_args import create_data_loaders, parse_args
 from utils import UserError
@@ -60,10 +58,11 @@ def test_parts_of_different_size_have_epochs_of_one_length_and_orders_of_their_o
 @pytest.mark.parametrize("length", [1, 8, 11])
 def test_evaluation_batches_are_shared_out_whole(length, world):
     """An image that two processes judge, or none; a batch of other images than one process would have."""
-    whole = list(BatchesInOrder(length, 4))
-    shares = [BatchesInOrder(length, 4, rank, world) for rank in range(world)]
-    assert [len(share) for share in shares] == [len(list(share)) for share in shares]
-    assert [list(share) for share in shares] == [whole[rank::world] for rank in range(world)]
+    dataset = ImageDataset(["a.png"] * length, 8)
+    whole = eval_loader(dataset, 4, 0).batch_sampler
+    shares = [eval_loader(dataset, 4, 0, rank, world) for rank in range(world)]
+    assert [share.batch_sampler for share in shares] == [whole[rank::world] for rank in range(world)]
+    assert [len(share) for share in shares] == [len(whole[rank::world]) for rank in range(world)]
     assert [index for batch in whole for index in batch] == list(range(length))
 
 
@@ -90,20 +89,6 @@ def test_order_and_views_differ_between_epochs_and_seeds_and_repeat_with_them():
     assert all(len({dict(epoch)[image] for epoch in epochs}) > 1 for image in range(5))
     assert {view for _, view in epochs[0]} == {0, 1, 2, 3}
     assert draw(EpochSampler(50, 50, 1, 4), 1) == epochs[:1] != draw(EpochSampler(50, 50, 2, 4), 1)
-
-
-def test_a_program_that_leaves_in_the_middle_of_an_epoch_does_not_wait_for_its_workers(photo_folders):
-    """Workers that ignore their parent's SIGTERM, so that a failed run never ends."""
-    program = """if True:
-        import sys
-        from dataloader import ImageDataset, eval_loader
-        from images.files import list_images
-        batches = iter(eval_loader(ImageDataset(list_images(sys.argv[1]), 16), 1, 1))
-        next(batches)
-        sys.exit(7)
-    """
-    left = subprocess.run([sys.executable, "-c", program, photo_folders[0]], cwd=ROOT, timeout=240)
-    assert left.returncode == 7
 
 
 def test_batches_do_not_depend_on_workers(photo_folders, start_method):

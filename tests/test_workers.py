@@ -1,4 +1,4 @@
-"""Data workers that die, stand still or cannot be started, and batches that come without shared memory."""
+"""Data workers that die, stand still or cannot be started, signals to all processes, and batches without shared memory."""
 
 import os
 import signal
@@ -6,104 +6,218 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 from hostile import no_hang, refusal
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
-import dataloader as workers
-from dataloader import WorkerLoader, WorkersLost
+import dataloader
+from dataloader import Loader, StopWaiting, WorkersLost
+
+ONE_BY_ONE = [[index] for index in range(10)]
 
 
 class Troubled(Dataset):
-    """Ten numbers; the worker that is to make number 5 comes to grief by `trouble`."""
+    """Ten numbers; the worker that is to make number 5 comes to grief by `trouble`. Beside each stands a long text, of which a
+    pipe does not hold as many as are on their way."""
 
-    def __init__(self, trouble):
+    def __init__(self, trouble=int):
         self.trouble = trouble
-
-    def __len__(self):
-        return 10
 
     def __getitem__(self, index):
         if index == 5:
             self.trouble()
-        return torch.full((3,), float(index))
+        return {"pixel_values": torch.full((3,), index, dtype=torch.uint8), "path": "x" * 50_000}
 
 
-@pytest.mark.parametrize(
-    "trouble, said",
-    [(partial(signal.raise_signal, signal.SIGKILL), "killed"), (partial(signal.raise_signal, signal.SIGSTOP), "delivered")],
-    ids=["killed", "stopped"],
-)
-def test_a_worker_that_cannot_deliver_ends_the_wait(monkeypatch, trouble, said):
-    """A wait for ever for a worker that stands still; a traceback for one that the kernel has killed for memory."""
-    monkeypatch.setattr(workers, "TICK", 0.2)
-    monkeypatch.setattr(workers, "IMPORTS", 10.0)  # where Python forks no more
-    loader = WorkerLoader(Troubled(trouble), patience=0.4, batch_size=1, num_workers=2)
-    with (
-        no_hang(),
-        pytest.raises(WorkersLost, match=rf"^num_workers 2: .*{said}.*lower it \(0: none\).*--shm-size"),
-    ):
+def first_of(items):
+    return items[0]
+
+
+def numbers(batches):
+    return [round((batch["pixel_values"][0].item() + 1) * 127.5) for batch in batches]
+
+
+def killed():
+    signal.raise_signal(signal.SIGKILL)
+
+
+def stopped():
+    signal.raise_signal(signal.SIGSTOP)
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """No test waits as long as a run does."""
+    monkeypatch.setattr(dataloader, "TICK", 0.2)
+    monkeypatch.setattr(dataloader, "IMPORTS", 60.0)  # where Python forks no more
+
+
+@pytest.mark.parametrize("trouble, said", [(killed, "killed"), (stopped, "delivered")])
+def test_a_worker_that_cannot_deliver_ends_the_wait(hurried, trouble, said):
+    """A wait for ever for a worker that stands still, or for the rest of what a killed one was sending; a traceback for one
+    that the kernel has killed for memory."""
+    loader = Loader(Troubled(trouble), ONE_BY_ONE, 2, first_of, patience=0.4)
+    with no_hang(), pytest.raises(WorkersLost, match=rf"^num_workers 2: .*{said}.*lower it \(0: none\).*--shm-size"):
         list(loader)
 
 
-IMMORTAL = """
-import multiprocessing.popen_fork, os, signal, sys
-import dataloader as workers
-from dataloader import WorkerLoader, WorkersLost
-from torch.utils.data import _utils
+def test_a_worker_that_dies_while_nobody_waits_is_noticed_at_the_next_batch(hurried):
+    """An error between a step's update and its count, where torch's handler of SIGCHLD raises it; a hang at a resumed pass."""
+    loader = Loader(Troubled(), ONE_BY_ONE, 1, first_of)
+    before = signal.getsignal(signal.SIGCHLD)
+    next(iter(loader))
+    (worker,) = loader._iterator._workers
+    worker.kill()
+    worker.join()
+    assert signal.getsignal(signal.SIGCHLD) == before
+    with no_hang(20), pytest.raises(WorkersLost):
+        list(loader)
 
-class Stopped:
-    def __len__(self):
-        return 1
+
+class Stopped(list):
+    """Batches of a run that is asked to stop."""
+
+    def stop_requested(self):
+        return True
+
+
+def test_a_wait_ends_when_the_run_is_to_stop(hurried):
+    """SIGTERM unheard for minutes while a disk does not answer: a scheduler kills the run before it has saved."""
+    loader = Loader(Troubled(stopped), Stopped(ONE_BY_ONE), 1, first_of)
+    with no_hang(60), pytest.raises(StopWaiting):
+        list(loader)
+    dataloader.end_workers(loader._iterator._workers)
+
+
+ALONE = """
+import multiprocessing.popen_fork, os, signal, sys, time
+import dataloader
+from dataloader import Loader, WorkersLost
+
+class Items:
+    def __init__(self, trouble):
+        self.trouble = trouble
     def __getitem__(self, index):
-        signal.raise_signal(signal.SIGSTOP)
+        return index and self.trouble()
 
-workers.TICK = _utils.MP_STATUS_CHECK_INTERVAL = 0.2
+def start(trouble, **options):
+    batches = iter(Loader(Items(trouble), [[0], [1]], 1, list, **options))
+    next(batches)
+    return batches
+"""
+
+LEFT_ALONE = """
+batches = start(lambda: time.sleep(3600))
+print(multiprocessing.active_children()[0].pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+STUCK = """
+start(lambda: open(sys.argv[1]).read())  # a pipe that nobody writes into
+sys.exit(7)
+"""
+
+IMMORTAL = """
+dataloader.TICK = 0.2
 popen = multiprocessing.popen_fork.Popen
 popen.kill = popen.terminate = lambda self: os.write(1, b"%d " % self.pid)
 try:
-    list(WorkerLoader(Stopped(), 0.4, batch_size=1, num_workers=1, multiprocessing_context="fork"))
+    list(start(lambda: signal.raise_signal(signal.SIGSTOP), patience=0.4))
 except WorkersLost:
     sys.exit(7)
 """
 
 
-def test_a_worker_that_not_even_a_kill_ends_does_not_keep_the_program(tmp_path):
-    """A run that has saved and said its line, and then waits for ever for a worker whose disk does not answer (D state)."""
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def run_alone(program, *argv, **options):
+    return subprocess.run([sys.executable, "-c", ALONE + program, *argv], cwd=ROOT, timeout=240, **options)
+
+
+def test_a_program_does_not_wait_for_its_workers(tmp_path):
+    """A failed run that never ends since its worker waits for a disk, or is one that not even a kill ends (D state)."""
+    os.mkfifo(tmp_path / "pipe")
+    assert run_alone(STUCK, tmp_path / "pipe").returncode == 7
     with open(tmp_path / "worker", "wb") as file:  # no pipe, which the worker would keep open
-        left = subprocess.run([sys.executable, "-c", IMMORTAL], cwd=ROOT, timeout=240, stdout=file)
+        left = run_alone(IMMORTAL, stdout=file)
     os.kill(int((tmp_path / "worker").read_text().split()[0]), signal.SIGKILL)
     assert left.returncode == 7
+
+
+def test_workers_end_with_a_parent_that_was_killed(tmp_path):
+    """Workers of half a gigabyte each that live on for ever, in a read or in the sending of a batch."""
+    with open(tmp_path / "worker", "wb") as file:
+        run_alone(LEFT_ALONE, stdout=file)
+    worker = int((tmp_path / "worker").read_text())
+    with no_hang(60):
+        while is_alive(worker):
+            time.sleep(0.1)
 
 
 def test_workers_that_cannot_be_started_are_refused_in_one_line(monkeypatch):
     """A traceback where the system has no memory or processes left for workers."""
     monkeypatch.setattr(os, "fork", lambda: (_ for _ in ()).throw(OSError(12, "Cannot allocate memory")))
-    refusal(lambda: list(WorkerLoader([1, 2], num_workers=1)), "num_workers 1: they cannot be started", "allocate")
+    refusal(lambda: list(Loader(Troubled(), [[0]], 1)), "num_workers 1: they cannot be started", "allocate")
+    assert not set(STOP_SIGNALS) & signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-def test_batches_need_no_shared_memory(monkeypatch):
-    """A batch lost in a worker's queue, and a wait for ever, where /dev/shm is small: a container's is 64 MB."""
+@pytest.mark.parametrize("full", [False, True], ids=["small", "full"])
+def test_batches_need_no_shared_memory(monkeypatch, hurried, full):
+    """A bus error, or a batch lost in a worker's queue, where /dev/shm is small: a container's is 64 MB."""
 
     def refuse(*_):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)")
 
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", refuse)
-    monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", refuse)
-    monkeypatch.setattr(workers, "TICK", 0.5)
-    loader = WorkerLoader(Troubled(int), patience=1, batch_size=2, num_workers=2, collate_fn=None)
+    monkeypatch.setattr(dataloader.shutil, "disk_usage", lambda _: Usage(full))
     with no_hang():
-        assert [batch.tolist() for batch in loader] == [[[i] * 3, [i + 1] * 3] for i in range(0, 10, 2)]
+        assert numbers(Loader(Troubled(), ONE_BY_ONE, 2, first_of, patience=60)) == list(range(10))
 
 
-def test_an_iteration_that_nobody_finishes_costs_the_next_one_nothing(monkeypatch):
+class Usage:
+    """Of a folder that is full, or nearly empty."""
+
+    def __init__(self, full):
+        self.used, self.free = (64, 0) if full else (0, 64)
+
+
+def test_an_iteration_that_nobody_finishes_costs_the_next_one_nothing(hurried):
     """A slow batch of an abandoned pass that is taken for a lost worker; batches of it that turn up in the next pass."""
-    monkeypatch.setattr(workers, "TICK", 0.1)
-    options = {"batch_size": 1, "num_workers": 2, "persistent_workers": True}
-    loader = WorkerLoader(Troubled(partial(time.sleep, 0.5)), patience=20, **options)
+    loader = Loader(Troubled(partial(time.sleep, 0.5)), ONE_BY_ONE, 2, first_of, patience=60)
     for _ in range(2):
         next(iter(loader))
-        assert [batch[0, 0].item() for batch in loader] == list(range(10))
+        assert numbers(loader) == list(range(10))
+
+
+class ToAll(Dataset):
+    """The number of the worker that was asked, which sends itself every signal that asks politely."""
+
+    def __getitem__(self, index):
+        for number in STOP_SIGNALS:
+            os.kill(os.getpid(), number)
+        return get_worker_info().id
+
+
+def die_then_leave_signals(worker):
+    for number in STOP_SIGNALS:
+        os.kill(os.getpid(), number)
+    dataloader.leave_signals_to_parent(worker)
+
+
+def test_workers_survive_a_signal_to_all(monkeypatch, start_method):
+    """A job's SIGTERM that ends a worker, at work or while it is born, and with it the run that it asks to stop and save."""
+    loader = Loader(ToAll(), [[0], [1], [2]], 1, list)
+    if start_method == "fork":
+        loader.worker_init_fn = die_then_leave_signals
+    with no_hang():
+        assert list(loader) == [[0], [0], [0]]
+    assert not set(STOP_SIGNALS) & signal.pthread_sigmask(signal.SIG_BLOCK, [])

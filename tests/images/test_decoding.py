@@ -3,7 +3,6 @@
 import io
 import os
 import resource
-import socket
 import stat
 import struct
 import warnings
@@ -12,12 +11,12 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from drawn import BLACK, BLUE, GREEN, GREY, PHOTO, PNG, RED, UPRIGHT, WHITE, bands, encoded, levels, oriented, smooth_picture
+from drawn import BLACK, BLUE, GREEN, GREY, PNG, RED, UPRIGHT, WHITE, bands, encoded, levels, oriented, smooth_picture
 from hostile import is_one_line, no_hang
 from PIL import EpsImagePlugin, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from dataloader import ImageDataset, collate, eval_loader, find_images
+from dataloader import ImageDataset, eval_loader, find_images
 from images.files import list_images
 from utils import UserError
 
@@ -42,29 +41,10 @@ GREYS = (BLACK, GREY, WHITE)
 INKS = bands((0, 255, 255, 0), (255, 0, 255, 0), (0, 0, 0, 255))  # red, green, black in CMYK
 
 KINDS = {  # name: (function (folder) -> path, the three colours a viewer shows, tolerance)
-    "rgb": (lambda f: save(f, "a.png", Image.fromarray(bands(*RGB))), RGB, 0),
-    "grey": (lambda f: save(f, "a.png", Image.fromarray(bands(0, 128, 255))), GREYS, 0),
-    "black and white": (lambda f: save(f, "a.png", Image.fromarray(bands(0, 0, 255)).convert("1")), (BLACK, BLACK, WHITE), 0),
     "alpha": (
         lambda f: save(f, "a.png", Image.fromarray(bands((255, 0, 0, 255), (0, 0, 0, 0), (0, 0, 0, 127)))),
         (RED, WHITE, GREY),
         1,
-    ),
-    "grey with alpha": (
-        lambda f: save(f, "a.png", Image.fromarray(bands((0, 255), (0, 127), (0, 255)))),
-        (BLACK, GREY, BLACK),
-        1,
-    ),
-    "webp with alpha": (
-        lambda f: save(f, "a.webp", Image.fromarray(bands((255, 0, 0, 255), (9, 9, 9, 0), (0, 0, 255, 255))), lossless=True),
-        (RED, WHITE, BLUE),
-        0,
-    ),
-    "palette": (lambda f: save(f, "a.png", with_palette(RGB)), RGB, 0),
-    "palette with a transparent colour": (
-        lambda f: save(f, "a.png", with_palette(RGB), transparency=1),
-        (RED, WHITE, BLUE),
-        0,
     ),
     "palette with alpha per colour": (
         lambda f: save(f, "a.png", with_palette((RED, BLACK, BLACK)), transparency=bytes([255, 127, 0])),
@@ -87,12 +67,6 @@ KINDS = {  # name: (function (folder) -> path, the three colours a viewer shows,
         (BLACK, BLACK, (1, 1, 1)),
         0,
     ),
-    "16-bit big-endian tiff": (
-        lambda f: save(f, "a.tif", Image.frombytes("I;16B", (24, 24), bands(0, 32896, 65535, ">u2").tobytes())),
-        GREYS,
-        0,
-    ),
-    "16-bit pgm": (lambda f: save(f, "a.pgm", Image.fromarray(bands(0, 32896, 65535, np.int32))), GREYS, 0),
     "32-bit tiff of 16-bit levels": (
         lambda f: save(f, "a.tiff", Image.fromarray(bands(0, 32896, 65535, np.int32))),
         GREYS,
@@ -104,47 +78,21 @@ KINDS = {  # name: (function (folder) -> path, the three colours a viewer shows,
         GREYS,
         0,
     ),
-    "float tiff in 0..255": (lambda f: save(f, "a.tiff", Image.fromarray(bands(0, 128, 255, np.float32))), GREYS, 0),
-    "float tiff below zero": (
-        lambda f: save(f, "a.tiff", Image.fromarray(bands(-3, 128 / 255, 1, np.float32))),
-        GREYS,
-        0,
-    ),
     "float tiff with a missing value": (
         lambda f: save(f, "a.tiff", Image.fromarray(bands(np.nan, 128 / 255, 1, np.float32))),
         GREYS,
         0,
-    ),
-    "cmyk tiff": (
-        lambda f: save(f, "a.tif", Image.frombytes("CMYK", (24, 24), INKS.tobytes())),
-        (RED, GREEN, BLACK),
-        1,
     ),
     "cmyk jpeg": (
         lambda f: save(f, "a.jpg", Image.frombytes("CMYK", (24, 24), INKS.tobytes()), quality=100),
         (RED, GREEN, BLACK),
         4,
     ),
-    "jpeg": (lambda f: save(f, "a.JPEG", Image.fromarray(bands(*RGB)), quality=100, subsampling=0), RGB, 4),
-    "animated gif": (
-        lambda f: save(
-            f, "a.gif", Image.fromarray(bands(*RGB)), save_all=True, append_images=[Image.new("RGB", (24, 24), BLACK)] * 2
-        ),
-        RGB,
-        0,
-    ),
     "animated gif with transparency": (
         lambda f: save(
             f, "a.gif", with_palette(RGB), save_all=True, append_images=[with_palette(GREYS)], transparency=0, disposal=2
         ),
         (WHITE, GREEN, BLUE),
-        0,
-    ),
-    "animated png": (
-        lambda f: save(
-            f, "a.png", Image.fromarray(bands(*RGB)), save_all=True, append_images=[Image.new("RGB", (24, 24), BLACK)]
-        ),
-        RGB,
         0,
     ),
 }
@@ -190,9 +138,7 @@ def test_large_jpeg_is_decoded_small_enough_for_speed_and_large_enough_for_the_c
 # Crops
 
 
-@pytest.mark.parametrize(
-    "size", [(100, 60), (60, 100), (97, 33), (33, 97), (41, 40), (301, 45), (20, 12), (13, 21), (32, 32), (64, 64)], ids=str
-)
+@pytest.mark.parametrize("size", [(60, 100), (97, 33), (13, 21), (32, 32)], ids=str)
 def test_evaluation_is_resize_of_the_short_side_then_centre_crop(tmp_path, size):
     """Width and height swapped, a squeezed picture, a crop off the centre, small images padded or not enlarged."""
     side = 32
@@ -316,13 +262,6 @@ def test_unreadable_image_in_evaluation_is_dropped_and_named(some_broken, num_wo
     ]
 
 
-def test_batch_without_a_readable_image_keeps_its_types(some_broken):
-    """An index that turns into float32 for one batch of the set."""
-    items = [ImageDataset(list_images(some_broken), 32)[index] for index in (1, 2)]
-    assert collate(items)["index"].dtype == torch.int64
-    assert len(collate(items)["pixel_values"]) == 0
-
-
 def test_training_ends_with_one_line_when_nothing_is_left(some_broken):
     """An endless loop when a disk is taken away during the run."""
     dataset = ImageDataset(list_images(some_broken), 32, random_crop=True)
@@ -376,62 +315,25 @@ TEXT_BOMB = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100 << 20)))
 
 FILES = {  # kind: (file name, content, USED or what the message says)
     "truncated jpeg": ("a.jpg", JPEG[: len(JPEG) // 2], "runcated"),
-    "truncated png": ("a.png", PNG[: len(PNG) // 2], "a.png"),
-    "jpeg of its first two bytes": ("a.jpg", JPEG[:2], "cannot identify"),
     "zero bytes": ("a.jpg", b"", "cannot identify"),
-    "text called jpg": ("a.jpg", b"not a picture\n" * 9, "cannot identify"),
-    "html called png": ("a.png", b"<!DOCTYPE html><title>404</title>", "cannot identify"),
-    "svg called png": ("a.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "cannot identify"),
     "png called jpg": ("a.jpg", PNG, USED),
-    "jpeg called png": ("a.png", JPEG, USED),
     "png with a broken checksum": ("a.png", flipped(PNG, PNG.index(b"IDAT") + 8), "a.png"),
-    "png without pixels": ("a.png", png(9, 9), "a.png"),
     "png of zero width": ("a.png", png(0, 9), "a.png"),
-    "ppm of zero height": ("a.ppm", b"P6 9 0 255\n", "a.ppm"),
-    "gif without a frame": ("a.gif", b"GIF89a\x10\0\x10\0\0\0\0;", "a.gif"),
-    "truncated gif": ("a.gif", GIF[:60], "a.gif"),
     "tiff whose directories form a ring": ("a.tif", TIFF[:-4] + struct.pack("<I", TIFF_DIRECTORY), USED),
-    "tiff whose directory lies beyond its end": ("a.tif", TIFF[:4] + struct.pack("<I", 1 << 30) + TIFF[8:], "a.tif"),
-    "truncated webp": ("a.webp", encoded("WEBP")[:50], "a.webp"),
     "bomb in a png": ("a.png", png(50_000, 50_000, png_chunk(b"IDAT", zlib.compress(b"0"))), "decompression bomb"),
     "bomb that Pillow only warns of": ("a.png", png(17_000, 17_000), "decompression bomb"),
-    "bomb in a bmp": ("a.bmp", b"BM" + bytes(8) + struct.pack("<IIiiHH", 54, 40, 50_000, 50_000, 1, 24) + bytes(24), "bomb"),
     "bomb in a png's text": ("a.png", png(9, 9, TEXT_BOMB, png_chunk(b"IDAT", zlib.compress(bytes(90)))), USED),
-    "cmyk": ("a.jpg", encoded("JPEG", PHOTO.convert("CMYK")), USED),
-    "16 bits": ("a.png", encoded("PNG", Image.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40) * 40)), USED),
-    "palette with transparency": ("a.png", encoded("PNG", PHOTO.convert("P"), transparency=3), USED),
-    "animated gif": ("a.gif", encoded("GIF", save_all=True, append_images=[PHOTO.rotate(90)] * 3), USED),
-    "one pixel": ("a.png", encoded("PNG", Image.new("RGB", (1, 1), "red")), USED),
-    "30,000 x 1": ("a.png", encoded("PNG", Image.new("RGB", (30_000, 1), "red")), USED),
-    "1 x 30,000": ("a.png", encoded("PNG", Image.new("RGB", (1, 30_000), "red")), USED),
     "exif orientation 9": ("a.jpg", with_orientation(3, 1, b"\x09\0\0\0"), USED),
-    "exif orientation 0": ("a.jpg", with_orientation(3, 1, b"\0\0\0\0"), USED),
-    "exif orientation as text": ("a.jpg", with_orientation(2, 3, b"up\0\0"), USED),
-    "exif of noise": ("a.jpg", with_exif(bytes(range(256))), USED),
     "exif cut short": ("a.jpg", with_exif(b"II*\0\x08\0\0\0\xff\xff"), USED),
     "exif that cannot be written back": ("a.jpg", UNTURNABLE, USED),
     "icc profile of noise": ("a.jpg", encoded("JPEG", icc_profile=bytes(range(256)) * 3), USED),
-    "postscript": ("a.eps", encoded("EPS"), "cannot identify"),
-    "postscript called png": ("a.png", encoded("EPS"), "cannot identify"),
     "name with a newline": ("two\nlines.png", b"no picture", "two\\nlines"),
-    "name with a terminal command": ("\x1b[2Jx.png", b"no picture", "\\x1b[2Jx.png"),
     "name that is not utf-8": (os.fsdecode(b"\xff\xfe.png"), b"no picture", "\\udcff\\udcfe.png"),
-    "name as long as can be": ("x" * 251 + ".png", b"no picture", "x" * 100),
 }
 
 
 def pipe(path):
     os.mkfifo(path)
-
-
-def unix_socket(path):
-    with socket.socket(socket.AF_UNIX) as end:
-        before = os.getcwd()
-        os.chdir(path.parent)  # a socket's address is at most some 100 bytes long
-        try:
-            end.bind(path.name)
-        finally:
-            os.chdir(before)
 
 
 def device(path):
@@ -443,12 +345,8 @@ def device(path):
 
 PLACES = {  # kind: (what makes it, what the message says)
     "named pipe": (pipe, "a pipe, socket or device"),
-    "link to a named pipe": (lambda path: (pipe(path.parent / "pipe"), path.symlink_to("pipe")), "a pipe, socket or device"),
-    "socket": (unix_socket, "a pipe, socket or device"),
     "device": (device, "a pipe, socket or device"),
-    "link to a terminal": (lambda path: path.symlink_to("/dev/tty"), ""),
     "dangling link": (lambda path: path.symlink_to("nowhere.png"), "No such file"),
-    "link to itself": (lambda path: path.symlink_to(path.name), "symbolic links"),
 }
 
 
