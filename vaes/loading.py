@@ -1,4 +1,4 @@
-"""Frozen VAEs: a folder, a file or a hub id in; a model out that reads its weights when they are first needed."""
+"""Frozen VAEs, from a folder, a file or the hub, which read their weights at first use."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class FrozenVAE:
         parameter = next(model.parameters())
         vae = cls(Source(type(model), model.config, model.to, described_by="its config"), parameter.device, parameter.dtype)
         vae.config = model.config
-        vae._model = freeze(model.to(vae.dtype))
+        vae._model = freeze(model if parameter.dtype == vae.dtype else model.to(vae.dtype))
         return vae
 
     @property

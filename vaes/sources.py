@@ -219,7 +219,7 @@ def _diffusers_class(class_name: str, where: str) -> type:
     except Exception as error:  # the environment can make its import fail in any way
         raise UserError(
             f"{where}: diffusers cannot be imported ({one_line(error)}); install requirements.txt anew, or unset the variable "
-            "of the environment that this is about"
+            "of the environment that it names"
         ) from None
 
 
