@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 import dataloader
 from dataloader import Loader, StopWaiting, WorkersLost
+from utils import STOP_SIGNALS
 
 ONE_BY_ONE = [[index] for index in range(10)]
 
