@@ -70,6 +70,7 @@ def find_images(
         label: begins the message of a UserError, which is raised when there is nothing to read.
         cache_dir: where the hub client keeps downloads; None is its own default.
     """
+    require_place(folder, dataset_type, label)
     if os.path.isdir(folder):
         try:
             paths = list_imagenet(folder, "train" if train else "val") if dataset_type == "imagenet" else list_images(folder)
@@ -83,14 +84,20 @@ def find_images(
                 + said_of_endings(folder)
             )
         return ImageFiles(paths)
+    return load_hub_split(folder, train, label, cache_dir)
+
+
+def require_place(folder: str, dataset_type: str, label: str) -> None:
+    """UserError, which begins with `label`, unless `folder` is a folder, or with "imagenet" may be a hub data set's id."""
+    if os.path.isdir(folder):
+        return
     if os.path.exists(folder):
         tar = "; shards are read by streaming" if folder.endswith(".tar") else ""
         raise UserError(f"{label} {folder}: a file; name the folder that holds the images{tar}")
     if folder.count("/") != 1 or folder.startswith((".", "/", "~")):
         raise UserError(f"{label} {folder}: no such folder")
-    if dataset_type == "imagenet":
-        return load_hub_split(folder, train, label, cache_dir)
-    raise UserError(f"{label} {folder}: no such folder; if it is a data set of the hub, choose the dataset_type imagenet")
+    if dataset_type != "imagenet":
+        raise UserError(f"{label} {folder}: no such folder; if it is a data set of the hub, choose the dataset_type imagenet")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

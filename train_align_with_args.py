@@ -315,6 +315,8 @@ def resolve(args: argparse.Namespace) -> tuple[Settings, tuple[Path, dict] | Non
         values["cache_latents"] = False
     settings = Settings(values)
     check_flags(settings, fresh=start is None)
+    for name in ("train_data_dir", "eval_data_dir")[settings.streaming :]:  # before the hub is asked for a VAE
+        dataloader.require_place(getattr(settings, name), settings.dataset_type, f"--{name}")
     vaes = load_vaes(settings)
     settings = settings.but(out_channels=out_channels(settings, Codec(vaes[1])))
     return settings, start, vaes
