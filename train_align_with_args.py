@@ -46,7 +46,8 @@ import dataloader
 from cache.build import CacheOptions, cache_latents
 from cache.read import cached_loader
 from losses import KINDS, LOSSES, PERCEPTUAL_LOSSES, Encoded, Objective, decoded_image_loss, get_loss_function
-from runtime.cli import Parser, claim_writable_file, claim_writable_folder, integer, load_config, naming, real, run, use_proxy
+from runtime.cli import Parser, claim_writable_file, claim_writable_folder, integer, load_config, naming, real, use_proxy
+from runtime.cli import run as as_program
 from runtime.processes import create_accelerator, gathered, machine_of, machines_of
 from training import checkpoint
 from training.budget import Budget, is_due, time_of_day, total_steps
@@ -692,7 +693,7 @@ def prepare_run(
         pipeline.module = copy.deepcopy(trained).requires_grad_(False)  # the average is judged and saved
     module, prepared_optimizer = accelerator.prepare(trained, optimizer)
     budget = Budget(steps_of(args, len(train_loader)), args.minutes)
-    going = Run(
+    run = Run(
         pipeline=pipeline,
         module=torch.compile(module) if args.compile else module,
         optimizer=prepared_optimizer,
@@ -708,10 +709,10 @@ def prepare_run(
         best_metric=args.best_metric,
     )
     if resumed:
-        going.load_state_dict(resumed, start[0])
+        run.load_state_dict(resumed, start[0])
         if resumed["config"].get("eval_data_dir") != args.eval_data_dir:
-            going.metrics = {}
-    return going
+            run.metrics = {}
+    return run
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -748,25 +749,25 @@ def train_align_pipeline(
         torch.manual_seed(args.seed)
         pipeline = create_align_pipeline(vae1, vae2, args, start).to(accelerator.device)
     objective = objective or create_objective(pipeline, args)
-    going = prepare_run(args, pipeline, objective, accelerator, train_loader, start)
+    run = prepare_run(args, pipeline, objective, accelerator, train_loader, start)
     writer = claim = None
     if accelerator.is_main_process:
         resumed = start[1]["run"] if start and args.resume else None
-        going.name, claim = checkpoint.claim_name(Path(args.log_dir), Path(args.save_dir), resumed)
-        writer = RunLog(Path(args.log_dir) / going.name, going.step, going.fixed)
-        log.info("%s", description_of(args, going, train_loader))
-    speed = Speed(train_loader.batch_sampler.batch_size * accelerator.num_processes, going.step)
+        run.name, claim = checkpoint.claim_name(Path(args.log_dir), Path(args.save_dir), resumed)
+        writer = RunLog(Path(args.log_dir) / run.name, run.step, run.fixed)
+        log.info("%s", description_of(args, run, train_loader))
+    speed = Speed(train_loader.batch_sampler.batch_size * accelerator.num_processes, run.step)
     profile = StepProfile(args.profile, accelerator.device, writer and writer.folder)
     try:
         try:
-            stopped = training_loop(args, going, train_loader, eval_loader, writer, generator, speed, profile)
+            stopped = training_loop(args, run, train_loader, eval_loader, writer, generator, speed, profile)
         except dataloader.WorkersLost as error:
-            if not writer or (accelerator.num_processes > 1 and train_loader.batch_sampler.state_after(going.step)):
+            if not writer or (accelerator.num_processes > 1 and train_loader.batch_sampler.state_after(run.step)):
                 raise  # the places of the other processes in their streams are not known here
-            save_now(args, going, train_loader, writer)
-            raise UserError(f"--{error}; saved in {going.last}; go on with the same command and --resume") from None
-        if writer and not stopped and going.metrics:
-            log_hparams(writer, going.config, going.metrics)
+            save_now(args, run, train_loader, writer)
+            raise UserError(f"--{error}; saved in {run.last}; go on with the same command and --resume") from None
+        if writer and not stopped and run.metrics:
+            log_hparams(writer, run.config, run.metrics)
     finally:
         if writer:
             for part, share in profile.shares.items():
@@ -775,18 +776,18 @@ def train_align_pipeline(
             checkpoint.release_name(claim)
     if stopped:
         if writer:
-            of_all = f" of {going.budget.end}" if going.budget.known else ""
-            print(f"stopped at step {going.step}{of_all}, saved in {going.last}")
+            of_all = f" of {run.budget.end}" if run.budget.known else ""
+            print(f"stopped at step {run.step}{of_all}, saved in {run.last}")
             print("to go on: the same command with --resume")
         raise SystemExit(128 + stopped)
     if writer:
-        print_results(going, args.log_dir, speed.text(), profile.text())
-    return going.last
+        print_results(run, args.log_dir, speed.text(), profile.text())
+    return run.last
 
 
 def training_loop(
     args: argparse.Namespace,
-    going: Run,
+    run: Run,
     train_loader,
     eval_loader,
     writer: RunLog | None,
@@ -795,47 +796,45 @@ def training_loop(
     profile: StepProfile,
 ) -> int | None:
     """Step after step until the run's end; returns the signal that stopped it before, or None."""
-    pipeline, objective, budget, accelerator = going.pipeline, going.objective, going.budget, going.accelerator
+    pipeline, objective, budget, accelerator = run.pipeline, run.objective, run.budget, run.accelerator
     dtype = get_dtype(args.precision)
     batches = endless(train_loader)
     unreadable = set()
     # a checkpoint is written after everything else that is due at its step
-    done_at = going.step if going.last else None
+    done_at = run.step if run.last else None
 
     with StopRequest() as stop, memory_advice("training", **memory_flags(args)), profile:
         if accelerator.num_processes == 1:  # several agree at a step, and the others are waiting in theirs
             train_loader.batch_sampler.stop_requested = lambda: stop.signal is not None
-        bar = tqdm(initial=going.step, desc="train", unit="step", disable=not accelerator.is_main_process)
-        budget.start(going.step)
+        bar = tqdm(initial=run.step, desc="train", unit="step", disable=not accelerator.is_main_process)
+        budget.start(run.step)
         while True:
             # ---- where we are: the clock is the step, epochs are counted from it
-            budget.look(going.step, accelerator)
+            budget.look(run.step, accelerator)
             bar.total = budget.end if budget.known else None
-            epoch, last = going.epoch, going.step == budget.end
+            epoch, last = run.epoch, run.step == budget.end
             paused = time.perf_counter()
             if writer:
-                writer.step = going.step
+                writer.step = run.step
 
             # ---- evaluate, visualise, save
-            if going.step != done_at:
+            if run.step != done_at:
                 due = partial(is_due, epoch, last)
                 if due(args.eval_frequency):
-                    going.metrics = evaluate_and_log(
-                        pipeline, eval_loader, writer, epoch, args, dtype, accelerator, going.fixed
-                    )
+                    run.metrics = evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype, accelerator, run.fixed)
                     if writer:
-                        going.save_if_best()
+                        run.save_if_best()
                         log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype)
                 if writer and due(args.visualize_frequency):
                     visualize_results(pipeline, eval_loader, writer, epoch, args, dtype)
-                by_steps = args.save_steps and going.step % args.save_steps == 0
-                if last or (going.step and (by_steps or due(args.save_frequency))):
-                    save_now(args, going, train_loader, writer)
+                by_steps = args.save_steps and run.step % args.save_steps == 0
+                if last or (run.step and (by_steps or due(args.save_frequency))):
+                    save_now(args, run, train_loader, writer)
                 if due(args.eval_frequency) or due(args.visualize_frequency):
                     budget.note_evaluation(time.perf_counter() - paused)
-            stopped = None if last else stop.agreed(accelerator, going.step)
+            stopped = None if last else stop.agreed(accelerator, run.step)
             if stopped:
-                save_now(args, going, train_loader, writer)
+                save_now(args, run, train_loader, writer)
             if last or stopped:
                 accelerator.wait_for_everyone()  # a launcher ends the others when the first one leaves
                 break
@@ -847,42 +846,43 @@ def training_loop(
                     batch = next(batches)
                 except dataloader.StopWaiting:
                     stopped = stop.signal
-                    save_now(args, going, train_loader, writer)
+                    save_now(args, run, train_loader, writer)
                     break
-            position = budget.position(going.step)
-            budget.note_kind(going.step, objective.decodes_at(position))
+            position = budget.position(run.step)
+            budget.note_kind(run.step, objective.decodes_at(position))
             with record_function("encoding"):
                 if args.sample_posterior:
-                    generator.manual_seed(seed_of_step(args.seed, going.step, accelerator.process_index))
+                    generator.manual_seed(seed_of_step(args.seed, run.step, accelerator.process_index))
                 encoded = objective.encode(batch, args.sample_posterior, generator)
-            learning_rate = going.optimizer.param_groups[0]["lr"]
-            loss, grad_norm, ok = train_step(args, going, encoded, position)
+            learning_rate = run.optimizer.param_groups[0]["lr"]
+            loss, grad_norm, ok = train_step(args, run, encoded, position)
+
             # ---- log
             with record_function("logging"):
-                going.loss.add(loss, ok)
-                going.bad_steps.note(ok, going.step, batch["path"])
+                run.loss.add(loss, ok)
+                run.bad_steps.note(ok, run.step, batch["path"])
                 for message in set(batch.get("unreadable", ())) - unreadable:
                     unreadable.add(message)
                     with logging_redirect_tqdm():
                         log.warning("left out: %s", message)
-                if going.step == 1 or going.step % args.log_frequency == 0 or going.step == budget.end:
-                    skipped = going.bad_steps.read()
-                    mean_loss = going.loss.read(accelerator)
-                    rate = speed.read(going.step)
+                if run.step == 1 or run.step % args.log_frequency == 0 or run.step == budget.end:
+                    skipped = run.bad_steps.read()
+                    mean_loss = run.loss.read(accelerator)
+                    rate = speed.read(run.step)
                     if writer:
                         if skipped:
                             with logging_redirect_tqdm():
                                 skipped = count_of(skipped, "step")
-                                log.warning("step %d: %s skipped, loss or gradient not finite", going.step, skipped)
-                        writer.step = going.step
+                                log.warning("step %d: %s skipped, loss or gradient not finite", run.step, skipped)
+                        writer.step = run.step
                         writer.log_training(
                             loss=mean_loss,
                             learning_rate=learning_rate,
                             grad_norm=float(grad_norm) if ok else math.nan,
                             images_per_second=rate,
-                            skipped_steps=going.bad_steps.total,
+                            skipped_steps=run.bad_steps.total,
                         )
-                        ends = time_of_day(budget.seconds_left(going.step, speed.seconds_per_step))
+                        ends = time_of_day(budget.seconds_left(run.step, speed.seconds_per_step))
                         bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{rate:.1f}", ends=ends)
             bar.update()
             profile.step()
@@ -890,48 +890,48 @@ def training_loop(
     if writer and last:
         if unreadable:
             log.warning("%s left out during training", count_of(len(unreadable), "unreadable image"))
-        if going.bad_steps.total:
-            log.warning("%s skipped: loss or gradient not finite", count_of(going.bad_steps.total, "step"))
+        if run.bad_steps.total:
+            log.warning("%s skipped: loss or gradient not finite", count_of(run.bad_steps.total, "step"))
     return stopped
 
 
-def train_step(args: argparse.Namespace, going: Run, encoded: Encoded, position: float):
+def train_step(args: argparse.Namespace, run: Run, encoded: Encoded, position: float):
     """One optimizer step on an encoded batch: (loss, gradient norm, whether both were finite), tensors on the device.
 
     `position`: share of the run that is done, in [0, 1]. A step that was not finite changes no weight, moment or average.
     Nothing here waits for a device that has fused kernels.
     """
-    accelerator, optimizer = going.accelerator, going.optimizer
+    accelerator, optimizer = run.accelerator, run.optimizer
     with record_function("module"):
-        aligned = going.module(**encoded.inputs).float()
+        aligned = run.module(**encoded.inputs).float()
     with record_function("losses and decoding"):
-        loss, bias = going.objective(aligned, encoded, going.step, position)
+        loss, bias = run.objective(aligned, encoded, run.step, position)
     with record_function("backward"):
         optimizer.zero_grad(set_to_none=True)
         accelerator.backward(loss)
     with record_function("optimizer"):
-        grad_norm = accelerator.clip_grad_norm_(going.module.parameters(), args.grad_clip or math.inf)
-        ok = going.bad_steps.mask(optimizer.optimizer, loss, grad_norm)
+        grad_norm = accelerator.clip_grad_norm_(run.module.parameters(), args.grad_clip or math.inf)
+        ok = run.bad_steps.mask(optimizer.optimizer, loss, grad_norm)
         optimizer.step()
-        going.scheduler.step()
-        going.step += 1
-        if going.average:
-            update_average(going.average, going.pipeline.training_module, args.ema_decay, going.step, ok)
-        going.objective.after_step(bias, ok, accelerator)
-    going.last_inputs = encoded.inputs
+        run.scheduler.step()
+        run.step += 1
+        if run.average:
+            update_average(run.average, run.pipeline.training_module, args.ema_decay, run.step, ok)
+        run.objective.after_step(bias, ok, accelerator)
+    run.last_inputs = encoded.inputs
     return loss.detach(), grad_norm, ok
 
 
-def save_now(args: argparse.Namespace, going: Run, train_loader, writer: RunLog | None) -> None:
+def save_now(args: argparse.Namespace, run: Run, train_loader, writer: RunLog | None) -> None:
     """Write a checkpoint of this step, if there is none; all processes call this together."""
-    if going.saved_at == going.step:
+    if run.saved_at == run.step:
         return
-    going.saved_at = going.step
-    place = train_loader.batch_sampler.state_after(going.step)
-    going.places = None if place is None else gathered(place, going.accelerator)
+    run.saved_at = run.step
+    place = train_loader.batch_sampler.state_after(run.step)
+    run.places = None if place is None else gathered(place, run.accelerator)
     if writer:
         writer.flush()  # the events first, so that a resumed run's logs lack no point
-        path = going.save()
+        path = run.save()
         save_config(args, args.config_save_path or path.with_suffix(".json"))
 
 
@@ -950,16 +950,16 @@ def memory_flags(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in ("train_batch_size", "image_size", "precision")}
 
 
-def description_of(args: argparse.Namespace, going: Run, train_loader) -> str:
+def description_of(args: argparse.Namespace, run: Run, train_loader) -> str:
     """A line about a run that begins: what it trains, for how long, and where."""
-    accelerator, end = going.accelerator, going.budget.end
-    parameters = sum(parameter.numel() for parameter in going.pipeline.module.parameters())
+    accelerator, end = run.accelerator, run.budget.end
+    parameters = sum(parameter.numel() for parameter in run.pipeline.module.parameters())
     images = count_of(train_loader.batch_sampler.batch_size * accelerator.num_processes, "image")
-    length = f"{end} steps of {images} in {count_of(-(-end // going.steps_per_epoch), 'epoch')}"
+    length = f"{end} steps of {images} in {count_of(-(-end // run.steps_per_epoch), 'epoch')}"
     if args.minutes:
         length = f"{args.minutes:g} minutes of {images} a step"
     return (
-        f"{' + '.join(going.pipeline.config.input_types)} inputs, {parameters / 1e6:.2f} M parameters, {length} on "
+        f"{' + '.join(run.pipeline.config.input_types)} inputs, {parameters / 1e6:.2f} M parameters, {length} on "
         f"{accelerator.device} in {args.precision} channels_last, {count_of(accelerator.num_processes, 'process')}"
     )
 
@@ -1006,20 +1006,20 @@ def dry_run(
         loaders = create_data_loaders(tried, *vaes, accelerator, few)
         encoding = (time.perf_counter() - started) / len(few[0]) if views else 0.0  # seconds a view
         cached = sum(file.stat().st_size for file in Path(folder, "cache").rglob("*")) / len(few[0])  # bytes a view
-        going = prepare_run(tried, pipeline, objective, accelerator, loaders[0])
-        going.name = "align_dry_run"
-        writer = RunLog(Path(folder), 0, going.fixed) if accelerator.is_main_process else None
+        run = prepare_run(tried, pipeline, objective, accelerator, loaders[0])
+        run.name = "align_dry_run"
+        writer = RunLog(Path(folder), 0, run.fixed) if accelerator.is_main_process else None
         speed, profile = Speed(batch_size, 0), StepProfile(0, accelerator.device, None)
-        stopped = training_loop(tried, going, *loaders, writer, generator, speed, profile)
+        stopped = training_loop(tried, run, *loaders, writer, generator, speed, profile)
         if writer:
             writer.close()
-            checkpoint_bytes = going.last.stat().st_size
+            checkpoint_bytes = run.last.stat().st_size
     if stopped:
         raise SystemExit(128 + stopped)
     if not writer:
         return
     batches = -(-len(eval_set) // len(few[1]))
-    evaluation = batches * going.budget.reserve
+    evaluation = batches * run.budget.reserve
     between = settings.eval_frequency * steps_per_epoch  # steps from one evaluation to the next
     steps = steps_of(settings, steps_per_epoch)
     if settings.minutes:
@@ -1085,4 +1085,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    as_program(main)
