@@ -192,24 +192,25 @@ class Codec:
         )
 
     def decode_with_features(self, latents: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The images of `decode`, and the outputs of the decoder's stages, coarse to fine (see `Convention.decoder_stages`).
+        """The images of `decode`, and the outputs of the decoder's stages, coarse to fine, without the finest stage.
 
         Each output is (N, C, h, w) in the VAE's precision, or (N, C, frames, h, w) for a VAE of frames. N is B, or 2 B for a
         ConsistencyDecoderVAE, which decodes in two steps. Gradients flow to the latents.
         """
+        outputs = {}  # in the order in which the stages run: AutoencoderDC lists them from the finest
+
+        def keep(stage, inputs, output):
+            # the blocks of some VAEs of frames also return a cache
+            outputs.setdefault(stage, []).append(output[0] if isinstance(output, tuple) else output)
+
         stages = self.vae.convention.decoder_stages(self.vae.model)
-        outputs = [[] for _ in stages]
-        hooks = [
-            stage.register_forward_hook(lambda module, inputs, output, kept=kept: kept.append(output))
-            for stage, kept in zip(stages, outputs)
-        ]
+        hooks = [stage.register_forward_hook(keep) for stage in stages]
         try:
             images = self.decode(latents)
         finally:
             for hook in hooks:
                 hook.remove()
-        # the blocks of some VAEs of frames also return a cache
-        return images, [torch.cat([each[0] if isinstance(each, tuple) else each for each in kept]) for kept in outputs]
+        return images, [torch.cat(kept) for kept in outputs.values()][:-1]
 
     def _encode_parts(self, images: torch.Tensor) -> list:
         """The VAE's results for `images`, piece by piece. When memory runs out, this and all later calls encode half as many

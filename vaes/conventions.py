@@ -74,13 +74,14 @@ class Convention:
         return images[:, :3] if self.alpha else images
 
     def decoder_stages(self, model: nn.Module) -> list[nn.Module]:
-        """The layers whose outputs are the decoder's features, coarse to fine: every up block but the last; in a tiny
-        autoencoder every layer before an upsampling."""
+        """The layers whose outputs are the decoder's features: its up blocks; in a tiny autoencoder the layer before each
+        upsampling and the last one."""
         decoder = getattr(model, self.decoder)
         if hasattr(decoder, "up_blocks"):
-            return list(decoder.up_blocks)[:-1]
+            return list(decoder.up_blocks)
         layers = getattr(decoder, "layers", decoder)  # the author's format has no module around them
-        return [layer for layer, following in itertools.pairwise(layers) if isinstance(following, nn.Upsample)]
+        coarse = [layer for layer, following in itertools.pairwise(layers) if isinstance(following, nn.Upsample)]
+        return [*coarse, layers[-1]]
 
     def measure(self, plan: nn.Module) -> tuple[int, int]:
         """(channels, stride) of a model's raw latents; the model is on the meta device, which computes shapes only.

@@ -199,7 +199,7 @@ def reconstruction(model, x):
 
 @pytest.mark.parametrize("class_name", EVERY_CLASS)
 def test_every_decoder_gives_its_features(class_name, tmp_path):
-    """A class whose decoder or stages are elsewhere, or whose blocks return a cache beside their features; a gradient that ends
+    """A class whose decoder or stages are elsewhere or listed backwards, or whose blocks return a cache too; a gradient ending
     at the decoder, hooks that stay, a weight that neither half counts; a class that works as an object alone, or statistics
     that stay at their defaults when it is read from disk."""
     save_class(class_name, tmp_path)
