@@ -140,7 +140,8 @@ def resized_crop(image: Image.Image, short_side: int, size: int, at: tuple[float
 
 def to_pixel_values(levels: torch.Tensor) -> torch.Tensor:
     """8-bit levels, uint8 -> float32 in [-1, 1]."""
-    return levels.float() / 127.5 - 1
+    # by a tensor: for a plain number CUDA multiplies by its rounded reciprocal, and gives other digits than the CPU
+    return levels.float() / torch.full((), 127.5, device=levels.device) - 1
 
 
 def to_levels(pixel_values: torch.Tensor) -> torch.Tensor:
