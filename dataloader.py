@@ -816,14 +816,6 @@ class Loader(DataLoader):
         return WorkersLost(f"num_workers {self.num_workers}: {why}; {LOST}")
 
 
-def loader_options(num_workers: int) -> dict:
-    """Options of a `Loader`."""
-    return {"num_workers": num_workers}
-
-
-WorkerLoader = Loader
-
-
 @dataclass
 class Parcelled:
     """A `collate_fn` whose batches leave their worker as bytes, with the tensors in shared memory while less than half of that

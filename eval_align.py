@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # which some Pythons leave out, such as an embedded one
 
-from runtime.startup import before_imports
+from runtime.before_imports import before_imports
 
 if __name__ == "__main__":
     before_imports()

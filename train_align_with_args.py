@@ -31,7 +31,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # some Pythons leave it out, such as an embedded one
 
-from runtime.startup import before_imports
+from runtime.before_imports import before_imports
 
 if __name__ == "__main__":
     before_imports()

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cache.read import WORD, CachedDataset, LatentCache, places_in
-from dataloader import ImageDataset, UnreadableImage, WorkerLoader, loader_options
+from dataloader import ImageDataset, Loader, UnreadableImage
 from images.decoding import image_reader, to_levels, to_pixel_values
 from images.files import digest_of
 from runtime.processes import ALONE, Machine
@@ -353,8 +353,8 @@ class LatentEncoder:
 
         for first in names:  # the loader starts its workers for at least one chunk
             sampler = itertools.chain.from_iterable(map(batches, itertools.chain([first], names)))
-            options = loader_options(self.num_workers) | {"persistent_workers": False}
-            loader = WorkerLoader(SomeViews(self.dataset), batch_sampler=sampler, collate_fn=list, **options)
+            options = {"collate_fn": list, "persistent_workers": False}
+            loader = Loader(SomeViews(self.dataset), sampler, self.num_workers, **options)
             for name, loaded in itertools.groupby(loader, lambda items: chunk_of[items[0][0]]):
                 self._encode_chunk(name, loaded, locks, bar)
 

@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dataloader import EpochSampler, ImageDataset, WorkerLoader, loader_options
+from dataloader import EpochSampler, ImageDataset, Loader
 from images.decoding import to_pixel_values
 from runtime.processes import ALONE
 from utils import UserError
@@ -186,5 +186,4 @@ def cached_loader(
     sampler = EpochSampler(
         len(dataset.images), batch_size, seed, views, machine.rank, machine.world, machine.number, max(steps)
     )
-    options = loader_options(num_workers if torch.cuda.is_available() else 0)
-    return WorkerLoader(dataset, batch_sampler=sampler, collate_fn=dict, **options)
+    return Loader(dataset, sampler, num_workers if torch.cuda.is_available() else 0, collate_fn=dict)

@@ -401,7 +401,7 @@ def test_the_first_lines_of_a_program_come_before_torch():
     """Seconds of imports before Ctrl-C is quiet and a failed import is one line; a background job that Ctrl-C ends."""
     program = """
 import signal, sys
-from runtime.startup import before_imports
+from runtime.before_imports import before_imports
 assert "torch" not in sys.modules
 before_imports()
 print(signal.getsignal(signal.SIGINT).name)
