@@ -294,6 +294,7 @@ def require_training(content: dict, path) -> None:
             and number(training["bad_steps_in_a_row"])
             and isinstance(training["files"], str)
             and training["colours"].keys() in ({}.keys(), {"vae2_bias", "shift"})
+            and all(colours.ndim == 3 and len(colours) == 3 for colours in training["colours"].values())
             and (training["places"] is None or len(training["places"]) == order["processes"])
             and training["budget"].keys() == Budget(0).state_dict().keys()
             and training["state"].keys() == {"weights", "optimizer", "scheduler", "scaler"}
