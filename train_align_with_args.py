@@ -279,7 +279,10 @@ def config_dict(args: argparse.Namespace) -> dict:
 
 
 class Settings(argparse.Namespace):
-    """The settings of a run, one attribute for each flag. They never change: AttributeError for whoever tries."""
+    """The settings of a run, one attribute for each flag; AttributeError for code that tries to change one.
+
+    Functions that are part of this script's interface take them as `args`, or the plain result of `parse_args`.
+    """
 
     def __init__(self, values: dict):
         self.__dict__.update(values)

@@ -383,7 +383,7 @@ def test_channels_and_strides_follow_the_vaes(vae_folders, names, out_channels):
     args = parse_args(["--hidden_channels", "8", "--num_blocks", "3", "--downsample_times", "4"])
     pipeline = create_align_pipeline(*load_vaes(vae_folders, *names), args)
     config = pipeline.config
-    assert args.out_channels == config.out_channels == pipeline.codec2.channels == out_channels
+    assert config.out_channels == pipeline.codec2.channels == out_channels
     assert (config.latent_channels, config.latent_stride) == (pipeline.codec1.channels, pipeline.codec1.stride)
     assert config.out_stride == pipeline.codec2.stride
     assert (config.hidden_channels, config.num_blocks, config.downsample_times) == (8, 3, 4)
