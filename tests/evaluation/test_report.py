@@ -15,7 +15,7 @@ from evaluation import report, tables
 class Tags(HTMLParser):
     def __init__(self, page):
         super().__init__()
-        self.tags, self.open = [], []
+        self.tags = []
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):

@@ -25,15 +25,12 @@ def test_half_written_checkpoints_do_not_pile_up(tmp_path):
 
 
 def test_runs_that_start_together_have_names_of_their_own(tmp_path):
-    """Two runs of one second that write one log and one best checkpoint; also where they share only `save_dir`."""
+    """Two runs of one second that write one log and one best checkpoint; also where they share only `save_dir`; a best module
+    that a run with another `log_dir` overwrites after the first one ended."""
     claims = [claim_name(tmp_path / "runs", tmp_path / "ckpt") for _ in range(3)]
     claims += [claim_name(tmp_path / "elsewhere", tmp_path / "ckpt") for _ in range(3)]
     assert len({name for name, _ in claims}) == 6
     assert len(list((tmp_path / "elsewhere").iterdir())) == 3  # no folder of a name that was given up
-
-
-def test_a_name_whose_best_checkpoint_is_there_is_not_taken(tmp_path):
-    """A best module that a run with another `log_dir` overwrites after the first one ended."""
     name, lock = claim_name(tmp_path / "a", tmp_path)
     (tmp_path / f"align_best_{name.removeprefix('align_')}.pth").touch()
     release_name(lock)
