@@ -34,9 +34,8 @@ def test_taesd_to_taef1_trains_and_evaluates_with_the_shipped_config(shared, tmp
     assert run.last["step"] == 2
     assert run.last["align_config"]["latent_channels"] == 4
     assert run.last["align_config"]["out_channels"] == 16
-    assert (
-        run.last["align_config"]["hidden_channels"] == json.loads(flags["load_config"].read_text())["hidden_channels"]
-    )  # not the parser's
+    hidden_channels = json.loads(flags["load_config"].read_text())["hidden_channels"]
+    assert run.last["align_config"]["hidden_channels"] == hidden_channels  # not the parser's
 
     output = tmp_path / "results"
     judged = {

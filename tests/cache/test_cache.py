@@ -271,7 +271,7 @@ def test_a_cache_needs_neither_locks_nor_memory_maps(photos, spaces, tmp_path, m
 
 def test_one_that_works_is_waited_for(tmp_path, monkeypatch, caplog):
     """A chunk that is encoded twice since its claimer takes longer than the other's patience; a chunk that nobody encodes since
-    its claimer has failed."""
+    its claimer has failed; one that is taken to stand still, as it shows no life for chunks that it has only claimed so far."""
     holder, locks, looks = FileLock(tmp_path / "chunk.lock"), ChunkLocks(tmp_path), []
     holder.acquire()
 
@@ -287,15 +287,11 @@ def test_one_that_works_is_waited_for(tmp_path, monkeypatch, caplog):
     assert locks.wait("chunk") and len(looks) == 8
     assert locks.patient and "have done nothing" not in caplog.text
     assert not ChunkLocks(tmp_path).claim("chunk")  # it is this one's now
-
-
-def test_those_who_wait_see_that_one_works(tmp_path):
-    """A process that is taken for one that stands still, since it shows no life for chunks that it has only claimed so far."""
-    locks = ChunkLocks(tmp_path)
-    assert locks.claim("a") and locks.claim("b")
+    claimer = ChunkLocks(tmp_path)
+    assert claimer.claim("a") and claimer.claim("b")
     for name in "ab":
         os.utime(tmp_path / f"{name}.lock", ns=(1, 1))
-    locks.show_life()
+    claimer.show_life()
     assert all((tmp_path / f"{name}.lock").stat().st_mtime_ns > 1 for name in "ab")
 
 

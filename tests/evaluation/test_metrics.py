@@ -54,14 +54,6 @@ def test_latent_metrics_match_the_formulas():
     np.testing.assert_allclose(metrics.latent_mse_by_channel(*pair), (error**2).mean(axis=(2, 3)), rtol=1e-5)
 
 
-def test_ms_ssim_is_left_out_where_the_library_refuses():
-    """A crash on images a little larger than 160 px, whose sixteenth the library rounds down."""
-    for size in (MS_SSIM_SIDE - 8, MS_SSIM_SIDE):
-        measures = Measures(("ms_ssim",), size)
-        assert (set(measures.left_out) == {"ms_ssim"}) == (size < MS_SSIM_SIDE)
-        assert ("ms_ssim" in measures.of_each_image(sample_of(*noisy_pair(size, count=1)))) == (size == MS_SSIM_SIDE)
-
-
 @pytest.mark.parametrize("scope", ["image", "set"])
 def test_one_entry_in_the_table_is_measured_summed_up_and_shown(monkeypatch, judged, scope):
     """A metric that is added to the table and that the ladder, a table or the page does not know."""
@@ -98,7 +90,8 @@ def test_one_entry_in_the_table_is_measured_summed_up_and_shown(monkeypatch, jud
 
 def test_metrics_that_cannot_be_had_are_named(monkeypatch, tmp_path):
     """A crash at the end of a long run, a metric that is left out silently, a traceback where there is no network; an
-    evaluation with its defaults that reaches for the network."""
+    evaluation with its defaults that reaches for the network; a crash on images a little larger than 160 px, whose sixteenth
+    the library rounds down; a damaged installation of a library that ends an evaluation which did not need it."""
 
     def no_network(*_, **__):
         raise OSError("no route to host")
@@ -113,6 +106,14 @@ def test_metrics_that_cannot_be_had_are_named(monkeypatch, tmp_path):
     assert all("\n" not in why for why in measures.left_out.values())
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("a request"))
     assert set(Measures(DEFAULT_CHOICES, 32).left_out) == {"ms_ssim"}
+    for size in (MS_SSIM_SIDE - 8, MS_SSIM_SIDE):
+        measures = Measures(("ms_ssim",), size)
+        assert (set(measures.left_out) == {"ms_ssim"}) == (size < MS_SSIM_SIDE)
+        assert ("ms_ssim" in measures.of_each_image(sample_of(*noisy_pair(size, count=1)))) == (size == MS_SSIM_SIDE)
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # importing it raises; finding it raises too
+    measures = Measures(("ssim", "lpips"), 64)
+    assert "ssim" in measures.names and "lpips" not in measures.names
+    assert measures.left_out["lpips"]
 
 
 def test_the_networks_see_what_each_rung_made(monkeypatch):
@@ -127,14 +128,6 @@ def test_the_networks_see_what_each_rung_made(monkeypatch):
     assert len(looked) == 3
     assert found[0] == pytest.approx(features.network(to_8bit(images) / 127.5 - 1, originals).tolist(), rel=1e-4)
     assert found[1] == [0, 0] and found[2] != found[0]
-
-
-def test_a_library_that_breaks_is_a_reason_not_a_crash(monkeypatch):
-    """A damaged installation of a library that ends an evaluation which did not need it."""
-    monkeypatch.setitem(sys.modules, "torchvision", None)  # importing it raises; finding it raises too
-    measures = Measures(("ssim", "lpips"), 64)
-    assert "ssim" in measures.names and "lpips" not in measures.names
-    assert measures.left_out["lpips"]
 
 
 def test_summary_knows_which_way_is_worse():

@@ -35,9 +35,9 @@ def pair(vae_folders, photo_folders, tmp_path_factory):
     return one, results_of(together), ended.stderr
 
 
-def test_loss_and_weights_follow_the_single_process_run_of_the_same_global_batch(pair):
+def test_losses_rates_and_weights_follow_the_single_process_run_of_the_same_global_batch(pair):
     """Both processes on the same slice, gradients summed instead of averaged or not shared, or the main process's own loss
-    logged."""
+    logged; Accelerate's prepared schedulers step once per process, which halves warm-up and epochs."""
     one, two, _ = pair
     losses = [dict(run.scalars["train/loss"]) for run in (one, two)]
     assert list(losses[0]) == list(losses[1]) == list(range(1, STEPS + 1))
@@ -45,6 +45,12 @@ def test_loss_and_weights_follow_the_single_process_run_of_the_same_global_batch
     norms = [dict(run.scalars["train/grad_norm"]) for run in (one, two)]
     assert list(norms[1].values()) == pytest.approx(list(norms[0].values()), rel=1e-2)
     torch.testing.assert_close(two.last["state_dict"], one.last["state_dict"], rtol=1e-2, atol=1e-4)
+    for run in (one, two):
+        logged = run.scalars["train/learning_rate"]
+        assert [step for step, _ in logged] == list(range(1, STEPS + 1))
+        assert [value for _, value in logged] == pytest.approx(
+            [specified(step, 3, 1e-3, 4, 2, 0.5) for step in range(STEPS)], rel=1e-5
+        )
 
 
 def test_both_processes_judge_and_find_what_one_finds_to_the_last_digit(pair):
@@ -55,16 +61,6 @@ def test_both_processes_judge_and_find_what_one_finds_to_the_last_digit(pair):
         for rung in ("vae1", "vae2", "reencode", "untrained"):
             assert alone[rung] == together[rung]
         assert together["aligned"]["psnr"] == pytest.approx(alone["aligned"]["psnr"], rel=1e-3)
-
-
-def test_learning_rate_is_not_advanced_once_per_process(pair):
-    """Accelerate's prepared schedulers step once per process, which halves warm-up and epochs."""
-    for run in pair[:2]:
-        logged = run.scalars["train/learning_rate"]
-        assert [step for step, _ in logged] == list(range(1, STEPS + 1))
-        assert [value for _, value in logged] == pytest.approx(
-            [specified(step, 3, 1e-3, 4, 2, 0.5) for step in range(STEPS)], rel=1e-5
-        )
 
 
 def test_only_the_main_process_writes(pair):

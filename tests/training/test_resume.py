@@ -66,7 +66,8 @@ def test_killed_and_resumed_twice_ends_bit_identical(flags, tmp_path, monkeypatc
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(flags, tmp_path, monkeypatch, caplog):
-    """A resume that starts from a torn file, fails on it, or starts from nothing."""
+    """A resume that starts from a torn file, fails on it, or starts from nothing; "trying the one before it" of the only one,
+    which leads nowhere."""
     caplog.set_level("INFO")
     changes = {**QUIET, "epochs": 4, "save_steps": 2}
     whole = train(flags, tmp_path / "whole", **changes)
@@ -79,10 +80,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(flags, 
     assert newest.name in caplog.text
     assert "step 4 of 12" in caplog.text
     assert_same_tensors(again.last, whole.last)
-
-
-def test_what_is_said_of_damaged_checkpoints_is_true(tmp_path, caplog):
-    """ "Trying the one before it" of the only one, which leads nowhere."""
+    caplog.clear()
     for name in ("align_pipeline_20260101_000000.pth", "align_pipeline_20260102_000000.pth"):
         (tmp_path / name).write_bytes(b"PK")
     assert checkpoint.find_checkpoint("latest", str(tmp_path)) is None

@@ -1,7 +1,6 @@
 """--seen_through: which picture an image module is shown, and that it is the same with and without the cache."""
 
 import numpy as np
-import pytest
 import torch
 from runs import QUIET, assert_same_tensors, same_weights, train
 
@@ -12,13 +11,10 @@ from vaes.loading import load_vae_model
 RECIPE = {**QUIET, "input_types": ["image"], "max_train_steps": 4, "decoder_loss_weight": 1.0, "reencode_target": 0.5}
 
 
-@pytest.fixture
-def codecs(vae_folders):
-    return [Codec(load_vae_model(vae_folders[name], "", None, "cpu", torch.float32)) for name in ("kl4", "kl4_stride4")]
-
-
-def test_each_image_is_seen_through_its_own_vae_or_none(codecs):
+def test_each_image_is_seen_through_its_own_vae_or_none(vae_folders):
     """Catches a picture of the wrong VAE, of another image of the batch, not clamped, and VAEs that are never drawn."""
+    folders = [vae_folders[name] for name in ("kl4", "kl4_stride4")]
+    codecs = [Codec(load_vae_model(folder, "", None, "cpu", torch.float32)) for folder in folders]
     images = to_pixel_values(
         torch.randint(0, 256, (24, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     )
