@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 import signal
 from datetime import datetime, timedelta
 
@@ -29,6 +28,7 @@ from utils import (
     require_compiler,
     resolve_device,
     resolve_precision,
+    without_secrets,
     write_json,
 )
 
@@ -37,7 +37,8 @@ from utils import (
 
 
 def test_atomic_file_shows_the_old_content_until_the_new_one_is_whole(tmp_path):
-    """A reader that sees half a file."""
+    """A reader that sees half a file; a save that Ctrl-C ends, and that destroys the last good checkpoint or litters the
+    folder."""
     path = tmp_path / "sub" / "file"
     with atomic_file(path) as file:
         file.write(b"old")
@@ -45,51 +46,27 @@ def test_atomic_file_shows_the_old_content_until_the_new_one_is_whole(tmp_path):
         file.write(b"new")
         file.flush()
         assert path.read_bytes() == b"old"
+    with pytest.raises(KeyboardInterrupt), atomic_file(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
     assert path.read_bytes() == b"new"
     assert os.listdir(path.parent) == ["file"]
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_atomic_file_leaves_the_old_file_and_no_other_on_failure(tmp_path, error):
-    """A failed save that destroys the last good checkpoint or litters the folder; Ctrl-C as well."""
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(error), atomic_file(path) as file:
-        file.write(b"half")
-        raise error
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
+def test_write_json_refuses_nan_and_bears_a_file_system_without_fsync(tmp_path, monkeypatch):
+    """A metrics.json with NaN in it, which is no JSON and which other readers refuse; neither cache nor checkpoint on gcsfuse
+    and the like."""
 
+    def refuse(_):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-def test_atomic_file_exclusive_refuses_to_overwrite(tmp_path):
-    """Two runs that save under one name within the same second."""
-    path = tmp_path / "file"
-    with atomic_file(path, exclusive=True) as file:
-        file.write(b"first")
-    with pytest.raises(FileExistsError), atomic_file(path, exclusive=True) as file:
-        file.write(b"second")
-    assert path.read_bytes() == b"first"
-    assert os.listdir(tmp_path) == ["file"]
-
-
-def test_atomic_file_obeys_the_umask(tmp_path):
-    """Checkpoints that the user's group cannot read, since temporary files are private."""
-    before = os.umask(0o027)
-    try:
-        with atomic_file(tmp_path / "file") as file:
-            file.write(b"")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
-
-
-def test_write_json_refuses_nan_and_keeps_the_old_file(tmp_path):
-    """A metrics.json with NaN in it, which is no JSON and which other readers refuse."""
     path = tmp_path / "metrics.json"
     write_json(path, {"name": "é"})
     with pytest.raises(ValueError):
         write_json(path, {"psnr": float("nan")})
     assert path.read_text(encoding="utf-8") == '{\n  "name": "é"\n}\n'
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_json(path, 1)
     assert os.listdir(tmp_path) == ["metrics.json"]
 
 
@@ -97,25 +74,12 @@ def test_write_json_refuses_nan_and_keeps_the_old_file(tmp_path):
 # Stamps
 
 
-def test_stamps_within_one_second_neither_collide_nor_fall_out_of_order(tmp_path):
-    """Two checkpoints in one second that share a name."""
-    stamps = []
-    for _ in range(3):
-        stamps.append(next_stamp(tmp_path, "align_pipeline"))
-        (tmp_path / f"align_pipeline_{stamps[-1]}.pth").touch()
-    assert stamps == sorted(set(stamps))
-    assert all(re.fullmatch(r"\d{8}_\d{6}", stamp) for stamp in stamps)
-
-
-def test_stamp_is_the_present_time_where_nothing_is_in_the_way(tmp_path):
-    """A stamp in UTC, or one after another prefix's entries."""
+def test_stamp_is_the_present_time_or_sorts_after_entries_from_the_future(tmp_path):
+    """A stamp in UTC, or one after another prefix's entries; a clock that went back, after which the newest checkpoint no
+    longer sorts last; 235959 + 1 = 235960."""
     (tmp_path / "other_29991231_235959.pth").touch()
     stamp = datetime.strptime(next_stamp(tmp_path, "align_pipeline"), "%Y%m%d_%H%M%S")
     assert abs(stamp - datetime.now()) < timedelta(minutes=2)
-
-
-def test_stamp_sorts_after_entries_from_the_future(tmp_path):
-    """A clock that went back, after which the newest checkpoint no longer sorts last; 235959 + 1 = 235960."""
     for name in ("align_pipeline_29991231_235959.pth", "align_pipeline_20200101_000000.pth"):
         (tmp_path / name).touch()
     assert next_stamp(tmp_path, "align_pipeline") == "30000101_000000"
@@ -125,38 +89,23 @@ def test_stamp_sorts_after_entries_from_the_future(tmp_path):
 # Messages, token, proxy
 
 
-def test_one_line_is_one_short_line():
-    """An error of a library that fills the screen, or an empty line for one without a message."""
+def test_one_line_is_one_short_line_without_secrets(monkeypatch):
+    """An error of a library that fills the screen, or an empty line for one without a message; a token in the terminal's
+    scrollback and in CI logs; the newline after it, with which the HTTP client quotes it; the stored token of
+    `hf auth login`, or a proxy's password, in a library's message; asterisks for what is no secret."""
     assert one_line(ValueError("a\n  b\r\n\tc")) == "a b c"
     assert one_line(ValueError()) == "ValueError"
     assert len(one_line(ValueError("word " * 1000), limit=50)) == 50
-
-
-def test_one_line_hides_both_tokens(monkeypatch):
-    """A token in the terminal's scrollback and in CI logs; the newline after it, with which the HTTP client quotes it."""
     monkeypatch.setenv("HUGGINGFACE_TOKEN", "hf_first\n")
     monkeypatch.setenv("HF_TOKEN", "hf_second")
     assert one_line(ValueError("401 for Bearer hf_first, hf_second\n")) == "401 for Bearer ***, ***"
     assert "hf_f" not in one_line(ValueError("x" * 20 + "hf_first"), limit=25)  # cut only after it is hidden
-
-
-def test_one_line_hides_a_login_and_a_password(monkeypatch):
-    """The stored token of `hf auth login`, or a proxy's password, in a library's message."""
     stored = "hf_" + "aBcD" * 9
     assert one_line(ValueError(f"Bearer {stored}; http://me:se@cret@proxy:1 of hf_transfer")) == (
         "Bearer ***; http://***@proxy:1 of hf_transfer"
     )
-
-
-def test_a_file_system_without_fsync_takes_files(tmp_path, monkeypatch):
-    """Neither cache nor checkpoint on gcsfuse and the like."""
-
-    def refuse(_):
-        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    write_json(tmp_path / "a.json", 1)
-    assert os.listdir(tmp_path) == ["a.json"]
+    text = "a bad port at http://127.0.0.1:7890, ask a@b.org"
+    assert without_secrets(text) == text
 
 
 def test_the_token_of_a_login_counts_after_that_of_the_environment(tmp_path, monkeypatch):
@@ -247,17 +196,14 @@ def test_precision_on_a_cpu(monkeypatch, caplog, precision, typed, with_bfloat16
 
 @pytest.mark.parametrize("amd", [True, False])
 def test_avx512_bf16_is_fast_on_amd_alone(monkeypatch, amd):
-    """float32 on an EPYC, at half the speed; bfloat16 on a Xeon without AMX."""
+    """float32 on an EPYC, at half the speed; bfloat16 on a Xeon without AMX; a traceback of the oldest torch of
+    requirements.txt, which has no torch.cpu.get_capabilities."""
     monkeypatch.setattr(utils, "_made_by_amd", lambda: amd)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": True}, raising=False)
     assert cpu_has_bfloat16() == amd
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
     assert not cpu_has_bfloat16()
-
-
-def test_precision_on_a_cpu_with_a_torch_that_cannot_tell(monkeypatch):
-    """torch.cpu.get_capabilities is younger than the oldest torch of requirements.txt: a traceback before anything else."""
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert resolve_precision("bfloat16", torch.device("cpu"), typed=False) in ("bfloat16", "float32")
 
 
@@ -320,18 +266,14 @@ def test_running_out_of_memory_says_what_was_done_and_which_flags_help(error):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("out of memory"), KeyboardInterrupt()])
-def test_other_errors_pass_through(error):
-    """A bug that is reported as too little memory."""
+def test_other_errors_pass_through_and_torchs_own_is_known(error):
+    """A bug that is reported as too little memory; a wording of torch's that changes with its version."""
     with pytest.raises(type(error)) as caught, memory_advice("training", train_batch_size=4):
         raise error
     assert caught.value is error and not is_out_of_memory(error)
-
-
-def test_torchs_own_error_on_the_cpu_is_known():
-    """A wording of torch's that changes with its version."""
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(RuntimeError) as own:
         torch.empty(1 << 50)
-    assert is_out_of_memory(error.value)
+    assert is_out_of_memory(own.value)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ import torch
 from conftest import ROOT, as_argv, child_environment, make_photo, run_script
 from filelock import FileLock
 from hostile import refusal
-from runs import QUIET, train
 
 import train_align_with_args as train_script
 from cache import build
@@ -53,16 +52,6 @@ def cached(photos, spaces, root, views=2, seed=0, size=32, with_images=False, wo
     dataset = ImageDataset(list_images(photos), size, True, True, seed)
     options = CacheOptions(root, views, with_images, reencoded=with_images, decoded=with_images)
     return cache_latents(dataset, *spaces, options, workers, machine)
-
-
-def test_cached_and_online_training_agree(flags, tmp_path):
-    """Catches a cache that stores other views, another order, or latents of another convention than online training."""
-    curves = {}
-    for name, extra in (("cached", {}), ("online", {"no_cache_latents": True})):
-        run = train(flags | QUIET, tmp_path / name, max_train_steps=12, epochs=50, cache_views=2, **extra)
-        curves[name] = run.scalars["train/loss"]
-    assert len(curves["cached"]) == 12
-    assert np.allclose(curves["cached"], curves["online"], rtol=2e-3)
 
 
 def test_rows_are_the_views_encoded(photos, spaces, tmp_path, spawned):
@@ -198,20 +187,6 @@ def test_unreadable_and_infinite_are_left_out_and_named(photos, spaces, tmp_path
     assert encoded == [6, 1]
 
 
-def cache_command(flags, photos, root):
-    argv = as_argv(flags | {"train_data_dir": photos, "latent_cache_dir": root, "cache_views": 2, "cache_only": True})
-    return [sys.executable, str(ROOT / "train_align_with_args.py"), *argv]
-
-
-@pytest.fixture
-def many_photos(tmp_path):
-    folder, rng = tmp_path / "many", np.random.default_rng(2)
-    folder.mkdir()
-    for number in range(5 * CHUNK_IMAGES + 3):
-        make_photo(rng, (40, 40)).save(folder / f"{number:03d}.png")
-    return folder
-
-
 def rows_of(root):
     """{address: its row in every column} of the one cache below `root`; no address is there twice."""
     (about,) = root.glob("*/about.json")
@@ -224,21 +199,25 @@ def rows_of(root):
     return {address: [column.tobytes() for column in row.values()] for address, row in zip(addresses, rows)}
 
 
-def test_two_runs_finish_a_killed_build_together(flags, many_photos, tmp_path):
+def test_two_runs_finish_a_killed_build_together(flags, tmp_path):
     """Catches a build that starts over or takes a half-written chunk for a whole one; rows that two runs encode, or that one
     corrupts; locks and temporary files that pile up."""
-    root = tmp_path / "killed"
-    argv = cache_command(flags, many_photos, root)[2:]
+    (tmp_path / "many").mkdir()
+    rng = np.random.default_rng(2)
+    for number in range(5 * CHUNK_IMAGES + 3):
+        make_photo(rng, (40, 40)).save(tmp_path / "many" / f"{number:03d}.png")
+    root, whole = tmp_path / "killed", tmp_path / "whole"
+    flags |= {"train_data_dir": tmp_path / "many", "cache_views": 2, "cache_only": True}
+    argv = as_argv(flags | {"latent_cache_dir": root})
     died = run_script("tests/mortal.py", "cache", "3", "--", *argv, check=False)  # while it writes its third chunk
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert len(rows_of(root)) == 2 * 2 * CHUNK_IMAGES
 
-    command = cache_command(flags, many_photos, root)
+    command = [sys.executable, str(ROOT / "train_align_with_args.py"), *argv]
     processes = [subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
     messages = [process.communicate(timeout=400)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], messages
-    whole = tmp_path / "whole"
-    train_script.main(cache_command(flags, many_photos, whole)[2:])
+    train_script.main(as_argv(flags | {"latent_cache_dir": whole}))
     assert len(rows_of(root)) == 2 * (5 * CHUNK_IMAGES + 3)
     assert rows_of(root) == rows_of(whole)
     assert not list(root.rglob("*.lock"))
@@ -292,7 +271,7 @@ def test_a_cache_needs_neither_locks_nor_memory_maps(photos, spaces, tmp_path, m
 
 def test_one_that_works_is_waited_for(tmp_path, monkeypatch, caplog):
     """A chunk that is encoded twice since its claimer takes longer than the other's patience; a chunk that nobody encodes since
-    its claimer has failed."""
+    its claimer has failed; one that is taken to stand still, as it shows no life for chunks that it has only claimed so far."""
     holder, locks, looks = FileLock(tmp_path / "chunk.lock"), ChunkLocks(tmp_path), []
     holder.acquire()
 
@@ -308,15 +287,11 @@ def test_one_that_works_is_waited_for(tmp_path, monkeypatch, caplog):
     assert locks.wait("chunk") and len(looks) == 8
     assert locks.patient and "have done nothing" not in caplog.text
     assert not ChunkLocks(tmp_path).claim("chunk")  # it is this one's now
-
-
-def test_those_who_wait_see_that_one_works(tmp_path):
-    """A process that is taken for one that stands still, since it shows no life for chunks that it has only claimed so far."""
-    locks = ChunkLocks(tmp_path)
-    assert locks.claim("a") and locks.claim("b")
+    claimer = ChunkLocks(tmp_path)
+    assert claimer.claim("a") and claimer.claim("b")
     for name in "ab":
         os.utime(tmp_path / f"{name}.lock", ns=(1, 1))
-    locks.show_life()
+    claimer.show_life()
     assert all((tmp_path / f"{name}.lock").stat().st_mtime_ns > 1 for name in "ab")
 
 

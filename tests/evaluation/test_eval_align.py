@@ -16,13 +16,20 @@ from evaluation import report
 from utils import UserError
 
 
-def test_metrics_json_holds_what_was_measured(judged):
-    """Infinity where JSON has none, names that do not survive, keys that others read and that are gone."""
+def test_metrics_json_holds_what_was_measured_once_for_each_rung(judged):
+    """Infinity where JSON has none, names that do not survive, keys that others read and that are gone; checkpoints of the
+    same VAEs judged in two passes, rungs that overwrite one another, weights mixed up."""
     assert judged.metrics == judged.results
     assert judged.metrics["images"] == len(HOSTILE)
     assert {os.path.basename(path)[:-4] for path in judged.metrics["paths"]} == set(HOSTILE)
     assert len(judged.metrics["unreadable"]) == 1
-    aligned = judged.metrics["ladder"]["aligned"]
+    ladder = judged.metrics["ladder"]
+    assert list(ladder) == ["vae1", "vae2", "reencode", "linear", "untrained", "aligned", "aligned_2"]
+    assert [each["row"] for each in judged.metrics["checkpoints"]] == ["aligned", "aligned_2"]
+    assert ladder["aligned"]["latent_mse"] != ladder["aligned_2"]["latent_mse"]
+    assert [figures["kind"] for figures in ladder.values()] == [*list(ladder)[:-1], "aligned"]
+    assert len({figures["label"] for figures in ladder.values()}) == len(ladder)
+    aligned = ladder["aligned"]
     for name in ("label", "latent_mse", "psnr", "ssim", "psnr_vs_vae2", "ssim_vs_vae2", "colour_bias", "macs", "parameters"):
         assert name in aligned
     assert len(aligned["latent_mse_by_channel"]) == 16
@@ -31,25 +38,11 @@ def test_metrics_json_holds_what_was_measured(judged):
     assert judged.metrics["left_out_metrics"].keys() == {"ms_ssim"}  # 32 px are too few
 
 
-def test_fixed_rungs_come_once_and_every_checkpoint_has_its_rung(judged):
-    """Checkpoints of the same VAEs judged in two passes, rungs that overwrite one another, weights mixed up."""
-    ladder = judged.metrics["ladder"]
-    assert list(ladder) == ["vae1", "vae2", "reencode", "linear", "untrained", "aligned", "aligned_2"]
-    assert [each["row"] for each in judged.metrics["checkpoints"]] == ["aligned", "aligned_2"]
-    assert ladder["aligned"]["latent_mse"] != ladder["aligned_2"]["latent_mse"]
-    assert [figures["kind"] for figures in ladder.values()] == [*list(ladder)[:-1], "aligned"]
-    assert len({figures["label"] for figures in ladder.values()}) == len(ladder)
-
-
 def test_a_checkpoint_of_other_vaes_is_refused_in_one_line(judged, vae_folders, tmp_path):
     """Figures beside each other that have other VAEs, and so other baselines."""
     other = save_checkpoint(tmp_path, vae_folders, ("tiny4", "kl16"), seed=2)
-    flags = {
-        **judged.flags,
-        "checkpoint": [judged.flags["checkpoint"][0], other],
-        "output_dir": tmp_path / "out",
-        "proxy": None,
-    }
+    checkpoints = [judged.flags["checkpoint"][0], other]
+    flags = {**judged.flags, "checkpoint": checkpoints, "output_dir": tmp_path / "out", "proxy": None}
     with pytest.raises(UserError, match=f"--checkpoint {other}: goes between other VAEs .* judge it by itself"):
         eval_align.main(as_argv(flags))
 
@@ -65,17 +58,14 @@ def test_a_checkpoint_alone_has_the_figures_it_has_beside_others(judged, vae_fol
     assert "<img" not in (tmp_path / "report.html").read_text(encoding="utf-8").split("<dialog")[0]
 
 
-def test_pictures_have_names_every_system_takes(judged):
-    """A picture whose name the file system refuses, or that overwrites another image's."""
+def test_files_have_names_every_system_takes_and_keep_no_password(judged):
+    """A picture whose name the file system refuses, or that overwrites another image's; a proxy's password in a file that is
+    passed on; a command that does not make the report again."""
     pictures = sorted(path.name for path in judged.out.glob("*.png"))
     assert len(pictures) == len(HOSTILE)
     assert all(re.fullmatch(r"\d{5}_.*\.png", name) and name.isprintable() and len(name.encode()) < 255 for name in pictures)
     with Image.open(judged.out / pictures[0]) as picture:
         picture.load()
-
-
-def test_command_is_repeatable_and_keeps_no_password(judged):
-    """A proxy's password in a file that is passed on; a command that does not make the report again."""
     for path in judged.out.glob("*.*"):
         assert b"secret" not in path.read_bytes(), path
     command = judged.metrics["settings"]["command"]

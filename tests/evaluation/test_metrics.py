@@ -41,13 +41,6 @@ def test_figures_of_textured_pictures_match_the_formula(name, size):
     assert name == "psnr" or max(expected) < 0.99
 
 
-def test_colour_bias_is_positive_where_the_picture_is_brighter():
-    """A bias with the sign turned, in image values, or with red and blue exchanged."""
-    original = torch.zeros(1, 3, 16, 16)
-    shifted = original + torch.tensor([20, 0, -10]).view(1, 3, 1, 1) / 127.5
-    assert metrics.colour_bias(to_8bit(shifted), to_8bit(original)) == [pytest.approx([20, 0, -10], abs=0.51)]
-
-
 def test_latent_metrics_match_the_formulas():
     """A mean over the batch in place of one per image, a square that is missing, a cosine by place instead of the whole."""
     rng = np.random.default_rng(2)
@@ -59,14 +52,6 @@ def test_latent_metrics_match_the_formulas():
     cosines = [formulas.cosine(*each) for each in zip(latents, target)]
     assert metrics.latent_cosine(*pair) == pytest.approx(cosines, abs=1e-5)
     np.testing.assert_allclose(metrics.latent_mse_by_channel(*pair), (error**2).mean(axis=(2, 3)), rtol=1e-5)
-
-
-def test_ms_ssim_is_left_out_where_the_library_refuses():
-    """A crash on images a little larger than 160 px, whose sixteenth the library rounds down."""
-    for size in (MS_SSIM_SIDE - 8, MS_SSIM_SIDE):
-        measures = Measures(("ms_ssim",), size)
-        assert (set(measures.left_out) == {"ms_ssim"}) == (size < MS_SSIM_SIDE)
-        assert ("ms_ssim" in measures.of_each_image(sample_of(*noisy_pair(size, count=1)))) == (size == MS_SSIM_SIDE)
 
 
 @pytest.mark.parametrize("scope", ["image", "set"])
@@ -104,7 +89,9 @@ def test_one_entry_in_the_table_is_measured_summed_up_and_shown(monkeypatch, jud
 
 
 def test_metrics_that_cannot_be_had_are_named(monkeypatch, tmp_path):
-    """A crash at the end of a long run, a metric that is left out silently, a traceback where there is no network."""
+    """A crash at the end of a long run, a metric that is left out silently, a traceback where there is no network; an
+    evaluation with its defaults that reaches for the network; a crash on images a little larger than 160 px, whose sixteenth
+    the library rounds down; a damaged installation of a library that ends an evaluation which did not need it."""
 
     def no_network(*_, **__):
         raise OSError("no route to host")
@@ -117,13 +104,16 @@ def test_metrics_that_cannot_be_had_are_named(monkeypatch, tmp_path):
     assert "no route to host" in measures.left_out["lpips"] and "python -c" in measures.left_out["lpips"]
     assert f"{MS_SSIM_SIDE} px" in measures.left_out["ms_ssim"]
     assert all("\n" not in why for why in measures.left_out.values())
-
-
-def test_nothing_is_downloaded_unasked(monkeypatch, tmp_path):
-    """An evaluation with its defaults that reaches for the network."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("a request"))
     assert set(Measures(DEFAULT_CHOICES, 32).left_out) == {"ms_ssim"}
+    for size in (MS_SSIM_SIDE - 8, MS_SSIM_SIDE):
+        measures = Measures(("ms_ssim",), size)
+        assert (set(measures.left_out) == {"ms_ssim"}) == (size < MS_SSIM_SIDE)
+        assert ("ms_ssim" in measures.of_each_image(sample_of(*noisy_pair(size, count=1)))) == (size == MS_SSIM_SIDE)
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # importing it raises; finding it raises too
+    measures = Measures(("ssim", "lpips"), 64)
+    assert "ssim" in measures.names and "lpips" not in measures.names
+    assert measures.left_out["lpips"]
 
 
 def test_the_networks_see_what_each_rung_made(monkeypatch):
@@ -140,29 +130,18 @@ def test_the_networks_see_what_each_rung_made(monkeypatch):
     assert found[1] == [0, 0] and found[2] != found[0]
 
 
-def test_a_library_that_breaks_is_a_reason_not_a_crash(monkeypatch):
-    """A damaged installation of a library that ends an evaluation which did not need it."""
-    monkeypatch.setitem(sys.modules, "torchvision", None)  # importing it raises; finding it raises too
-    measures = Measures(("ssim", "lpips"), 64)
-    assert "ssim" in measures.names and "lpips" not in measures.names
-    assert measures.left_out["lpips"]
-
-
 def test_summary_knows_which_way_is_worse():
-    """The best image called the worst; a deviation over n; a mean of colours that cancel out."""
+    """The best image called the worst; a deviation over n; a mean of colours that cancel out; infinity in a JSON file; an
+    undefined figure that hides behind a finite worst one."""
     values = {"aligned": {"psnr": [20.0, 26.0, 23.0], "latent_mse": [0.1, 0.4, 0.1], "colour_bias": [[1, 2, 3]] * 3}}
     summary = summarise(values)["aligned"]
     assert summary["psnr"] == {"mean": pytest.approx(23), "std": pytest.approx(3), "worst": 20.0, "worst_image": 0}
     assert summary["latent_mse"]["worst"] == 0.4
     assert summary["latent_mse"]["worst_image"] == 1
     assert "colour_bias" not in summary
-
-
-@pytest.mark.parametrize("odd", [math.inf, math.nan])
-def test_summary_of_infinite_and_undefined_figures_can_be_written(odd):
-    """Infinity in a JSON file; an undefined figure that hides behind a finite worst one."""
-    figures = summarise({"aligned": {"psnr": [30.0, odd]}})["aligned"]["psnr"]
-    assert figures["mean"] is None
-    assert figures["std"] is None
-    assert (figures["worst"], figures["worst_image"]) == ((30.0, 0) if odd == math.inf else (None, 1))
+    for odd, worst in ((math.inf, (30.0, 0)), (math.nan, (None, 1))):
+        figures = summarise({"aligned": {"psnr": [30.0, odd]}})["aligned"]["psnr"]
+        assert figures["mean"] is None
+        assert figures["std"] is None
+        assert (figures["worst"], figures["worst_image"]) == worst
     assert summarise({"aligned": {"psnr": [30.0]}})["aligned"]["psnr"]["std"] is None

@@ -10,7 +10,8 @@ from evaluation.pictures import PADDING, comparison_picture, comparison_rows
 
 
 def test_every_rung_has_its_picture_difference_and_latents_in_one_column():
-    """Decode + re-encode or a further checkpoint left out; a difference against the wrong picture or without its factor."""
+    """Decode + re-encode or a further checkpoint left out; a difference against the wrong picture or without its factor; an
+    absolute difference, a gain applied twice, or a wrap-around of large differences."""
     names = {"vae1": "VAE1", "vae2": "VAE2", "reencode": "re-encode", "aligned": "aligned", "aligned_2": "aligned 2"}
     levels_of = dict(zip(names, (0.1, 0.2, 0.25, 0.3, 0.35)))
     made = {row: (torch.full((4, 2, 2), level), torch.full((3, 8, 8), level)) for row, level in levels_of.items()}
@@ -24,6 +25,12 @@ def test_every_rung_has_its_picture_difference_and_latents_in_one_column():
     for (_, image), row in zip(latents[1:], names):
         torch.testing.assert_close(image, pictures.latents_as_rgb(made[row][0]))
     assert differences[0][1] is latents[0][1] is None
+    grey = torch.zeros(3, 4, 4)
+    assert torch.equal(pictures.difference_map(grey, grey), grey)
+    brighter = pictures.difference_map(grey + 0.02, grey)
+    torch.testing.assert_close(brighter, torch.full((3, 4, 4), 0.01 * pictures.DIFFERENCE_GAIN))
+    torch.testing.assert_close(pictures.difference_map(grey, grey + 0.02), -brighter)
+    assert pictures.difference_map(grey + 1, grey - 1).max() == 1
 
 
 def test_comparison_picture_shows_every_panel_apart():
@@ -44,16 +51,6 @@ def test_comparison_picture_shows_every_panel_apart():
     assert sheet.getpixel(corner) == (0, 255, 0)
     long = comparison_picture([[("a caption of some length", red), ("", None)]], 40)
     assert long.width > 2 * 100
-
-
-def test_difference_map_is_grey_for_equals_and_amplified_with_sign():
-    """An absolute difference, a gain applied twice, or a wrap-around of large differences."""
-    reference = torch.zeros(3, 4, 4)
-    assert torch.equal(pictures.difference_map(reference, reference), torch.zeros(3, 4, 4))
-    brighter = pictures.difference_map(reference + 0.02, reference)
-    torch.testing.assert_close(brighter, torch.full((3, 4, 4), 0.01 * pictures.DIFFERENCE_GAIN))
-    torch.testing.assert_close(pictures.difference_map(reference, reference + 0.02), -brighter)
-    assert pictures.difference_map(reference + 1, reference - 1).max() == 1
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 16])

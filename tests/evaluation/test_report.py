@@ -15,7 +15,7 @@ from evaluation import report, tables
 class Tags(HTMLParser):
     def __init__(self, page):
         super().__init__()
-        self.tags, self.open = [], []
+        self.tags = []
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):
@@ -50,8 +50,9 @@ def test_training_curves_are_drawn_from_the_runs_logs(judged):
     assert "loss: from 1 at 0 to 0.2 at 4" in section
 
 
-def test_logs_that_are_missing_or_damaged_give_no_curves(tmp_path):
-    """A report that fails for want of a log, or a name in a checkpoint that leads out of the log folder."""
+def test_logs_that_are_missing_damaged_or_older_are_read_as_far_as_they_go(tmp_path):
+    """A report that fails for want of a log, or a name in a checkpoint that leads out of the log folder; curves that go missing
+    after an update: older runs wrote no losses, and called VAE2's own reconstruction otherwise."""
     content = {"run": RUN, "config": {"log_dir": "elsewhere"}}
     checkpoint = tmp_path / "ckpt" / "align_pipeline_20260101_000000.pth"
     assert report.read_curves(checkpoint, content) is None
@@ -67,10 +68,6 @@ def test_logs_that_are_missing_or_damaged_give_no_curves(tmp_path):
     assert report.read_curves(checkpoint, content)["evaluations"] == {"aligned": {"psnr": [(1, 20)]}}
     for run in (None, 5, "", "../" + RUN):
         assert report.run_folder(checkpoint, {**content, "run": run}) is None
-
-
-def test_an_older_runs_log_is_read_under_the_names_of_today():
-    """Curves that go missing after an update: older runs wrote no losses, and called VAE2's own reconstruction otherwise."""
     entries = [{"step": 4, "epoch": 1.0, "ladder": {"ceiling": {"psnr": 30.0}, "aligned": {"psnr": 20.0}}}]
     curves = report.evaluation_curves(entries)
     assert curves == {"vae2": {"psnr": [(4, 30.0)]}, "aligned": {"psnr": [(4, 20.0)]}}

@@ -44,16 +44,6 @@ def test_verdict_weighs_distortion_and_perception(gain, nearer, answer, said):
     assert found["perceptually_better_on"] == (40 if nearer > 0 else 0)
 
 
-def test_verdict_without_a_perceptual_distance_says_so():
-    """A verdict on PSNR alone that passes for one on both."""
-    results = results_of([1.0] * 40)
-    for figures in results["per_image"].values():
-        del figures["st_lpips_vgg"]
-    found = verdict(results)
-    assert found["answer"] == "yes" and found["perceptual_gain"] is None
-    assert "No perceptual distance" in found["weaknesses"][0]
-
-
 @pytest.mark.parametrize(("gain", "said"), [(4.0, "stays 1.00 dB below"), (6.0, "by 1.00 dB"), (5.0, "stays 0.00 dB below")])
 def test_verdict_says_on_which_side_of_vae2_the_module_stands(gain, said):
     """A module that passes VAE2's own reconstruction, called below it or impossible."""
@@ -72,8 +62,15 @@ def test_verdict_says_when_pictures_are_soft(detail, rival, soft):
 
 
 def test_verdict_names_the_weaknesses_and_only_those():
-    """A weakness that is passed over, or one that is held against a module which lacks it."""
+    """A weakness that is passed over, or one that is held against a module which lacks it; a verdict on PSNR alone that passes
+    for one on both."""
     assert verdict(results_of([1.0] * 40))["weaknesses"] == []
+    results = results_of([1.0] * 40)
+    for figures in results["per_image"].values():
+        del figures["st_lpips_vgg"]
+    found = verdict(results)
+    assert found["answer"] == "yes" and found["perceptual_gain"] is None
+    assert "No perceptual distance" in found["weaknesses"][0]
     weak = results_of(
         [1.0] * 39 + [-2.0], aligned={"colour_bias": [0.2, -1.4, 0.0], "latent_mse": 0.2, "ssim": 0.7}, unreadable=["x"]
     )

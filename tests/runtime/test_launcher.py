@@ -75,14 +75,11 @@ def test_a_launchers_environment_that_does_not_fit_is_one_line(monkeypatch, laun
     refusal(lambda: create_accelerator("cpu", "float32"), name)
 
 
-def test_the_environment_does_not_change_what_is_learnt(monkeypatch):
-    """A launcher's gradient accumulation that divides every gradient though flags and seed are the same."""
+def test_neither_the_environment_nor_an_earlier_run_changes_what_is_learnt(monkeypatch):
+    """A launcher's gradient accumulation that divides every gradient though flags and seed are the same; Accelerate's memory
+    of the run before: a refusal, or bfloat16 where float32 was asked for."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     assert create_accelerator("cpu", "float32").gradient_accumulation_steps == 1
-
-
-def test_a_second_run_in_one_interpreter_has_its_own_precision():
-    """Accelerate's memory of the run before: a refusal, or bfloat16 where float32 was asked for."""
     assert [create_accelerator("cpu", name).mixed_precision for name in ("bfloat16", "float32")] == ["bf16", "no"]
 
 

@@ -90,7 +90,8 @@ def test_processes_end_together_by_the_slowest_one(time):
 
 
 def test_a_resumed_run_has_what_is_left_and_goes_on_where_its_schedule_stood(time):
-    """A budget that starts anew at each resume; time between the sessions that counts; a learning rate that jumps."""
+    """A budget that starts anew at each resume; time between the sessions that counts; a learning rate that jumps; a finished
+    run that cannot be given more time, or whose time starts from nothing."""
     first = Budget(budget.UNKNOWN, 1.0)
     before = steps_of(first, time, lambda step: 0.5, until=50)
     kept = first.state_dict()
@@ -103,17 +104,11 @@ def test_a_resumed_run_has_what_is_left_and_goes_on_where_its_schedule_stood(tim
     assert after[0][1] == before[-1][1] == pytest.approx(50 / 120, abs=0.02)
     assert 34 < time.now - begun <= 35
     assert second.is_over(second.end)
-
-
-def test_another_time_given_at_a_resume_counts_from_the_runs_start(time):
-    """A finished run that cannot be trained on, or whose time starts from nothing."""
-    first = Budget(budget.UNKNOWN, 1.0)
-    step = steps_of(first, time, lambda step: 0.5)[-1][0]
     longer = Budget(budget.UNKNOWN, 2.0)
-    longer.load_state_dict(first.state_dict())
-    assert not longer.is_over(step)
+    longer.load_state_dict(second.state_dict())
+    assert not longer.is_over(second.end)
     begun = time.now
-    positions = steps_of(longer, time, lambda step: 0.5, step=step)
+    positions = steps_of(longer, time, lambda step: 0.5, step=second.end)
     assert positions[0][1] == pytest.approx(0.5, abs=0.01)
     assert 58 < time.now - begun <= 61
 

@@ -25,29 +25,24 @@ def test_half_written_checkpoints_do_not_pile_up(tmp_path):
 
 
 def test_runs_that_start_together_have_names_of_their_own(tmp_path):
-    """Two runs of one second that write one log and one best checkpoint; also where they share only `save_dir`."""
+    """Two runs of one second that write one log and one best checkpoint; also where they share only `save_dir`; a best module
+    that a run with another `log_dir` overwrites after the first one ended; two processes that resume one run and write into
+    each other's logs; a claim that outlives its run."""
     claims = [claim_name(tmp_path / "runs", tmp_path / "ckpt") for _ in range(3)]
     claims += [claim_name(tmp_path / "elsewhere", tmp_path / "ckpt") for _ in range(3)]
     assert len({name for name, _ in claims}) == 6
     assert len(list((tmp_path / "elsewhere").iterdir())) == 3  # no folder of a name that was given up
-
-
-def test_a_name_whose_best_checkpoint_is_there_is_not_taken(tmp_path):
-    """A best module that a run with another `log_dir` overwrites after the first one ended."""
     name, lock = claim_name(tmp_path / "a", tmp_path)
     (tmp_path / f"align_best_{name.removeprefix('align_')}.pth").touch()
     release_name(lock)
     assert claim_name(tmp_path / "b", tmp_path)[0] > name
-
-
-def test_a_run_that_goes_on_elsewhere_is_refused(tmp_path):
-    """Two processes that resume one run and write into each other's logs; a claim that outlives its run."""
-    name, lock = claim_name(tmp_path, tmp_path)
+    folder = tmp_path / "resumed"
+    name, lock = claim_name(folder, folder)
     with pytest.raises(UserError, match=f"^{name}: another process is going on with this run"):
-        claim_name(tmp_path, tmp_path, name)
+        claim_name(folder, folder, name)
     release_name(lock)
-    release_name(claim_name(tmp_path, tmp_path, name)[1])
-    assert not list(tmp_path.glob(".*.lock"))
+    release_name(claim_name(folder, folder, name)[1])
+    assert not list(folder.glob(".*.lock"))
 
 
 def test_programs_that_start_together_keep_their_results_apart(flags, tmp_path):

@@ -3,8 +3,6 @@
 import gzip
 import json
 import math
-import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,10 +35,12 @@ def test_losses_are_in_json_lines_and_in_tensorboard_alike(tmp_path):
     assert [step for step, _ in scalars["train/learning_rate"]] == [1, 2, 3]
 
 
-def test_a_resumed_runs_log_repeats_no_point_and_keeps_what_came_before(tmp_path):
+def test_a_resumed_runs_log_repeats_no_point_and_keeps_what_came_before(tmp_path, monkeypatch):
     """Points beyond the checkpoint that stay beside the resumed run's; a torn last line; event files that are read in the
-    wrong order since both were begun within a second."""
-    first = RunLog(tmp_path)
+    wrong order since both were begun within a second; a second that every new run loses for that."""
+    with monkeypatch.context() as patch:
+        patch.setattr("training.log.time.sleep", lambda _: pytest.fail("a new log waits"))
+        first = RunLog(tmp_path)
     for step in (1, 2, 3):
         first.step = step
         first.log_training(loss=float(step), learning_rate=0.5)
@@ -53,14 +53,6 @@ def test_a_resumed_runs_log_repeats_no_point_and_keeps_what_came_before(tmp_path
     second.close()
     assert [(line["step"], line["loss"]) for line in lines_of(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert read_scalars(tmp_path)["train/loss"] == [(1, 1.0), (2, 2.0), (3, 30.0)]
-
-
-def test_a_new_log_waits_for_nothing(tmp_path, monkeypatch):
-    """A second that every run loses at its start for the sake of resumed ones."""
-    waits = []
-    monkeypatch.setattr("training.log.time", SimpleNamespace(time=time.time, sleep=waits.append))
-    RunLog(tmp_path).close()
-    assert not waits
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -91,10 +83,3 @@ def test_a_run_says_how_fast_it_was_and_where_the_time_went(flags, tmp_path, cap
     assert all(shares[part] > 0 for part in ("waiting for data", "module", "losses and decoding", "backward", "optimizer"))
     with gzip.open(run.event_files[0].parent / TRACE) as file:
         assert any("conv" in event["name"] for event in json.load(file)["traceEvents"])
-
-
-def test_without_the_flag_nothing_is_profiled(flags, tmp_path, capsys):
-    """A profiler that slows every run down, or a line about one that never was."""
-    run = train(flags, tmp_path, **QUIET, max_train_steps=6)
-    assert "images/s" in capsys.readouterr().out
-    assert not [tag for tag in run.scalars if tag.startswith("profile/")] and not list(tmp_path.rglob(TRACE))

@@ -1,6 +1,5 @@
 """The Muon optimizer."""
 
-import copy
 from types import SimpleNamespace
 
 import pytest
@@ -82,19 +81,3 @@ def test_a_masked_step_changes_nothing(kind):
         same = [torch.equal(parameter, old) for parameter, old in zip(parameters, before)]
         assert all(same) if not ok else not any(same)
         assert all(parameter.isfinite().all() for parameter in parameters)
-
-
-def test_state_travels_with_the_checkpoint():
-    """Momentum that a resumed run lacks, or an AdamW inside that goes on with the moments of before."""
-    parameters = matrices_and_others()
-    optimizer = Muon(*parameters, lr=0.02, weight_decay=0.1)
-    give_gradients([*parameters[0], *parameters[1]], 0)
-    optimizer.step()
-    copies = [[each.detach().clone().requires_grad_() for each in part] for part in parameters]
-    resumed = Muon(*copies, lr=1, weight_decay=0)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for group, each in ((parameters, optimizer), (copies, resumed)):
-        give_gradients([*group[0], *group[1]], 1)
-        each.step()
-    for mine, other in zip([*copies[0], *copies[1]], [*parameters[0], *parameters[1]]):
-        assert torch.equal(mine, other)

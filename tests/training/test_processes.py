@@ -35,23 +35,22 @@ def pair(vae_folders, photo_folders, tmp_path_factory):
     return one, results_of(together), ended.stderr
 
 
-def test_the_run_really_has_two_processes(pair):
-    """A launcher that starts two independent runs, or one process only; the summary is said once, by the main process."""
-    _, _, stderr = pair
-    summaries = [line for line in stderr.splitlines() if " parameters, " in line]
-    assert len(summaries) == 1, stderr
-    assert summaries[0].endswith("2 processes"), summaries[0]
-    assert f"{STEPS} steps of 4 images" in summaries[0]
-
-
-def test_loss_follows_the_single_process_run_of_the_same_global_batch(pair):
-    """Both processes on the same slice, gradients summed instead of averaged, or the main process's own loss logged."""
+def test_losses_rates_and_weights_follow_the_single_process_run_of_the_same_global_batch(pair):
+    """Both processes on the same slice, gradients summed instead of averaged or not shared, or the main process's own loss
+    logged; Accelerate's prepared schedulers step once per process, which halves warm-up and epochs."""
     one, two, _ = pair
     losses = [dict(run.scalars["train/loss"]) for run in (one, two)]
     assert list(losses[0]) == list(losses[1]) == list(range(1, STEPS + 1))
     assert list(losses[1].values()) == pytest.approx(list(losses[0].values()), rel=1e-3)
     norms = [dict(run.scalars["train/grad_norm"]) for run in (one, two)]
     assert list(norms[1].values()) == pytest.approx(list(norms[0].values()), rel=1e-2)
+    torch.testing.assert_close(two.last["state_dict"], one.last["state_dict"], rtol=1e-2, atol=1e-4)
+    for run in (one, two):
+        logged = run.scalars["train/learning_rate"]
+        assert [step for step, _ in logged] == list(range(1, STEPS + 1))
+        assert [value for _, value in logged] == pytest.approx(
+            [specified(step, 3, 1e-3, 4, 2, 0.5) for step in range(STEPS)], rel=1e-5
+        )
 
 
 def test_both_processes_judge_and_find_what_one_finds_to_the_last_digit(pair):
@@ -64,25 +63,14 @@ def test_both_processes_judge_and_find_what_one_finds_to_the_last_digit(pair):
         assert together["aligned"]["psnr"] == pytest.approx(alone["aligned"]["psnr"], rel=1e-3)
 
 
-def test_final_weights_follow_the_single_process_run(pair):
-    """Gradients that are not shared between the processes."""
-    one, two, _ = pair
-    torch.testing.assert_close(two.last["state_dict"], one.last["state_dict"], rtol=1e-2, atol=1e-4)
-
-
-def test_learning_rate_is_not_advanced_once_per_process(pair):
-    """Accelerate's prepared schedulers step once per process, which halves warm-up and epochs."""
-    for run in pair[:2]:
-        logged = run.scalars["train/learning_rate"]
-        assert [step for step, _ in logged] == list(range(1, STEPS + 1))
-        assert [value for _, value in logged] == pytest.approx(
-            [specified(step, 3, 1e-3, 4, 2, 0.5) for step in range(STEPS)], rel=1e-5
-        )
-
-
 def test_only_the_main_process_writes(pair):
-    """Every process saving its own checkpoint or opening its own event file; a temporary file left behind."""
-    one, two, _ = pair
+    """A launcher that starts two independent runs; every process saving its own checkpoint or opening its own event file; a
+    temporary file left behind."""
+    one, two, stderr = pair
+    summaries = [line for line in stderr.splitlines() if " parameters, " in line]
+    assert len(summaries) == 1, stderr
+    assert summaries[0].endswith("2 processes"), summaries[0]
+    assert f"{STEPS} steps of 4 images" in summaries[0]
     assert len(one.checkpoints) == len(two.checkpoints) == 3  # epochs 2 and 4 and step 7, no more at the end
     assert len(two.event_files) == 1
     written = sorted(entry.name.split("_2")[0] + entry.suffix for entry in two.checkpoints[0].parent.iterdir())

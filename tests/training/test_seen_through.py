@@ -1,9 +1,7 @@
 """--seen_through: which picture an image module is shown, and that it is the same with and without the cache."""
 
 import numpy as np
-import pytest
 import torch
-from hostile import refusal
 from runs import QUIET, assert_same_tensors, same_weights, train
 
 from images.decoding import to_pixel_values
@@ -13,13 +11,10 @@ from vaes.loading import load_vae_model
 RECIPE = {**QUIET, "input_types": ["image"], "max_train_steps": 4, "decoder_loss_weight": 1.0, "reencode_target": 0.5}
 
 
-@pytest.fixture
-def codecs(vae_folders):
-    return [Codec(load_vae_model(vae_folders[name], "", None, "cpu", torch.float32)) for name in ("kl4", "kl4_stride4")]
-
-
-def test_each_image_is_seen_through_its_own_vae_or_none(codecs):
+def test_each_image_is_seen_through_its_own_vae_or_none(vae_folders):
     """Catches a picture of the wrong VAE, of another image of the batch, not clamped, and VAEs that are never drawn."""
+    folders = [vae_folders[name] for name in ("kl4", "kl4_stride4")]
+    codecs = [Codec(load_vae_model(folder, "", None, "cpu", torch.float32)) for folder in folders]
     images = to_pixel_values(
         torch.randint(0, 256, (24, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     )
@@ -32,31 +27,14 @@ def test_each_image_is_seen_through_its_own_vae_or_none(codecs):
         torch.testing.assert_close(picture, wanted, atol=1e-5, rtol=1e-4)
 
 
-def test_the_cache_shows_what_training_without_it_shows(flags, vae_folders, tmp_path):
-    """Catches a cache of VAE1's picture, or of the image itself, in its place; a turn that depends on what is in the folder."""
+def test_the_cache_and_a_resumed_run_show_what_training_without_them_shows(flags, vae_folders, tmp_path):
+    """Catches a cache of VAE1's picture, or of the image itself, in its place; a turn that depends on what is in the folder;
+    pictures drawn anew by a resumed run."""
     seen = {"seen_through": [str(vae_folders["kl4_stride4"])], **RECIPE}
     cached = train(flags, tmp_path / "cached", **seen, cache_views=2)
     online = train(flags, tmp_path / "online", **seen, cache_views=2, no_cache_latents=True)
     plain = train(flags, tmp_path / "plain", **RECIPE | {"reencode_target": 0.0})
     assert np.allclose(cached.scalars["train/loss"], online.scalars["train/loss"], rtol=5e-3)
     assert not same_weights(cached.last, plain.last)
-
-
-def test_a_resumed_run_ends_bit_identical(flags, vae_folders, tmp_path):
-    """Catches pictures drawn anew by a resumed run."""
-    seen = {"seen_through": [str(vae_folders["kl4_stride4"])], **RECIPE}
-    whole = train(flags, tmp_path / "whole", **seen)
-    train(flags, tmp_path / "broken", **seen | {"max_train_steps": 2})
-    assert_same_tensors(train(flags, tmp_path / "broken", **seen, resume=True).last, whole.last)
-
-
-def test_a_module_that_takes_latents_is_refused(flags, vae_folders, tmp_path):
-    """Catches a flag that is ignored: such a module sees VAE1's picture."""
-    said = refusal(lambda: train(flags, tmp_path, seen_through=[str(vae_folders["kl4"])], input_types=["latent"]))
-    assert "--seen_through" in said and "--input_types image" in said
-
-
-def test_a_dry_run_plans_the_cache(flags, vae_folders, tmp_path, capsys):
-    """Catches a plan that fails for want of VAE1's latents."""
-    train(flags, tmp_path, **RECIPE, seen_through=[str(vae_folders["kl4"])], dry_run=True)
-    assert "step" in capsys.readouterr().out
+    train(flags, tmp_path / "broken", **seen | {"max_train_steps": 2}, cache_views=2)
+    assert_same_tensors(train(flags, tmp_path / "broken", **seen, cache_views=2, resume=True).last, cached.last)

@@ -51,25 +51,17 @@ def test_an_older_config_is_read(tmp_path):
 # What must be said before hours go into a run
 
 
-REFUSED = {  # changes to a run's flags, and what the line says
+REFUSED = {  # changes to a run's flags, and the parts of the line
     "cache only without a cache": ({"cache_only": True, "no_cache_latents": True}, "--cache_only"),
-    "image size that no stride divides": ({"image_size": 33}, "--image_size 33"),
     "module larger than the memory": ({"hidden_channels": 8192, "num_blocks": 1000}, "--hidden_channels"),
     "evaluation batch larger than the memory": ({"eval_batch_size": 65536, "image_size": 16384}, "--eval_batch_size"),
-    "config into nowhere": ({"config_save_path": "/proc/x/config.json"}, "--config_save_path /proc/x/config.json"),
     "config onto a folder": ({"config_save_path": "{}"}, "--config_save_path"),
-    "config below a file": ({"config_save_path": "{}/file/config.json"}, "--config_save_path"),
-    "checkpoints below a device": ({"save_dir": "/dev/null/x"}, "--save_dir /dev/null/x"),
     "checkpoints onto a file": ({"save_dir": "{}/file"}, "--save_dir"),
-    "logs into the system": ({"log_dir": "/proc/x"}, "--log_dir /proc/x"),
     "logs onto a file": ({"log_dir": "{}/file"}, "--log_dir"),
     "logs that are not utf-8": ({"log_dir": os.fsdecode(b"\xff\xfe")}, "--log_dir \\udcff\\udcfe"),
-    "logs with too long a name": ({"log_dir": "{}/" + "x" * 300}, "--log_dir"),
     "cache onto a file": ({"latent_cache_dir": "{}/file"}, "--latent_cache_dir"),
-    "cache below a device": ({"latent_cache_dir": "/dev/null/x"}, "--latent_cache_dir /dev/null/x"),
     "decoder that is not there": ({"decoder_loss_weight": 1, "decoder_loss_path": "{}/none"}, "--decoder_loss_path"),
     "decoder of another space": ({"decoder_loss_weight": 1, "decoder_loss_path": "kl4"}, "--decoder_loss_path"),
-    "images that are a file": ({"train_data_dir": "{}/file"}, "--train_data_dir"),
     "images in a pipe": ({"eval_data_dir": "{}/pipe"}, "--eval_data_dir"),
     "images that are nowhere": ({"train_data_dir": "{}/none", "vae1_path": "{}/none"}, "--train_data_dir"),
     "a checkpoint without a name": ({"resume": ""}, "--resume ''"),
@@ -78,6 +70,19 @@ REFUSED = {  # changes to a run's flags, and what the line says
     "a module's layers, and no start": ({"init_module": "module.safetensors"}, "--init_module module.safetensors"),
     "compiling without a compiler": ({"compile": True}, "--compile"),
     "device that nobody has": ({"device": "cuda:99"}, "--device cuda:99"),
+    "re-encoded targets for images alone": (
+        {"input_types": ["image"], "reencode_target": 0.5},
+        "--reencode_target 0.5: ",
+        "latent among the input types",
+    ),
+    "pictures through VAEs for latents": (
+        {"input_types": ["latent"], "seen_through": ["{}"]},
+        "--seen_through",
+        "--input_types image",
+    ),
+    "size whose nearest good one is named": ({"image_size": 36}, "--image_size", "32"),
+    "VAE that is not there": ({"vae2_path": "{}/no_vae"}, "--vae2_path", "no_vae"),
+    "folder without images": ({"eval_data_dir": "{}/empty"}, "--eval_data_dir", "empty"),
 }
 
 
@@ -90,10 +95,11 @@ def test_flags_that_cannot_work_together_are_refused_before_anything_is_encoded(
     monkeypatch.setattr("vaes.loading.FrozenVAE.model", property(lambda vae: pytest.fail("a VAE's weights are read")))
     monkeypatch.setattr("utils.torch.compile", lambda _: lambda _: (_ for _ in ()).throw(RuntimeError("no compiler")))
     (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "pipe")
-    changes, said = REFUSED[kind]
+    changes, *said = REFUSED[kind]
     changes = {name: value.replace("{}", str(tmp_path)) if isinstance(value, str) else value for name, value in changes.items()}
     if changes.get("decoder_loss_path") == "kl4":
         changes["decoder_loss_path"] = vae_folders["kl4"]
     monkeypatch.chdir(tmp_path)
-    refusal(lambda: train_script.main(as_argv(flags | changes)), said)
+    refusal(lambda: train_script.main(as_argv(flags | changes)), *said)

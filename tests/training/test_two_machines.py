@@ -40,10 +40,8 @@ def run_machines(script, argv, folder, torchrun=False):
             job = {"nnodes": 2, "node_rank": number, "nproc_per_node": 1, "master_addr": "127.0.0.1", "master_port": port}
             launcher, env = [sys.executable, "-m", "torch.distributed.run", *as_argv(job)], {}
         env = {name: str(value) for name, value in env.items()} | {"WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-        command, options = (
-            [*launcher, str(ROOT / script), *argv],
-            {"cwd": folder / str(number), "env": child_environment(**env)},
-        )
+        command = [*launcher, str(ROOT / script), *argv]
+        options = {"cwd": folder / str(number), "env": child_environment(**env)}
         machines.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options))
     said = [machine.communicate(timeout=300)[1] for machine in machines]
     return [machine.returncode for machine in machines], said
