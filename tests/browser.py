@@ -1,6 +1,5 @@
 """A real Chromium without a window, driven over DevTools' pipe with the standard library alone."""
 
-import base64
 import json
 import os
 import select
@@ -150,11 +149,6 @@ class Browser:
         event = {"key": key, "code": code, "windowsVirtualKeyCode": number}
         self.call("Input.dispatchKeyEvent", type="keyDown", **event, **({"text": text} if text else {}))
         self.call("Input.dispatchKeyEvent", type="keyUp", **event)
-
-    def screenshot(self, path, whole: bool = True) -> None:
-        """A PNG of the page, or of what is in view."""
-        data = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
-        Path(path).write_bytes(base64.b64decode(data))
 
     def complaints(self) -> list:
         """What went wrong in the page so far: exceptions, console errors and warnings, whatever the policy refused."""

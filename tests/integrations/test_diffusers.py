@@ -1,11 +1,10 @@
 """What integrations/diffusers.md prints, run with tiny random pipelines of the real classes; packing; AutoModel."""
 
 import re
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT
 from real_pipelines import PIPELINES, build
 
 from runtime.cli import MISTAKES
@@ -87,18 +86,3 @@ def test_what_cannot_be_packed_is_one_line():
     """A reshape that fails, or that fits by chance and mixes the picture."""
     with pytest.raises(MISTAKES, match="even h and w"):
         pack(torch.randn(1, 16, 7, 8))
-
-
-def test_auto_model_loads_an_exported_folder(tmp_path):
-    """An exported folder without the code or the names that AutoModel looks for."""
-    pipeline = module_from("sd15")
-    pipeline.save_pretrained(tmp_path / "exported")
-    script = (
-        "import sys, torch, diffusers\n"
-        "align = diffusers.AutoModel.from_pretrained('exported', trust_remote_code=True, torch_dtype=torch.bfloat16)\n"
-        "print(align.space2.name, align.module.out.weight.dtype, 'vae_align' in sys.modules)\n"
-    )
-    places = {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    code = f"import sys; sys.argv.pop(); exec({script!r})"
-    told = run_script("", launcher=[sys.executable, "-c", code], env=places, cwd=tmp_path)
-    assert told.stdout.split() == ["flux1", "torch.bfloat16", "False"]

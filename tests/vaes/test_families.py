@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+from conftest import ROOT
 from families import EVERY_CLASS, RECIPES, make_family, save_class
 from hostile import refusal
 
-from vae_align import LatentSpace, align_module
+from vae_align import CHANNELS, AlignConfig, AlignPipeline, align_module
 from vaes.codec import Codec
 from vaes.conventions import CONVENTIONS
 from vaes.families import FAMILIES, SPACES, family_of, named_space, table_of_families
@@ -232,21 +233,6 @@ def test_every_class_and_every_row_is_tested():
     assert {SPACE_OF.get(name, name) for name in RECIPES} == {family.name for family in FAMILIES}
 
 
-def test_numbers_of_the_table_are_those_of_the_classes():
-    """A constant mistyped: diffusers' class defaults have the same."""
-    for name in [
-        "wan21",
-        "qwen-image-2.1",
-        "hunyuan-video",
-        "hunyuan-video-1.5",
-        "cogvideox",
-        "easyanimate",
-        "mochi",
-        "cosmos1",
-    ]:
-        assert Codec(make_family(name)).space is SPACES[name]
-
-
 def test_aliases_name_one_space_each():
     """z-image that means nothing, case that matters, or a name that two rows claim."""
     assert named_space("z-image") is named_space("Z_Image") is SPACES["flux1"]
@@ -267,28 +253,8 @@ def test_a_name_that_does_not_fit_is_refused_with_those_that_do():
     refusal(lambda: named_space("glm-image"), "glm-image", "config")
 
 
-def test_kandinskys_exception_is_taken_on_request_only():
-    """FLUX.1's VAE without its shift because a row of the table says so, or Kandinsky's latents 0.042 off."""
-    model = make_family("flux1")
-    with_shift, without = Codec(model), Codec(model, space="kandinsky-5")
-    assert (with_shift.space, without.space) == (SPACES["flux1"], SPACES["kandinsky5"])
-    off = without.encode(images(8)) - with_shift.encode(images(8))
-    torch.testing.assert_close(off, torch.full_like(off, 0.1159 * 0.3611))
-
-
-def test_the_spaces_maps_are_their_families():
-    """to_scaled of a row that divides where its VAE multiplies."""
-    space = SPACES["cosmos1"]
-    assert isinstance(space, LatentSpace)
-    codec = Codec(make_family("cosmos1"))
-    raw = torch.randn(1, 16, 2, 2)
-    torch.testing.assert_close(space.to_scaled(raw), codec._map.to_scaled(raw))
-
-
 def test_a_wrong_number_of_channels_names_the_spaces_that_have_it():
     """A list in the inference file that falls behind the table, or an error that does not say whose latents these are."""
-    from vae_align import CHANNELS, AlignConfig, AlignPipeline
-
     for count, names in CHANNELS.items():
         assert names.split(", ") == [family.name for family in FAMILIES if family.channels == count]
     assert set(CHANNELS) == {family.channels for family in FAMILIES}
@@ -299,8 +265,6 @@ def test_a_wrong_number_of_channels_names_the_spaces_that_have_it():
 @pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
 def test_the_readmes_table_is_the_codes(readme):
     """A family that the README does not list, or a number that changed in one of the two."""
-    from conftest import ROOT
-
     assert table_of_families() in (ROOT / readme).read_text(encoding="utf-8")
 
 
@@ -356,8 +320,6 @@ def test_latents_that_are_no_picture_are_one_line():
 
 def test_translate_takes_what_a_pipeline_gives():
     """A helper that exists beside a translate that refuses the same latents."""
-    from vae_align import AlignConfig, AlignPipeline
-
     config = AlignConfig(("latent",), 16, 4, 8, 1)
     pipeline = AlignPipeline(align_module(config).eval(), SPACES["flux1"], SPACES["sd15"])
     tokens = torch.randn(1, 6, 64)

@@ -9,7 +9,6 @@ import re
 import resource
 import shutil
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -87,26 +86,6 @@ def test_a_checkpoint_gives_the_same_pipeline_back(vae_folders, tmp_path, input_
     assert torch.equal(again.codec2.encode(image), pipeline.codec2.encode(image))
 
 
-def test_training_afterwards_does_not_change_what_was_saved(saved):
-    """Tensors shared with the file's content, or the live module in the place of a copy."""
-    pipeline, path = saved
-    expected = pipeline.translate(*make_inputs())
-    with torch.no_grad():
-        for parameter in pipeline.module.parameters():
-            parameter.zero_()
-    assert torch.equal(PipelineWithVAEs.from_checkpoint(path).translate(*make_inputs()), expected)
-
-
-def test_plain_torch_reads_the_file_without_running_code(saved):
-    """An object of ours (config, path, dtype) among the content: a file that only pickle can read."""
-    pipeline, path = saved
-    content = torch.load(path, weights_only=True)
-    assert content["state_dict"].keys() == pipeline.module.state_dict().keys()
-    assert content["vae2"]["channels"] == 16
-    assert (content["vae2"]["space"]["name"], content["vae2"]["space"]["mean"][0]) == ("flux1", pytest.approx(0.1159))
-    assert all(tensor.device.type == "cpu" for tensor in content["state_dict"].values())
-
-
 def test_paths_given_as_path_objects_can_be_read_back(vae_folders, tmp_path):
     """A pathlib.Path in the file, which weights_only refuses: a checkpoint that is written and never read again."""
     codecs = [Codec(load_vae_model(vae_folders[name], "", None, "cpu", torch.float32), vae_folders[name]) for name in NAMES]
@@ -116,13 +95,6 @@ def test_paths_given_as_path_objects_can_be_read_back(vae_folders, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # With and without VAEs
-
-
-def test_translate_needs_neither_vae(orphan):
-    """VAEs that are loaded or looked for although the module is only moved and used."""
-    pipeline, path = orphan
-    again = PipelineWithVAEs.from_checkpoint(path).to("cpu")
-    assert torch.equal(again.translate(*make_inputs()), pipeline.translate(*make_inputs()))
 
 
 def test_a_vae_that_is_gone_is_one_line_that_names_it(orphan):
@@ -143,14 +115,13 @@ def test_vae_of_a_relative_path_is_found_from_another_directory(vae_folders, tmp
     assert PipelineWithVAEs.from_checkpoint(path).codec2.channels == 16
 
 
-@pytest.mark.parametrize("given", ["folder", "path", "subfolder", "lazy", "object"])
+@pytest.mark.parametrize("given", ["path", "subfolder", "lazy", "object"])
 def test_vaes_can_be_named_anew(orphan, vae_folders, given):
     """An override that is ignored, taken only as text, or that must lie in the recorded subfolder."""
     path = orphan[1]
     vae2 = {
-        "folder": str(vae_folders["kl16"]),
         "path": vae_folders["kl16"],
-        "subfolder": vae_folders["nested"],
+        "subfolder": str(vae_folders["nested"]),
         "lazy": load_vae_model(vae_folders["kl16"], "", None, "cpu", torch.float32),
         "object": load_vae_model(vae_folders["kl16"], "", None, "cpu", torch.float32).model,
     }[given]
@@ -210,30 +181,15 @@ def test_two_saves_within_a_second_get_two_names_that_sort(saved):
     assert [read_checkpoint(path)["step"] for path in paths] == [7, 8, 9, 10, 11]
 
 
-def test_a_clock_that_went_back_does_not_change_the_order(saved):
-    """A checkpoint of the future sorts after everything saved from now on."""
+def test_a_folder_stands_for_its_newest_checkpoint(saved):
+    """The oldest, the one that the file system lists last, or a renamed copy: `align_pipeline_best.pth` sorts after every
+    date."""
     pipeline, first = saved
-    future = first.rename(first.parent / "align_pipeline_20991231_235959.pth")
-    latest = save(pipeline, first.parent, step=8)
-    assert latest.name > future.name
-    assert NAME.fullmatch(latest.name)
-
-
-def test_a_folder_stands_for_its_newest_checkpoint(saved, tmp_path):
-    """The oldest, or the one that the file system lists last."""
-    pipeline, first = saved
+    shutil.copy(first, first.parent / "align_pipeline_best.pth")
     latest = save(pipeline, first.parent, step=8)
     os.utime(first)  # touched later, but not newer
     assert read_checkpoint(first.parent)["step"] == 8
     assert PipelineWithVAEs.from_checkpoint(latest.parent).progress["step"] == 8
-
-
-def test_a_renamed_copy_does_not_pass_for_the_newest(saved):
-    """`align_pipeline_best.pth` sorts after every date."""
-    pipeline, first = saved
-    shutil.copy(first, first.parent / "align_pipeline_best.pth")
-    save(pipeline, first.parent, step=8)
-    assert read_checkpoint(first.parent)["step"] == 8
 
 
 def test_a_folder_of_other_files_says_which_one_to_name(saved, tmp_path):
@@ -263,15 +219,6 @@ def test_two_processes_that_save_at_once_never_overwrite(saved, tmp_path):
     assert {entry.name for entry in folder.iterdir()} == {name for _, name, _ in written}
     for _, name, step in written:
         assert read_checkpoint(folder / name)["step"] == step
-
-
-def test_a_checkpoint_is_readable_by_whoever_the_umask_allows(saved):
-    """mkstemp's 0600 left on the file: a group that shares a folder cannot read each other's checkpoints."""
-    before = os.umask(0o022)
-    try:
-        assert Path(save(saved[0], saved[1].parent)).stat().st_mode & 0o777 == 0o644
-    finally:
-        os.umask(before)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -335,9 +282,7 @@ KINDS = {  # kind: (what makes it of a good one, what the message says)
     "of noise": (lambda path: path.write_bytes(random.Random(0).randbytes(4096)), "checkpoint"),
     "safetensors": (lambda path: save_file({"out.bias": torch.zeros(3)}, path), "checkpoint"),
     "zip that compresses": (compress, "compresses"),
-    "tensor alone": (lambda path: torch.save(torch.zeros(3), path), "not a checkpoint"),
     "another tool's": (top(format="other"), "not a checkpoint"),
-    "weights in a list": (top(state_dict=[]), "incomplete"),
     "a weight missing": (without("state_dict", BIAS), "out.bias"),
     "a weight too many": (setting("state_dict", extra=torch.zeros(1)), "extra"),
     "a weight of another shape": (setting("state_dict", **{BIAS: torch.zeros(3)}), "out.bias"),
@@ -431,15 +376,6 @@ def test_the_programs_refuse_a_hostile_checkpoint_at_once(flags, path, tmp_path,
     refusal(lambda: train_script.main(as_argv(flags | {"load_checkpoint": path})), path, BIAS)
     judge = ["--checkpoint", str(path), "--eval_data_dir", str(flags["eval_data_dir"]), "--device", "cpu"]
     refusal(lambda: eval_align.main(judge), path, BIAS)
-
-
-def test_a_checkpoint_for_other_vaes_is_one_line(flags, vae_folders, path, tmp_path, monkeypatch):
-    """Weights of one pair of VAEs that are trained on for another."""
-    monkeypatch.chdir(tmp_path)
-    changes = {"vae1_path": vae_folders["kl16"], "vae2_path": vae_folders["kl4"], "load_checkpoint": path}
-    for name in ("hidden_channels", "num_blocks"):
-        changes[name] = None
-    refusal(lambda: train_script.main(as_argv(flags | changes)), "trained for")
 
 
 def test_a_module_larger_than_the_memory_is_refused_before_it_is_built(monkeypatch):
