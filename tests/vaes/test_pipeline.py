@@ -5,8 +5,6 @@ import multiprocessing
 import os
 import pickle
 import random
-import re
-import resource
 import shutil
 import zipfile
 
@@ -14,29 +12,17 @@ import pytest
 import torch
 from conftest import as_argv, make_kl_vae, tiny_flags
 from hostile import no_hang, refusal
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pipelines import Payload, make_pipeline, save
 from runs import QUIET, train
-from safetensors.torch import save_file
 
 import eval_align
 import train_align_with_args as train_script
-from runtime.cli import MISTAKES
 from vae_align import AlignConfig, AlignError, align_module
 from vaes.codec import Codec
 from vaes.loading import load_vae_model
 from vaes.pipeline import PipelineWithVAEs, read_checkpoint, require_memory_for
 
-NAME = re.compile(r"align_pipeline_\d{8}_\d{6}\.pth")
-
-
 NAMES = ("kl4", "kl16")
-
-
-def make_inputs():
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(1, 4, 5, 3, generator=generator), torch.rand(1, 3, 40, 24, generator=generator) * 2 - 1
 
 
 @pytest.fixture
@@ -48,13 +34,12 @@ def saved(vae_folders, tmp_path):
 
 @pytest.fixture
 def orphan(vae_folders, tmp_path):
-    """(pipeline, its checkpoint), both VAEs gone from where they were."""
+    """A checkpoint whose VAEs are both gone from where they were."""
     for name in NAMES:
         shutil.copytree(vae_folders[name], tmp_path / "gone" / name)
-    pipeline = make_pipeline(tmp_path / "gone" / "kl4", tmp_path / "gone" / "kl16")
-    path = save(pipeline, tmp_path / "ckpt")
+    path = save(make_pipeline(tmp_path / "gone" / "kl4", tmp_path / "gone" / "kl16"), tmp_path / "ckpt")
     shutil.rmtree(tmp_path / "gone")
-    return pipeline, path
+    return path
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -97,13 +82,6 @@ def test_paths_given_as_path_objects_can_be_read_back(vae_folders, tmp_path):
 # With and without VAEs
 
 
-def test_a_vae_that_is_gone_is_one_line_that_names_it(orphan):
-    """The other VAE's flag, or a traceback from the hub client."""
-    pipeline = PipelineWithVAEs.from_checkpoint(orphan[1])
-    refusal(lambda: pipeline.vae2, "VAE2", "gone")
-    refusal(lambda: pipeline.codec1, "VAE1", "gone")
-
-
 def test_vae_of_a_relative_path_is_found_from_another_directory(vae_folders, tmp_path, monkeypatch):
     """A path recorded as typed: elsewhere it means another folder, and one such as `vaes/kl16` reads like a hub id."""
     for name in NAMES:
@@ -117,20 +95,20 @@ def test_vae_of_a_relative_path_is_found_from_another_directory(vae_folders, tmp
 
 @pytest.mark.parametrize("given", ["path", "subfolder", "lazy", "object"])
 def test_vaes_can_be_named_anew(orphan, vae_folders, given):
-    """An override that is ignored, taken only as text, or that must lie in the recorded subfolder."""
-    path = orphan[1]
+    """An override that is ignored, taken only as text, or that must lie in the recorded subfolder; a VAE that is gone under the
+    other one's flag, or as a traceback from the hub client."""
     vae2 = {
         "path": vae_folders["kl16"],
         "subfolder": str(vae_folders["nested"]),
         "lazy": load_vae_model(vae_folders["kl16"], "", None, "cpu", torch.float32),
         "object": load_vae_model(vae_folders["kl16"], "", None, "cpu", torch.float32).model,
     }[given]
-    again = PipelineWithVAEs.from_checkpoint(path, vae2=vae2)
-    _, image = make_inputs()
-    assert again.codec2.encode(image).shape == (1, 16, 5, 3)
+    again = PipelineWithVAEs.from_checkpoint(orphan, vae2=vae2)
+    assert again.codec2.encode(torch.zeros(1, 3, 40, 24)).shape == (1, 16, 5, 3)
     if given in ("lazy", "object"):
         assert again.vae2 is vae2 or again.vae2.model is vae2
-    refusal(lambda: again.codec1, "VAE1")  # only the one that was named
+    refusal(lambda: again.codec1, "VAE1", "gone")  # only the one that was named
+    refusal(lambda: PipelineWithVAEs.from_checkpoint(orphan).vae2, "VAE2", "gone")
 
 
 @pytest.mark.parametrize("number, other, said", [(2, "kl4", "channels"), (1, "kl4_stride4", "stride"), (1, "kl16", "channels")])
@@ -172,15 +150,6 @@ def test_a_malicious_file_runs_no_code(saved, tmp_path, form):
 # Names and appearance
 
 
-def test_two_saves_within_a_second_get_two_names_that_sort(saved):
-    """One name for both (the first is lost), or a suffix that sorts before."""
-    pipeline, first = saved
-    paths = [first, *(save(pipeline, first.parent, step=step) for step in range(8, 12))]
-    assert all(NAME.fullmatch(path.name) for path in paths)
-    assert sorted(path.name for path in paths) == [path.name for path in paths]
-    assert [read_checkpoint(path)["step"] for path in paths] == [7, 8, 9, 10, 11]
-
-
 def test_a_folder_stands_for_its_newest_checkpoint(saved):
     """The oldest, the one that the file system lists last, or a renamed copy: `align_pipeline_best.pth` sorts after every
     date."""
@@ -199,25 +168,26 @@ def test_a_folder_of_other_files_says_which_one_to_name(saved, tmp_path):
         read_checkpoint(tmp_path)
 
 
-def save_many(pipeline, folder, number, start, names):
-    start.wait()
-    names.put([(number, save(pipeline, folder, step=100 * number + count).name, 100 * number + count) for count in range(4)])
-
-
 def test_two_processes_that_save_at_once_never_overwrite(saved, tmp_path):
     """A name that is looked up and taken in two steps, with another process in between."""
+
+    def save_many(folder, number, start, names):
+        start.wait()
+        saves = [(save(saved[0], folder, step=step).name, step) for step in range(100 * number, 100 * number + 4)]
+        names.put(saves)
+
     context = multiprocessing.get_context("fork")
     start, names = context.Barrier(2), context.Queue()
     folder = tmp_path / "together"
-    workers = [context.Process(target=save_many, args=(saved[0], folder, number, start, names)) for number in (1, 2)]
+    workers = [context.Process(target=save_many, args=(folder, number, start, names)) for number in (1, 2)]
     for worker in workers:
         worker.start()
     written = [entry for _ in workers for entry in names.get(timeout=240)]
     for worker in workers:
         worker.join(60)
-    assert len({name for _, name, _ in written}) == 8
-    assert {entry.name for entry in folder.iterdir()} == {name for _, name, _ in written}
-    for _, name, step in written:
+    assert len({name for name, _ in written}) == 8
+    assert {entry.name for entry in folder.iterdir()} == {name for name, _ in written}
+    for name, step in written:
         assert read_checkpoint(folder / name)["step"] == step
 
 
@@ -276,11 +246,17 @@ def cut_to(path, share):
     os.truncate(path, int(path.stat().st_size * share))
 
 
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 BIAS = "out.bias"
 KINDS = {  # kind: (what makes it of a good one, what the message says)
     "cut in half": (lambda path: cut_to(path, 0.5), "damaged"),
+    "one bit of a weight flipped": (flip, "does not match its checksum"),
     "of noise": (lambda path: path.write_bytes(random.Random(0).randbytes(4096)), "checkpoint"),
-    "safetensors": (lambda path: save_file({"out.bias": torch.zeros(3)}, path), "checkpoint"),
     "zip that compresses": (compress, "compresses"),
     "another tool's": (top(format="other"), "not a checkpoint"),
     "a weight missing": (without("state_dict", BIAS), "out.bias"),
@@ -291,7 +267,6 @@ KINDS = {  # kind: (what makes it of a good one, what the message says)
     "a weight without memory": (setting("state_dict", **{BIAS: torch.zeros(16, device="meta")}), "out.bias"),
     "a weight that is NaN": (setting("state_dict", **{BIAS: torch.full((16,), math.nan)}), "not finite"),
     "a billion channels": (setting("align_config", hidden_channels=10**9), "hidden_channels 1000000000"),
-    "a thousand blocks that are not there": (setting("align_config", num_blocks=1000), "do not fit"),
     "strides that share no grid": (setting("align_config", latent_stride=3), "strides"),
     "an input of another kind": (setting("align_config", input_types=["sound"]), "input_types"),
     "no architecture": (without("align_config"), "incomplete"),
@@ -333,42 +308,6 @@ def test_what_is_damaged_is_passed_over_in_a_folder(path, caplog):
     assert caplog.text.count("trying the one before it") == 2
 
 
-def same(content, other):
-    """Whether two checkpoints' contents are equal, tensors bit for bit."""
-    if isinstance(content, dict):
-        return content.keys() == other.keys() and all(same(content[name], other[name]) for name in content)
-    return torch.equal(content, other) if isinstance(content, torch.Tensor) else content == other
-
-
-def test_a_checkpoint_with_any_bytes_changed_is_refused_or_read_as_it_was(good, tmp_path_factory):
-    """A flipped bit that passes for a weight, or that makes zipfile, pickle or torch fail in a way of its own."""
-    whole, expected = good[1].read_bytes(), read_checkpoint(good[1])
-    path = tmp_path_factory.mktemp("flipped") / "any.pth"
-    outcomes = set()
-    edges = st.integers(0, 700) | st.integers(len(whole) - 3000, len(whole) - 1)  # headers, pickle and directory
-    flip = st.tuples(edges | st.integers(0, len(whole) - 1), st.integers(1, 255))
-
-    @settings(max_examples=120)
-    @given(st.lists(flip, min_size=1, max_size=3), st.none() | st.integers(0, len(whole)))
-    def check(flips, end):
-        content = bytearray(whole)
-        for place, bits in flips:
-            content[place] ^= bits
-        path.write_bytes(content[:end])
-        try:
-            with no_hang():
-                found = read_checkpoint(path)
-        except MISTAKES as error:
-            assert str(error).isprintable()
-            outcomes.add("refused")
-        else:
-            assert same(found, expected)
-            outcomes.add("the same")
-
-    check()
-    assert "refused" in outcomes
-
-
 def test_the_programs_refuse_a_hostile_checkpoint_at_once(flags, path, tmp_path, monkeypatch):
     """A flag of one of the programs that reads checkpoints past the checks above."""
     monkeypatch.chdir(tmp_path)
@@ -383,17 +322,6 @@ def test_a_module_larger_than_the_memory_is_refused_before_it_is_built(monkeypat
     monkeypatch.setattr("vaes.pipeline.physical_memory", lambda: 4 * 100_000)
     refusal(lambda: require_memory_for(AlignConfig(hidden_channels=64)), "hidden_channels 64", "num_blocks 2")
     require_memory_for(AlignConfig(hidden_channels=8, num_blocks=0))
-
-
-def test_a_full_disk_while_saving_is_one_line_and_leaves_nothing(good, tmp_path):
-    """An hour of training that ends in torch's traceback, or half a checkpoint with the name of a whole one."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        refusal(lambda: save(good[0], tmp_path / "full"), "cannot be written", tmp_path / "full")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not list((tmp_path / "full").iterdir())
 
 
 STATES = {  # what is set in the state of the training, or beside it
