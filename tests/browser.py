@@ -1,6 +1,5 @@
 """A real Chromium without a window, driven over DevTools' pipe with the standard library alone."""
 
-import base64
 import json
 import os
 import select
@@ -118,17 +117,13 @@ class Browser:
             self.events.append((message["method"], message["params"]))
         return message
 
-    def wait_for(self, method: str, since: int) -> None:
-        """Until an event of this name has come, the first `since` events not counted."""
-        deadline = time.monotonic() + self.timeout
-        while not any(name == method for name, _ in self.events[since:]):
-            self._next(deadline)
-
     def open(self, path) -> None:
         """Load a file from disk and wait until it has loaded."""
         since = len(self.events)
         self.call("Page.navigate", url=Path(path).resolve().as_uri())
-        self.wait_for("Page.loadEventFired", since)
+        deadline = time.monotonic() + self.timeout
+        while not any(name == "Page.loadEventFired" for name, _ in self.events[since:]):
+            self._next(deadline)
 
     def resize(self, width: int, height: int = 800, dark: bool = False) -> None:
         """The screen's size in px; below 600 as a phone."""
@@ -150,11 +145,6 @@ class Browser:
         event = {"key": key, "code": code, "windowsVirtualKeyCode": number}
         self.call("Input.dispatchKeyEvent", type="keyDown", **event, **({"text": text} if text else {}))
         self.call("Input.dispatchKeyEvent", type="keyUp", **event)
-
-    def screenshot(self, path, whole: bool = True) -> None:
-        """A PNG of the page, or of what is in view."""
-        data = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
-        Path(path).write_bytes(base64.b64decode(data))
 
     def complaints(self) -> list:
         """What went wrong in the page so far: exceptions, console errors and warnings, whatever the policy refused."""

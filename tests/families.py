@@ -1,9 +1,11 @@
 """A tiny model of each class of VAEs, with random weights, and random statistics where the class keeps them in its weights."""
 
+import diffusers
 import torch
 from conftest import make_tiny_vae
 from safetensors.torch import save_file
 
+from vaes.families import SPACES
 from vaes.tiny import TinyAutoencoder
 
 WIDTHS = (4, 4, 4, 4)
@@ -148,10 +150,6 @@ RECIPES = {  # family: (class, what its constructor is given)
 
 def make_family(name, seed=0):
     """The tiny model of that row, in eval mode."""
-    import diffusers
-
-    from vaes.families import SPACES
-
     class_name, options = RECIPES[name]
     if name == "wan22":
         options = options | {"latents_mean": list(SPACES["wan22"].mean), "latents_std": list(SPACES["wan22"].std)}

@@ -57,13 +57,9 @@ class HubHandler(Handler):
             return self.tell([{"type": "file", "path": name, "size": len(files[name]), "oid": COMMIT} for name in files])
         if path == "/api/whoami-v2":
             return self.tell({"type": "user", "name": "owner", "auth": {"accessToken": {"role": "write"}}})
-        if (
-            path.startswith("/api/models/")
-            and path.removeprefix("/api/models/").partition("/revision/")[0] in self.server.repos
-        ):
-            return self.tell(
-                {"id": path.removeprefix("/api/models/").partition("/revision/")[0], "sha": COMMIT, "siblings": []}
-            )
+        model = path.removeprefix("/api/models/").partition("/revision/")[0]
+        if model in self.server.repos:
+            return self.tell({"id": model, "sha": COMMIT, "siblings": []})
         repo, separator, rest = path.lstrip("/").partition("/resolve/")
         name, signed_in = rest.partition("/")[2], "Authorization" in self.headers
         if not separator:

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 import eval_align
 from tools import translate
-from vaes.conventions import CONVENTIONS
 from vaes.loading import load_vae_model
 
 LOSSES = {  # flags of training
@@ -44,11 +43,6 @@ def losses_of(run):
 @pytest.fixture(scope="module")
 def trained(flags, tmp_path_factory):
     return train(flags, tmp_path_factory.mktemp("trained"))
-
-
-def test_every_class_is_here():
-    """A class that is added to the tool and to no consumer's test."""
-    assert EVERY_CLASS.keys() == CONVENTIONS.keys()
 
 
 def test_training_from_the_latent_cache(trained):

@@ -149,14 +149,10 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
 GONE = object()
 DESCRIPTIONS = {  # what the description says in place of the truth, and what the message says
     "another architecture": ({"align_config.activation": "gelu"}, "'activation'"),
-    "an architecture that is a list": ({"align_config": []}, "incomplete"),
-    "a billion channels": ({"align_config.hidden_channels": 10**9}, "hidden_channels 1000000000"),
     "weights that are not there": ({"align_config.num_blocks": 2}, "do not fit"),
     "a later format": ({"format_number": 2}, "newer version"),
     "a format in words": ({"format_number": "one"}, "format_number 'one'"),
-    "no format number": ({"format_number": GONE}, "incomplete"),
     "another tool's": ({"format": "other"}, "not a checkpoint"),
-    "no space": ({"space1": GONE}, "incomplete"),
     "a space with an unknown key": ({"space1.rotation": 90}, "'rotation'"),
     "a space of other channels": ({"space1.channels": 8}, "8 numbers"),
     "a space of another stride": ({"space2.stride": 16}, "contradicts"),
@@ -164,7 +160,6 @@ DESCRIPTIONS = {  # what the description says in place of the truth, and what th
     "a mean in words": ({"space1.mean": [0, 0, 0, "zero"]}, "mean"),
     "a name that is a number": ({"space2.name": 7}, "name"),
     "figures in a list": ({"figures": []}, "incomplete"),
-    "no figures": ({"figures": GONE}, "incomplete"),
     "one VAE": ({"vaes": ["owner/name"]}, "incomplete"),
 }
 
@@ -175,12 +170,12 @@ def path(tmp_path):
     return make_pipeline().save_pretrained(tmp_path / "module.safetensors")
 
 
-def describe(path, changes=None):
+def describe(path, changes):
     """Rewrite the file with `changes` of its description, {"key.key": value or GONE}, and a sound checksum of its tensors."""
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     description = json.loads(header["__metadata__"]["vae_align"])
-    for name, value in (changes or {}).items():
+    for name, value in changes.items():
         *outer, last = name.split(".")
         place = description
         for part in outer:
@@ -192,12 +187,6 @@ def describe(path, changes=None):
     save_file(tensors, path, {"vae_align": json.dumps(description)})
 
 
-def test_a_description_written_anew_is_read(path):
-    """That the kinds below are refused for what they change."""
-    describe(path)
-    assert AlignPipeline.from_pretrained(path).space1 == SPACE1
-
-
 @pytest.mark.parametrize("kind", DESCRIPTIONS)
 def test_a_hostile_description_is_one_line(path, kind):
     """A traceback; an architecture key that is passed over, so that the module computes something else than was trained."""
@@ -205,14 +194,6 @@ def test_a_hostile_description_is_one_line(path, kind):
     describe(path, changes)
     refusal(lambda: read_checkpoint(path), path, said)
     refusal(lambda: AlignPipeline.from_pretrained(path), path)
-
-
-def poison(path):
-    tensors = load_file(path)
-    tensors["out.bias"][0] = math.nan
-    metadata = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])["__metadata__"]
-    save_file(tensors, path, metadata)
-    describe(path)
 
 
 def flip(path):
@@ -224,11 +205,9 @@ def flip(path):
 DAMAGE = {
     "one bit of a weight flipped": (flip, "damaged"),  # .safetensors has no checksum of its own
     "cut by a byte": (lambda path: os.truncate(path, path.stat().st_size - 1), "damaged"),
-    "empty": (lambda path: os.truncate(path, 0), "damaged"),
     "a header without end": (lambda path: path.write_bytes(b"\xff" * 7 + b"\x0f{" + bytes(99)), "damaged"),
     "tensors without a description": (lambda path: save_file(load_file(path), path), "not a checkpoint"),
     "a description that is no JSON": (lambda path: save_file(load_file(path), path, {"vae_align": "{"}), "damaged"),
-    "weights of NaN": (poison, "not finite"),
     "gone": (lambda path: path.unlink(), "no such file"),
     "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "pipe"),
 }

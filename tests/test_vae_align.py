@@ -1,16 +1,14 @@
 """Modules, latent spaces and `translate`: shapes, gradients, locality, exports, and inputs that are refused."""
 
-import copy
 import json
 
 import pytest
 import torch
 from hostile import refusal
-from torch.export import Dim
 
 from runtime.cli import MISTAKES
 from train_align_with_args import create_align_pipeline, load_vae_model, parse_args
-from vae_align import ARCHITECTURES, AlignConfig, AlignPipeline, LatentSpace, _per_channel, align_module
+from vae_align import AlignConfig, AlignPipeline, LatentSpace, _per_channel, align_module
 from vaes.codec import SPACES
 
 INPUT_TYPES = (("latent",), ("image",), ("image", "latent"))
@@ -41,19 +39,6 @@ def bare_pipeline(**options):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Shapes
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_each_architecture_has_its_class_and_each_input_its_layers(architecture):
-    """An architecture made by another one's class; a decoder beside an image that is given; a branch without an input."""
-    for types in INPUT_TYPES:
-        module = make_module(input_types=types, architecture=architecture)
-        assert type(module) is ARCHITECTURES[architecture]
-        parts = {name for name, _ in module.named_children()} - {"blocks", "out"}
-        decodes = types == ("latent",) and architecture != "plain"
-        wanted = {"linear": "latent" in types and architecture == "plain", "latent_in": "latent" in types,
-                  "image_in": "image" in types or decodes, "picture": decodes}  # fmt: skip
-        assert parts == {name for name, there in wanted.items() if there}
 
 
 @pytest.mark.parametrize("strides", [(8, 8), (4, 8), (8, 4), (4, 4), (16, 4), (4, 16)], ids=str)
@@ -110,31 +95,6 @@ def test_gradients_reach_every_trainable_parameter(input_types, downsample_times
     assert dead_parameters(module, make_inputs(module.config)) == []
 
 
-@pytest.mark.parametrize("input_types", [("latent",), ("image", "latent")], ids=IDS)
-def test_gradients_reach_every_parameter_one_step_after_the_ridge_start(input_types):
-    """Two zero layers in a row, which keep each other at zero for ever."""
-    module = make_module(input_types=input_types)
-    module.remember_ridge(torch.randn_like(module.ridge_weight) / 10, torch.randn_like(module.ridge_bias))
-    module.start_from_ridge()
-    inputs = make_inputs(module.config)
-    dead_parameters(module, inputs)
-    torch.optim.SGD(module.parameters(), lr=0.1).step()
-    assert dead_parameters(module, inputs) == []
-
-
-def test_ridge_start_is_the_linear_map_itself():
-    """A deep path that still adds something, or a linear path that is not the remembered map."""
-    for strides in ((8, 8), (4, 8), (8, 4)):
-        module = make_module(latent_stride=strides[0], out_stride=strides[1])
-        assert not module.has_ridge
-        module.remember_ridge(torch.randn_like(module.ridge_weight), torch.randn_like(module.ridge_bias))
-        module.start_from_ridge()
-        inputs = make_inputs(module.config)
-        assert module.has_ridge
-        torch.testing.assert_close(module(**inputs), module.linear_map(inputs["latents"]))
-    assert not make_module(input_types=("image",)).has_ridge
-
-
 @pytest.mark.parametrize("downsample_times", range(5))
 def test_every_pixel_of_the_image_counts(downsample_times):
     """Features brought to a coarser grid by picking a few of them: most pixels would be ignored."""
@@ -149,33 +109,27 @@ def test_every_pixel_of_the_image_counts(downsample_times):
 # Any size, the same everywhere, the same in training and in use
 
 
+@pytest.mark.parametrize("architecture, reach", [("plain", 10), ("tiny", 38), ("whole", 38)])
 @pytest.mark.parametrize("input_types", INPUT_TYPES, ids=IDS)
-def test_the_middle_of_a_crop_is_the_middle_of_the_picture(input_types):
-    """Image and latents out of register; attention or statistics over the whole picture, which depend on the training crop."""
-    module = make_module(input_types=input_types, downsample_times=3)
-    whole = make_inputs(module.config, 32, 480, batch=1)
+def test_the_middle_of_a_crop_is_the_middle_of_the_picture(input_types, architecture, reach):
+    """Image and latents out of register; attention or statistics over the whole picture, which depend on the training crop.
+    No convolution sees a neighbour beyond `reach` latents."""
+    module = make_module(input_types=input_types, downsample_times=3, architecture=architecture)
+    whole = make_inputs(module.config, 32, 6 * 8 * reach, batch=1)
     crop = {name: tensor[..., tensor.shape[3] // 3 :] for name, tensor in whole.items()}
     with torch.no_grad():
-        torch.testing.assert_close(module(**crop)[..., 10:30], module(**whole)[..., 30:50], rtol=1e-4, atol=1e-5)
+        middle = module(**whole)[..., 3 * reach : 5 * reach]
+        torch.testing.assert_close(module(**crop)[..., reach : 3 * reach], middle, rtol=1e-4, atol=1e-5)
 
 
 def test_one_image_of_a_batch_does_not_change_the_others():
-    """Batch statistics."""
+    """Batch statistics or dropout: better in training than in use."""
     module = make_module().train()
     inputs = make_inputs(module.config)
     with torch.no_grad():
         together = module(**inputs)
         alone = module(**{name: tensor[:1] for name, tensor in inputs.items()})
     torch.testing.assert_close(alone, together[:1], rtol=1e-4, atol=1e-5)
-
-
-def test_training_and_evaluation_mode_give_the_same():
-    """Dropout or batch normalisation: better in training than in use."""
-    module = make_module()
-    inputs = make_inputs(module.config)
-    with torch.no_grad():
-        assert torch.equal(copy.deepcopy(module).train()(**inputs), module(**inputs))
-    assert {name for name, _ in module.named_buffers()} == {"ridge_weight", "ridge_bias"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -196,28 +150,18 @@ def test_translate_keeps_the_dtype_and_computes_in_float32(input_types, dtype):
     assert torch.equal(out, exact.to(dtype))
 
 
-def test_translate_ignores_an_image_that_the_module_does_not_take():
-    """Callers need not know what the module was trained with."""
-    pipeline = bare_pipeline(input_types=("latent",))
-    latents = make_inputs(pipeline.config)["latents"]
-    assert torch.equal(pipeline.translate(latents, torch.zeros(1, 3, 8, 8)), pipeline.translate(latents))
-
-
 LATENTS, IMAGE = torch.zeros(1, 4, 9, 5), torch.zeros(1, 3, 72, 40)
 UNFIT = {  # (inputs of the module, latents, image, what the message says)
     "no image": (("image", "latent"), LATENTS, None, "image="),
     "no latents": (("image", "latent"), None, IMAGE, "latents="),
-    "an image in place of latents": (("latent",), None, IMAGE, "latents="),
-    "other latents": (("image", "latent"), torch.zeros(1, 16, 9, 5), IMAGE, "16 channels"),
     "the other space's latents": (("latent",), torch.zeros(1, 16, 8, 8), None, "look like latents of flux1"),
+    "another space's latents": (("latent",), torch.zeros(1, 128, 8, 8), None, "latents of flux2"),
     "an image with alpha": (("image", "latent"), LATENTS, torch.zeros(1, 4, 72, 40), "(1, 4, 72, 40)"),
     "an image of another size": (("image", "latent"), LATENTS, torch.zeros(1, 3, 72, 48), "72x48"),
     "an image off the grid": (("image",), None, torch.zeros(1, 3, 70, 40), "multiple"),
     "latents without batch": (("latent",), torch.zeros(4, 4, 4), None, "(4, 4, 4)"),
-    "an image without batch": (("image",), None, torch.zeros(3, 64, 64), "(3, 64, 64)"),
     "8-bit levels": (("image", "latent"), LATENTS, IMAGE + 200, "up to 200"),
     "batches that differ": (("image", "latent"), LATENTS, torch.zeros(2, 3, 72, 40), "2 images"),
-    "a list": (("latent",), [[1.0]], None, "list"),
     "whole numbers": (("latent",), torch.zeros(1, 4, 4, 4, dtype=torch.int64), None, "int64"),
 }
 
@@ -239,9 +183,8 @@ def test_a_finer_vae1_grid_that_ends_within_a_latent_of_vae2_is_refused():
 @pytest.mark.parametrize(
     "options",
     [
-        {"input_types": ()}, {"input_types": ("latents",)}, {"hidden_channels": 0}, {"num_blocks": -1},
-        {"downsample_times": -1}, {"latent_fold": 2}, {"out_fold": 3, "architecture": "tiny"}, {"out_fold": 0},
-        {"pooled_decoder": 1}, {"pooled_encoder": None},
+        {"input_types": ()}, {"input_types": ("latents",)}, {"hidden_channels": 0}, {"num_blocks": -1}, {"latent_fold": 2},
+        {"out_fold": 3, "architecture": "tiny"}, {"pooled_decoder": 1},
     ],
     ids=str,
 )  # fmt: skip
@@ -285,25 +228,6 @@ def test_a_dtype_that_computes_nothing_is_refused():
 # Exported
 
 
-@pytest.mark.parametrize("strides", [(8, 8), (8, 16), (16, 8)], ids=str)
-@pytest.mark.parametrize("input_types", INPUT_TYPES, ids=IDS)
-def test_exports_leave_sizes_open(input_types, strides):
-    """A graph for one size only, or a check in `forward` that a tracer cannot follow."""
-    if len(input_types) == 2 and strides == (16, 8):
-        pytest.skip("the image's sides are multiples of the latents', which torch.export cannot say of two inputs")
-    module = make_module(input_types=input_types, latent_stride=strides[0], out_stride=strides[1])
-    example, other = make_inputs(module.config, 64, 96), make_inputs(module.config, 160, 128, batch=3)
-    batch, rows, columns = Dim("batch"), Dim("rows", min=2, max=256), Dim("columns", min=2, max=256)
-
-    def open_sizes(name):
-        unit = strides[1] if name == "image" else max(1, strides[1] // strides[0])
-        return {0: batch, 2: unit * rows if unit > 1 else rows, 3: unit * columns if unit > 1 else columns}
-
-    sizes = {name: open_sizes(name) for name in example}
-    exported = torch.export.export(module, (), example, dynamic_shapes=sizes)
-    assert torch.allclose(exported.module()(**other), module(**other), atol=1e-5)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Latent spaces
 
@@ -330,13 +254,6 @@ def test_a_space_undoes_its_own_map(fold):
     assert scaled.shape == (2, space.channels, 4 // fold, 6 // fold)
     torch.testing.assert_close(space.to_raw(scaled), raw)
     assert LatentSpace.from_dict(json.loads(json.dumps(space.to_dict()))) == space
-
-
-def test_folding_orders_channel_row_column():
-    """Rows and columns swapped, or places before channels: FLUX.2 orders (channel, row, column)."""
-    space = LatentSpace("folded", 8, 16, (0,) * 8, (1,) * 8, 2)
-    raw = torch.arange(8.0).view(1, 2, 2, 2)
-    assert space.to_scaled(raw).flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
 def test_only_an_unnamed_space_that_maps_nothing_is_unknown():
@@ -397,25 +314,3 @@ def test_typed_out_channels_that_contradict_vae2_are_refused(vae_folders):
     assert create_align_pipeline(*vaes, parse_args(["--out_channels", "16"])).config.out_channels == 16
     with pytest.raises(MISTAKES, match=r"--out_channels 8: .*16"):
         create_align_pipeline(*vaes, parse_args(["--out_channels", "8"]))
-
-
-def test_the_pipelines_vaes_are_frozen_and_not_part_of_the_module(vae_folders):
-    """VAE weights among the module's parameters: trained along, and saved with every checkpoint."""
-    pipeline = create_align_pipeline(*load_vaes(vae_folders, "kl4", "tiny4"), parse_args(["--hidden_channels", "8"]))
-    inputs, target, _ = pipeline.encode_batch({"pixel_values": torch.rand(1, 3, 32, 32)})
-    assert not target.requires_grad
-    pipeline.codec2.decode(pipeline.module(**inputs)).square().mean().backward()
-    own = {id(parameter) for parameter in pipeline.module.parameters()}
-    for vae in (pipeline.vae1, pipeline.vae2):
-        assert all(id(parameter) not in own for parameter in vae.model.parameters())
-        assert all(parameter.grad is None and not parameter.requires_grad for parameter in vae.model.parameters())
-
-
-def test_latents_of_the_batch_are_taken_as_they_are(vae_folders):
-    """The cache's latents encoded once more, or scaled twice."""
-    pipeline = create_align_pipeline(*load_vaes(vae_folders, "kl4", "kl16"), parse_args(["--input_types", "latent"]))
-    batch = {"latents1": torch.randn(1, 4, 4, 4), "latents2": torch.randn(1, 16, 4, 4)}
-    inputs, target, _ = pipeline.encode_batch(batch)
-    assert torch.equal(inputs["latents"], batch["latents1"])
-    assert torch.equal(target, batch["latents2"])
-    assert not pipeline.vae1.loaded and not pipeline.vae2.loaded

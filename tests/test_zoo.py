@@ -18,11 +18,10 @@ from pipelines import make_zoo, of_itself
 
 from tools.make.zoo import embedded_psnr, results_page
 from utils import read_json
-from vae_align import IMAGE, ZOO, ZOO_NAME, AlignError, AlignPipeline, read_zoo, zoo_pairs
+from vae_align import IMAGE, ZOO, AlignError, AlignPipeline, read_zoo, zoo_pairs
 from vaes.codec import SPACES
 
 SPACE_NAMES = ("sd15", "sdxl", "sd3", "flux1", "flux2")  # that are shipped
-ALL_PAIRS = {(one, into) for one in (IMAGE, *SPACE_NAMES) for into in SPACE_NAMES if one != into}
 
 
 @pytest.mark.parametrize("one, into", [("sd15", "flux1"), ("flux2", "sd15"), ("flux1", "flux2")])
@@ -87,15 +86,8 @@ def test_names_lead_to_the_pair_with_its_figures(tmp_path):
 @pytest.fixture(scope="module")
 def shipped():
     """(the manifest, {space: the pipeline of its file})."""
-    if not (ZOO / ZOO_NAME).exists():
-        pytest.skip("no zoo is shipped yet")
     manifest = read_zoo()
     return manifest, {name: AlignPipeline.from_checkpoint(ZOO / of["file"]) for name, of in manifest["spaces"].items()}
-
-
-def test_every_pair_is_there_by_its_name(shipped):
-    """A pair that the README names and that is not shipped."""
-    assert set(zoo_pairs()) == ALL_PAIRS
 
 
 @pytest.mark.parametrize("name", SPACE_NAMES)
@@ -112,7 +104,7 @@ def test_a_file_is_what_the_manifest_says(name, shipped):
 
 @pytest.mark.parametrize("into", SPACE_NAMES)
 def test_a_pair_carries_photos_as_well_as_the_manifest_says(into, shipped):
-    """Code that computes something else than was judged."""
+    """Code that computes something else than was judged; a pair that the README names and that is not shipped."""
     manifest, pipelines = shipped
     for one in (IMAGE, *SPACE_NAMES):
         if one != into:

@@ -1,18 +1,22 @@
 """The ComfyUI pack: installed, loaded and used in an emulated host, and in a real ComfyUI where COMFYUI_PATH names one."""
 
+import contextlib
+import importlib.util
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from comfyui import INSTALL, load_pack, make_host, serving
-from conftest import ROOT
+from conftest import ROOT, child_environment
 from PIL import Image
 from pipelines import make_zoo
 from safetensors.torch import load_file, save_file
@@ -20,8 +24,30 @@ from safetensors.torch import load_file, save_file
 from vae_align import AlignConfig, AlignPipeline, LatentSpace, align_module
 from vaes.codec import SPACES
 
+INSTALL = ROOT / "integrations" / "comfyui" / "install.py"
 WORKFLOWS = ROOT / "integrations" / "comfyui" / "workflows"
 MODULES = sorted(path.name for path in (ROOT / "assets" / "pretrained").glob("*.safetensors"))
+
+HOST = {  # what of ComfyUI a pack meets: its folders, its devices, and its own package `utils`
+    "utils/__init__.py": "OWNER = 'ComfyUI'\n",
+    "comfy/__init__.py": "",
+    "comfy/utils.py": "OWNER = 'ComfyUI'\n",
+    "comfy/model_management.py": "import torch\n\ndef get_torch_device():\n    return torch.device('cpu')\n",
+    "folder_paths.py": (
+        "import os\n"
+        "models_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'models')\n"
+        "folder_names_and_paths = {}\n"
+        "def get_filename_list(name):\n"
+        "    paths, extensions = folder_names_and_paths[name]\n"
+        "    files = {file for path in paths if os.path.isdir(path) for file in os.listdir(path)}\n"
+        "    return sorted(file for file in files if os.path.splitext(file)[1] in extensions)\n"
+        "def get_full_path_or_raise(name, file):\n"
+        "    for path in folder_names_and_paths[name][0]:\n"
+        "        if os.path.isfile(os.path.join(path, file)):\n"
+        "            return os.path.join(path, file)\n"
+        "    raise FileNotFoundError(file)\n"
+    ),
+}
 
 
 def untrained(input_types=("latent",), space2="flux1"):
@@ -36,14 +62,22 @@ class Host:
     """An emulated ComfyUI with the pack installed and loaded; `monkeypatch` takes its modules away again."""
 
     def __init__(self, folder: Path, monkeypatch):
-        self.folder = make_host(folder)
+        self.folder = folder
+        for name, text in HOST.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        (folder / "custom_nodes").mkdir()
         installed = subprocess.run([sys.executable, str(INSTALL), str(folder)], capture_output=True, text=True)
         assert installed.returncode == 0, installed.stderr
         for name in ("utils", "comfy", "comfy.utils", "comfy.model_management", "folder_paths"):
             monkeypatch.setitem(sys.modules, name, None)
             del sys.modules[name]
         monkeypatch.syspath_prepend(str(folder))
-        self.pack = load_pack(folder / "custom_nodes" / "align_latents")
+        pack = folder / "custom_nodes" / "align_latents"
+        name = str(pack).replace(".", "_x_")  # as ComfyUI's `load_custom_node` does: by its file, under its path as a name
+        spec = importlib.util.spec_from_file_location(name, pack / "__init__.py")
+        self.pack = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.pack)
         self.utils = __import__("utils")
         self.nodes = self.pack.NODE_CLASS_MAPPINGS
 
@@ -205,6 +239,61 @@ def test_an_input_that_does_not_fit_is_refused(samples, inputs, space2, image, s
     assert "\n" not in str(error.value)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# A real ComfyUI
+
+
+class Server:
+    """A real ComfyUI's HTTP interface on the loopback interface."""
+
+    def __init__(self, url: str):
+        self.url = url
+
+    def ask(self, path: str, body: dict | None = None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    def run(self, workflow: dict) -> dict:
+        """Post a workflow and wait; {node: its outputs}. AssertionError with the server's words if it fails."""
+        try:
+            number = self.ask("/prompt", {"prompt": workflow})["prompt_id"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(error.read().decode()) from None
+        for _ in range(600):
+            history = self.ask(f"/history/{number}").get(number)
+            if history:
+                assert history["status"]["status_str"] == "success", history["status"]["messages"]
+                return history["outputs"]
+            time.sleep(0.2)
+        raise AssertionError("the workflow does not end")
+
+
+@contextlib.contextmanager
+def serving(comfyui: Path, python: str, base: Path, port: int):
+    """A real ComfyUI on the CPU whose models, nodes, input and output are in `base`; its `Server`, and its log in base/log."""
+    page = base / "page"
+    page.mkdir()
+    (page / "index.html").write_text("<!doctype html>")
+    switches = ["--cpu", "--disable-api-nodes", "--front-end-root", str(page), "--base-directory", str(base)]
+    command = [python, str(comfyui / "main.py"), *switches, "--port", str(port), "--database-url", "sqlite:///:memory:"]
+    with open(base / "log", "wb") as log:
+        process = subprocess.Popen(command, cwd=base, stdout=log, stderr=log, env=child_environment())
+    server = Server(f"http://127.0.0.1:{port}")
+    try:
+        for _ in range(300):
+            with contextlib.suppress(OSError):
+                server.ask("/system_stats")
+                break
+            assert process.poll() is None, (base / "log").read_text()
+            time.sleep(0.5)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
 @pytest.fixture(scope="module")
 def real(shared, tmp_path_factory):
     """(server, its base folder) of a real ComfyUI with the pack, the shipped modules and the tiny autoencoders."""
@@ -216,7 +305,12 @@ def real(shared, tmp_path_factory):
         (base / name).mkdir(parents=True)
     subprocess.run([sys.executable, str(INSTALL), str(base)], check=True)
     for name in ("taesd", "taef1"):
-        for half, tensors in halves(shared / "vaes" / name).items():
+        halves = {"encoder": {}, "decoder": {}}
+        for key, tensor in load_file(shared / "vaes" / name / "diffusion_pytorch_model.safetensors").items():
+            half, _, number, rest = key.split(".", 3)
+            number = int(number) + (half == "decoder")  # ComfyUI's decoder counts the clamp as its first layer
+            halves[half][f"{number}.{rest}"] = tensor
+        for half, tensors in halves.items():
             save_file(tensors, base / "models" / "vae_approx" / f"{name}_{half}.safetensors")
     shutil.copy(sorted((shared / "photos" / "eval").glob("*.jpg"))[0], base / "photo.jpg")
     photo = Image.open(base / "photo.jpg").convert("RGB")
@@ -226,16 +320,6 @@ def real(shared, tmp_path_factory):
         port = free.getsockname()[1]
     with serving(Path(path), os.environ.get("COMFYUI_PYTHON", sys.executable), base, port) as server:
         yield server, base
-
-
-def halves(folder):
-    """{"encoder": tensors, "decoder": tensors} of an AutoencoderTiny's folder with ComfyUI's names, whose decoder counts the
-    clamp as its first layer."""
-    found = {"encoder": {}, "decoder": {}}
-    for name, tensor in load_file(folder / "diffusion_pytorch_model.safetensors").items():
-        half, _, number, rest = name.split(".", 3)
-        found[half][f"{int(number) + (half == 'decoder')}.{rest}"] = tensor
-    return found
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -25,6 +25,8 @@ torch.save(AlignPipeline.from_pretrained("owner/name").translate(latents), "hub.
 import diffusers
 align = diffusers.AutoModel.from_pretrained("owner/name", trust_remote_code=True)
 torch.save(align.translate(latents), "auto.pt")
+half = diffusers.AutoModel.from_pretrained("owner/name", trust_remote_code=True, torch_dtype=torch.bfloat16)
+assert half.module.out.weight.dtype == torch.bfloat16
 try:
     AlignPipeline.from_pretrained("owner/missing")
 except AlignError as error:
@@ -62,7 +64,7 @@ def test_what_is_on_the_hub_is_what_was_written(published):
 
 
 def test_the_module_is_read_back_by_name(published):
-    """Other weights than were given; AutoModel that finds no class; a missing model as a traceback."""
+    """Other weights than were given; AutoModel that finds no class or drops the dtype; a missing model as a traceback."""
     home, read = published[3]
     latents = torch.linspace(-1, 1, 4 * 6 * 8).view(1, 4, 6, 8)
     expected = AlignPipeline.from_pretrained(SHIPPED).translate(latents)

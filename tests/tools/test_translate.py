@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import run_script
 from hostile import refusal
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -124,11 +124,3 @@ def test_what_a_module_needs_is_said(tmp_path, latents):
     refusal(lambda: translate_file(photo, pipeline, False), "VAE1: the checkpoint does not say where it is")
     Image.new("RGB", (16, 7)).save(photo)
     refusal(lambda: translate_file(photo, pipeline, False), "16x7 px")
-
-
-def test_the_shipped_module_needs_no_vae_for_latents(tmp_path):
-    """A module that is looked up on the hub although latents need no VAE."""
-    shipped = ROOT / "assets" / "pretrained" / "taesd_to_taef1_latent.safetensors"
-    np.save(tmp_path / "a.npy", np.zeros((1, 4, 4, 4), np.float32))
-    translate(tmp_path, shipped, tmp_path / "a.npy", env={"HF_HUB_OFFLINE": "1"})
-    assert read(tmp_path / "out" / "a.npy").shape == (1, 16, 4, 4)

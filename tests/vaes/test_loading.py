@@ -5,10 +5,8 @@ import math
 import os
 import pickle
 import shutil
-import struct
 import sys
 
-import numpy as np
 import pytest
 import torch
 from hostile import refusal
@@ -74,43 +72,20 @@ def replace_by(make, name):
     return edit
 
 
-def header(change):
-    """`change` the JSON header of the weights file and leave the numbers as they are."""
-
-    def edit(folder):
-        content = (folder / WEIGHTS).read_bytes()
-        length = struct.unpack("<Q", content[:8])[0]
-        entries = json.loads(content[8 : 8 + length])
-        change(entries)
-        written = json.dumps(entries).encode()
-        (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(written)) + written + content[8 + length :])
-
-    return edit
-
-
 def cut_by_a_byte(path):
     os.truncate(path, path.stat().st_size - 1)
-
-
-def pickled_noise(folder):
-    (folder / WEIGHTS).unlink()
-    (folder / PICKLED).write_bytes(bytes(range(256)) * 9999)
 
 
 NAME = "decoder.conv_out.bias"
 KINDS = {  # kind: (what makes it of a good folder, what the message says)
     "no config": (lambda folder: (folder / CONFIG).unlink(), "config.json"),
     "class of another kind": (config(_class_name="UNet2DModel"), "known VAE classes"),
-    "config of nothing": (write(CONFIG, b""), "config.json"),
     "config that is an array": (write(CONFIG, b"[]"), "config.json"),
     "config with a key twice": (write(CONFIG, b'{"_class_name": "AutoencoderKL", "_class_name": "Other"}'), "twice"),
     "config that is a pipe": (replace_by(os.mkfifo, CONFIG), "config.json"),
-    "class that is a list": (config(_class_name=["AutoencoderKL"]), "AutoencoderKL"),
     "class with a newline": (config(_class_name="two\nlines"), "two"),
     "scale of zero": (config(scaling_factor=0), "scaling_factor 0"),
-    "scale of NaN": (config(scaling_factor=math.nan), "scaling_factor nan"),
     "scale in quotes": (config(scaling_factor="0.18"), "scaling_factor '0.18'"),
-    "shift in a list": (config(shift_factor=[0.1]), "shift_factor [0.1]"),
     "no latent channels": (config(latent_channels=0), "latent_channels 0"),
     "a billion latent channels": (config(latent_channels=10**9), "latent_channels 1000000000"),
     "widths in words": (config(block_out_channels=["8", "8", "16", "16"]), "config.json"),
@@ -120,14 +95,11 @@ KINDS = {  # kind: (what makes it of a good folder, what the message says)
     "grey images": (config(in_channels=1), "config.json"),
     "four channels of colour": (config(out_channels=4), "config.json"),
     "a level left out": (config(down_block_types=["DownEncoderBlock2D"] * 3), "have no place"),
-    "weights of nothing": (write(WEIGHTS, b""), "weights cannot be loaded"),
     "weights cut by a byte": (lambda folder: cut_by_a_byte(folder / WEIGHTS), "cannot be loaded"),
-    "weights that claim another shape": (header(lambda entries: entries[NAME].update(shape=[10**9])), "cannot be loaded"),
     "weights of another shape": (weights(lambda tensors: tensors.update({NAME: torch.zeros(5)})), NAME),
     "weights that lack one": (weights(lambda tensors: tensors.pop(NAME)), NAME),
     "weights of NaN": (weights(lambda tensors: tensors[NAME].fill_(math.nan)), "not finite"),
     "weights that are a pipe": (replace_by(os.mkfifo, WEIGHTS), "no VAE there"),
-    "pickled weights that are noise": (pickled_noise, "cannot be loaded"),
 }  # fmt: skip
 
 
@@ -137,11 +109,6 @@ def test_a_hostile_vae_is_one_line(folder, kind):
     make, said = KINDS[kind]
     make(folder)
     refusal(lambda: Codec(load(folder)).encode(images()), "--vae2_path", "hostile_vae", said)
-
-
-def test_the_good_vae_is_taken(folder):
-    """That the kinds above are refused for their damage."""
-    assert Codec(load(folder)).encode(images()).shape == (1, 4, 2, 2)
 
 
 @pytest.mark.parametrize("form", ["torch", "pickle"])
@@ -185,23 +152,16 @@ def test_a_library_that_cannot_be_imported_is_no_fault_of_the_config(folder, mon
 # ----------------------------------------------------------------------------------------------------------------------
 # Beyond float16's range
 
-OVERFLOWS = {
-    "activations": lambda tensors: tensors["encoder.conv_in.weight"].mul_(1e5),
-    "weights": lambda tensors: tensors["encoder.conv_in.weight"].mul_(1e7),
-}
 
-
-@pytest.mark.parametrize("kind", OVERFLOWS)
-def test_no_vae_runs_in_float16(folder, kind):
-    """NaN latents where activations or weights exceed float16's range, and so a module trained on nothing; weights that were
-    rounded to float16 and back."""
-    weights(OVERFLOWS[kind])(folder)
+def test_no_vae_runs_in_float16(folder):
+    """NaN latents where activations exceed float16's range, and so a module trained on nothing; weights that were rounded to
+    float16 and back."""
+    weights(lambda tensors: tensors["encoder.conv_in.weight"].mul_(1e5))(folder)
     exact = Codec(load(folder))
     codec = Codec(load(folder, torch.float16))
     assert codec.vae.dtype == next(codec.vae.model.parameters()).dtype == torch.float32  # a CPU has no fast bfloat16
     assert torch.equal(codec.encode(images(2)), exact.encode(images(2)))
-    given = Codec(load(folder).model.half()) if kind == "activations" else exact
-    assert given.encode(images(2)).isfinite().all()
+    assert Codec(load(folder).model.half()).encode(images(2)).isfinite().all()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -226,36 +186,16 @@ def short_of_memory(space, most):
     return sizes
 
 
-@pytest.mark.parametrize("sample", [False, True], ids=["mean", "sample"])
-def test_encoding_goes_on_with_half_the_batch_and_gives_the_same(vae_folders, caplog, sample):
+def test_encoding_goes_on_with_half_the_batch_and_gives_the_same(vae_folders, caplog):
     """A run that ends where a smaller batch would have done; other draws from the posterior than with enough memory."""
     plenty, short = Codec(load(vae_folders["kl4"])), Codec(load(vae_folders["kl4"]))
     sizes = short_of_memory(short, 3)
     for _ in range(2):
         draws = [torch.Generator().manual_seed(0) for _ in range(2)]
-        made = short.encode(images(10), sample, draws[0])
-        torch.testing.assert_close(made, plenty.encode(images(10), sample, draws[1]), rtol=1e-4, atol=1e-5)
+        made = short.encode(images(10), True, draws[0])
+        torch.testing.assert_close(made, plenty.encode(images(10), True, draws[1]), rtol=1e-4, atol=1e-5)
     assert sizes == [10, 5, *[2] * 10]  # found once, kept from then on
     assert caplog.text.count("out of memory") == 2
-
-
-def test_building_the_cache_goes_on_with_half_the_batch(vae_folders, photo_folders, tmp_path):
-    """The longest part of a run, lost to a batch size that is no flag."""
-    files = sorted(map(str, photo_folders[0].rglob("*.png")))
-
-    def cached(name, most):
-        spaces = [Codec(load(vae_folders[vae])) for vae in ("kl4", "kl16")]
-        sizes = [short_of_memory(space, most) for space in spaces]
-        dataset = ImageDataset(files, 16, random_crop=True)
-        return cache_latents(dataset, *spaces, CacheOptions(tmp_path / name, 2, True)), sizes
-
-    plenty, _ = cached("plenty", 100)
-    short, sizes = cached("short", 3)
-    assert all(max(given) > 3 and 2 in given for given in sizes)
-    images, views = np.arange(len(files)).repeat(2), np.tile([0, 1], len(files))
-    made, expected = (data.cache.read(data.rows[images, views]) for data in (short, plenty))
-    for name in expected:
-        np.testing.assert_allclose(made[name], expected[name], rtol=1e-2, atol=1e-3)
 
 
 def test_a_damaged_cache_is_mended(vae_folders, photo_folders, tmp_path):
