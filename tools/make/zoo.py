@@ -49,7 +49,7 @@ from utils import (
     resolve_precision,
     write_json,
 )
-from vae_align import IMAGE, ZOO, ZOO_NAME, AlignPipeline, align_module, read_zoo
+from vae_align import IMAGE, ZOO, ZOO_NAME, AlignConfig, AlignPipeline, align_module, read_zoo
 from vaes.codec import Codec, decode_picture
 from vaes.families import family_of
 from vaes.loading import load_vae_model
@@ -137,7 +137,7 @@ class Zoo:
         if ended:
             raise UserError(f"the training of {space} ended with code {ended}; start the same command again to continue it")
         checkpoint, content = newest_checkpoint(folder)
-        config = AlignPipeline.from_checkpoint(checkpoint).config
+        config = AlignConfig.from_dict(content["align_config"])
         module = align_module(replace(config, input_types=("latent",)))
         start_from_vaes(PipelineWithVAEs(module, codec, codec), str(checkpoint))
         file = self._folder / f"{space}.safetensors"
