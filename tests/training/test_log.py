@@ -55,10 +55,6 @@ def test_a_resumed_runs_log_repeats_no_point_and_keeps_what_came_before(tmp_path
     assert read_scalars(tmp_path)["train/loss"] == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The profile of a few steps
-
-
 def test_only_the_steps_after_the_first_count(tmp_path):
     """Steps before the first or after the last that counts: what starts and compiles would be called the module's."""
     with StepProfile(2, torch.device("cpu"), tmp_path) as profile:
