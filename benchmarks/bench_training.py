@@ -32,14 +32,11 @@ PINNED = 'cores=($CORES); exec taskset -c ${cores[${LOCAL_RANK:-0}]} "$0" "$@"' 
 FIRST_RECIPE = {
     "architecture": "plain", "init": "ridge", "hidden_channels": 128, "num_blocks": 4, "optimizer": "muon", "loss_type": "mse",
     "decoder_loss_weight": 12, "decoder_loss_type": "mse", "decoder_loss_batch": 2, "decoder_loss_window": 24,
-    "decoder_loss_reference": "original", "perceptual_loss_weight": 0, "adversarial_weight": 0,
-    "latent_adversarial_weight": 0, "reencode_target": 0, "moments_loss_weight": 0,
+    "decoder_loss_reference": "original", "perceptual_loss_weight": 0, "reencode_target": 0,
+    "moments_loss_weight": 0,
 }  # fmt: skip
-TERMS = (
-    "moments_loss_weight", "decoder_loss_weight", "perceptual_loss_weight", "adversarial_weight", "latent_adversarial_weight",
-    "reencode_target",
-)  # fmt: skip
-FIXED = {"image_size": 256, "train_batch_size": 8, "adversarial_start_step": 0, "decoder_loss_start": 0}
+TERMS = ("moments_loss_weight", "decoder_loss_weight", "perceptual_loss_weight", "reencode_target")
+FIXED = {"image_size": 256, "train_batch_size": 8, "decoder_loss_start": 0}
 STEP_PHOTOS = 16
 
 
@@ -153,8 +150,8 @@ def add_process_rates(rates: dict, training: dict, folder: str, options) -> None
 def measure_step(options):
     """A training step's time and memory beside the first recipe's, and the share of each term of the loss.
 
-    The step is that of the shipped recipe on batches of 8 photos at 256 px out of a latent cache. Discriminators and losses on
-    decoded images are in play from the first step. The first recipe is a plain latent error with a squared decoded one. The
+    The step is that of the shipped recipe on batches of 8 photos at 256 px out of a latent cache. Losses on decoded images
+    are in play from the first step. The first recipe is a plain latent error with a squared decoded one. The
     steps of all variants take turns. On a CPU a step's seconds are those of all its threads, which other programs do not
     lengthen. Memory is that of a process that does nothing else: the device's on CUDA, else the most that was resident.
 

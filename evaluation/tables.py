@@ -11,8 +11,7 @@ from pathlib import Path
 from evaluation.metrics import METRICS, Metric
 from utils import atomic_file
 
-# The log of a training run, which `report.read_curves` reads back. With a discriminator, the second file also has
-# "adversarial", "discriminator_loss" and "discriminator_accuracy", or the same after "latent_" where it judges latents.
+# The log of a training run, which `report.read_curves` reads back.
 METRICS_FILE = "metrics.jsonl"  # each evaluation: {"step", "epoch", "ladder": {rung: {metric: value}}}
 TRAINING_FILE = "training.jsonl"  # each log entry: {"step", "loss", "learning_rate"}; older runs lack this file
 
