@@ -158,8 +158,12 @@ class PipelineWithVAEs(AlignPipeline):
                 return path
             except FileExistsError:
                 continue  # another run took this second; take the next
-            except OSError as error:
-                raise UserError(f"checkpoint {path}: cannot be written ({one_line(error)}); free some space there") from None
+            except (OSError, RuntimeError) as error:
+                # torch's zip writer raises a RuntimeError of its own while it closes a file that could not be written
+                cause = error if isinstance(error, OSError) else error.__context__
+                if not isinstance(cause, OSError):
+                    raise
+                raise UserError(f"checkpoint {path}: cannot be written ({one_line(cause)}); free some space there") from None
 
     @classmethod
     def from_checkpoint(
