@@ -320,7 +320,6 @@ def test_a_signal_is_heard_when_nobody_reads_the_log_any_more():
 @pytest.mark.parametrize("number", WARNINGS, ids=lambda number: number.name)
 def test_a_warning_stops_the_run_and_a_second_one_does_not_kill_it(number):
     """A closed terminal or a scheduler's warning that ends the run unsaved; a closed terminal sends two."""
-    signal.signal(number, signal.SIG_DFL)  # under nohup the suite ignores SIGHUP
     with StopRequest() as stop:
         for _ in range(2):
             signal.raise_signal(number)

@@ -402,8 +402,6 @@ def test_a_users_mistake_and_ctrl_c_end_a_program_without_a_traceback(error, sta
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_a_signal_before_the_first_step_unwinds_and_says_so(capsys, number):
     """Temporary files and workers that a SIGTERM at start-up leaves behind; another exit status than 128 + its number."""
-    if signal.getsignal(number) == signal.SIG_IGN:  # the suite runs under nohup
-        signal.signal(number, signal.SIG_DFL)
     unwound, before = [], signal.getsignal(number)
 
     def main():
