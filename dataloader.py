@@ -1,7 +1,8 @@
 """Images in, batches out: folders, ImageNet layouts, hub data sets and shards -> crops -> order -> batches.
 
-A batch is a dict: `pixel_values` (B, 3, S, S) float32 in [-1, 1], `index` (B,) int64, `path`, a list of B names, and
-`unreadable`, a list of messages, one for each file that could not be decoded. Crop and flip of a training image depend only
+A batch is a dict: `pixel_values` (B, 3, S, S) float32 in [-1, 1], `index` (B,) int64, `path`, a list of B names, `enlarged`, a
+list that says of each image whether it was smaller than S, and `unreadable`, a list of messages, one for each file that could
+not be decoded. Crop and flip of a training image depend only
 on (seed, content of its file, view). The order of the images depends only on (seed, epoch). Neither depends on the number of
 workers or processes, or on earlier reads.
 """
@@ -427,7 +428,8 @@ class ImageDataset(Dataset):
                     pixels = self.crop(image, self.content(place), view)
                 else:
                     pixels = resized_crop(image, self.image_size, self.image_size)
-                return {"pixel_values": pixels, "index": place, "path": self.name(place), "unreadable": unreadable}
+                made = {"pixel_values": pixels, "index": place, "path": self.name(place), "unreadable": unreadable}
+                return made | {"enlarged": min(image.size) < self.image_size}
             except UnreadableImage as error:
                 unreadable.append(str(error))
         return {"pixel_values": None, "index": index, "path": self.name(index), "unreadable": unreadable}
@@ -713,6 +715,7 @@ def collate(items: list[dict]) -> dict:
         "pixel_values": torch.stack([item["pixel_values"] for item in good]) if good else torch.empty(0),
         "index": torch.tensor([item["index"] for item in good], dtype=torch.int64),
         "path": [item["path"] for item in good],
+        "enlarged": [item["enlarged"] for item in good],
         "unreadable": list(dict.fromkeys(message for item in items for message in item["unreadable"])),
     }
 

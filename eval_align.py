@@ -20,6 +20,7 @@ in float32, which --precision float32 judges.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import shlex
 import sys
@@ -34,22 +35,19 @@ if __name__ == "__main__":
     before_imports()
 
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from dataloader import ImageDataset, eval_loader, find_images, require_memory
 from evaluation import report, tables
 from evaluation.figures import finite
 from evaluation.judge import PLACES, judge, ladder_of, open_checkpoints, read_checkpoints
 from evaluation.metrics import CHOICES, DEFAULT_CHOICES, Measures
-from evaluation.pictures import comparison_sheets
+from evaluation.pictures import comparison_sheets, is_sheet, save_sheet
 from evaluation.verdict import verdict
-from runtime.cli import Parser, claim_writable_folder, integer, naming, run, use_proxy
-from runtime.processes import create_accelerator
+from runtime.cli import Parser, alone_in, claim_writable_folder, integer, naming, run, use_proxy
+from runtime.processes import create_accelerator, gathered
 from utils import (
     PRECISIONS,
     UserError,
-    atomic_file,
     compute_policy,
     count_of,
     get_dtype,
@@ -57,15 +55,18 @@ from utils import (
     memory_advice,
     one_line,
     plain_stem,
+    printable,
     resolve_device,
     resolve_precision,
 )
 from vaes.codec import good_image_size
+from vaes.pipeline import compare_vaes
 
 log = logging.getLogger(__name__)
 
-MARK = "vae-align eval_align.py"  # in the pictures that this program writes
 METRICS_FORMAT = "vae-align metrics 3"
+COMPARED = 8  # images whose latents tell whether the VAEs are the module's
+NEEDS_DETAIL = ("texture", "detail")  # metrics without meaning on enlarged images
 
 
 def build_parser() -> Parser:
@@ -120,8 +121,14 @@ def device_name(device: torch.device) -> str:
 
 
 def say(text: str) -> None:
-    """Print text that may hold file names; bytes that are not UTF-8 become escapes."""
-    print(text.encode(errors="backslashreplace").decode())
+    """Print lines that may hold file names; what a terminal would not show, or take for a command, becomes escapes."""
+    print("\n".join(map(printable, text.split("\n"))))
+
+
+def some_images(dataset: ImageDataset) -> torch.Tensor:
+    """At most `COMPARED` of the images, (B, 3, S, S) in [-1, 1]; without those that cannot be read."""
+    items = [dataset[index] for index in range(0, len(dataset), -(-len(dataset) // COMPARED))]
+    return torch.stack([item["pixel_values"] for item in items if item["pixel_values"] is not None] or [torch.zeros(3, 0, 0)])
 
 
 def picture_name(index: int, path: str) -> str:
@@ -129,15 +136,26 @@ def picture_name(index: int, path: str) -> str:
     return f"{index:05d}_{plain_stem(path)}.png"
 
 
-def drop_pictures(output_dir: Path, kept: set[str]) -> None:
-    """Delete the pictures of older evaluations except those of these names: beside the new report they would pass for its own.
-    A killed evaluation may have left some. A user's own picture does not bear the mark."""
-    for path in output_dir.glob("[0-9]*_*.png"):
-        with contextlib.suppress(Exception):  # no picture, or not to be deleted
-            with Image.open(path, formats=("PNG",)) as picture:
-                ours = picture.info.get("Software") == MARK
-            if ours and path.name not in kept:
-                path.unlink()
+def drop_older(output_dir: Path, kept: set[str]) -> None:
+    """Delete what older evaluations left in this folder, killed ones too: their half-written files, and their pictures except
+    those of the names `kept`. Beside the new report these would pass for its own."""
+    names = ("report.html", "metrics.csv", "metrics.json", "[0-9]*_*.png")
+    halves = [path for name in names for path in output_dir.glob(f".{name}.{'[0-9a-f]' * 8}.tmp")]
+    older = [path for path in output_dir.glob(names[-1]) if path.name not in kept and is_sheet(path)]
+    for path in (*halves, *older):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def drop_detail(results: dict) -> None:
+    """Take the figures out of `results` that have no meaning where most images were enlarged, and say why."""
+    for name in NEEDS_DETAIL:
+        if results["ladder"]["aligned"][name] is not None:
+            why = f"{results['enlarged']} of {count_of(results['images'], 'image')} were enlarged, which adds no detail"
+            results["left_out_metrics"][name] = why
+            log.warning("%s is left out: %s", name, why)
+            for figures in (*results["ladder"].values(), *results["intervals"].values()):
+                figures[name] = None
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -145,8 +163,10 @@ def main(argv: list[str] | None = None) -> dict:
 
     format: `METRICS_FORMAT`; images, unreadable, ladder, summary, intervals, per_image, paths: see `ladder.evaluate`, with the
         rungs of further checkpoints ("aligned_2") behind the others;
-    indices: place of each image in the data set; image_size: px;
-    checkpoint: the first one as it was given; checkpoints: [{row: its rung, name, path, run, step, epoch, config}];
+    indices: place of each image in the data set; image_size: px; enlarged: number of images that were smaller;
+    wrong_spaces, remarks: sentences on VAEs that are not the module's, or may not be, see `vaes.pipeline.compare_vaes`;
+    checkpoint: the first one as it was given; checkpoints: [{row: its rung, name, path, weights: a digest, run, step,
+        epoch, config}];
     verdict: see `verdict.verdict`; spectrum, histograms, left_out_metrics: see `judge.judge`;
     settings: {created, command, eval_data_dir, trained_image_size, vae1, vae2, device, precision, metrics, torch}.
 
@@ -166,8 +186,17 @@ def main(argv: list[str] | None = None) -> dict:
     trained = contents[0][1]["config"]
     wanted = args.precision or trained.get("precision", "bfloat16")
     precision = resolve_precision(wanted, device, args.precision is not None)
-    dtype = get_dtype(precision)
     accelerator = create_accelerator(device, precision)
+    with alone_in(output_dir, "--output_dir", "evaluation") if accelerator.is_main_process else contextlib.nullcontext():
+        accelerator.wait_for_everyone()
+        return evaluate_into(output_dir, args, argv, contents, precision, accelerator)
+
+
+def evaluate_into(
+    output_dir: Path, args, argv: list[str], contents: list[tuple[Path, dict]], precision: str, accelerator
+) -> dict:
+    """`main` once nobody else writes into `output_dir`; `contents`: the checkpoints, see `judge.read_checkpoints`."""
+    trained, dtype = contents[0][1]["config"], get_dtype(precision)
     device, main_process = accelerator.device, accelerator.is_main_process
     if not main_process:
         logging.getLogger().setLevel(logging.ERROR)  # one process says it
@@ -188,22 +217,26 @@ def main(argv: list[str] | None = None) -> dict:
     log.info("%s at %d px from %s", count_of(len(dataset), "image"), size, args.eval_data_dir)
 
     # ---- judge
-    marked = PngInfo()
-    marked.add_text("Software", MARK)
+    enlarged = []
 
-    def save_pictures(batch, made):  # each process those of its own images
-        sheets = comparison_sheets(batch["pixel_values"].to(device), made, ladder.captions, size)
-        for sheet, path, index in zip(sheets, batch["path"], batch["index"].tolist()):
-            with atomic_file(output_dir / picture_name(index, path)) as file:
-                sheet.save(file, "PNG", pnginfo=marked)
+    def visit(batch, made):  # each process its own images
+        enlarged.extend(batch["enlarged"])
+        if args.save_visualizations:
+            sheets = comparison_sheets(batch["pixel_values"].to(device), made, ladder.captions, size)
+            for sheet, path, index in zip(sheets, batch["path"], batch["index"].tolist()):
+                save_sheet(sheet, output_dir / picture_name(index, path))
 
     with (
         naming("--num_workers"),
         memory_advice("evaluating", eval_batch_size=args.eval_batch_size, image_size=size, precision=precision),
     ):
+        found = [compare_vaes(each.content, each.pipeline, lambda: some_images(dataset)) for each in checkpoints]
+        wrong_spaces, remarks = (list(dict.fromkeys(itertools.chain(*sentences))) for sentences in zip(*found))
+        for sentence in (*wrong_spaces, *remarks):
+            log.warning("%s", sentence)
         measures = Measures(args.metrics, size, device)
-        visit = save_pictures if args.save_visualizations else None
         results = judge(ladder, loader, measures, size, visit, accelerator)
+    enlarged = sum(itertools.chain(*gathered(enlarged, accelerator)))
     if not main_process:
         return results
     results |= {
@@ -211,6 +244,9 @@ def main(argv: list[str] | None = None) -> dict:
         "checkpoint": str(args.checkpoint[0]),
         "checkpoints": [checkpoint.description() for checkpoint in checkpoints],
         "image_size": size,
+        "enlarged": enlarged,
+        "wrong_spaces": wrong_spaces,
+        "remarks": remarks,
         "settings": {
             "created": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
             "command": command_line(argv),
@@ -224,6 +260,8 @@ def main(argv: list[str] | None = None) -> dict:
             "torch": torch.__version__,
         },
     }
+    if 2 * enlarged >= results["images"]:
+        drop_detail(results)
     results = finite(results)  # a checkpoint's config may hold a number that JSON cannot
     results["verdict"] = verdict(results)
 
@@ -234,7 +272,7 @@ def main(argv: list[str] | None = None) -> dict:
     strips = report.report_strips(ladder, dataset, results, args.eval_data_dir, args.num_samples)
     curves = report.read_curves(checkpoints[0].path, checkpoints[0].content)
     of_this = {picture_name(index, path) for index, path in zip(results["indices"], results["paths"])}
-    drop_pictures(output_dir, of_this if args.save_visualizations else set())
+    drop_older(output_dir, of_this if args.save_visualizations else set())
     page = report.render(results, strips, curves)
     try:
         tables.write_files(output_dir, results, page)

@@ -875,7 +875,7 @@ def zoo_pairs(folder: str | os.PathLike = ZOO) -> list[tuple[str, str]]:
 
 def read_safetensors(path: Path) -> dict:
     """The content of a .safetensors file: `align_config` and `state_dict`, which make the module (`module_of`); `space1`,
-    `space2` and `figures` as `save_pretrained` wrote them; `vaes`, the places of both VAEs or None.
+    `space2` and `figures` as `save_pretrained` wrote them; `vaes` and `vae_digests`, the places and digests of both or None.
 
     AlignError if the file is not ours, newer than this code, or damaged: checksums are compared, and the parts must belong
     together. No memory is taken for what the file claims before that.
@@ -902,9 +902,9 @@ def read_safetensors(path: Path) -> dict:
         if description.get("crc32") != checksum:
             raise AlignError("damaged (its tensors do not match their checksum)")
         parts = ("format", "format_number", "align_config", "space1", "space2", "figures")
-        vaes = description.get("vaes") or [None, None]
-        content = {name: description[name] for name in parts} | {"state_dict": tensors, "vaes": vaes}
-        kinds_fit = len(vaes) == 2 and all(isinstance(vae, (str, type(None))) for vae in vaes)
+        of_vaes = {name: description.get(name) or [None, None] for name in ("vaes", "vae_digests")}
+        content = {name: description[name] for name in parts} | {"state_dict": tensors} | of_vaes
+        kinds_fit = all(len(each) == 2 and {*map(type, each)} <= {str, type(None)} for each in of_vaes.values())
         if not kinds_fit or not isinstance(content["figures"], dict):
             raise TypeError
         config = AlignConfig.from_dict(content["align_config"])

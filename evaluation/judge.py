@@ -12,7 +12,7 @@ from evaluation.figures import Sample, error_bands, error_spectrum, finite, late
 from evaluation.ladder import Ladder, evaluate
 from evaluation.metrics import Measures
 from utils import UserError
-from vaes.pipeline import PipelineWithVAEs, newest_checkpoint, read_checkpoint
+from vaes.pipeline import PipelineWithVAEs, newest_checkpoint, read_checkpoint, weights_digest
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class JudgedCheckpoint:
             "row": self.rung,
             "name": self.path.stem,
             "path": str(self.path),
+            "weights": weights_digest(self.pipeline.module),
             "run": self.content.get("run"),
             "step": self.content["step"],
             "epoch": self.content["epoch"],

@@ -6,15 +6,19 @@ import base64
 import io
 import math
 import textwrap
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from evaluation.figures import to_8bit
+from utils import atomic_file, require_regular
 
 DIFFERENCE_GAIN = 5  # differences are shown this many times amplified around mid-grey
 PADDING = 6  # px
 PLAIN_SIGNS = str.maketrans("×−", "x-")  # Pillow's own font lacks these
+MARK = "vae-align eval_align.py"  # in the files of sheets
 PAGE_PANEL = 512  # px: larger pictures are shown smaller on the page
 PAGE_BYTES = 6_000_000  # of pictures on the page, all together
 
@@ -97,6 +101,26 @@ def comparison_picture(rows: list[list[tuple[str, torch.Tensor | None]]], size: 
             sheet.paste(to_pil(image).resize((panel, panel), Image.Resampling.NEAREST), (left, top))
             draw.text((left + 2, top + panel + 2), caption, fill="black", font=font)
     return sheet
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Write a sheet as a PNG that `is_sheet` knows again."""
+    marks = PngInfo()
+    marks.add_text("Software", MARK)
+    marks.add_text("Title", path.name)
+    with atomic_file(path) as file:
+        sheet.save(file, "PNG", pnginfo=marks)
+
+
+def is_sheet(path: Path) -> bool:
+    """Whether `save_sheet` wrote the file at `path` under this name. A user's picture is none, nor a sheet's renamed copy."""
+    try:
+        require_regular(path)
+        with Image.open(path, formats=("PNG",)) as picture:
+            marks = picture.info
+    except Exception:  # no picture, or one that Pillow refuses
+        return False
+    return marks.get("Software") == MARK and marks.get("Title", path.name) == path.name
 
 
 def chosen_images(results: dict, wanted: int) -> dict:

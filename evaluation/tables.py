@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from evaluation.metrics import METRICS, Metric
-from utils import atomic_file
+from utils import atomic_file, printable
 
 # The log of a training run, which `report.read_curves` reads back.
 METRICS_FILE = "metrics.jsonl"  # each evaluation: {"step", "epoch", "ladder": {rung: {metric: value}}}
@@ -29,7 +29,7 @@ def ladder_table(results: dict) -> str:
             figure_text(metric, rung.get(metric.name)) + (interval_text(metric, intervals) if metric.decides else "")
             for metric in columns
         )
-        lines.append((rung["label"], *cells))
+        lines.append((printable(rung["label"]), *cells))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])

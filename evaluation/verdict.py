@@ -70,7 +70,7 @@ def verdict(results: dict) -> dict:
 
     Returns:
         answer: "yes": worse in neither distortion nor perception, better in one; "equal": neither better nor worse; "no": worse
-            in one, or its latents are not finite; "unknown": without a PSNR.
+            in one, or its latents are not finite; "unknown": without a PSNR, or with VAEs of other latent spaces.
         sentences: the answer in words; weaknesses: reasons against the module.
         gain_db, gain_error_db, better_on: of PSNR, see `Gain`; perceptual_gain, perceptual_gain_error,
             perceptually_better_on: the same of ST-LPIPS (VGG), where it was measured.
@@ -88,12 +88,16 @@ def verdict(results: dict) -> dict:
     )
     if broken:
         answer, sentences = "no", ["Do not use it: what the module puts out is not finite."]
+    elif results.get("wrong_spaces"):
+        answer, sentences = "unknown", [f"No verdict: {sentence}" for sentence in results["wrong_spaces"]]
     elif distortion.sign is None:
         answer, sentences = "unknown", ["No verdict: PSNR is undefined or infinite on every image."]
     else:
         signs = {distortion.sign, perception.sign or 0}
         answer = "no" if -1 in signs else "yes" if 1 in signs else "equal"
         sentences = [_answer(results, answer, distortion, perception, macs), *_beside_others(results["ladder"], below)]
+        if "detail" in results.get("left_out_metrics", {}):
+            sentences.append("There is no verdict on fine detail and texture: most of the images were enlarged.")
     return {
         "answer": answer,
         "sentences": sentences,
@@ -212,6 +216,10 @@ def _limits(results: dict) -> list[str]:
         found.append(f"Judged on {count_of(results['images'], 'image')} only; on others the figures will differ.")
     if results["unreadable"]:
         found.append(f"{count_of(len(results['unreadable']), 'file')} could not be read and had to be left out.")
+    if results.get("enlarged"):
+        images = count_of(results["enlarged"], "image")
+        found.append(f"{images} of {results['images']} had to be enlarged to {results['image_size']} px, which adds no detail.")
+    found += results.get("remarks", [])
     trained_at = results.get("settings", {}).get("trained_image_size")
     if trained_at and trained_at != results.get("image_size"):
         found.append(f"Judged at {results['image_size']} px, trained at {trained_at} px.")

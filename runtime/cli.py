@@ -19,6 +19,8 @@ import threading
 import traceback
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from utils import WARNINGS, UserError, handle_stop_signals, one_line, printable, read_json, shown, without_secrets
 from vae_align import AlignError
 
@@ -214,6 +216,30 @@ def claim_writable_folder(path: str | os.PathLike, label: str, create: bool = Tr
     except (OSError, ValueError) as error:
         raise UserError(f"{label} {path}: cannot write there ({one_line(error)}); name another folder") from None
     return path
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, label: str, work: str):
+    """Within this context no other process does this `work` in `folder`. UserError, which begins with `label`, while one does.
+
+    The lock ends with its process, however that ends. Nothing is checked on a disk that knows no locks.
+    """
+    lock = FileLock(folder / f".{work}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{label} {folder}: another {work} is at work there; wait until it ends, or name another folder"
+        ) from None
+    except (OSError, NotImplementedError):
+        lock = None
+    try:
+        yield
+    finally:
+        if lock:
+            with contextlib.suppress(OSError):  # Windows deletes no open file
+                os.unlink(lock.lock_file)
+            lock.release()
 
 
 def claim_writable_file(path: str | os.PathLike, label: str) -> None:

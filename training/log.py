@@ -28,6 +28,7 @@ from evaluation.ladder import FixedRungs, Ladder
 from evaluation.pictures import comparison_sheets
 from evaluation.tables import METRICS_FILE, TRAINING_FILE, decibels
 from utils import UserError, atomic_file, printable
+from vaes.pipeline import weights_digest
 
 log = logging.getLogger(__name__)
 
@@ -255,6 +256,7 @@ def evaluate_and_log(pipeline, eval_loader, writer: RunLog | None, epoch, args, 
     writer gives the run's `fixed` in its place, and logs nothing.
     """
     ladder = (writer.fixed if writer else fixed).evaluate(pipeline, eval_loader, dtype, accelerator)
+    ladder["aligned"]["weights"] = weights_digest(pipeline.module)  # of these figures; a checkpoint may be of a later step
     if not writer:
         return ladder
     writer.name_unreadable(writer.fixed.unreadable)

@@ -31,10 +31,11 @@ HUB_OWNER_OF_TINY = "madebyollin/"  # hub ids of tiny autoencoders: this and a n
 
 def _with_name(space: LatentSpace) -> LatentSpace:
     """The named space with these numbers, or `space` itself where no named space has them."""
-    return next((known for known in SPACES.values() if _same_numbers(known, space)), space)
+    return next((known for known in SPACES.values() if same_numbers(known, space)), space)
 
 
-def _same_numbers(first: LatentSpace, second: LatentSpace) -> bool:
+def same_numbers(first: LatentSpace, second: LatentSpace) -> bool:
+    """Whether two latent spaces have the same shape and the same map between raw and scaled latents, but for rounding."""
     if (first.channels, first.stride) != (second.channels, second.stride):
         return False
     numbers = zip((*first.mean, *first.std), (*second.mean, *second.std))
@@ -132,7 +133,7 @@ class Codec:
                     f"{self.vae.where}: the numbers of {family.name} are in its own VAE's config, which this is not"
                 )
             return replace(own, name=family.name)
-        if own.map_is_known and not _same_numbers(own, family.space):
+        if own.map_is_known and not same_numbers(own, family.space):
             if given is None:  # the VAE's numbers count for more than a file's name
                 return _with_name(own)
             self._require_numbers_of(family, _with_name(own).name or "a space without a name")
@@ -163,7 +164,7 @@ class Codec:
         if not self.vae.files:
             digest.update(repr(sorted(self.vae.config.items())).encode())
             for name, tensor in self.vae.model.state_dict().items():
-                digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+                digest.update(name.encode() + bytes_of(tensor))
         return digest.hexdigest()
 
     @torch.no_grad()
@@ -239,6 +240,11 @@ class Codec:
 
     def _input(self, tensor):
         return tensor.to(self.vae.device, self.vae.dtype, memory_format=torch.channels_last)
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """The values of a tensor of any layout, in order."""
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 @dataclass(eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import pickle
@@ -24,6 +25,7 @@ from vae_align import (
     LatentSpace,
     align_module,
     check_weights,
+    detect_wrong_space,
     errors_naming,
     is_finite,
     module_of,
@@ -32,7 +34,7 @@ from vae_align import (
     require_own_spaces,
     require_whole,
 )
-from vaes.codec import Codec
+from vaes.codec import Codec, bytes_of, same_numbers
 from vaes.loading import FrozenVAE, load_vae_model
 
 log = logging.getLogger(__name__)
@@ -143,8 +145,8 @@ class PipelineWithVAEs(AlignPipeline):
             "format_number": FORMAT_NUMBER,
             "align_config": self.config.to_dict(),
             "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in self.module.state_dict().items()},
-            "vae1": self.codec1.identity,
-            "vae2": self.codec2.identity,
+            "vae1": self.codec1.identity | {"digest": self.codec1.fingerprint},
+            "vae2": self.codec2.identity | {"digest": self.codec2.fingerprint},
             "config": config,
             "step": step,
             "epoch": epoch,
@@ -220,9 +222,47 @@ def _open_codec(label: str, recorded: dict, space: LatentSpace, given, subfolder
                 f"{label} {path}: its latents have {name} {getattr(codec, name)}, those of the checkpoint's VAE "
                 f"{getattr(space, name)}; name a VAE of the same latent space"
             )
-    if codec.space.name and space.name and codec.space.name != space.name:
-        raise UserError(f"{label} {path}: its latent space is {codec.space.name}, the checkpoint's is {space.name}")
+    named = codec.space.name and space.name
+    # files that are older than names record one scale even where each channel has its own
+    numbered = "space" in recorded and codec.space.map_is_known and space.map_is_known
+    if codec.space.name != space.name if named else numbered and not same_numbers(codec.space, space):
+        raise UserError(
+            f"{label} {path}: its latent space is {_with_scale(codec.space)}, the checkpoint's is {_with_scale(space)}; name a "
+            "VAE of the checkpoint's"
+        )
     return codec
+
+
+def _with_scale(space: LatentSpace) -> str:
+    return space.name or f"one without a name (scale {1 / space.std[0]:.5g}, shift {space.mean[0]:.5g} in its first channel)"
+
+
+def compare_vaes(content: dict, pipeline: PipelineWithVAEs, images: Callable[[], torch.Tensor]) -> tuple[list[str], list[str]]:
+    """Compare the pipeline's VAEs with those that the module of a checkpoint's `content` was trained with.
+
+    Args:
+        images: gives some images (B, 3, H, W) in [-1, 1]. It is called where no digest shows that a VAE is the same.
+
+    Returns two lists of sentences: on VAEs whose latents are those of another space, so that no figure tells anything about the
+    module; and on VAEs of which nothing shows that they are the same.
+    """
+    wrong, remarks = [], []
+    for number, codec, space in ((1, pipeline.codec1, pipeline.space1), (2, pipeline.codec2, pipeline.space2)):
+        recorded, own = content[f"vae{number}"], codec.identity["path"]
+        digest = recorded.get("digest")
+        if digest == codec.fingerprint:
+            continue
+        latents = codec.encode(images().to(pipeline.device)) if codec.space.name != space.name else None
+        found = None if latents is None or not latents.numel() else detect_wrong_space(latents, space)
+        if found:
+            said = f"VAE{number} {own}: {found if number == 1 else found.replace('takes', 'gives', 1)}."
+            (wrong if number == 2 or pipeline.uses_latents else remarks).append(said)
+        elif digest:
+            remarks.append(f"VAE{number} {own} is not the one of the training, {recorded['path']}: its files differ.")
+        elif recorded["path"] != own:
+            place = recorded["path"] or "none"
+            remarks.append(f"VAE{number} is {own}; the module's file names {place}, and nothing shows that they are the same.")
+    return wrong, remarks
 
 
 def encoded_batches(
@@ -240,6 +280,14 @@ def encoded_batches(
         wanted -= min(len(target), of_each or len(target)) * accelerator.num_processes
         if wanted <= 0:
             break
+
+
+def weights_digest(module: AlignModule) -> str:
+    """A digest of a module's architecture and weights: the same for float32 weights and the float16 ones that are shared."""
+    digest = hashlib.sha256(repr(sorted(module.config.to_dict().items())).encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode() + bytes_of(tensor.half()))
+    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -330,10 +378,10 @@ def _read_torch(path: Path, is_zip: bool):
 def _with_training_keys(content: dict) -> dict:
     """The content of a .safetensors file (see `read_safetensors`) with the keys of a training checkpoint."""
     vaes = {}
-    for number, place in enumerate(content["vaes"], 1):
+    for number, (place, digest) in enumerate(zip(content["vaes"], content["vae_digests"]), 1):
         space = content[f"space{number}"]
-        identity = {"path": place, "subfolder": None, "channels": space["channels"], "stride": space["stride"]}
-        vaes[f"vae{number}"] = identity | {"space": space}
+        identity = {"path": place, "subfolder": None, "digest": digest, "space": space}
+        vaes[f"vae{number}"] = identity | {name: space[name] for name in ("channels", "stride")}
     kept = {name: content[name] for name in ("format", "format_number", "align_config", "state_dict")}
     return kept | {"config": {}, "step": 0, "epoch": 0, "metrics": content["figures"]} | vaes
 
@@ -345,7 +393,7 @@ def _check_content(content: dict) -> None:
         raise TypeError
     for name, side in (("vae1", "latent"), ("vae2", "out")):
         recorded = content[name]
-        if not all(isinstance(recorded[part], (str, type(None))) for part in ("path", "subfolder")):
+        if not all(isinstance(recorded.get(part), (str, type(None))) for part in ("path", "subfolder", "digest")):
             raise TypeError
         if any(recorded[part] != getattr(config, f"{side}_{part}") for part in ("channels", "stride")):
             raise AlignError(f"its description of {name} contradicts its module's")
