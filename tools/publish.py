@@ -15,20 +15,22 @@ load the repository.
 import argparse
 import logging
 import re
-import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from PIL import Image
 
-from runtime.cli import claim_writable_folder, run
-from utils import UserError, atomic_file, hub_token, one_line, read_json, shown
-from vae_align import AlignPipeline, module_of
-from vaes.codec import named_space
-from vaes.pipeline import read_checkpoint, spaces_of
+from evaluation.pictures import is_sheet
+from images.decoding import open_image, to_rgb
+from runtime.cli import alone_in, claim_writable_folder, run
+from utils import UserError, atomic_file, hub_token, one_line, printable, read_json, require_regular, shown
+from vae_align import PRETRAINED_NAME, AlignPipeline, is_finite, module_of
+from vaes.codec import named_space, same_numbers
+from vaes.pipeline import read_checkpoint, spaces_of, weights_digest
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ FIGURES = ("psnr", "st_lpips_vgg", "texture", "detail", "ssim", "psnr_vs_vae2", 
 RUNGS = ("vae2", "reencode", "linear", "aligned")
 COLUMNS = {"psnr": "%.2f", "st_lpips_vgg": "%.3f", "ssim": "%.4f", "latent_mse": "%.4f"}  # of the card, and their formats
 CARD = Path(__file__).with_name("model_card.md.jinja")
-PICTURE = "comparison.png"
+CARD_NAME, PICTURE = "README.md", "comparison.png"  # in the repository
 
 
 def require_hub_id(flag: str, value: str) -> None:
@@ -52,75 +54,144 @@ def figures_in(results: dict, names: tuple[str, ...] = FIGURES) -> dict:
     return {rung: {name: figures.get(name) for name in names} | judged_on for rung, figures in rungs.items()}
 
 
-def pipeline_to_share(args: argparse.Namespace) -> tuple[AlignPipeline, list[str]]:
-    """(the pipeline of `args.checkpoint` without its training, hub ids of its VAEs). UserError for local folders."""
+def numbers_in(figures: dict) -> dict:
+    """The figures {rung: {metric: value}} that are finite numbers, lists of such, or None: a file may hold anything."""
+    return {
+        rung: {
+            name: value
+            for name, value in row.items()
+            if all(each is None or is_finite(each) for each in (value if isinstance(value, list) else [value]))
+        }
+        for rung, row in figures.items()
+        if isinstance(row, dict)
+    }
+
+
+def judged_figures(path: str, weights: str) -> dict:
+    """`figures_in` of the metrics.json at `path` about the module with the digest `weights`. UserError for a file that judged
+    other modules; a warning where it does not say which."""
+    try:
+        results = read_json(path)
+        judged = {each.get("weights"): each["row"] for each in results.get("checkpoints", [])}
+        if weights in judged:
+            results["ladder"]["aligned"] = results["ladder"][judged[weights]]
+        elif judged.keys() - {None}:
+            raise UserError(
+                f"{path}: judged {shown(results['checkpoint'])}, whose weights are not this checkpoint's; judge this one"
+            )
+        else:
+            log.warning("%s: does not say which weights it judged; its figures may be another module's", path)
+        if results.get("wrong_spaces"):
+            raise UserError(f"{path}: no figures of this module; {' '.join(results['wrong_spaces'])}")
+        for remark in results.get("remarks", []):
+            log.warning("%s: %s", path, remark)
+        return figures_in(results)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a metrics.json of eval_align.py ({one_line(error)})") from None
+
+
+def pipeline_to_share(args: argparse.Namespace) -> tuple[AlignPipeline, dict]:
+    """(the pipeline of `args.checkpoint` without its training, {"vaes": hub ids of its VAEs, "vae_digests": their digests or
+    None}). UserError for local folders."""
     content = read_checkpoint(args.checkpoint)
     vaes, spaces = [], []
     for number, recorded in enumerate(spaces_of(content), 1):
         name = getattr(args, f"vae{number}_space")
         vaes.append(getattr(args, f"vae{number}_path") or content[f"vae{number}"]["path"] or "")
         spaces.append(named_space(name) if name else recorded)
+        if recorded.map_is_known and not same_numbers(spaces[-1], recorded):
+            raise UserError(f"--vae{number}_space {name}: the checkpoint was trained in {recorded}; leave the flag out")
         require_hub_id(f"--vae{number}_path", vaes[-1])
         if not spaces[-1].map_is_known:
             said = "VAE%d's latent space has no name: the file serves scaled latents only; --vae%d_space names it"
             log.warning(said, number, number)
-    figures = content["metrics"]
+    module = module_of(content)
+    weights, figures = weights_digest(module), content["metrics"]
     if args.metrics:
-        try:
-            figures = figures_in(read_json(args.metrics))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{args.metrics}: not a metrics.json of eval_align.py ({one_line(error)})") from None
-    return AlignPipeline(module_of(content), *spaces, figures=figures).to(getattr(torch, args.dtype)), vaes
+        figures = judged_figures(args.metrics, weights)
+    elif isinstance(figures.get("aligned"), dict) and figures["aligned"].get("weights", weights) != weights:
+        log.warning("its figures are those of an earlier step and stay out; judge it, and name the metrics.json by --metrics")
+        figures = {}
+    origin = {"vaes": vaes, "vae_digests": [content[name].get("digest") for name in ("vae1", "vae2")]}
+    return AlignPipeline(module, *spaces, figures=numbers_in(figures)).to(getattr(torch, args.dtype)), origin
 
 
 def model_card(pipeline: AlignPipeline, vaes: list[str], args: argparse.Namespace, picture: str | None) -> ModelCard:
     """README.md of the repository."""
     figures = {rung: pipeline.figures[rung] for rung in RUNGS if isinstance(pipeline.figures.get(rung), dict)}
-    spaces = [space.name for space in (pipeline.space1, pipeline.space2) if space.name]
+    spaces = [pipeline.space1, pipeline.space2]
     data = ModelCardData(
         license=args.license,
         base_model=args.base_model or vaes,
         library_name="diffusers",
         pipeline_tag="image-to-image",
-        tags=["latent-interposer", "vae", *spaces],
+        tags=["latent-interposer", "vae", *(space.name for space in spaces if space.name)],
         model_name=args.repo.rpartition("/")[2],
     )
     columns = {name: form for name, form in COLUMNS.items() if any(row.get(name) is not None for row in figures.values())}
     values = {"pipeline": pipeline, "repo": args.repo, "vaes": vaes, "figures": figures, "columns": columns, "picture": picture}
-    return ModelCard.from_template(data, template_path=CARD, **values)
+    return ModelCard.from_template(data, template_path=CARD, spaces=[printable(str(space)) for space in spaces], **values)
 
 
-def upload(folder: Path, repo: str, private: bool) -> str:
-    """Upload the folder's files as one commit, to a new repository where there is none; the commit's address."""
+def upload(files: list[Path], repo: str, private: bool) -> str:
+    """Upload these files as one commit, to a new repository where there is none; the commit's address."""
     api = HfApi(token=hub_token() or False)
     try:
         api.create_repo(repo, exist_ok=True, private=private)
-        done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload the module")
+        added = [CommitOperationAdd(file.name, file.read_bytes()) for file in files]
+        done = api.create_commit(repo, added, commit_message="Upload the module")
     except Exception as error:  # no network, no rights, a refused token: the hub client has no common base for them
         refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
         remedy = "set HF_TOKEN to a token that may write" if refused else "check the network, then start again"
-        raise UserError(f"{repo}: could not be uploaded ({one_line(error)}); {remedy}. The files are in {folder}") from None
+        where = files[0].parent
+        raise UserError(f"{repo}: could not be uploaded ({one_line(error)}); {remedy}. The files are in {where}") from None
     return done.commit_url
 
 
-def write_repository(args: argparse.Namespace) -> Path:
-    """Write the files of the repository `args.repo`; their folder."""
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", args.repo, re.ASCII):
-        raise UserError(f"--repo {shown(args.repo)}: name it owner/name")
+def read_picture(path: Path) -> Image.Image:
+    """The pixels of a picture alone, without its metadata. UserError for a link, which may point at anything."""
+    try:
+        if path.is_symlink():
+            raise OSError("a link; name the file itself")
+        require_regular(path)
+        with open_image(str(path)) as image:
+            return to_rgb(image)
+    except Exception as error:  # every Pillow plugin raises its own classes
+        raise UserError(f"{path}: cannot be read as a picture ({one_line(error)}); --picture names another") from None
+
+
+def find_picture(args: argparse.Namespace) -> Image.Image | None:
+    """The picture for the card: --picture, or the first PNG beside --metrics, of which eval_align.py's own come first."""
+    if args.picture:
+        return read_picture(Path(args.picture))
+    found = [path for path in Path(args.metrics).parent.glob("*.png")] if args.metrics else []
+    found = [path for path in found if path.is_file() and not path.is_symlink()]
+    first = min(found, key=lambda path: (not is_sheet(path), path.name), default=None)
+    return first and read_picture(first)
+
+
+def write_repository(folder: Path, pipeline: AlignPipeline, origin: dict, picture, args) -> list[Path]:
+    """Write the files of the repository `args.repo` into `folder`; their paths. `pipeline` and `origin` come from
+    `pipeline_to_share`, `picture` from `find_picture`."""
     for model in args.base_model or ():
         require_hub_id("--base_model", model)
-    if args.picture and not Path(args.picture).is_file():
-        raise UserError(f"--picture {args.picture}: no such file")
-    found = sorted(Path(args.metrics).parent.glob("*.png")) if args.metrics else []
-    picture = Path(args.picture) if args.picture else next(iter(found), None)
-    pipeline, vaes = pipeline_to_share(args)
-    folder = claim_writable_folder(args.output_dir or Path("published") / args.repo.rpartition("/")[2], "--output_dir")
-    pipeline.save_pretrained(folder, vaes=vaes)
-    if picture and picture.resolve() != (folder / PICTURE).resolve():
-        shutil.copyfile(picture, folder / PICTURE)
-    with atomic_file(folder / "README.md", "w", encoding="utf-8") as file:
-        file.write(f"{model_card(pipeline, vaes, args, picture and PICTURE)}\n")
-    return folder
+    pipeline.save_pretrained(folder, **origin)
+    names = [PRETRAINED_NAME, "config.json", "vae_align.py", CARD_NAME]
+    if picture:
+        names.append(PICTURE)
+        with atomic_file(folder / PICTURE) as file:
+            picture.save(file, "PNG")
+    with atomic_file(folder / CARD_NAME, "w", encoding="utf-8") as file:
+        file.write(str(model_card(pipeline, origin["vaes"], args, picture and PICTURE)) + "\n")
+    return [folder / name for name in sorted(names)]
+
+
+def check_and_list(files: list[Path]) -> None:
+    """Read the module among the files back, and print their names and sizes."""
+    for file in files:
+        if file.suffix == ".safetensors":
+            AlignPipeline.from_checkpoint(file)
+        print(printable(f"{file}: {file.stat().st_size / 1e6:.3f} MB"))
 
 
 def main():
@@ -130,7 +201,7 @@ def main():
     parser.add_argument("--repo", help="owner/name on the hub, in place of a file")
     parser.add_argument("--dry_run", action="store_true", help="write the repository's files and upload nothing")
     parser.add_argument("--output_dir", help="folder of the repository's files (default: published/NAME)")
-    parser.add_argument("--picture", help="PNG for the card (default: the first one beside --metrics)")
+    parser.add_argument("--picture", help="picture for the card (default: the first PNG beside --metrics)")
     parser.add_argument("--license", default="apache-2.0", help="the hub's short name of the weights' licence")
     parser.add_argument("--base_model", nargs="+", help="hub ids of the models on both sides (default: the VAEs')")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
@@ -144,23 +215,24 @@ def main():
 
     if bool(args.output) == bool(args.repo):
         raise UserError("name either a .safetensors file to write, or --repo owner/name")
-    if args.repo:
-        written = write_repository(args)
-    else:
-        written = Path(args.output)
-        if written.suffix != ".safetensors":
-            raise UserError(f"{written}: name a file that ends in .safetensors")
-        if written.exists():
-            raise UserError(f"{written}: exists already; name another file or delete it")
-        pipeline, vaes = pipeline_to_share(args)
-        pipeline.save_pretrained(written, vaes=vaes)
-    AlignPipeline.from_pretrained(written)
-    for file in sorted(written.iterdir()) if args.repo else [written]:
-        print(f"{file}: {file.stat().st_size / 1e6:.3f} MB")
-    if args.repo and not args.dry_run:
-        print(f"uploaded: {upload(written, args.repo, args.private)}")
-    elif args.repo:
-        print("--dry_run: nothing was uploaded")
+    written = Path(args.output or "")
+    if args.output and written.suffix != ".safetensors":
+        raise UserError(f"{written}: name a file that ends in .safetensors")
+    if args.output and written.exists():
+        raise UserError(f"{written}: exists already; name another file or delete it")
+    if args.repo and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", args.repo, re.ASCII):
+        raise UserError(f"--repo {shown(args.repo)}: name it owner/name")
+    picture = find_picture(args) if args.repo else None
+    pipeline, origin = pipeline_to_share(args)
+    if args.output:
+        pipeline.save_pretrained(written, **origin)
+        check_and_list([written])
+        return
+    folder = claim_writable_folder(args.output_dir or Path("published") / args.repo.rpartition("/")[2], "--output_dir")
+    with alone_in(folder, "--output_dir", "publishing"):
+        files = write_repository(folder, pipeline, origin, picture, args)
+        check_and_list(files)
+        print("--dry_run: nothing was uploaded" if args.dry_run else f"uploaded: {upload(files, args.repo, args.private)}")
 
 
 if __name__ == "__main__":
