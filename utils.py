@@ -175,15 +175,22 @@ def next_stamp(folder: str | os.PathLike, prefix: str) -> str:
     """A time stamp, YYYYMMDD_HHMMSS, for a new `{prefix}_{stamp}` in `folder` that sorts after every existing one.
 
     It is the present time, or one second past the newest entry: two files may come within a second, a clock may be set back.
+    UserError where the newest entry is of the year 9999, after which there is no other.
     """
-    pattern = re.compile(re.escape(prefix) + r"_(\d{8}_\d{6})")
-    taken = (pattern.match(entry.name) for entry in Path(folder).glob(f"{prefix}_*"))
-    newest = max((match.group(1) for match in taken if match), default="")
-    stamp = datetime.now().strftime(STAMP_FORMAT)
+    stamp = datetime.now().replace(microsecond=0)
+    for entry in Path(folder).glob(f"{prefix}_*"):
+        if taken := stamp_of(entry, prefix):
+            if taken.year == datetime.max.year:
+                raise UserError(f"{entry}: stamped in the year {taken.year}, and new names must sort after it; rename it")
+            stamp = max(stamp, taken + timedelta(seconds=1))
+    return stamp.strftime(STAMP_FORMAT)
+
+
+def stamp_of(path: Path, prefix: str) -> datetime | None:
+    """The time in a name that begins with `{prefix}_{stamp}`, or None."""
     with contextlib.suppress(ValueError):  # digits that are no time
-        if stamp <= newest:
-            stamp = (datetime.strptime(newest, STAMP_FORMAT) + timedelta(seconds=1)).strftime(STAMP_FORMAT)
-    return stamp
+        match = re.match(re.escape(prefix) + r"_(\d{8}_\d{6})", path.name)
+        return match and datetime.strptime(match[1], STAMP_FORMAT)
 
 
 def file_digest(path: str | os.PathLike) -> bytes:
