@@ -707,13 +707,14 @@ def prepare_run(
     trained = pipeline.training_module
     if args.ema_decay:
         pipeline.module = copy.deepcopy(trained).requires_grad_(False)  # the average is judged and saved
-    module, prepared_optimizer = accelerator.prepare(trained, optimizer)
     budget = Budget(steps_of(args, len(train_loader)), args.minutes)
+    scheduler = setup_scheduler(optimizer, args, len(train_loader), budget)  # first: both it and Accelerate wrap optimizer.step
+    module, prepared_optimizer = accelerator.prepare(trained, optimizer)
     run = Run(
         pipeline=pipeline,
         module=torch.compile(module) if args.compile else module,
         optimizer=prepared_optimizer,
-        scheduler=setup_scheduler(optimizer, args, len(train_loader), budget),
+        scheduler=scheduler,
         objective=objective,
         budget=budget,
         bad_steps=BadSteps(args.max_bad_steps, accelerator),
@@ -897,6 +898,7 @@ def training_loop(
                             grad_norm=float(grad_norm) if ok else math.nan,
                             images_per_second=rate,
                             skipped_steps=run.bad_steps.total,
+                            gradient_scale=accelerator.scaler.get_scale() if accelerator.scaler else math.nan,
                         )
                         ends = time_of_day(budget.seconds_left(run.step, speed.seconds_per_step))
                         bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{rate:.1f}", ends=ends)
@@ -914,7 +916,8 @@ def training_loop(
 def train_step(args: argparse.Namespace, run: Run, encoded: Encoded, position: float):
     """One optimizer step on an encoded batch: (loss, gradient norm, whether both were finite), tensors on the device.
 
-    `position`: share of the run that is done, in [0, 1]. A step that was not finite changes no weight, moment or average.
+    `position`: share of the run that is done, in [0, 1]. A step that was not finite changes no weight, moment or average. It
+    counts as a step all the same: learning rate, order of the images and the average's decay depend on the step alone.
     Nothing here waits for a device that has fused kernels.
     """
     accelerator, optimizer = run.accelerator, run.optimizer

@@ -171,6 +171,20 @@ def require_regular(path: str | os.PathLike) -> None:
         raise OSError("a pipe, socket or device, not a file")
 
 
+def open_regular(path: str | os.PathLike, mode: str = "rb"):
+    """Open a file of a folder in which others write. OSError for a link, which may lead to a file that they cannot write, and
+    for a pipe, socket or device."""
+
+    def opener(name, flags):
+        handle = os.open(name, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise OSError("a pipe, socket or device, not a file")
+        return handle
+
+    return open(path, mode, opener=opener)
+
+
 def next_stamp(folder: str | os.PathLike, prefix: str) -> str:
     """A time stamp, YYYYMMDD_HHMMSS, for a new `{prefix}_{stamp}` in `folder` that sorts after every existing one.
 
