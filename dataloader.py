@@ -43,7 +43,7 @@ from torch.utils.data._utils import signal_handling
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from images.decoding import open_image, resized_crop, to_pixel_values, to_rgb
-from images.files import ImageFiles, SomeImages, digest_of, list_imagenet, list_images, said_of_endings
+from images.files import ImageFiles, SomeImages, digest_of, in_nfc, list_imagenet, list_images, said_of_endings
 from utils import STOP_SIGNALS, UserError, hub_token, one_line, physical_memory
 
 log = logging.getLogger(__name__)
@@ -228,7 +228,8 @@ def shards_of(place: str) -> list[str]:
         return [shard for number in numbers for shard in shards_of(place[: found.start()] + number + place[found.end() :])]
     if "://" in place:
         return [place]
-    return sorted(glob.glob(os.path.join(glob.escape(place), "*.tar") if os.path.isdir(place) else place))
+    found = glob.glob(os.path.join(glob.escape(place), "*.tar") if os.path.isdir(place) else place)
+    return sorted(found, key=in_nfc)
 
 
 def open_stream(place: str, label: str, cache_dir: str | None = None) -> Stream:
@@ -236,7 +237,7 @@ def open_stream(place: str, label: str, cache_dir: str | None = None) -> Stream:
     UserError, which begins with `label`, if there is none."""
 
     def digest(names: list[str]) -> str:
-        return hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
+        return hashlib.sha256(in_nfc("\0".join(names))[0].encode(errors="surrogateescape")).hexdigest()[:16]
 
     shards = shards_of(place) if ".tar" in place or glob.glob(os.path.join(glob.escape(place), "*.tar")) else []
     if not shards:

@@ -672,7 +672,7 @@ class Objective:
         self.latent_weight, self.moments_weight = loss_weight, moments_weight
         self.decoded, self.decoded_start = decoded, decoded_start
         self._reads_images = decoded is not None and decoded.reference == "original"
-        self._seen_through = seen_through
+        self.seen_through = seen_through
         self._reencoder = None
         if reencode_weight:
             if not (pipeline.uses_latents or seen_through):
@@ -684,8 +684,8 @@ class Objective:
 
     def encode(self, batch: dict, sample: bool = False, generator: torch.Generator | None = None) -> Encoded:
         """A training batch as a step needs it; see `PipelineWithVAEs.encode_batch`."""
-        if self._seen_through and "decoded" not in batch:
-            batch = batch | {"decoded": self._seen_through(batch["pixel_values"].to(self._pipeline.device))}
+        if self.seen_through and "decoded" not in batch:
+            batch = batch | {"decoded": self.seen_through(batch["pixel_values"].to(self._pipeline.device))}
         inputs, target, images = self._pipeline.encode_batch(batch, sample, generator, self._reads_images)
         return Encoded(inputs, target, images, self._reencoder and self._reencoder(batch, inputs.get("latents")))
 

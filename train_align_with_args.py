@@ -73,6 +73,7 @@ from utils import (
     get_dtype,
     keep_freed_memory,
     memory_advice,
+    next_stamp,
     one_line,
     peak_memory,
     require_compiler,
@@ -80,7 +81,7 @@ from utils import (
     resolve_precision,
     write_json,
 )
-from vae_align import ARCHITECTURES, AlignConfig, align_module
+from vae_align import ARCHITECTURES, CHECKPOINT_PREFIX, AlignConfig, align_module
 from vaes.codec import Codec, SeenThrough, good_image_size
 from vaes.loading import load_vae_model
 from vaes.pipeline import PipelineWithVAEs, read_checkpoint, require_memory_for, spaces_of
@@ -246,14 +247,18 @@ PARSER.retired = {
     "adversarial_warmup_steps": None,
 }  # fmt: skip
 SETTINGS = PARSER.settings().keys() - {"load_config", "resume", "dry_run"}  # what a config holds
-# Flags that may change on resume: run length, paths and logging. The others shape the weights and come from the checkpoint.
-MAY_CHANGE = frozenset({
-    "epochs", "max_train_steps", "minutes", "device", "num_workers", "compile", "cache_only", "max_bad_steps",
-    "train_data_dir", "eval_data_dir", "latent_cache_dir", "log_dir", "save_dir", "config_save_path", "cache_dir", "proxy",
-    "vae1_path", "vae1_subfolder", "vae2_path", "vae2_subfolder", "decoder_loss_path", "decoder_loss_subfolder",
-    "log_frequency", "profile", "eval_frequency", "visualize_frequency", "save_frequency", "save_steps", "keep_last",
-    "eval_batch_size", "num_visualize_samples",
-})  # fmt: skip
+# Of flags that may change on resume, those that never come from the checkpoint: what is written or deleted, and where; the
+# network; this machine. A checkpoint may be a stranger's.
+PLACES = frozenset({"log_dir", "save_dir", "config_save_path", "latent_cache_dir", "cache_dir", "proxy", "keep_last"})
+NEVER_TAKEN = PLACES | {"device", "num_workers", "cache_only", "profile"}
+# The others: run length, logging, and where its data and VAEs are, whose content `checkpoint.require_same` compares. All flags
+# that are not listed here shape the weights and come from the checkpoint.
+MAY_CHANGE = NEVER_TAKEN | {
+    "epochs", "max_train_steps", "minutes", "compile", "max_bad_steps", "train_data_dir", "eval_data_dir", "vae1_path",
+    "vae1_subfolder", "vae2_path", "vae2_subfolder", "decoder_loss_path", "decoder_loss_subfolder", "seen_through",
+    "init_module", "load_checkpoint", "log_frequency", "eval_frequency", "visualize_frequency", "save_frequency", "save_steps",
+    "best_metric", "eval_batch_size", "num_visualize_samples",
+}  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -350,11 +355,14 @@ def find_start(args: argparse.Namespace, device: torch.device) -> tuple[Path, di
 def settings_of_run(args: argparse.Namespace, path: Path, content: dict) -> dict:
     """The settings that a resumed run takes from its checkpoint; UserError names a given flag that contradicts them."""
     config = {name: value for name, value in content["config"].items() if name in SETTINGS | PARSER.retired.keys()}
-    found = {}
+    found, others = {}, []
     for name, value in PARSER.check_config(config, f"--resume {path}").items():
         given = name in args.given_flags
-        if name in MAY_CHANGE:
-            if not given and name != "device":  # which is chosen by what this machine has
+        if name in NEVER_TAKEN:
+            if name in PLACES and getattr(args, name) != value:
+                others.append(f"--{name} {getattr(args, name)} (there {value})")
+        elif name in MAY_CHANGE:
+            if not given:
                 found[name] = value
         elif given and _comparable(getattr(args, name)) != _comparable(value):
             raise UserError(
@@ -363,6 +371,8 @@ def settings_of_run(args: argparse.Namespace, path: Path, content: dict) -> dict
             )
         else:
             found[name] = value
+    if others:
+        log.info("--resume %s: these stay as they are here, not as in the checkpoint: %s", path, ", ".join(others))
     return found
 
 
@@ -424,6 +434,8 @@ def check_outputs(settings: Settings) -> None:
         claim_writable_folder(getattr(settings, name), f"--{name}", create=not settings.dry_run)
     if settings.config_save_path and not settings.dry_run:
         claim_writable_file(settings.config_save_path, "--config_save_path")
+    for folder, prefix in (("log_dir", "align"), ("save_dir", "align_best"), ("save_dir", CHECKPOINT_PREFIX)):
+        next_stamp(getattr(settings, folder), prefix)
 
 
 def warn_of_odd_flags(settings: Settings, images: int, processes: int) -> None:
@@ -483,7 +495,6 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace, start: tuple[Pat
 
     Channels and strides are the VAEs'. `start` is (path, content) of a checkpoint, by default that of --load_checkpoint.
     """
-    resumed = start is not None and bool(args.resume)
     if start is None and args.load_checkpoint:
         start = Path(args.load_checkpoint), read_checkpoint(args.load_checkpoint)
         args = Settings(vars(args) | architecture_of(args, start[1]))
@@ -492,8 +503,8 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace, start: tuple[Pat
     if start:  # a space that the checkpoint names need not be typed again
         for codec, recorded in zip((codec1, codec2), spaces_of(start[1])):
             codec.adopt_name_of(recorded)
-    if resumed:
-        checkpoint.require_same_vaes(start[1], codec1, codec2)
+    if start and args.resume:
+        checkpoint.require_same(start[1], {"vae1": checkpoint.kind_of(codec1), "vae2": checkpoint.kind_of(codec2)}, args)
     trained_for = AlignConfig.from_dict(start[1]["align_config"]) if start else None
     config = AlignConfig(
         input_types=tuple(args.input_types),
@@ -671,12 +682,14 @@ def prepare_run(
     """The run that the loop goes on with: measurements before the first step, optimizer, schedule, or a checkpoint's state."""
     resumed = start[1] if start and args.resume else None
     pipeline.progress["config"] = config_dict(args)
+    recorded = resumed["training"]["files"] if resumed else ""
     data = {
         "order": checkpoint.data_order(train_loader, accelerator.num_processes),
-        "files": checkpoint.names_digest(image_files(train_loader)),
+        "files": checkpoint.names_digest(image_files(train_loader), recorded),
+        "vaes": checkpoint.vaes_of(pipeline, objective),
     }
     if resumed:
-        checkpoint.require_same_order(resumed["training"]["order"], data["order"])
+        checkpoint.require_same(resumed, data["order"] | {"files": data["files"]} | data["vaes"], args)
         places = resumed["training"]["places"]
         with naming("--train_data_dir"):
             train_loader.batch_sampler.go_on(resumed["step"], places and places[accelerator.process_index])
@@ -694,13 +707,14 @@ def prepare_run(
     trained = pipeline.training_module
     if args.ema_decay:
         pipeline.module = copy.deepcopy(trained).requires_grad_(False)  # the average is judged and saved
-    module, prepared_optimizer = accelerator.prepare(trained, optimizer)
     budget = Budget(steps_of(args, len(train_loader)), args.minutes)
+    scheduler = setup_scheduler(optimizer, args, len(train_loader), budget)  # first: both it and Accelerate wrap optimizer.step
+    module, prepared_optimizer = accelerator.prepare(trained, optimizer)
     run = Run(
         pipeline=pipeline,
         module=torch.compile(module) if args.compile else module,
         optimizer=prepared_optimizer,
-        scheduler=setup_scheduler(optimizer, args, len(train_loader), budget),
+        scheduler=scheduler,
         objective=objective,
         budget=budget,
         bad_steps=BadSteps(args.max_bad_steps, accelerator),
@@ -884,6 +898,7 @@ def training_loop(
                             grad_norm=float(grad_norm) if ok else math.nan,
                             images_per_second=rate,
                             skipped_steps=run.bad_steps.total,
+                            gradient_scale=accelerator.scaler.get_scale() if accelerator.scaler else math.nan,
                         )
                         ends = time_of_day(budget.seconds_left(run.step, speed.seconds_per_step))
                         bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{rate:.1f}", ends=ends)
@@ -901,7 +916,8 @@ def training_loop(
 def train_step(args: argparse.Namespace, run: Run, encoded: Encoded, position: float):
     """One optimizer step on an encoded batch: (loss, gradient norm, whether both were finite), tensors on the device.
 
-    `position`: share of the run that is done, in [0, 1]. A step that was not finite changes no weight, moment or average.
+    `position`: share of the run that is done, in [0, 1]. A step that was not finite changes no weight, moment or average. It
+    counts as a step all the same: learning rate, order of the images and the average's decay depend on the step alone.
     Nothing here waits for a device that has fused kernels.
     """
     accelerator, optimizer = run.accelerator, run.optimizer
@@ -1059,15 +1075,21 @@ def main(argv: list[str] | None = None) -> None:
                 require_compiler(accelerator.device)
         datasets = open_datasets(settings)
         checkpoint.require_same_everywhere(datasets, accelerator)
-        if resumed:
-            machines = len(machines_of(accelerator, settings.cache_per_machine))
-            among = {"processes": accelerator.num_processes, "machines": machines}
-            checkpoint.require_same_files(start[1]["training"], datasets[0].source.paths, among, settings.train_data_dir)
         with naming("--image_size"):
             good_image_size(settings.image_size, *(vae.stride for vae in vaes))
         torch.manual_seed(settings.seed)
         pipeline = create_align_pipeline(*vaes, settings, start).to(accelerator.device)
         objective = create_objective(pipeline, settings)
+        if resumed:  # before anything is encoded
+            training, paths = start[1]["training"], datasets[0].source.paths
+            found = {
+                "processes": accelerator.num_processes,
+                "machines": len(machines_of(accelerator, settings.cache_per_machine)),
+                "files": checkpoint.names_digest(paths, training["files"]),
+            }
+            if isinstance(paths, list) and len(paths) < training["order"]["images"]:  # or more: unreadable ones
+                found = {"images": len(paths)} | found
+            checkpoint.require_same(start[1], found | checkpoint.vaes_of(pipeline, objective), settings)
         if accelerator.is_main_process:
             warn_of_odd_flags(settings, len(datasets[0]), accelerator.num_processes)
         generator = torch.Generator(accelerator.device).manual_seed(settings.seed + accelerator.process_index)

@@ -171,19 +171,40 @@ def require_regular(path: str | os.PathLike) -> None:
         raise OSError("a pipe, socket or device, not a file")
 
 
+def open_regular(path: str | os.PathLike, mode: str = "rb"):
+    """Open a file of a folder in which others write. OSError for a link, which may lead to a file that they cannot write, and
+    for a pipe, socket or device."""
+
+    def opener(name, flags):
+        handle = os.open(name, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise OSError("a pipe, socket or device, not a file")
+        return handle
+
+    return open(path, mode, opener=opener)
+
+
 def next_stamp(folder: str | os.PathLike, prefix: str) -> str:
     """A time stamp, YYYYMMDD_HHMMSS, for a new `{prefix}_{stamp}` in `folder` that sorts after every existing one.
 
     It is the present time, or one second past the newest entry: two files may come within a second, a clock may be set back.
+    UserError where the newest entry is of the year 9999, after which there is no other.
     """
-    pattern = re.compile(re.escape(prefix) + r"_(\d{8}_\d{6})")
-    taken = (pattern.match(entry.name) for entry in Path(folder).glob(f"{prefix}_*"))
-    newest = max((match.group(1) for match in taken if match), default="")
-    stamp = datetime.now().strftime(STAMP_FORMAT)
+    stamp = datetime.now().replace(microsecond=0)
+    for entry in Path(folder).glob(f"{prefix}_*"):
+        if taken := stamp_of(entry, prefix):
+            if taken.year == datetime.max.year:
+                raise UserError(f"{entry}: stamped in the year {taken.year}, and new names must sort after it; rename it")
+            stamp = max(stamp, taken + timedelta(seconds=1))
+    return stamp.strftime(STAMP_FORMAT)
+
+
+def stamp_of(path: Path, prefix: str) -> datetime | None:
+    """The time in a name that begins with `{prefix}_{stamp}`, or None."""
     with contextlib.suppress(ValueError):  # digits that are no time
-        if stamp <= newest:
-            stamp = (datetime.strptime(newest, STAMP_FORMAT) + timedelta(seconds=1)).strftime(STAMP_FORMAT)
-    return stamp
+        match = re.match(re.escape(prefix) + r"_(\d{8}_\d{6})", path.name)
+        return match and datetime.strptime(match[1], STAMP_FORMAT)
 
 
 def file_digest(path: str | os.PathLike) -> bytes:

@@ -26,12 +26,12 @@ from filelock import FileLock, Timeout
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from cache.read import WORD, CachedDataset, LatentCache, places_in
+from cache.read import OF_ANOTHER_KIND, WORD, CachedDataset, LatentCache, places_in
 from dataloader import ImageDataset, Loader, UnreadableImage
 from images.decoding import image_reader, to_levels, to_pixel_values
 from images.files import digest_of
 from runtime.processes import ALONE, Machine
-from utils import UserError, atomic_file, count_of, memory_advice, one_line, write_json
+from utils import UserError, atomic_file, count_of, memory_advice, one_line, open_regular, write_json
 from vaes.codec import Codec, SeenThrough, decode_picture
 
 log = logging.getLogger(__name__)
@@ -132,8 +132,8 @@ def contents_of(dataset: ImageDataset, path: Path, threads: int) -> tuple[list[b
             return bytes(16), error.why
 
     known = {}
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        known = dict(np.load(path).view("V16").reshape(-1, 2).tolist())
+    with contextlib.suppress(OSError, EOFError, MemoryError, *OF_ANOTHER_KIND), open_regular(path) as file:
+        known = dict(np.load(file).view("V16").reshape(-1, 2).tolist())
     stamps = [stamp_of(index) for index in range(len(dataset))]
     contents, unreadable = [known.pop(stamp, None) for stamp in stamps], {}
     waiting = [index for index, content in enumerate(contents) if content is None]
@@ -172,7 +172,7 @@ class ChunkLocks:
         try:
             lock.acquire(timeout=0)
         except (Timeout, OSError, NotImplementedError):
-            return not self.patient
+            return not self.patient or os.path.islink(lock.lock_file)
         self._held[name] = lock
         return True
 
@@ -266,9 +266,9 @@ class LatentEncoder:
     def left_out(self) -> dict[int, str]:
         """{index of an image that cannot be encoded: why}, as far as this process knows."""
         known = {}  # a content that could not be encoded is not tried again by the same decoder
-        for entry in itertools.chain.from_iterable(map(json.loads, self.cache.left_out)):
-            if entry["reader"] == image_reader() and entry["views"] <= self.options.views:
-                known[bytes.fromhex(entry["content"])] = entry["why"]
+        for content, views, reader, why in self.cache.left_out:
+            if reader == image_reader() and views <= self.options.views:
+                known[content] = why
         return self._failures | {index: known[content] for index, content in enumerate(self.contents) if content in known}
 
     def missing(self) -> Chunks:
@@ -296,7 +296,9 @@ class LatentEncoder:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
-            if not (folder / "about.json").exists():  # others hold a lock on the one that is there
+            try:
+                open_regular(folder / "about.json").close()  # others hold a lock on the one that is there
+            except OSError:  # none, or one that is no file
                 write_json(folder / "about.json", self.about)
         except OSError as error:
             raise UserError(

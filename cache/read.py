@@ -9,13 +9,15 @@ that a row depends on (VAEs, size, seed, …) names the folder, by a digest. A f
     NAME.safetensors    a chunk: the rows of up to 32 images, their addresses, and which images could not be encoded
     NAME.lock           the lock of the process that encodes this chunk (`cache.build`)
 
-A chunk appears whole, by a rename, and never changes. Its time stamp is that of its last use.
+A chunk appears whole, by a rename, and never changes. Its time stamp is that of its last use. Others may write in the folder:
+neither it nor a file in it may be a link.
 """
 
 from __future__ import annotations
 
 import bisect
 import contextlib
+import json
 import logging
 import os
 from pathlib import Path
@@ -28,12 +30,13 @@ from torch.utils.data import DataLoader, Dataset
 from dataloader import EpochSampler, ImageDataset, Loader
 from images.decoding import to_pixel_values
 from runtime.processes import ALONE
-from utils import UserError
+from utils import UserError, open_regular
 
 log = logging.getLogger(__name__)
 
 WORD = np.dtype("<u8")  # a digest is two of them
 MOST_MAPS = 1 << 14  # chunks that are mapped at once; Linux allows 65530 maps
+OF_ANOTHER_KIND = (KeyError, OverflowError, RecursionError, TypeError, ValueError)  # what a stranger's file may end in
 
 
 def lock(file, shared: bool) -> bool:
@@ -65,7 +68,7 @@ class LatentCache:
 
     Attributes:
         addresses: (R, 2) uint64, of the rows that this process has seen; a row's number is its place here.
-        left_out: [JSON text that says which images of a chunk could not be encoded, and why].
+        left_out: [(digest of the content of an image that could not be encoded, number of views, `image_reader`, why)].
     """
 
     def __init__(self, folder: Path, row: np.dtype):
@@ -81,23 +84,32 @@ class LatentCache:
 
     def hold(self) -> None:
         """Keep tools/drop_unused_latents.py away while this process lives. UserError if it is dropping chunks right now."""
+        if self.folder.is_symlink():
+            raise UserError(f"latent cache {self.folder}: a link, through which other files could be changed; remove it")
         with contextlib.suppress(OSError):  # nothing is there yet
-            self._hold = open(self.folder / "about.json", "rb")  # noqa: SIM115 (as long as this process lives)
+            self._hold = open_regular(self.folder / "about.json")  # as long as this process lives
             if not lock(self._hold, shared=True):
                 raise UserError(f"latent cache {self.folder}: chunks are being dropped there; start again when that is done")
 
     def chunk(self, name: str) -> dict[str, np.ndarray] | None:
-        """A chunk as memory maps: "addresses" (R, 2) uint64, "rows" (R, bytes) uint8, "left_out" uint8, JSON text. None unless
-        it is there and whole. No file stays open: a process may open fewer files than there are chunks."""
+        """A chunk as memory maps, "addresses" (R, 2) uint64 and "rows" (R, bytes) uint8, and the list "left_out". None unless it
+        is there and whole. No file stays open: a process may open fewer files than there are chunks."""
         try:
-            try:
-                tensors = safetensors.torch.load_file(self.path(name))
-            except (OSError, safetensors.SafetensorError):  # damaged, or on a file system that cannot map files
-                tensors = safetensors.torch.load(self.path(name).read_bytes())
+            with open_regular(self.path(name)) as file:
+                try:
+                    tensors = safetensors.torch.load_file(self.path(name))
+                except (OSError, safetensors.SafetensorError):  # damaged, or on a file system that cannot map files
+                    tensors = safetensors.torch.load(file.read())
             chunk = {key: tensor.numpy() for key, tensor in tensors.items()}
             chunk["addresses"] = chunk["addresses"].view(WORD)
-            return chunk if chunk["rows"].shape == (len(chunk["addresses"]), self.row.itemsize) else None
-        except (OSError, safetensors.SafetensorError, KeyError, ValueError):
+            chunk["left_out"] = [
+                (bytes.fromhex(entry["content"]), int(entry["views"]), str(entry["reader"]), str(entry["why"]))
+                for entry in json.loads(chunk["left_out"].tobytes())
+            ]
+            shapes = [(array.dtype, array.shape) for array in (chunk["addresses"], chunk["rows"])]
+            rows = len(chunk["addresses"])
+            return chunk if shapes == [(WORD, (rows, 2)), (np.uint8, (rows, self.row.itemsize))] else None
+        except (OSError, safetensors.SafetensorError, *OF_ANOTHER_KIND):
             return None
 
     def look(self) -> None:
@@ -106,7 +118,7 @@ class LatentCache:
         for name in sorted({path.stem for path in self.folder.glob("*.safetensors")}.difference(self._names)):
             if chunk := self.chunk(name):
                 found.append(chunk["addresses"].copy())
-                self.left_out.append(chunk["left_out"].tobytes())
+                self.left_out += chunk["left_out"]
                 self._names.append(name)
                 self._starts.append(self._starts[-1] + len(found[-1]))
             else:

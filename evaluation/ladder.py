@@ -316,20 +316,23 @@ class FixedRungs:
 
     Attributes:
         images: a digest of the pixels that the rungs were measured on; "" before the first evaluation.
+        vaes: digests of both VAEs with which they were measured.
         figures: {rung: {metric: value}} of every rung but the trained module's.
         unreadable: messages of the last evaluation, one for each image that could not be decoded.
     """
 
     images: str = ""
+    vaes: list[str] = field(default_factory=list)
     figures: dict = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
 
     def evaluate(self, pipeline: PipelineWithVAEs, loader, dtype: torch.dtype, accelerator=None) -> dict:
         """{rung: {metric: value}} of the whole ladder (see `evaluate`) on the images of `loader`.
 
-        The first call measures every rung; the next ones only the module, as long as the pixels are the same. With an
+        The first call measures every rung; the next ones only the module, as long as pixels and VAEs are the same. With an
         `accelerator` its processes do so together, each on its share of the images.
         """
+        vaes = [pipeline.codec1.content, pipeline.codec2.content]
 
         def judge(only):
             seen = _PixelDigest()
@@ -337,20 +340,21 @@ class FixedRungs:
             self.unreadable = results["unreadable"]
             return results["ladder"], seen.hexdigest(accelerator)
 
-        if self.figures:
+        if self.figures and self.vaes == vaes:
             moved, images = judge(MOVED)
             if images == self.images:
                 return self.figures | moved
+        self.vaes = vaes
         ladder, self.images = judge(None)
         self.figures = {rung: figures for rung, figures in ladder.items() if rung not in MOVED}
         return ladder
 
     def state_dict(self) -> dict:
-        return {"images": self.images, "figures": self.figures}
+        return {"images": self.images, "vaes": self.vaes, "figures": self.figures}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from `state_dict`. The next evaluation finds out whether the images are still the same."""
-        self.images = str(state["images"])
+        self.images, self.vaes = str(state["images"]), list(state.get("vaes", ()))
         self.figures = dict(state["figures"])
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -66,7 +67,12 @@ def list_images(folder: str | os.PathLike) -> list[str]:
             folder, "1 file is" if others.total() == 1 else f"{others.total()} files are",
             ", ".join(sorted(others)),
         )  # fmt: skip
-    return sorted(found)
+    return sorted(found, key=in_nfc)
+
+
+def in_nfc(path: str) -> tuple[str, str]:
+    """A key for sorting: a Mac's copy of a folder writes names in NFD, and its files have the same order."""
+    return unicodedata.normalize("NFC", path), path
 
 
 def said_of_endings(folder: str | os.PathLike) -> str:

@@ -61,7 +61,7 @@ def test_float16_trains_under_its_scaler(flags, tmp_path):
     """A scaler that is never used or never saved, or whose own overflows are taken for bad steps."""
     run = train({**flags, "device": DEVICE, "precision": "float16"}, tmp_path, **QUIET, max_train_steps=12)
     assert run.last["training"]["state"]["scaler"]["scale"] > 0
-    assert run.last["training"]["bad_steps"] == 0
+    assert run.last["training"]["bad_steps_in_a_row"] == 0
     assert len(losses_of(run)) == 12 and all(map(math.isfinite, losses_of(run)))
 
 

@@ -5,6 +5,7 @@
 A chunk, the views of up to 32 images, goes as a whole. A cache that a run on this machine uses at this moment is left alone.
 """
 
+import logging
 import shutil
 import sys
 import time
@@ -14,7 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cache.read import lock
 from runtime.cli import Parser, integer, run
-from utils import UserError, count_of, read_json
+from utils import UserError, count_of, one_line, open_regular, printable, read_json, shown
+
+log = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,20 +30,39 @@ def main(argv: list[str] | None = None) -> None:
     if not root.is_dir():
         raise UserError(f"--latent_cache_dir {root}: no such folder")
     for about in sorted(root.glob("[0-9a-f]" * 24 + "/about.json")):
-        chunks = [entry for entry in about.parent.iterdir() if entry != about]  # in earlier layouts they were folders
-        old = [entry for entry in chunks if entry.stat().st_mtime < limit]
-        what = ", ".join(f"{name} {read_json(about).get(name)}" for name in ("vae1", "vae2", "image_size", "seed"))
-        print(f"{about.parent}: {what}; {shown(chunks)}, of which {shown(old)} unused")
-        if args.drop and old:
-            with open(about, "r+b") as file:
-                free = lock(file, shared=False)
-                for entry in ([about.parent] if len(old) == len(chunks) else old) if free else []:
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-                print("  dropped" if free else "  in use by a run: left alone")
+        folder = about.parent
+        try:
+            if folder.is_symlink():
+                raise OSError("a link")
+            with open_regular(about, "r+b" if args.drop else "rb") as file:
+                known = read_json(about)
+                what = ", ".join(f"{name} {shown(known.get(name))}" for name in ("vae1", "vae2", "image_size", "seed"))
+                chunks = chunks_of(folder)
+                old = [entry for entry in chunks if entry.lstat().st_mtime < limit]
+                print(printable(f"{folder}: {what}; {size_of(chunks)}, of which {size_of(old)} unused"))
+                if args.drop and old:
+                    free = lock(file, shared=False)
+                    for entry in old if free else []:
+                        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                    print("  dropped" if free else "  in use by a run: left alone")
+            if args.drop and [*folder.iterdir()] == [about]:
+                shutil.rmtree(folder)
+        except (OSError, ValueError, AttributeError) as error:
+            log.warning("%s: left alone (%s)", folder, one_line(error))
 
 
-def shown(chunks: list[Path]) -> str:
-    size = sum(file.stat().st_size for chunk in chunks for file in (chunk, *chunk.rglob("*")))
+def chunks_of(folder: Path) -> list[Path]:
+    """What a cache's folder holds beside about.json, in earlier layouts folders too; nothing else that is there, and no link."""
+    return [
+        entry
+        for entry in folder.iterdir()
+        if not entry.is_symlink()
+        and (entry.is_dir() or (entry.suffix in (".safetensors", ".lock", ".tmp") and entry.is_file()))
+    ]
+
+
+def size_of(chunks: list[Path]) -> str:
+    size = sum(file.lstat().st_size for chunk in chunks for file in (chunk, *chunk.rglob("*")))
     return f"{count_of(len(chunks), 'chunk')} ({size / 1e6:.1f} MB)"
 
 

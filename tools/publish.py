@@ -112,7 +112,7 @@ def pipeline_to_share(args: argparse.Namespace) -> tuple[AlignPipeline, dict]:
     elif isinstance(figures.get("aligned"), dict) and figures["aligned"].get("weights", weights) != weights:
         log.warning("its figures are those of an earlier step and stay out; judge it, and name the metrics.json by --metrics")
         figures = {}
-    origin = {"vaes": vaes, "vae_digests": [content[name].get("digest") for name in ("vae1", "vae2")]}
+    origin = {"vaes": vaes, "vae_digests": [content[name].get("content") for name in ("vae1", "vae2")]}
     return AlignPipeline(module, *spaces, figures=numbers_in(figures)).to(getattr(torch, args.dtype)), origin
 
 

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import time
+import unicodedata
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +36,19 @@ log = logging.getLogger(__name__)
 OWN_NAME = re.compile(r"align_pipeline_\d{8}_\d{6}\.pth")  # of a checkpoint as a run writes it
 ABANDONED = 3600  # seconds since a temporary file last grew, after which its writer is no longer alive
 BEST_METRICS = {"psnr": 1, "ssim": 1, "psnr_vs_vae2": 1, "latent_mse": -1}  # for --best_metric; -1: less is better
+KIND = ("class", "channels", "stride", "space", "content")  # of a VAE; what else a checkpoint records of it is its place
+SAME = {  # beside settings, what a run must find again when it goes on: {what: (the flag that names it, its noun)}
+    "processes": ("resume", ""),
+    "machines": ("resume", ""),
+    "images": ("train_data_dir", ""),
+    "images_of_each_machine": ("train_data_dir", ""),
+    "steps_per_epoch": ("train_data_dir", ""),
+    "files": ("train_data_dir", "files"),
+    "vae1": ("vae1_path", "VAE"),
+    "vae2": ("vae2_path", "VAE"),
+    "seen_through": ("seen_through", "VAEs"),
+    "decoder": ("decoder_loss_path", "VAE"),
+}
 
 
 @dataclass
@@ -44,7 +58,8 @@ class Run:
     Attributes:
         pipeline: its `module` is judged and saved, its `training_module` is trained; the two differ where weights are averaged.
         module, optimizer: the trained module and its optimizer as Accelerate prepared them.
-        data: what the order of the training images depends on, see `data_order` and `names_digest`.
+        data: what a run finds again when it goes on from a checkpoint: {"order": see `data_order`, "files": see
+            `names_digest`, "vaes": see `vaes_of`}.
         config: the settings, as each checkpoint carries them.
         folder: of the checkpoints. name: of the run, such as "align_20251231_034701".
         keep_last: number of this run's checkpoints to keep; 0: all. best_metric: key of `BEST_METRICS`.
@@ -52,8 +67,9 @@ class Run:
         step: optimizer steps done. saved_at: the step of the newest checkpoint, -1 without one.
         metrics: the newest evaluation, {rung: {metric: value}}. fixed: the rungs that training cannot move.
         places: each process's place in a stream of images; None where the step alone tells it.
-        last: path of the newest checkpoint. best: {"value", "step"} of the best one. own: names of the checkpoints that this
-            run wrote and may delete, oldest first.
+        last: path of the newest checkpoint. best: {"value", "step", "by": its metric, "images": a digest of those that it was
+            measured on} of the best one. own: names of the checkpoints in `folder` that this run wrote and may delete, oldest
+            first.
         last_inputs: the module's inputs in the last step.
     """
 
@@ -149,9 +165,12 @@ class Run:
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"--resume {path}: the state of its training does not fit its module ({one_line(error)})") from None
         self.step = self.saved_at = content["step"]
-        self.metrics, self.best, self.own, self.last = content["metrics"], training["best"], list(training["own"]), path
-        if OWN_NAME.fullmatch(path.name) and path.parent.resolve() == self.folder.resolve():
-            self.own.append(path.name)  # a copy elsewhere or of another name is the user's
+        self.metrics, self.last = content["metrics"], path
+        if training["best"]:  # older ones do not say what they were measured on
+            told = {"by": content["config"].get("best_metric"), "images": self.fixed.images}
+            self.best = told | training["best"]
+        if path.parent.resolve() == self.folder.resolve():  # in another folder these names are another run's
+            self.own = [*training["own"], *([path.name] if OWN_NAME.fullmatch(path.name) else [])]  # not the user's copy
 
     # ---- checkpoints
 
@@ -171,9 +190,14 @@ class Run:
         """Keep this module as the run's best if its `best_metric` is better than any before."""
         value = self.metrics["aligned"][self.best_metric]
         sign = BEST_METRICS[self.best_metric]
+        on = {"by": self.best_metric, "images": self.fixed.images}
+        if self.best and self.best != self.best | on:
+            log.info("the best checkpoint is counted anew: evaluation images or metric are not those of step %d, until now the "
+                     "best", self.best["step"])  # fmt: skip
+            self.best = None
         if value is None or (self.best and sign * value <= sign * self.best["value"]):
             return
-        self.best = {"value": value, "step": self.step}
+        self.best = {"value": value, "step": self.step} | on
         self._write(name=self.best_path.name)
 
     def _write(self, **more) -> Path:
@@ -293,6 +317,7 @@ def require_training(content: dict, path) -> None:
             and number(training["bad_steps"])
             and number(training["bad_steps_in_a_row"])
             and isinstance(training["files"], str)
+            and isinstance(training.get("vaes", {}), dict)
             and training["colours"].keys() in ({}.keys(), {"vae2_bias", "shift"})
             and all(colours.ndim == 3 and len(colours) == 3 for colours in training["colours"].values())
             and (training["places"] is None or len(training["places"]) == order["processes"])
@@ -305,16 +330,40 @@ def require_training(content: dict, path) -> None:
         raise UserError(f"checkpoint {path}: the state of its training was not written by this tool")
 
 
-def require_same_vaes(content: dict, codec1: Codec, codec2: Codec) -> None:
-    """UserError unless both VAEs are, by kind, the ones that the checkpoint's run was trained with."""
-    for number, codec in ((1, codec1), (2, codec2)):
-        recorded = content[f"vae{number}"]
-        for name in ("class", "channels", "stride", "space"):
-            if recorded.get(name) != codec.identity[name]:
-                raise UserError(
-                    f"--vae{number}_path {codec.identity['path']}: its {name} is {codec.identity[name]}, the run to resume "
-                    f"was trained with {recorded.get(name)} ({recorded['path']})"
-                )
+def vaes_of(pipeline: PipelineWithVAEs, objective: Objective) -> dict:
+    """The VAEs of a run, by content: {"vae1" and "vae2": their `KIND`, "seen_through": [digest of each], "decoder": the digest
+    of the one that decodes for a loss, or None}."""
+    seen, decoded = objective.seen_through, objective.decoded
+    return {
+        "vae1": kind_of(pipeline.codec1),
+        "vae2": kind_of(pipeline.codec2),
+        "seen_through": [codec.content for codec in seen.codecs] if seen else [],
+        "decoder": decoded.codec.content if decoded else None,
+    }
+
+
+def kind_of(codec: Codec) -> dict:
+    """`KIND` of a VAE as a checkpoint records it."""
+    return {name: (codec.identity | {"content": codec.content})[name] for name in KIND}
+
+
+def require_same(content: dict, found: dict, args) -> None:
+    """UserError unless a run finds what the checkpoint's run had: `found` holds some of `SAME`, `args` the flags. What an older
+    checkpoint does not record is not compared."""
+    training = content["training"]
+    recorded = training["order"] | {"files": training["files"]} | training.get("vaes", {})
+    recorded |= {name: content[name] for name in ("vae1", "vae2")}
+    for what, now in found.items():
+        flag, noun = SAME[what]
+        had, other = recorded.get(what, now), ""
+        if isinstance(now, dict):
+            had = {name: had.get(name, now[name]) for name in now}
+            other = "".join(f" (another {name})" for name in now if str(had[name]) != str(now[name]))
+        if str(had) != str(now):  # not the values themselves: a hostile file's may be tensors
+            why = f"not the {noun} that the run to resume had{other}"
+            if not noun:
+                why = f"the run to resume had {had} {what.replace('_', ' ')}, now {now}"
+            raise UserError(f"--{flag} {getattr(args, flag)}: {why}; resume it with the same, wherever that is now")
 
 
 def data_order(train_loader, processes: int) -> dict:
@@ -329,34 +378,21 @@ def data_order(train_loader, processes: int) -> dict:
     }
 
 
-def require_same_order(recorded: dict, order: dict) -> None:
-    """UserError if the images would come in another order than in the run that is resumed."""
-    for name, number in order.items():
-        if recorded.get(name, number) != number:
-            what = name.replace("_", " ")
-            raise UserError(f"--resume: the run had {recorded[name]} {what}, now {number}; resume it with as many")
+def names_digest(paths, recorded: str = "") -> str:
+    """A digest of the training images' names, in order and below their common folder; "" for a hub data set's.
 
-
-def names_digest(paths) -> str:
-    """A digest of the training images' names, in order and below their common folder; "" for a hub data set's."""
+    Names in NFC and NFD, as a Mac writes them, are the same. Earlier versions did not know that: `recorded` comes back if it is
+    the digest of the names as they are."""
     if not isinstance(paths, list):
         return ""
     paths = [os.path.normpath(path) for path in paths]
     above = len(os.path.commonpath([os.path.dirname(paths[0]), os.path.dirname(paths[-1])]))
-    return hashlib.sha256("\0".join(path[above:] for path in paths).encode(errors="surrogateescape")).hexdigest()[:16]
-
-
-def require_same_files(training: dict, paths, among: dict, folder: str) -> None:
-    """UserError, before anything is encoded, unless these are the images of the run that is resumed, and its numbers of
-    processes and machines (`among`)."""
-    require_same_order(training["order"], among)
-    if isinstance(paths, list) and len(paths) < training["order"]["images"]:
-        raise UserError(
-            f"--train_data_dir {folder}: the run to resume had {training['order']['images']} images, now {len(paths)}; "
-            "resume it with the same"
-        )
-    if training["files"] != names_digest(paths):
-        raise UserError(f"--train_data_dir {folder}: not the files that the run to resume had; resume it with the same")
+    names = "\0".join(path[above:] for path in paths)
+    same, as_written = (
+        hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
+        for text in (unicodedata.normalize("NFC", names), names)
+    )
+    return recorded if recorded == as_written else same
 
 
 def require_same_everywhere(datasets, accelerator) -> None:

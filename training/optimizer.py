@@ -33,6 +33,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, matrices, others, lr: float, weight_decay: float, momentum: float = 0.95, fused: bool = False):
         self._adamw = torch.optim.AdamW(others, lr=ADAMW_SHARE * lr, weight_decay=weight_decay, fused=fused)
+        self._step_supports_amp_scaling = fused  # a gradient scaler then sets `found_inf` too, and never waits for it
         group = {"params": list(matrices), "lr": lr, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__([group, *self._adamw.param_groups], {})
         self._share()
@@ -125,11 +126,11 @@ class BadSteps:
         bad_steps.note(ok, step, files)
         bad_steps.read()                                     # now and then; waits for the device
 
-    Under a gradient scaler (float16) the scaler skips a step that overflows and halves its scale. Such steps count only at a
-    scale below 1.
+    Under a gradient scaler (float16) the scaler skips a step that overflows, and halves its scale until none does.
 
     Attributes:
-        total: bad steps so far. in_a_row: bad steps since the last good one.
+        total: bad steps so far. in_a_row: bad steps since the last good one, without those that a scaler skipped at a scale of
+            1 or more.
     """
 
     def __init__(self, limit: int, accelerator):
@@ -158,10 +159,9 @@ class BadSteps:
             return 0
         outcomes = torch.stack([ok for ok, _, _ in self._pending]).tolist()
         pending, self._pending = self._pending, []
-        if self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() >= 1:
-            outcomes = [True] * len(outcomes)
+        overflowed = self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() >= 1
         for ok, (_, step, files) in zip(outcomes, pending):
-            self.in_a_row = 0 if ok else self.in_a_row + 1
+            self.in_a_row = 0 if ok or overflowed else self.in_a_row + 1
             self.total += not ok
             if self.in_a_row >= self.limit:
                 shown = ", ".join(map(repr, files[:SHOWN_FILES])) + (", …" if len(files) > SHOWN_FILES else "")

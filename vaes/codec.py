@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import logging
 import math
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from images.decoding import to_levels
-from utils import UserError, count_of, file_digest, is_out_of_memory
+from utils import UserError, count_of, file_digest, is_out_of_memory, read_json
 from vae_align import LatentSpace
 from vaes.families import FAMILIES, SPACES, Family, family_of, named_space, spaces_with
 from vaes.loading import FrozenVAE
@@ -166,6 +167,20 @@ class Codec:
             for name, tensor in self.vae.model.state_dict().items():
                 digest.update(name.encode() + bytes_of(tensor))
         return digest.hexdigest()
+
+    @functools.cached_property
+    def content(self) -> str:
+        """SHA-256 of the VAE's config and weights, wherever its files are and whatever they are called. In a config, keys such
+        as `_diffusers_version` do not count."""
+
+        def digest(file):
+            if file.suffix != ".json":
+                return file_digest(file)
+            told = {name: value for name, value in read_json(file).items() if not name.startswith("_")}
+            return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).digest()
+
+        files = self.vae.files
+        return hashlib.sha256(b"".join(sorted(map(digest, files)))).hexdigest() if files else self.fingerprint
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor, sample: bool = False, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from utils import UserError, atomic_file, next_stamp, one_line, physical_memory, require_regular, shown
+from utils import UserError, atomic_file, next_stamp, one_line, physical_memory, require_regular, shown, stamp_of
 from vae_align import (
     CHECKPOINT_FORMAT,
     CHECKPOINT_PREFIX,
@@ -145,8 +145,8 @@ class PipelineWithVAEs(AlignPipeline):
             "format_number": FORMAT_NUMBER,
             "align_config": self.config.to_dict(),
             "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in self.module.state_dict().items()},
-            "vae1": self.codec1.identity | {"digest": self.codec1.fingerprint},
-            "vae2": self.codec2.identity | {"digest": self.codec2.fingerprint},
+            "vae1": self.codec1.identity | {"content": self.codec1.content},
+            "vae2": self.codec2.identity | {"content": self.codec2.content},
             "config": config,
             "step": step,
             "epoch": epoch,
@@ -249,8 +249,8 @@ def compare_vaes(content: dict, pipeline: PipelineWithVAEs, images: Callable[[],
     wrong, remarks = [], []
     for number, codec, space in ((1, pipeline.codec1, pipeline.space1), (2, pipeline.codec2, pipeline.space2)):
         recorded, own = content[f"vae{number}"], codec.identity["path"]
-        digest = recorded.get("digest")
-        if digest == codec.fingerprint:
+        digest = recorded.get("content")
+        if digest == codec.content:
             continue
         latents = codec.encode(images().to(pipeline.device)) if codec.space.name != space.name else None
         found = None if latents is None or not latents.numel() else detect_wrong_space(latents, space)
@@ -310,7 +310,11 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     start = _first_bytes(path)
     if path.suffix == ".safetensors" or start[8:] == b"{":
         return _with_training_keys(read_safetensors(path))
-    content = _read_torch(path, is_zip=start.startswith(b"PK"))
+    if not start.startswith(b"PK"):
+        raise AlignError(
+            f"checkpoint {path}: damaged or not a checkpoint of this tool; a pickle could run code, and is not read"
+        )
+    content = _read_torch(path)
     with errors_naming(path):
         require_format(content)
         _check_content(content)
@@ -337,7 +341,8 @@ def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict]:
 
 def checkpoints_in(folder: str | os.PathLike) -> list[Path]:
     """The training checkpoints in a folder, newest first; a renamed copy has no time stamp and does not count."""
-    return sorted(Path(folder).glob(f"{CHECKPOINT_PREFIX}_[0-9]*_[0-9]*.pth"), reverse=True)
+    found = Path(folder).glob(f"{CHECKPOINT_PREFIX}_*.pth")
+    return sorted((path for path in found if stamp_of(path, CHECKPOINT_PREFIX)), reverse=True)
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -352,14 +357,13 @@ def _first_bytes(path: Path) -> bytes:
         raise AlignError(f"checkpoint {path}: cannot be read ({one_line(error)})") from None
 
 
-def _read_torch(path: Path, is_zip: bool):
-    """The content of a .pth file. AlignError where a part does not match its CRC-32, which `torch.load` ignores."""
-    damaged = compressed = None
+def _read_torch(path: Path):
+    """The content of a .pth file. AlignError where a part does not match its CRC-32, which `torch.load` ignores, and where its
+    tensors claim more than the file holds."""
     try:
-        if is_zip:
-            with zipfile.ZipFile(path) as parts:
-                compressed = any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist())
-                damaged = None if compressed else parts.testzip()
+        with zipfile.ZipFile(path) as parts:
+            compressed = any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist())
+            damaged = None if compressed else parts.testzip()
     except Exception as error:  # a damaged zip makes zipfile, struct and the codecs fail, each in its own way
         raise AlignError(f"checkpoint {path}: damaged ({one_line(error)})") from None
     if compressed:
@@ -367,6 +371,9 @@ def _read_torch(path: Path, is_zip: bool):
     if damaged:
         raise AlignError(f"checkpoint {path}: damaged ({damaged} does not match its checksum)")
     try:
+        plan = torch.load(path, map_location="meta", weights_only=True)  # shapes without memory
+        if _claimed_bytes(plan) > path.stat().st_size:  # such as one number as a tensor of any shape
+            raise ValueError("its tensors claim more than the file holds")
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         why = " (it asks to run code, which is refused)" if "GLOBAL" in str(error).upper() else ""
@@ -375,12 +382,27 @@ def _read_torch(path: Path, is_zip: bool):
         raise AlignError(f"checkpoint {path}: damaged or not a checkpoint ({one_line(error)})") from None
 
 
+def _claimed_bytes(content, deepest: int = 64) -> int:
+    """The bytes of all tensors in a file's content, by their shapes. ValueError where it nests deeper than `deepest`."""
+    waiting, seen, claimed = [(content, 0)], set(), 0
+    while waiting:  # no recursion: a list may nest deep, or hold itself
+        value, depth = waiting.pop()
+        if depth > deepest:
+            raise ValueError("nested too deep")
+        if isinstance(value, torch.Tensor):
+            claimed += value.numel() * value.element_size()
+        elif isinstance(value, (dict, list, tuple, set)) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += [(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value)]
+    return claimed
+
+
 def _with_training_keys(content: dict) -> dict:
     """The content of a .safetensors file (see `read_safetensors`) with the keys of a training checkpoint."""
     vaes = {}
     for number, (place, digest) in enumerate(zip(content["vaes"], content["vae_digests"]), 1):
         space = content[f"space{number}"]
-        identity = {"path": place, "subfolder": None, "digest": digest, "space": space}
+        identity = {"path": place, "subfolder": None, "content": digest, "space": space}
         vaes[f"vae{number}"] = identity | {name: space[name] for name in ("channels", "stride")}
     kept = {name: content[name] for name in ("format", "format_number", "align_config", "state_dict")}
     return kept | {"config": {}, "step": 0, "epoch": 0, "metrics": content["figures"]} | vaes
@@ -393,7 +415,7 @@ def _check_content(content: dict) -> None:
         raise TypeError
     for name, side in (("vae1", "latent"), ("vae2", "out")):
         recorded = content[name]
-        if not all(isinstance(recorded.get(part), (str, type(None))) for part in ("path", "subfolder", "digest")):
+        if not all(isinstance(recorded.get(part), (str, type(None))) for part in ("path", "subfolder", "content")):
             raise TypeError
         if any(recorded[part] != getattr(config, f"{side}_{part}") for part in ("channels", "stride")):
             raise AlignError(f"its description of {name} contradicts its module's")

@@ -7,12 +7,13 @@ import re
 import pytest
 import torch
 from conftest import as_argv, run_script, tiny_flags
-from runs import QUIET, event_tags, results_of, same_weights, train
+from runs import QUIET, assert_same_tensors, event_tags, results_of, same_weights, tensors_of, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from runtime.processes import create_accelerator
 from train_align_with_args import create_data_loaders, load_vae_model, parse_args, train_align_pipeline
 from utils import UserError
 from vae_align import AlignConfig, align_module
@@ -284,3 +285,28 @@ def test_a_ruined_module_is_not_saved_as_the_last_good_one(flags, tmp_path):
         module = align_module(AlignConfig.from_dict(content["align_config"]))
         module.load_state_dict(content["state_dict"])
         assert module(image=torch.zeros(1, 3, 32, 32), latents=torch.zeros(1, 4, 4, 4)).square().sum().isfinite()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_steps_that_overflow_in_float16_are_counted_and_go_by(flags, tmp_path, monkeypatch, caplog, recwarn, optimizer):
+    """A skipped step that nobody hears of, that ends the run as bad data would, that moves a weight, a moment or the average, or
+    after which rate and step part; torch's warning of an overridden optimizer.step, whose calls the schedule then misses."""
+
+    def with_scaler(device, precision):  # Accelerate has none on a CPU; its scale overflows at 2^60 and 2^35, not at 2^10
+        accelerator = create_accelerator(device, precision)
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=2.0**-25)
+        return accelerator
+
+    monkeypatch.setattr("train_align_with_args.create_accelerator", with_scaler)
+    flags |= {"optimizer": optimizer, "ema_decay": 0.9, "max_bad_steps": 2, "warmup_steps": 4, "weight_decay": 0.1}
+    first, skipped, run = (train(flags, tmp_path / str(steps), **QUIET, max_train_steps=steps) for steps in (1, 2, 4))
+    assert_same_tensors(skipped.last["state_dict"], first.last["state_dict"])
+    assert not any(moment.any() for moment in tensors_of(skipped.last["training"]["state"]["optimizer"]).values())
+    assert dict(run.scalars["train/skipped_steps"]) == {1: 1, 2: 2, 3: 2, 4: 2}
+    assert dict(run.scalars["train/gradient_scale"]) == {1: 2.0**35, 2: 2.0**10, 3: 2.0**10, 4: 2.0**10}
+    assert "step 2: 1 step skipped" in caplog.text and "2 steps skipped" in caplog.text
+    rates = [rate for _, rate in run.scalars["train/learning_rate"]]
+    assert rates == pytest.approx([1e-3 * share for share in (0.25, 0.5, 0.75, 1)])
+    assert not same_weights(run.last, first.last)
+    assert not [warning for warning in recwarn if "lr_scheduler" in str(warning.message)]

@@ -70,4 +70,4 @@ def test_machines_that_share_no_disk_train_on_their_own_images_and_go_on_bit_for
     assert results_of(whole / "0").last["step"] == 6
     assert_same_tensors(results_of(broken / "0").last, results_of(whole / "0").last)
     once_more = {"resume": True, "epochs": 4, "save_dir": broken / "0" / "ckpt"}
-    refusal(lambda: train(flags, broken, **once_more), "the run had 2 processes, now 1")
+    refusal(lambda: train(flags, broken, **once_more), "the run to resume had 2 processes, now 1")
