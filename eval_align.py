@@ -66,7 +66,6 @@ log = logging.getLogger(__name__)
 
 METRICS_FORMAT = "vae-align metrics 3"
 COMPARED = 8  # images whose latents tell whether the VAEs are the module's
-NEEDS_DETAIL = ("texture", "detail")  # metrics without meaning on enlarged images
 
 
 def build_parser() -> Parser:
@@ -136,26 +135,13 @@ def picture_name(index: int, path: str) -> str:
     return f"{index:05d}_{plain_stem(path)}.png"
 
 
-def drop_older(output_dir: Path, kept: set[str]) -> None:
-    """Delete what older evaluations left in this folder, killed ones too: their half-written files, and their pictures except
-    those of the names `kept`. Beside the new report these would pass for its own."""
-    names = ("report.html", "metrics.csv", "metrics.json", "[0-9]*_*.png")
-    halves = [path for name in names for path in output_dir.glob(f".{name}.{'[0-9a-f]' * 8}.tmp")]
-    older = [path for path in output_dir.glob(names[-1]) if path.name not in kept and is_sheet(path)]
-    for path in (*halves, *older):
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
-def drop_detail(results: dict) -> None:
-    """Take the figures out of `results` that have no meaning where most images were enlarged, and say why."""
-    for name in NEEDS_DETAIL:
-        if results["ladder"]["aligned"][name] is not None:
-            why = f"{results['enlarged']} of {count_of(results['images'], 'image')} were enlarged, which adds no detail"
-            results["left_out_metrics"][name] = why
-            log.warning("%s is left out: %s", name, why)
-            for figures in (*results["ladder"].values(), *results["intervals"].values()):
-                figures[name] = None
+def drop_older_pictures(output_dir: Path, kept: set[str]) -> None:
+    """Delete the pictures that older evaluations wrote into this folder, killed ones too, except those of these names: beside
+    the new report they would pass for its own."""
+    for path in output_dir.glob("[0-9]*_*.png"):
+        if path.name not in kept and is_sheet(path):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -260,8 +246,6 @@ def evaluate_into(
             "torch": torch.__version__,
         },
     }
-    if 2 * enlarged >= results["images"]:
-        drop_detail(results)
     results = finite(results)  # a checkpoint's config may hold a number that JSON cannot
     results["verdict"] = verdict(results)
 
@@ -272,7 +256,7 @@ def evaluate_into(
     strips = report.report_strips(ladder, dataset, results, args.eval_data_dir, args.num_samples)
     curves = report.read_curves(checkpoints[0].path, checkpoints[0].content)
     of_this = {picture_name(index, path) for index, path in zip(results["indices"], results["paths"])}
-    drop_older(output_dir, of_this if args.save_visualizations else set())
+    drop_older_pictures(output_dir, of_this if args.save_visualizations else set())
     page = report.render(results, strips, curves)
     try:
         tables.write_files(output_dir, results, page)

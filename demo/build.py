@@ -10,7 +10,6 @@ Needs the packages onnx and onnxscript.
 import argparse
 import base64
 import gzip
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from runtime.cli import run
+from runtime.cli import alone_in, claim_writable_folder, run
 from tools.export_onnx import export_graph, export_pipeline
 from utils import UserError, atomic_file
 from vaes.codec import Codec
@@ -106,7 +105,10 @@ def main():
         export_vae(pipeline.codec2, "vae2", folder)
         export_pipeline(pipeline, folder / "module.onnx")
         if args.parts:
-            shutil.copytree(folder, args.parts, dirs_exist_ok=True)
+            with alone_in(claim_writable_folder(args.parts, "--parts"), "--parts", "building"):
+                for part in folder.iterdir():
+                    with atomic_file(Path(args.parts, part.name)) as file:
+                        file.write(part.read_bytes())
         page = page_of(sorted(folder.glob("*.onnx")), args.picture)
     with atomic_file(args.output, "w", encoding="utf-8") as file:
         file.write(page)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from evaluation import charts, pictures, tables
 from evaluation.ladder import Ladder
 from evaluation.metrics import METRICS, Metric
 from utils import printable
+from vae_align import is_finite
 
 OTHER_COLOURS = 3  # for further checkpoints' lines
 COLUMNS = [metric for metric in METRICS.values() if metric.text]  # of the ladder
@@ -232,17 +232,13 @@ def evaluation_curves(entries: list[dict]) -> dict:
         for name, figures in ladder.items():
             rung = curves.setdefault(RENAMED.get(name, name), {})
             for metric, value in figures.items() if isinstance(figures, dict) else ():
-                if _is_number(value):
+                if is_finite(value):
                     rung.setdefault(metric, []).append((step, value))
     return {rung: figures for rung, figures in curves.items() if figures}
 
 
 def loss_curve(entries: list[dict]) -> list[tuple[int, float]]:
     """[(step, training loss), …] among `entries`, at most `LONGEST_CURVE` points."""
-    losses = {entry["step"]: entry["loss"] for entry in entries if _is_number(entry.get("loss"))}
+    losses = {entry["step"]: entry["loss"] for entry in entries if is_finite(entry.get("loss"))}
     points = sorted(losses.items())
     return points[:: -(-len(points) // LONGEST_CURVE) or 1]
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

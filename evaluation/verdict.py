@@ -95,9 +95,7 @@ def verdict(results: dict) -> dict:
     else:
         signs = {distortion.sign, perception.sign or 0}
         answer = "no" if -1 in signs else "yes" if 1 in signs else "equal"
-        sentences = [_answer(results, answer, distortion, perception, macs), *_beside_others(results["ladder"], below)]
-        if "detail" in results.get("left_out_metrics", {}):
-            sentences.append("There is no verdict on fine detail and texture: most of the images were enlarged.")
+        sentences = [_answer(results, answer, distortion, perception, macs), *_beside_others(results, below)]
     return {
         "answer": answer,
         "sentences": sentences,
@@ -114,8 +112,9 @@ def verdict(results: dict) -> dict:
     }
 
 
-def _beside_others(ladder: dict, below: float | None) -> list[str]:
+def _beside_others(results: dict, below: float | None) -> list[str]:
     """The module beside VAE2's own reconstruction, beside the sharpness of decode + re-encode, and beside other checkpoints."""
+    ladder = results["ladder"]
     aligned, rival, vae2 = (ladder[rung] for rung in ("aligned", "reencode", "vae2"))
     found = []
     if below is not None and below >= 0:
@@ -126,8 +125,10 @@ def _beside_others(ladder: dict, below: float | None) -> list[str]:
             "picture, a module can find latents that decode better than those of VAE2's encoder."
         )
     ours, theirs = aligned.get("detail"), rival.get("detail")
+    if 2 * results.get("enlarged", 0) >= results["images"]:
+        found.append("There is no verdict on fine detail and texture: half of the images or more had to be enlarged.")
     # ratios above one are detail that VAE2's pictures do not have
-    if ours is not None and theirs is not None and ours < SOFT * min(theirs, 1):
+    elif ours is not None and theirs is not None and ours < SOFT * min(theirs, 1):
         found.append(
             f"It looks softer: its pictures have {percent(ours)} of the power of VAE2's finest detail (up to 4 pixels a "
             f"cycle), those of decode + re-encode {percent(theirs)}, true or invented; PSNR does not mind softness."

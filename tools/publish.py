@@ -13,6 +13,7 @@ load the repository.
 """
 
 import argparse
+import contextlib
 import logging
 import re
 import sys
@@ -56,15 +57,12 @@ def figures_in(results: dict, names: tuple[str, ...] = FIGURES) -> dict:
 
 def numbers_in(figures: dict) -> dict:
     """The figures {rung: {metric: value}} that are finite numbers, lists of such, or None: a file may hold anything."""
-    return {
-        rung: {
-            name: value
-            for name, value in row.items()
-            if all(each is None or is_finite(each) for each in (value if isinstance(value, list) else [value]))
-        }
-        for rung, row in figures.items()
-        if isinstance(row, dict)
-    }
+
+    def fits(value):
+        return value is None or is_finite(value) or (isinstance(value, list) and all(map(fits, value)))
+
+    rows = {rung: row for rung, row in figures.items() if isinstance(row, dict)}
+    return {rung: {name: value for name, value in row.items() if fits(value)} for rung, row in rows.items()}
 
 
 def judged_figures(path: str, weights: str) -> dict:
@@ -76,9 +74,7 @@ def judged_figures(path: str, weights: str) -> dict:
         if weights in judged:
             results["ladder"]["aligned"] = results["ladder"][judged[weights]]
         elif judged.keys() - {None}:
-            raise UserError(
-                f"{path}: judged {shown(results['checkpoint'])}, whose weights are not this checkpoint's; judge this one"
-            )
+            raise UserError(f"{path}: judged other weights than this checkpoint's, {shown(results['checkpoint'])}; judge this")
         else:
             log.warning("%s: does not say which weights it judged; its figures may be another module's", path)
         if results.get("wrong_spaces"):
@@ -118,7 +114,7 @@ def pipeline_to_share(args: argparse.Namespace) -> tuple[AlignPipeline, dict]:
 
 def model_card(pipeline: AlignPipeline, vaes: list[str], args: argparse.Namespace, picture: str | None) -> ModelCard:
     """README.md of the repository."""
-    figures = {rung: pipeline.figures[rung] for rung in RUNGS if isinstance(pipeline.figures.get(rung), dict)}
+    figures = {rung: pipeline.figures[rung] for rung in RUNGS if rung in pipeline.figures}
     spaces = [pipeline.space1, pipeline.space2]
     data = ModelCardData(
         license=args.license,
@@ -148,26 +144,21 @@ def upload(files: list[Path], repo: str, private: bool) -> str:
     return done.commit_url
 
 
-def read_picture(path: Path) -> Image.Image:
-    """The pixels of a picture alone, without its metadata. UserError for a link, which may point at anything."""
-    try:
-        if path.is_symlink():
-            raise OSError("a link; name the file itself")
-        require_regular(path)
-        with open_image(str(path)) as image:
-            return to_rgb(image)
-    except Exception as error:  # every Pillow plugin raises its own classes
-        raise UserError(f"{path}: cannot be read as a picture ({one_line(error)}); --picture names another") from None
-
-
 def find_picture(args: argparse.Namespace) -> Image.Image | None:
-    """The picture for the card: --picture, or the first PNG beside --metrics, of which eval_align.py's own come first."""
-    if args.picture:
-        return read_picture(Path(args.picture))
-    found = [path for path in Path(args.metrics).parent.glob("*.png")] if args.metrics else []
-    found = [path for path in found if path.is_file() and not path.is_symlink()]
-    first = min(found, key=lambda path: (not is_sheet(path), path.name), default=None)
-    return first and read_picture(first)
+    """The pixels for the card, without metadata: of --picture, or of the first PNG beside --metrics, eval_align.py's own first.
+    A link is not followed."""
+    beside = Path(args.metrics).parent.glob("*.png") if args.metrics else ()
+    for path in [Path(args.picture)] if args.picture else sorted(beside, key=lambda path: (not is_sheet(path), path.name)):
+        try:
+            if path.is_symlink():
+                raise OSError("a link; name the file itself")
+            require_regular(path)
+            return to_rgb(open_image(str(path)))
+        except Exception as error:  # every Pillow plugin raises its own classes
+            if args.picture:
+                raise UserError(f"--picture {path}: cannot be read as a picture ({one_line(error)})") from None
+            log.warning("%s does not come along: it cannot be read as a picture (%s)", path, one_line(error))
+    return None
 
 
 def write_repository(folder: Path, pipeline: AlignPipeline, origin: dict, picture, args) -> list[Path]:
@@ -184,14 +175,6 @@ def write_repository(folder: Path, pipeline: AlignPipeline, origin: dict, pictur
     with atomic_file(folder / CARD_NAME, "w", encoding="utf-8") as file:
         file.write(str(model_card(pipeline, origin["vaes"], args, picture and PICTURE)) + "\n")
     return [folder / name for name in sorted(names)]
-
-
-def check_and_list(files: list[Path]) -> None:
-    """Read the module among the files back, and print their names and sizes."""
-    for file in files:
-        if file.suffix == ".safetensors":
-            AlignPipeline.from_checkpoint(file)
-        print(printable(f"{file}: {file.stat().st_size / 1e6:.3f} MB"))
 
 
 def main():
@@ -224,15 +207,20 @@ def main():
         raise UserError(f"--repo {shown(args.repo)}: name it owner/name")
     picture = find_picture(args) if args.repo else None
     pipeline, origin = pipeline_to_share(args)
-    if args.output:
-        pipeline.save_pretrained(written, **origin)
-        check_and_list([written])
-        return
-    folder = claim_writable_folder(args.output_dir or Path("published") / args.repo.rpartition("/")[2], "--output_dir")
-    with alone_in(folder, "--output_dir", "publishing"):
-        files = write_repository(folder, pipeline, origin, picture, args)
-        check_and_list(files)
-        print("--dry_run: nothing was uploaded" if args.dry_run else f"uploaded: {upload(files, args.repo, args.private)}")
+    place = args.output_dir or Path("published") / (args.repo or "").rpartition("/")[2]
+    folder = claim_writable_folder(place, "--output_dir") if args.repo else None
+    with alone_in(folder, "--output_dir", "publishing") if args.repo else contextlib.nullcontext():
+        if args.repo:
+            files = write_repository(folder, pipeline, origin, picture, args)
+        else:
+            files = [pipeline.save_pretrained(written, **origin)]
+        AlignPipeline.from_pretrained(folder or written)
+        for file in files:
+            print(printable(f"{file}: {file.stat().st_size / 1e6:.3f} MB"))
+        if args.repo and not args.dry_run:
+            print(f"uploaded: {upload(files, args.repo, args.private)}")
+        elif args.repo:
+            print("--dry_run: nothing was uploaded")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ class Codec:
         if not self.vae.files:
             digest.update(repr(sorted(self.vae.config.items())).encode())
             for name, tensor in self.vae.model.state_dict().items():
-                digest.update(name.encode() + bytes_of(tensor))
+                digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     @functools.cached_property
@@ -255,11 +255,6 @@ class Codec:
 
     def _input(self, tensor):
         return tensor.to(self.vae.device, self.vae.dtype, memory_format=torch.channels_last)
-
-
-def bytes_of(tensor: torch.Tensor) -> bytes:
-    """The values of a tensor of any layout, in order."""
-    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 @dataclass(eq=False)

@@ -34,7 +34,7 @@ from vae_align import (
     require_own_spaces,
     require_whole,
 )
-from vaes.codec import Codec, bytes_of, same_numbers
+from vaes.codec import Codec, same_numbers
 from vaes.loading import FrozenVAE, load_vae_model
 
 log = logging.getLogger(__name__)
@@ -286,7 +286,7 @@ def weights_digest(module: AlignModule) -> str:
     """A digest of a module's architecture and weights: the same for float32 weights and the float16 ones that are shared."""
     digest = hashlib.sha256(repr(sorted(module.config.to_dict().items())).encode())
     for name, tensor in module.state_dict().items():
-        digest.update(name.encode() + bytes_of(tensor.half()))
+        digest.update(name.encode() + tensor.half().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

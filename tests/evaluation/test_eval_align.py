@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from runs import LAUNCHER
 
 import eval_align
 from evaluation import report
+from runtime.cli import alone_in
 from utils import UserError
 
 
@@ -101,9 +103,23 @@ def test_module_that_has_gone_wrong_still_gets_its_report(judged, vae_folders, t
     assert "nan" not in re.sub(r'"data:[^"]*"', "", page).lower()
 
 
+def test_two_evaluations_do_not_share_a_folder(judged, tmp_path):
+    """A report that another evaluation replaces, pictures that its tidying deletes, both without a word."""
+    with alone_in(tmp_path, "--output_dir", "evaluation"):
+        with pytest.raises(UserError, match=f"--output_dir {tmp_path}: another evaluation is at work there"):
+            eval_align.main(as_argv({**judged.flags, "output_dir": tmp_path, "proxy": None}))
+        assert [path.name for path in tmp_path.iterdir()] == [".evaluation.lock"]
+
+
+def test_what_a_terminal_takes_for_a_command_is_printed_as_an_escape(capsys):
+    """A checkpoint's name that sets the window's title, or draws a line of its own."""
+    eval_align.say("a\x1b]0;title\x07b 長\n\udcff")
+    assert capsys.readouterr().out == "a\\x1b]0;title\\x07b 長\n\\udcff\n"
+
+
 def test_pictures_of_an_older_evaluation_do_not_stay(judged, vae_folders, tmp_path):
     """Pictures of other images, of an evaluation that was killed too, beside a report that does not know them; a user's own
-    picture deleted with them."""
+    picture, or the copy that a user made of one, deleted with them; a killed evaluation's lock that ends all further ones."""
     path = save_checkpoint(tmp_path, vae_folders)
     for name in ("one", "two"):
         (tmp_path / "photos").mkdir(exist_ok=True)
@@ -112,10 +128,13 @@ def test_pictures_of_an_older_evaluation_do_not_stay(judged, vae_folders, tmp_pa
     flags |= {"num_workers": 0, "device": "cpu", "metrics": "ssim", "save_visualizations": True}
     eval_align.main(as_argv(flags))
     (tmp_path / "out" / "metrics.json").unlink()  # as after a kill in the middle
+    (tmp_path / "out" / ".evaluation.lock").touch()
     Image.new("RGB", (8, 8)).save(tmp_path / "out" / "00007_mine.png")
+    shutil.copy(tmp_path / "out" / "00001_two.png", tmp_path / "out" / "00008_kept.png")
     (tmp_path / "photos" / "two.png").unlink()
     eval_align.main(as_argv(flags))
-    assert sorted(file.name for file in (tmp_path / "out").glob("*.png")) == ["00000_one.png", "00007_mine.png"]
+    kept = ["00000_one.png", "00007_mine.png", "00008_kept.png"]
+    assert sorted(file.name for file in (tmp_path / "out").glob("*.png")) == kept
 
 
 def assert_close(one, two, where=()):
@@ -133,11 +152,11 @@ def assert_close(one, two, where=()):
 
 def test_two_processes_find_the_figures_of_one(vae_folders, tmp_path):
     """Images judged twice or by nobody; means of means; an interval whose groups are those of one process; values in another
-    order than the paths; pictures of the main process's share alone."""
+    order than the paths; pictures of the main process's share alone; enlarged images that only one of them counts."""
     (tmp_path / "photos").mkdir()
     rng = np.random.default_rng(3)
     for number in range(12):  # more than the groups of the jackknife
-        make_photo(rng, (48, 40)).save(tmp_path / "photos" / f"{number:02}.png")
+        make_photo(rng, (48, 40) if number > 2 else (40, 30)).save(tmp_path / "photos" / f"{number:02}.png")
     (tmp_path / "photos" / "03_broken.png").write_bytes(b"no picture")
     flags = {"checkpoint": save_checkpoint(tmp_path, vae_folders), "eval_data_dir": tmp_path / "photos", "device": "cpu"}
     flags |= {"eval_batch_size": 2, "num_workers": 0, "num_samples": 2, "save_visualizations": True}
@@ -147,7 +166,7 @@ def test_two_processes_find_the_figures_of_one(vae_folders, tmp_path):
     shared = as_argv(flags | {"output_dir": out[1]})
     run_script("eval_align.py", *shared, launcher=LAUNCHER, env={"ACCELERATE_USE_CPU": "true"})
     one, two = (read_json(folder / "metrics.json") for folder in out)
-    assert one["images"] == 12 and len(one["unreadable"]) == 1
+    assert one["images"] == 12 and len(one["unreadable"]) == 1 and one["enlarged"] == 3
     assert one["ladder"]["aligned"]["texture"] > 0 and one["intervals"]["aligned"]["texture"] > 0
     for results in (one, two):
         del results["settings"], results["verdict"]["time_fraction"]

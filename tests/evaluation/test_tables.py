@@ -20,6 +20,13 @@ def test_table_shows_every_rung_and_a_dash_where_a_figure_has_no_meaning(judged)
     assert f"{judged.results['ladder']['aligned_2']['psnr']:.2f} ±{error:.2f}" in lines[-1]
 
 
+def test_a_label_with_a_terminals_commands_is_one_line(judged):
+    """A checkpoint's name that a terminal obeys, or that breaks the table."""
+    ladder = judged.results["ladder"]
+    named = {"ladder": {"aligned": ladder["aligned"] | {"label": "a\nb\x1b[2J"}}}
+    assert tables.ladder_table(named).splitlines()[1].startswith("a\\nb\\x1b[2J ")
+
+
 def test_csv_has_a_row_per_image_and_rung(judged):
     """Figures of another image or rung; a zero where nothing was measured; a name that breaks the row."""
     with open(judged.out / "metrics.csv", encoding="utf-8", newline="") as file:

@@ -61,6 +61,22 @@ def test_verdict_says_when_pictures_are_soft(detail, rival, soft):
     assert ("softer" in said and "50% of the power" in said) == soft
 
 
+@pytest.mark.parametrize("enlarged, silent", [(0, False), (19, False), (20, True), (40, True)])
+def test_no_verdict_on_the_detail_of_enlarged_images(enlarged, silent):
+    """Softness held against a module on images that have no detail; one small image that silences the verdict on all."""
+    results = results_of([1.0] * 40, aligned={"detail": 0.5}, reencode={"detail": 1.0}, enlarged=enlarged)
+    found = verdict(results)
+    assert ("softer" in " ".join(found["sentences"])) != silent == ("no verdict on fine detail" in " ".join(found["sentences"]))
+    assert [f"{enlarged} images of 40" in sentence for sentence in found["weaknesses"]] == [True] * bool(enlarged)
+
+
+def test_no_verdict_on_vaes_of_other_spaces():
+    """A no, or a yes, that is about VAEs which the module was never meant for; a doubt about them that nobody reads."""
+    found = verdict(results_of([-9.0] * 40, wrong_spaces=["VAE1 x: latents of sdxl."], remarks=["VAE2 is another."]))
+    assert (found["answer"], found["sentences"]) == ("unknown", ["No verdict: VAE1 x: latents of sdxl."])
+    assert found["weaknesses"][-1] == "VAE2 is another."
+
+
 def test_verdict_names_the_weaknesses_and_only_those():
     """A weakness that is passed over, or one that is held against a module which lacks it; a verdict on PSNR alone that passes
     for one on both."""

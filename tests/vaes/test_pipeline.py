@@ -1,5 +1,6 @@
 """Checkpoints: they carry all that use needs, run no code, appear whole, and never replace one another."""
 
+import json
 import math
 import multiprocessing
 import os
@@ -17,10 +18,11 @@ from runs import QUIET, train
 
 import eval_align
 import train_align_with_args as train_script
-from vae_align import AlignConfig, AlignError, align_module
+from vae_align import AlignConfig, AlignError, AlignPipeline, align_module
+from vaes import pipeline as pipeline_module
 from vaes.codec import Codec
 from vaes.loading import load_vae_model
-from vaes.pipeline import PipelineWithVAEs, read_checkpoint, require_memory_for
+from vaes.pipeline import PipelineWithVAEs, compare_vaes, read_checkpoint, require_memory_for, weights_digest
 
 NAMES = ("kl4", "kl16")
 
@@ -117,6 +119,51 @@ def test_a_vae_of_another_latent_space_is_one_line_that_names_it(saved, vae_fold
     for vae in (vae_folders[other], load_vae_model(vae_folders[other], "", None, "cpu", torch.float32).model):
         pipeline = PipelineWithVAEs.from_checkpoint(saved[1], **{f"vae{number}": vae})
         refusal(lambda pipeline=pipeline: getattr(pipeline, f"codec{number}"), f"VAE{number}", said)
+
+
+def edited_copy(folder, copy, **changes):
+    """A copy of a VAE's folder with these changes to its config."""
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    return copy
+
+
+@pytest.mark.parametrize("scales", [(0.18215, 0.5), (0.5, 0.18215), (0.5, 0.6)])
+def test_a_vae_with_another_scale_is_of_another_space(vae_folders, tmp_path, scales):
+    """Only spaces that both have names are compared: latents at a multiple of what the module knows, judged without a word."""
+    one, other = (edited_copy(vae_folders["kl4"], tmp_path / str(scale), scaling_factor=scale) for scale in scales)
+    path = save(make_pipeline(one, vae_folders["kl16"]), tmp_path)
+    refusal(lambda: PipelineWithVAEs.from_checkpoint(path, vae1=other).codec1, "VAE1", "its latent space is", "0.5")
+
+
+def test_vaes_are_compared_by_content(vae_folders, tmp_path, monkeypatch):
+    """Another VAE under the same name, or of another family with as many channels, that nobody hears of; a word about one that
+    was only moved; images encoded where the digests already tell."""
+    tiny = edited_copy(vae_folders["tiny4"], tmp_path / "tiny")
+    content = read_checkpoint(save(make_pipeline(tiny, vae_folders["kl16"]), tmp_path))
+
+    def compare(content, vae1, found=None, images=lambda: torch.rand(1, 3, 64, 64)):
+        monkeypatch.setattr(pipeline_module, "detect_wrong_space", lambda *_: found)
+        return compare_vaes(content, PipelineWithVAEs.from_checkpoint(content, vae1=vae1), images)
+
+    assert compare(content, shutil.copytree(tiny, tmp_path / "moved"), images=None) == ([], [])
+    other = edited_copy(tiny, tmp_path / "other", latent_magnitude=4)
+    content["vae1"]["space"] |= {"name": "sd15"}
+    assert compare(content, other) == ([], [f"VAE1 {other} is not the one of the training, {tiny}: its files differ."])
+    assert compare(content, other, "these look like sdxl") == ([f"VAE1 {other}: these look like sdxl."], [])
+    del content["vae1"]["content"]  # as in an older file
+    assert compare(content, tiny) == ([], [])
+    assert "nothing shows that they are the same" in compare(content, other)[1][0]
+
+
+def test_a_module_has_one_digest_in_every_file(vae_folders, tmp_path):
+    """Figures of a checkpoint that are refused for its shared file in float16; other weights that pass for the same."""
+    pipeline = make_pipeline(vae_folders["kl4"], vae_folders["kl16"])
+    digest = weights_digest(PipelineWithVAEs.from_checkpoint(save(pipeline, tmp_path)).module)
+    shared = AlignPipeline(pipeline.module).to(torch.float16).save_pretrained(tmp_path / "shared.safetensors")
+    assert digest == weights_digest(AlignPipeline.from_checkpoint(shared).module)
+    assert digest != weights_digest(make_pipeline(vae_folders["kl4"], vae_folders["kl16"], seed=1).module)
 
 
 def test_a_pipeline_of_objects_says_that_it_does_not_know_where_they_are(tmp_path):

@@ -33,8 +33,8 @@ from evaluation.ladder import Ladder, evaluate
 from evaluation.metrics import Measures, PerceptualFeatures, psnr
 from evaluation.pictures import comparison_picture
 from evaluation.verdict import PERCEPTION_NOISE, PSNR_NOISE, verdict
-from images.files import list_images
-from runtime.cli import Parser, claim_writable_folder, integer, real, run
+from images.files import ImageFiles, digest_of, list_images
+from runtime.cli import Parser, alone_in, claim_writable_folder, integer, real, run
 from tools.publish import FIGURES, figures_in
 from training.starts import fit_ridge, start_from_vaes
 from utils import (
@@ -99,13 +99,15 @@ class Zoo:
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self._args, self._device, self._codecs = args, device, {}
-        self._folder = claim_writable_folder(args.output_dir, "--output_dir")
+        self._folder = Path(args.output_dir)
         self._work = claim_writable_folder(args.work_dir, "--work_dir")
         self._precision = resolve_precision(args.precision, device, "precision" in args.typed_flags)
         self._dtype = get_dtype(self._precision)
         path = self._folder / ZOO_NAME
         self.manifest = read_json(path) if path.exists() else {"spaces": {}, "pairs": {}}
         self._judged = find_images(args.eval_data_dir, "default", False, "--eval_data_dir").paths[: args.photos]
+        contents = map(ImageFiles(self._judged).content, range(len(self._judged)))
+        self._on = digest_of([f"{args.image_size} px".encode(), *contents]).hex()
         trained = find_images(args.train_data_dir, "default", False, "--train_data_dir").paths
         self._regressed = _spread(trained, REGRESSED_PHOTOS)
         self._features = PerceptualFeatures("vgg", device, self._dtype)
@@ -117,8 +119,9 @@ class Zoo:
         return bool(known) and file.exists() and file_digest(file).hex() == known["sha256"]
 
     def has_pair(self, one: str, into: str) -> bool:
-        """Whether the pair has been judged with the present files."""
-        return self.manifest["pairs"].get(one, {}).get(into, {}).get("of") == self._digests_of(one, into)
+        """Whether the pair has been judged with the present files, on the present photos as far as its entry names them."""
+        entry = self.manifest["pairs"].get(one, {}).get(into, {})
+        return entry.get("of") == self._digests_of(one, into) and entry.get("on", self._on) == self._on
 
     def train(self, space: str, others: list[str]) -> None:
         """Train the space's encoder to stand behind the others' decoders, and write the file of its module into itself."""
@@ -161,6 +164,7 @@ class Zoo:
         results = finite(results | {"image_size": self._args.image_size})
         entry = {
             "of": self._digests_of(one, into),
+            "on": self._on,
             "embedded_psnr": round(embedded_psnr(None if one == IMAGE else self._module(one), self._module(into)), 3),
             "figures": figures_in(results, (*FIGURES, "st_lpips_alex", "latent_variance", "grid", "macs")),
         }
@@ -420,9 +424,10 @@ def main():
     pairs = [tuple(pair.split(":")) for pair in args.pairs]
     device = resolve_device(args.device, "device" in args.typed_flags)
     keep_freed_memory(device)
-    zoo = Zoo(args, device)
     spaces = [space for space in SPACES if any(space in pair for pair in pairs)]
-    with tqdm(total=len(spaces) + len(pairs), unit="part") as progress:
+    alone = alone_in(claim_writable_folder(args.output_dir, "--output_dir"), "--output_dir", "zoo")
+    with alone, tqdm(total=len(spaces) + len(pairs), unit="part") as progress:
+        zoo = Zoo(args, device)
         for space in spaces:
             progress.set_description(f"train {space}")
             if not zoo.has_space(space):
