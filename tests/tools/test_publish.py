@@ -1,7 +1,9 @@
 """tools/publish.py: one file, and a repository on a hub on the loopback interface, loaded from there."""
 
+import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +11,17 @@ from conftest import ROOT, run_each, run_script
 from hub import BAD_TOKEN, TOKEN, HubHandler, Server, hub_environment, serving
 from huggingface_hub import ModelCard
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from vae_align import AlignPipeline
+from tools import publish as publish_tool
+from tools.publish import model_card, numbers_in, pipeline_to_share
+from vae_align import AlignPipeline, LatentSpace
 from vaes.codec import SPACES
+from vaes.pipeline import read_checkpoint, weights_digest
 
 SHIPPED = ROOT / "assets" / "pretrained" / "taesd_to_taef1_latent.safetensors"
+SHARED = AlignPipeline.from_pretrained(SHIPPED)
+PRIVATE = "not for everybody"
 READER = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -38,14 +46,30 @@ def publish(*argv, env, **options):
     return run_script("tools/publish.py", str(SHIPPED), "--repo", "owner/name", *map(str, argv), env=env, **options)
 
 
+def write_metrics(path, **weights):
+    """A metrics.json with a row for each of the digests `weights`."""
+    names = ("vae2", "reencode", *reversed(weights))
+    ladder = {name: {"psnr": 20.5 + number, "ssim": None} for number, name in enumerate(names)}
+    checkpoints = [{"row": row, "weights": digest} for row, digest in weights.items()]
+    results = {"ladder": ladder, "checkpoint": "given", "checkpoints": checkpoints, "images": 3, "image_size": 64}
+    path.write_text(json.dumps(results))
+    return path
+
+
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """(folder that was written, repository on the hub, program's output, home) after an upload."""
     home = tmp_path_factory.mktemp("home")
-    figures = {name: {"psnr": 20.5 + number, "ssim": None} for number, name in enumerate(("vae2", "reencode", "aligned"))}
-    (home / "results").mkdir()
-    (home / "results" / "metrics.json").write_text(json.dumps({"ladder": figures, "images": 3, "image_size": 64}))
-    Image.new("RGB", (8, 8)).save(home / "results" / "photo.png")
+    for folder in ("results", "out/sub"):
+        (home / folder).mkdir(parents=True)
+    write_metrics(home / "results" / "metrics.json", aligned="another module", aligned_2=weights_digest(SHARED.module))
+    for private in ("token", "out/.env", "out/sub/id_rsa"):
+        (home / private).write_text(PRIVATE)
+    (home / "results" / "00000_photo.png").symlink_to(home / "token")
+    (home / "results" / "00001_photo.png").write_text(PRIVATE)
+    private = PngInfo()
+    private.add_text("Comment", PRIVATE)
+    Image.new("RGB", (8, 8), "red").save(home / "results" / "photo.png", pnginfo=private)
     with serving(Server(HubHandler, repos={})) as hub:
         env = hub_environment(home, hub.url, HF_TOKEN=TOKEN)
         told = publish("--metrics", home / "results" / "metrics.json", "--output_dir", home / "out", env=env)
@@ -54,12 +78,13 @@ def published(tmp_path_factory):
 
 
 def test_what_is_on_the_hub_is_what_was_written(published):
-    """A file that stays behind, such as the code without which AutoModel loads nothing."""
+    """A file that stays behind, such as the code without which AutoModel loads nothing; one that goes along because it was in
+    the folder, or because a picture's name links to it; what a picture says beside its pixels."""
     folder, repo, told, _ = published
-    names = {"README.md", "comparison.png", "config.json", "model.safetensors", "vae_align.py"}
-    assert {name: content for name, content in repo.items() if name in names} == {
-        name: (folder / name).read_bytes() for name in names
-    }
+    names = ("README.md", "comparison.png", "config.json", "model.safetensors", "vae_align.py")
+    assert repo == {name: (folder / name).read_bytes() for name in names}
+    assert not [name for name, content in repo.items() if PRIVATE.encode() in content]
+    assert Image.open(io.BytesIO(repo["comparison.png"])).getpixel((0, 0)) == (255, 0, 0)
     assert "uploaded: " in told.stdout and TOKEN not in told.stdout + told.stderr
 
 
@@ -118,16 +143,46 @@ def test_a_module_is_shared_from_a_training_checkpoint(tmp_path):
     assert (pipeline.space1, pipeline.space2.name) == (SPACES["sd15"], None)
 
 
+def test_a_stranger_writes_nothing_into_the_card(tmp_path):
+    """HTML, a heading or a formatting error from a file where figures and a name should be."""
+    evil = "<script>alert(1)</script>\n# Bought"
+    figures = {"aligned": {"psnr": 20.5, "images": evil, "ssim": evil, "detail": float("nan"), "bias": [1, evil]}, "x": evil}
+    assert numbers_in(figures) == {"aligned": {"psnr": 20.5}}
+    space = LatentSpace(evil, 4, 8, (0.0,) * 4, (1.0,) * 4)
+    pipeline = AlignPipeline(SHARED.module, space, SHARED.space2, numbers_in(figures))
+    args = SimpleNamespace(license="mit", base_model=None, repo="owner/name")
+    text = model_card(pipeline, ["owner/a", "owner/b"], args, None).text
+    assert "20.50" in text and "<script>" not in text and "\n# Bought" not in text
+
+
+@pytest.mark.parametrize("weights, kept", [("of an earlier step", False), (weights_digest(SHARED.module), True), (None, True)])
+def test_figures_of_an_earlier_step_stay_out(monkeypatch, caplog, weights, kept):
+    """A checkpoint between two evaluations that is shared with the figures of the one before it."""
+    metrics = {"aligned": {"psnr": 20.5} | ({"weights": weights} if weights else {})}
+    content = read_checkpoint(SHIPPED) | {"metrics": metrics}
+    monkeypatch.setattr(publish_tool, "read_checkpoint", lambda _: content)
+    options = dict.fromkeys(("vae1_path", "vae2_path", "vae1_space", "vae2_space", "metrics"))
+    pipeline, _ = pipeline_to_share(SimpleNamespace(checkpoint="x", dtype="float16", **options))
+    assert pipeline.figures == ({"aligned": {"psnr": 20.5}} if kept else {})
+    assert ("earlier step" in caplog.text) != kept
+
+
 def test_an_output_that_cannot_be_shared_is_one_line(tmp_path):
-    """A private path in a shared file, which nobody else can open; a file that is replaced; a name that no reader knows."""
+    """A private path in a shared file, which nobody else can open; a file that is replaced; a name that no reader knows;
+    figures of another module; a space in which the module was not trained; a picture that is a link."""
     output, existing = tmp_path / "shared.safetensors", tmp_path / "existing.safetensors"
     existing.write_bytes(b"mine")
+    (tmp_path / "link.png").symlink_to(existing)
+    other = write_metrics(tmp_path / "metrics.json", aligned="another module")
     said = {
         "name a hub id": [[output, "--vae1_path", place] for place in (tmp_path, "vaes/taesd/vae", "~/taesd")],
         "exists already": [[existing]],
         "ends in .safetensors": [[tmp_path / "shared.pth"]],
         "name either": [[], [output, "--repo", "owner/name"]],
         "name it owner/name": [["--repo", "name"]],
+        "judged other weights than this checkpoint's": [[output, "--metrics", other]],
+        "was trained in sd15": [[output, "--vae1_space", "sdxl"]],
+        "cannot be read as a picture": [["--repo", "o/n", "--picture", tmp_path / name] for name in (existing, "link.png")],
     }
     given = [(part, [SHIPPED, *argv]) for part, argvs in said.items() for argv in argvs]
     for (part, _), result in zip(given, run_each("tools/publish.py", [argv for _, argv in given], tmp_path, "torch")):
