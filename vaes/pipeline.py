@@ -143,8 +143,8 @@ class PipelineWithVAEs(AlignPipeline):
             "format_number": FORMAT_NUMBER,
             "align_config": self.config.to_dict(),
             "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in self.module.state_dict().items()},
-            "vae1": self.codec1.identity | {"content": self.codec1.content},
-            "vae2": self.codec2.identity | {"content": self.codec2.content},
+            "vae1": self.codec1.identity,
+            "vae2": self.codec2.identity,
             "config": config,
             "step": step,
             "epoch": epoch,
@@ -222,6 +222,8 @@ def _open_codec(label: str, recorded: dict, space: LatentSpace, given, subfolder
             )
     if codec.space.name and space.name and codec.space.name != space.name:
         raise UserError(f"{label} {path}: its latent space is {codec.space.name}, the checkpoint's is {space.name}")
+    if codec.vae.files and "content" in recorded:  # a model that the caller made may have another dtype
+        codec.warn_of_difference(recorded, "the module")
     return codec
 
 
@@ -263,9 +265,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     if path.suffix == ".safetensors" or start[8:] == b"{":
         return _with_training_keys(read_safetensors(path))
     if not start.startswith(b"PK"):
-        raise AlignError(
-            f"checkpoint {path}: damaged or not a checkpoint of this tool; a pickle could run code, and is not read"
-        )
+        raise AlignError(f"checkpoint {path}: damaged or not a checkpoint of this tool; a pickle may run code and is not read")
     content = _read_torch(path)
     with errors_naming(path):
         require_format(content)
