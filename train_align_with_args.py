@@ -504,7 +504,10 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace, start: tuple[Pat
         for codec, recorded in zip((codec1, codec2), spaces_of(start[1])):
             codec.adopt_name_of(recorded)
     if start and args.resume:
-        checkpoint.require_same(start[1], {"vae1": checkpoint.kind_of(codec1), "vae2": checkpoint.kind_of(codec2)}, args)
+        checkpoint.require_same(start[1], {"vae1": codec1, "vae2": codec2}, args)
+    elif start:
+        for name, codec in (("vae1", codec1), ("vae2", codec2)):
+            codec.warn_of_difference(start[1][name], f"--load_checkpoint {start[0]}")
     trained_for = AlignConfig.from_dict(start[1]["align_config"]) if start else None
     config = AlignConfig(
         input_types=tuple(args.input_types),
@@ -669,13 +672,6 @@ def setup_scheduler(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def image_files(train_loader) -> list[str] | None:
-    """The files behind a training loader; None for a data set that has none of its own."""
-    dataset = getattr(train_loader.dataset, "dataset", train_loader.dataset)  # a latent cache's own, or the images themselves
-    source = getattr(dataset, "source", None)
-    return getattr(source, "paths", None)
-
-
 def prepare_run(
     args: argparse.Namespace, pipeline: PipelineWithVAEs, objective: Objective, accelerator, train_loader, start=None
 ) -> Run:
@@ -683,10 +679,12 @@ def prepare_run(
     resumed = start[1] if start and args.resume else None
     pipeline.progress["config"] = config_dict(args)
     recorded = resumed["training"]["files"] if resumed else ""
+    images = getattr(train_loader.dataset, "dataset", train_loader.dataset)  # a latent cache's own, or the images themselves
+    paths = getattr(getattr(images, "source", None), "paths", None)
     data = {
         "order": checkpoint.data_order(train_loader, accelerator.num_processes),
-        "files": checkpoint.names_digest(image_files(train_loader), recorded),
-        "vaes": checkpoint.vaes_of(pipeline, objective),
+        "files": checkpoint.names_digest(paths, recorded),
+        "vaes": checkpoint.vaes_of(objective),
     }
     if resumed:
         checkpoint.require_same(resumed, data["order"] | {"files": data["files"]} | data["vaes"], args)
@@ -1082,14 +1080,12 @@ def main(argv: list[str] | None = None) -> None:
         objective = create_objective(pipeline, settings)
         if resumed:  # before anything is encoded
             training, paths = start[1]["training"], datasets[0].source.paths
-            found = {
-                "processes": accelerator.num_processes,
-                "machines": len(machines_of(accelerator, settings.cache_per_machine)),
-                "files": checkpoint.names_digest(paths, training["files"]),
-            }
+            machines = len(machines_of(accelerator, settings.cache_per_machine))
+            found = {"processes": accelerator.num_processes, "machines": machines}
             if isinstance(paths, list) and len(paths) < training["order"]["images"]:  # or more: unreadable ones
-                found = {"images": len(paths)} | found
-            checkpoint.require_same(start[1], found | checkpoint.vaes_of(pipeline, objective), settings)
+                found["images"] = len(paths)
+            found["files"] = checkpoint.names_digest(paths, training["files"])
+            checkpoint.require_same(start[1], found | checkpoint.vaes_of(objective), settings)
         if accelerator.is_main_process:
             warn_of_odd_flags(settings, len(datasets[0]), accelerator.num_processes)
         generator = torch.Generator(accelerator.device).manual_seed(settings.seed + accelerator.process_index)

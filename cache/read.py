@@ -92,8 +92,8 @@ class LatentCache:
                 raise UserError(f"latent cache {self.folder}: chunks are being dropped there; start again when that is done")
 
     def chunk(self, name: str) -> dict[str, np.ndarray] | None:
-        """A chunk as memory maps, "addresses" (R, 2) uint64 and "rows" (R, bytes) uint8, and the list "left_out". None unless it
-        is there and whole. No file stays open: a process may open fewer files than there are chunks."""
+        """A chunk as memory maps, "addresses" (R, 2) uint64 and "rows" (R, bytes) uint8, and the list "left_out"; None unless
+        it is whole. No file stays open: a process may open fewer files than there are chunks."""
         try:
             with open_regular(self.path(name)) as file:
                 try:

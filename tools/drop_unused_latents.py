@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cache.read import lock
 from runtime.cli import Parser, integer, run
-from utils import UserError, count_of, one_line, open_regular, printable, read_json, shown
+from utils import UserError, count_of, one_line, open_regular, printable, read_json
 
 log = logging.getLogger(__name__)
 
@@ -31,34 +31,27 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--latent_cache_dir {root}: no such folder")
     for about in sorted(root.glob("[0-9a-f]" * 24 + "/about.json")):
         folder = about.parent
+        if folder.is_symlink():  # others may write in `root`: nothing is deleted or written through a link
+            continue
         try:
-            if folder.is_symlink():
-                raise OSError("a link")
-            with open_regular(about, "r+b" if args.drop else "rb") as file:
-                known = read_json(about)
-                what = ", ".join(f"{name} {shown(known.get(name))}" for name in ("vae1", "vae2", "image_size", "seed"))
-                chunks = chunks_of(folder)
-                old = [entry for entry in chunks if entry.lstat().st_mtime < limit]
-                print(printable(f"{folder}: {what}; {size_of(chunks)}, of which {size_of(old)} unused"))
-                if args.drop and old:
+            known = read_json(about)
+            what = ", ".join(f"{name} {known.get(name)}" for name in ("vae1", "vae2", "image_size", "seed"))
+            chunks = [entry for entry in folder.iterdir() if is_chunk(entry)]
+            old = [entry for entry in chunks if entry.stat().st_mtime < limit]
+            print(printable(f"{folder}: {what}; {size_of(chunks)}, of which {size_of(old)} unused"))
+            if args.drop and old:
+                with open_regular(about, "r+b") as file:
                     free = lock(file, shared=False)
-                    for entry in old if free else []:
+                    for entry in ([folder] if {*old, about} == {*folder.iterdir()} else old) if free else []:
                         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
                     print("  dropped" if free else "  in use by a run: left alone")
-            if args.drop and [*folder.iterdir()] == [about]:
-                shutil.rmtree(folder)
         except (OSError, ValueError, AttributeError) as error:
             log.warning("%s: left alone (%s)", folder, one_line(error))
 
 
-def chunks_of(folder: Path) -> list[Path]:
-    """What a cache's folder holds beside about.json, in earlier layouts folders too; nothing else that is there, and no link."""
-    return [
-        entry
-        for entry in folder.iterdir()
-        if not entry.is_symlink()
-        and (entry.is_dir() or (entry.suffix in (".safetensors", ".lock", ".tmp") and entry.is_file()))
-    ]
+def is_chunk(entry: Path) -> bool:
+    """Whether a run wrote this entry of a cache's folder, or left it behind. In earlier layouts chunks were folders."""
+    return not entry.is_symlink() and (entry.is_dir() or entry.suffix in (".safetensors", ".lock", ".tmp"))
 
 
 def size_of(chunks: list[Path]) -> str:

@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 OWN_NAME = re.compile(r"align_pipeline_\d{8}_\d{6}\.pth")  # of a checkpoint as a run writes it
 ABANDONED = 3600  # seconds since a temporary file last grew, after which its writer is no longer alive
 BEST_METRICS = {"psnr": 1, "ssim": 1, "psnr_vs_vae2": 1, "latent_mse": -1}  # for --best_metric; -1: less is better
-KIND = ("class", "channels", "stride", "space", "content")  # of a VAE; what else a checkpoint records of it is its place
 SAME = {  # beside settings, what a run must find again when it goes on: {what: (the flag that names it, its noun)}
     "processes": ("resume", ""),
     "machines": ("resume", ""),
@@ -330,39 +329,30 @@ def require_training(content: dict, path) -> None:
         raise UserError(f"checkpoint {path}: the state of its training was not written by this tool")
 
 
-def vaes_of(pipeline: PipelineWithVAEs, objective: Objective) -> dict:
-    """The VAEs of a run, by content: {"vae1" and "vae2": their `KIND`, "seen_through": [digest of each], "decoder": the digest
-    of the one that decodes for a loss, or None}."""
+def vaes_of(objective: Objective) -> dict:
+    """The further VAEs of a run, by content: {"seen_through": [a digest of each], "decoder": of the one that losses use}."""
     seen, decoded = objective.seen_through, objective.decoded
     return {
-        "vae1": kind_of(pipeline.codec1),
-        "vae2": kind_of(pipeline.codec2),
         "seen_through": [codec.content for codec in seen.codecs] if seen else [],
-        "decoder": decoded.codec.content if decoded else None,
+        "decoder": decoded.codec.content if decoded else "",
     }
 
 
-def kind_of(codec: Codec) -> dict:
-    """`KIND` of a VAE as a checkpoint records it."""
-    return {name: (codec.identity | {"content": codec.content})[name] for name in KIND}
-
-
 def require_same(content: dict, found: dict, args) -> None:
-    """UserError unless a run finds what the checkpoint's run had: `found` holds some of `SAME`, `args` the flags. What an older
-    checkpoint does not record is not compared."""
+    """UserError unless a run finds what the checkpoint's run had. What an older checkpoint does not record is not compared.
+
+    `found`: {some of `SAME`: what was found, a codec for VAE1 and VAE2}. `args`: the flags."""
     training = content["training"]
     recorded = training["order"] | {"files": training["files"]} | training.get("vaes", {})
-    recorded |= {name: content[name] for name in ("vae1", "vae2")}
     for what, now in found.items():
         flag, noun = SAME[what]
-        had, other = recorded.get(what, now), ""
-        if isinstance(now, dict):
-            had = {name: had.get(name, now[name]) for name in now}
-            other = "".join(f" (another {name})" for name in now if str(had[name]) != str(now[name]))
+        had, why = recorded.get(what, now), f"not the {noun} that the run to resume had"
+        if isinstance(now, Codec):
+            had, now = now.difference_from(content[what]), None
+            why = f"{why} (another {had})"
+        elif not noun:
+            why = f"the run to resume had {had} {what.replace('_', ' ')}, now {now}"
         if str(had) != str(now):  # not the values themselves: a hostile file's may be tensors
-            why = f"not the {noun} that the run to resume had{other}"
-            if not noun:
-                why = f"the run to resume had {had} {what.replace('_', ' ')}, now {now}"
             raise UserError(f"--{flag} {getattr(args, flag)}: {why}; resume it with the same, wherever that is now")
 
 

@@ -110,7 +110,7 @@ def start_from_vaes(pipeline: PipelineWithVAEs, file: str | None = None) -> str:
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
     if file:
-        copied.append(_copy_module(module, file))
+        copied.append(_copy_module(pipeline, file))
     return "the module starts with " + " and ".join(copied)
 
 
@@ -135,10 +135,11 @@ def _copy_decoder(pipeline: PipelineWithVAEs) -> str:
     return said
 
 
-def _copy_module(module: nn.Module, file: str) -> str:
+def _copy_module(pipeline: PipelineWithVAEs, file: str) -> str:
     """Copy every trained layer of the module in a file, but not its linear maps and VAE1's decoder."""
-    found = module_of(read_checkpoint(file)).state_dict()
-    own = module.state_dict()
+    content = read_checkpoint(file)
+    pipeline.codec2.warn_of_difference(content["vae2"], f"--init_module {file}")  # of VAE1 these layers see the picture alone
+    found, own = module_of(content).state_dict(), pipeline.module.state_dict()
     wanted = [name for name in own if name.startswith(("latent_in.", "image_in.", "blocks.", "out."))]
     other = [name for name in wanted if name in found and found[name].shape != own[name].shape]
     missing = [name for name in wanted if name not in found and not name.startswith("latent_in.")]

@@ -48,7 +48,7 @@ class Codec:
 
     Attributes:
         vae: the `FrozenVAE`. space: the `LatentSpace` of its latents. channels, stride: of that space.
-        identity: the VAE's path, subfolder, class, channels, stride and space as a checkpoint stores them.
+        path, subfolder: where it came from; None where that is not known.
     """
 
     def __init__(self, vae, path: str | None = None, subfolder: str | None = None, space: LatentSpace | str | None = None):
@@ -70,14 +70,31 @@ class Codec:
             local = Path(path).expanduser()
             is_here = local.is_dir() or self.vae.place == local
             path = str(local.resolve() if is_here else path)  # another working directory has other relative folders
-        self.identity = {
-            "path": path,
-            "subfolder": subfolder,
+        self.path, self.subfolder = path, subfolder
+
+    @property
+    def identity(self) -> dict:
+        """The VAE as a checkpoint stores it."""
+        return {
+            "path": self.path,
+            "subfolder": self.subfolder,
             "class": self.vae.class_name,
             "channels": self.channels,
             "stride": self.stride,
             "space": self.space.to_dict(),
+            "content": self.content,
         }
+
+    def difference_from(self, recorded: dict) -> str | None:
+        """What differs from the VAE that a checkpoint stores, such as "class"; None if it is the same. Its place does not
+        count, nor does what an older checkpoint does not store."""
+        names = ("class", "channels", "stride", "content" if "content" in recorded else "space")
+        return next((name for name in names if name in recorded and recorded[name] != self.identity[name]), None)
+
+    def warn_of_difference(self, recorded: dict, what: str) -> None:
+        """Warn unless this is the VAE with which `what` was trained, as far as its checkpoint tells."""
+        if other := self.difference_from(recorded):
+            log.warning("%s was trained with another VAE than %s (another %s)", what, self.vae.where, other)
 
     def _find_family(self, path, wanted) -> Family | None:
         """The row of the wanted space, or of the space that the VAE's files or class tell. UserError if the wanted space has
@@ -154,7 +171,6 @@ class Codec:
         same_shape = (recorded.channels, recorded.stride) == (self.channels, self.stride)
         if recorded.name and same_shape and not self.space.map_is_known:
             self.space = recorded
-            self.identity["space"] = recorded.to_dict()
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -145,8 +145,8 @@ class PipelineWithVAEs(AlignPipeline):
             "format_number": FORMAT_NUMBER,
             "align_config": self.config.to_dict(),
             "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in self.module.state_dict().items()},
-            "vae1": self.codec1.identity | {"content": self.codec1.content},
-            "vae2": self.codec2.identity | {"content": self.codec2.content},
+            "vae1": self.codec1.identity,
+            "vae2": self.codec2.identity,
             "config": config,
             "step": step,
             "epoch": epoch,
@@ -230,6 +230,8 @@ def _open_codec(label: str, recorded: dict, space: LatentSpace, given, subfolder
             f"{label} {path}: its latent space is {_with_scale(codec.space)}, the checkpoint's is {_with_scale(space)}; name a "
             "VAE of the checkpoint's"
         )
+    if codec.vae.files and "content" in recorded:  # a model that the caller made may have another dtype
+        codec.warn_of_difference(recorded, "the module")
     return codec
 
 
@@ -248,16 +250,15 @@ def compare_vaes(content: dict, pipeline: PipelineWithVAEs, images: Callable[[],
     """
     wrong, remarks = [], []
     for number, codec, space in ((1, pipeline.codec1, pipeline.space1), (2, pipeline.codec2, pipeline.space2)):
-        recorded, own = content[f"vae{number}"], codec.identity["path"]
-        digest = recorded.get("content")
-        if digest == codec.content:
+        recorded, own = content[f"vae{number}"], codec.path
+        if recorded.get("content") == codec.content:
             continue
         latents = codec.encode(images().to(pipeline.device)) if codec.space.name != space.name else None
         found = None if latents is None or not latents.numel() else detect_wrong_space(latents, space)
         if found:
             said = f"VAE{number} {own}: {found if number == 1 else found.replace('takes', 'gives', 1)}."
             (wrong if number == 2 or pipeline.uses_latents else remarks).append(said)
-        elif digest:
+        elif "content" in recorded:
             remarks.append(f"VAE{number} {own} is not the one of the training, {recorded['path']}: its files differ.")
         elif recorded["path"] != own:
             place = recorded["path"] or "none"
@@ -311,9 +312,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     if path.suffix == ".safetensors" or start[8:] == b"{":
         return _with_training_keys(read_safetensors(path))
     if not start.startswith(b"PK"):
-        raise AlignError(
-            f"checkpoint {path}: damaged or not a checkpoint of this tool; a pickle could run code, and is not read"
-        )
+        raise AlignError(f"checkpoint {path}: damaged or not a checkpoint of this tool; a pickle may run code and is not read")
     content = _read_torch(path)
     with errors_naming(path):
         require_format(content)
@@ -402,8 +401,8 @@ def _with_training_keys(content: dict) -> dict:
     vaes = {}
     for number, (place, digest) in enumerate(zip(content["vaes"], content["vae_digests"]), 1):
         space = content[f"space{number}"]
-        identity = {"path": place, "subfolder": None, "content": digest, "space": space}
-        vaes[f"vae{number}"] = identity | {name: space[name] for name in ("channels", "stride")}
+        identity = {"path": place, "subfolder": None, "channels": space["channels"], "stride": space["stride"]}
+        vaes[f"vae{number}"] = identity | {"space": space} | ({"content": digest} if digest else {})
     kept = {name: content[name] for name in ("format", "format_number", "align_config", "state_dict")}
     return kept | {"config": {}, "step": 0, "epoch": 0, "metrics": content["figures"]} | vaes
 

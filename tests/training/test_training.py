@@ -289,7 +289,7 @@ def test_a_ruined_module_is_not_saved_as_the_last_good_one(flags, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_steps_that_overflow_in_float16_are_counted_and_go_by(flags, tmp_path, monkeypatch, caplog, recwarn, optimizer):
-    """A skipped step that nobody hears of, that ends the run as bad data would, that moves a weight, a moment or the average, or
+    """A skipped step that nobody hears of, that ends the run as bad data would, that moves a weight, moment or average, or
     after which rate and step part; torch's warning of an overridden optimizer.step, whose calls the schedule then misses."""
 
     def with_scaler(device, precision):  # Accelerate has none on a CPU; its scale overflows at 2^60 and 2^35, not at 2^10
