@@ -20,7 +20,6 @@ in float32, which --precision float32 judges.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import shlex
 import sys
@@ -178,9 +177,7 @@ def main(argv: list[str] | None = None) -> dict:
         return evaluate_into(output_dir, args, argv, contents, precision, accelerator)
 
 
-def evaluate_into(
-    output_dir: Path, args, argv: list[str], contents: list[tuple[Path, dict]], precision: str, accelerator
-) -> dict:
+def evaluate_into(output_dir: Path, args, argv: list[str], contents: list, precision: str, accelerator) -> dict:
     """`main` once nobody else writes into `output_dir`; `contents`: the checkpoints, see `judge.read_checkpoints`."""
     trained, dtype = contents[0][1]["config"], get_dtype(precision)
     device, main_process = accelerator.device, accelerator.is_main_process
@@ -216,13 +213,12 @@ def evaluate_into(
         naming("--num_workers"),
         memory_advice("evaluating", eval_batch_size=args.eval_batch_size, image_size=size, precision=precision),
     ):
-        found = [compare_vaes(each.content, each.pipeline, lambda: some_images(dataset)) for each in checkpoints]
-        wrong_spaces, remarks = (list(dict.fromkeys(itertools.chain(*sentences))) for sentences in zip(*found))
+        wrong_spaces, remarks = compare_vaes(checkpoints[0].content, ladder.pipeline, lambda: some_images(dataset))
         for sentence in (*wrong_spaces, *remarks):
             log.warning("%s", sentence)
         measures = Measures(args.metrics, size, device)
         results = judge(ladder, loader, measures, size, visit, accelerator)
-    enlarged = sum(itertools.chain(*gathered(enlarged, accelerator)))
+    enlarged = sum(map(sum, gathered(enlarged, accelerator)))
     if not main_process:
         return results
     results |= {

@@ -220,10 +220,8 @@ def claim_writable_folder(path: str | os.PathLike, label: str, create: bool = Tr
 
 @contextlib.contextmanager
 def alone_in(folder: Path, label: str, work: str):
-    """Within this context no other process does this `work` in `folder`. UserError, which begins with `label`, while one does.
-
-    The lock ends with its process, however that ends. Nothing is checked on a disk that knows no locks.
-    """
+    """Within this context no other process does this `work` in `folder`; UserError, which begins with `label`, if one does.
+    The lock ends with its process. Nothing is checked on a disk that knows no locks."""
     lock = FileLock(folder / f".{work}.lock")
     try:
         lock.acquire(timeout=0)

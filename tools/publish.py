@@ -74,7 +74,8 @@ def judged_figures(path: str, weights: str) -> dict:
         if weights in judged:
             results["ladder"]["aligned"] = results["ladder"][judged[weights]]
         elif judged.keys() - {None}:
-            raise UserError(f"{path}: judged other weights than this checkpoint's, {shown(results['checkpoint'])}; judge this")
+            other = shown(results["checkpoint"])
+            raise UserError(f"{path}: judged other weights than this checkpoint's ({other}); judge this checkpoint")
         else:
             log.warning("%s: does not say which weights it judged; its figures may be another module's", path)
         if results.get("wrong_spaces"):
