@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import re
 import shlex
 import sys
 from datetime import datetime
@@ -64,6 +66,7 @@ from vaes.pipeline import compare_vaes
 log = logging.getLogger(__name__)
 
 METRICS_FORMAT = "vae-align metrics 3"
+HALF_WRITTEN = re.compile(r".*/\.(\d+_[^/]*\.png|report\.html|metrics\.(csv|json))\.[0-9a-f]{8}\.tmp")  # by `atomic_file`
 COMPARED = 8  # images whose latents tell whether the VAEs are the module's
 
 
@@ -134,13 +137,13 @@ def picture_name(index: int, path: str) -> str:
     return f"{index:05d}_{plain_stem(path)}.png"
 
 
-def drop_older_pictures(output_dir: Path, kept: set[str]) -> None:
+def drop_older(output_dir: Path, kept: set[str]) -> None:
     """Delete the pictures that older evaluations wrote into this folder, killed ones too, except those of these names: beside
-    the new report they would pass for its own."""
-    for path in output_dir.glob("[0-9]*_*.png"):
-        if path.name not in kept and is_sheet(path):
-            with contextlib.suppress(OSError):
-                path.unlink()
+    the new report they would pass for its own. Delete what the killed ones had half written."""
+    older = [path for path in output_dir.glob("[0-9]*_*.png") if path.name not in kept and is_sheet(path)]
+    for path in (*older, *filter(HALF_WRITTEN.fullmatch, map(str, output_dir.glob(".*.tmp")))):
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -252,7 +255,7 @@ def evaluate_into(output_dir: Path, args, argv: list[str], contents: list, preci
     strips = report.report_strips(ladder, dataset, results, args.eval_data_dir, args.num_samples)
     curves = report.read_curves(checkpoints[0].path, checkpoints[0].content)
     of_this = {picture_name(index, path) for index, path in zip(results["indices"], results["paths"])}
-    drop_older_pictures(output_dir, of_this if args.save_visualizations else set())
+    drop_older(output_dir, of_this if args.save_visualizations else set())
     page = report.render(results, strips, curves)
     try:
         tables.write_files(output_dir, results, page)

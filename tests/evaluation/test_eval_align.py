@@ -129,12 +129,13 @@ def test_pictures_of_an_older_evaluation_do_not_stay(judged, vae_folders, tmp_pa
     eval_align.main(as_argv(flags))
     (tmp_path / "out" / "metrics.json").unlink()  # as after a kill in the middle
     (tmp_path / "out" / ".evaluation.lock").touch()
+    (tmp_path / "out" / ".00001_two.png.0123abcd.tmp").touch()
     Image.new("RGB", (8, 8)).save(tmp_path / "out" / "00007_mine.png")
     shutil.copy(tmp_path / "out" / "00001_two.png", tmp_path / "out" / "00008_kept.png")
     (tmp_path / "photos" / "two.png").unlink()
     eval_align.main(as_argv(flags))
     kept = ["00000_one.png", "00007_mine.png", "00008_kept.png"]
-    assert sorted(file.name for file in (tmp_path / "out").glob("*.png")) == kept
+    assert sorted(file.name for file in (tmp_path / "out").iterdir() if file.suffix in (".png", ".tmp")) == kept
 
 
 def assert_close(one, two, where=()):
