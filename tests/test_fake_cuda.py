@@ -1,6 +1,9 @@
 """What a CUDA device would see, without one: fake tensors have a device and a shape and no values."""
 
+import importlib
+import json
 import sys
+import time
 from collections import Counter
 from types import SimpleNamespace
 from unittest import mock
@@ -8,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, as_argv, make_kl_vae, make_tiny_vae
+from conftest import ROOT, as_argv, make_kl_vae, make_tiny_vae, run_script
 from families import EVERY_CLASS, save_class
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -360,3 +363,41 @@ def test_the_linear_start_is_fitted_exactly():
     with MODE, Products():
         RidgeRegression(4, 16).add(on_device(2, 4, 8, 8), on_device(2, 16, 8, 8))
     assert dtypes == [torch.float64] * 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a machine with a GPU is asked to run
+
+
+def test_the_check_of_a_gpu_runs_to_its_end_without_one(tmp_path):
+    """A check that stops on somebody's rented GPU: at the first row that it cannot measure, or for want of a network."""
+    offline = {"HF_HUB_OFFLINE": "1", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    run_script("benchmarks/gpu_check.py", "--small", "--output", tmp_path / "found.json", env=offline, cwd=tmp_path)
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    of_small = {name: row for name, row in rows.items() if row.get("note") != "not among the small rows"}
+    seen = [name for name in of_small if "ST-LPIPS" in name]  # its weights are in a package
+    assert of_small.keys() == {"tests", "translate tiny 64 px", "train tiny float32", *seen} and seen
+    assert of_small["tests"]["exit code"] == 0 and "note" not in of_small["translate tiny 64 px"]
+    assert all(of_small["train tiny float32"][name] > 0 for name in ("bare", "cached", "online"))
+    assert of_small["train tiny float32"]["sent online"] == 3 * 64 * 64
+    table = (tmp_path / "found.md").read_text()
+    assert all(name in table for name in rows)
+
+
+def test_what_the_check_of_a_gpu_has_measured_outlives_its_end(tmp_path, monkeypatch):
+    """A row that runs out of memory or time and ends all others; a kill that takes with it what was measured."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    gpu_check = importlib.import_module("gpu_check")
+
+    def row(number, end):
+        return lambda options, row: (row.update(value=number), end())
+
+    ends = (mock.Mock(side_effect=MemoryError), lambda: time.sleep(60), mock.Mock(side_effect=KeyboardInterrupt))
+    rows = {name: row(number, end) for number, (name, end) in enumerate(zip(("memory", "time", "kill"), ends))}
+    monkeypatch.setattr(gpu_check, "rows_of", lambda options: rows)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--output", str(tmp_path / "found.json"), "--row_seconds", "1.1"])
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.main()
+    found = json.loads((tmp_path / "found.json").read_text())["rows"]
+    notes = {name: (row["value"], row["note"]) for name, row in found.items()}
+    assert notes == {"memory": (0, "out of memory"), "time": (1, "took more than 1 s")}
