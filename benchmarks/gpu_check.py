@@ -80,7 +80,6 @@ def measure_training(options, row: dict, pair: str, changes: dict) -> None:
         if args.precision != changes["precision"]:
             raise LeftOut(f"this device computes in {args.precision} in its place")
         device, batch = torch.device(args.device), args.train_batch_size
-        compute_policy(device, args.precision)
         if args.compile:
             require_compiler(device)
         vaes = common.open_vaes(options.vaes[pair], device, train.get_dtype(args.precision))
@@ -99,7 +98,7 @@ def measure_translation(options, row: dict, pair: str, size: int) -> None:
     """Milliseconds, memory and multiply-adds of an image through the module, and through the VAEs in its place."""
     args = common.settings_of(common.recipe_flags(["latent"], image_size=size, device=options.device))
     device = torch.device(args.device)
-    compute_policy(device)
+    compute_policy(device)  # a translation's, in place of training's
     vaes = common.open_vaes(options.vaes[pair], device, train.get_dtype(args.precision))
     pipeline = train.create_align_pipeline(*vaes, args).to(device)
     image = torch.rand(1, 3, size, size, device=device) * 2 - 1

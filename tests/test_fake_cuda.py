@@ -20,8 +20,10 @@ from torchmetrics.functional.image.lpips import _LPIPS
 
 import train_align_with_args as train_script
 import vae_align
+from cache.build import CacheOptions, LatentEncoder
 from cache.read import CachedDataset
-from dataloader import widened
+from dataloader import ImageDataset, list_images, widened
+from evaluation.ladder import untrained_module
 from losses import (
     KINDS,
     LOSSES,
@@ -351,6 +353,25 @@ def test_training_batches_come_to_the_device_as_they_are_stored(kind, flags, mon
         assert_on_device(lambda: list(widened(dict(stored), CUDA).values()))
 
 
+def test_the_cache_encodes_without_waiting_in_batches_that_fit_the_device(codecs, photo_folders, tmp_path, monkeypatch):
+    """A device that idles while rows are read back and written; batches for a CPU on a GPU with room for more, or so large that
+    a small GPU runs out of memory; draws from the posterior that depend on the machine."""
+    for number, codec in enumerate(codecs):
+        codec.fingerprint = str(number)  # fake weights have no digest
+    dataset = ImageDataset(list_images(photo_folders[0]), SIDE, True, True, 0)
+    content, sizes = b"0" * 16, []
+    for sample, free in ((False, 64 << 20), (False, 1 << 30), (False, 1 << 40), (True, 1 << 40)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))  # noqa: B023
+        options = CacheOptions(tmp_path, 2, with_images=True, reencoded=True, decoded=True, sample=sample)
+        encoder = LatentEncoder(dataset, *codecs, options, 0, [content], {})
+        sizes.append(encoder._batch_size())
+        with MODE:
+            item = (0, [0, 1], content, torch.zeros(2, 3, SIDE, SIDE, dtype=torch.uint8))
+            results, waits = waits_of(lambda: encoder._encode_batch([item]))  # noqa: B023
+        assert waits == {"_encode_batch sent": 1} and all(result.device == CUDA for result in results[:-1])  # and the pixels
+    assert sizes == [16, 64, 128, 16]
+
+
 def test_the_linear_start_is_fitted_exactly():
     """Normal equations in TF32, whose 10 bits the inverse multiplies."""
     dtypes = []
@@ -401,3 +422,14 @@ def test_what_the_check_of_a_gpu_has_measured_outlives_its_end(tmp_path, monkeyp
     found = json.loads((tmp_path / "found.json").read_text())["rows"]
     notes = {name: (row["value"], row["note"]) for name, row in found.items()}
     assert notes == {"memory": (0, "out of memory"), "time": (1, "took more than 1 s")}
+
+
+def test_the_untrained_rung_touches_no_gpu(monkeypatch):
+    """Generators of eight GPUs that are read and set again, with a context and a warning on each, to make a module on the CPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", mock.Mock(side_effect=AssertionError))
+    pipeline = SimpleNamespace(config=AlignConfig(("latent",)), device="cpu", progress={"config": {"seed": 1}})
+    before = torch.get_rng_state()
+    first, second = (untrained_module(pipeline).out.weight for _ in range(2))
+    assert torch.equal(first, second) and torch.equal(torch.get_rng_state(), before)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -238,6 +239,26 @@ def test_a_full_disk_is_one_clear_error(photos, spaces, tmp_path, monkeypatch):
         cached(photos, spaces, tmp_path / "cache")
     data = cached(photos, spaces, tmp_path / "cache")
     assert len(data) == 6
+
+
+def test_a_chunk_is_written_while_the_next_is_encoded(photos, spaces, tmp_path, monkeypatch):
+    """A device that waits for each chunk to be on the disk."""
+    encoded, encode, write = threading.Semaphore(0), LatentEncoder._encode_batch, LatentEncoder._write
+    in_time = []
+
+    def counted(encoder, items):
+        encoded.release()
+        return encode(encoder, items)
+
+    def waiting(encoder, *chunk):
+        in_time.append(all(encoded.acquire(timeout=60) for _ in range(1 + (len(in_time) == 0))))
+        write(encoder, *chunk)
+
+    monkeypatch.setattr(build, "CHUNK_IMAGES", 1)
+    monkeypatch.setattr(LatentEncoder, "_encode_batch", counted)
+    monkeypatch.setattr(LatentEncoder, "_write", lambda *given: waiting(*given) if len(in_time) < 5 else write(*given))
+    assert len(cached(photos, spaces, tmp_path / "cache")) == 6
+    assert in_time == [True] * 5
 
 
 def test_a_complete_cache_is_read_where_nothing_can_be_written(photos, spaces, tmp_path, monkeypatch):
