@@ -97,13 +97,13 @@ class Reencoder:
 
     def __call__(self, batch: dict, source: torch.Tensor | None) -> Reencoded:
         """A training batch and VAE1's latents of it (B, channels, h, w); these may be None where the batch has the picture."""
-        if "reencoded" not in batch:
-            picture = batch["decoded"] if "decoded" in batch else decode_picture(source, self.codec1)
-            return Reencoded(self.codec2.encode(picture), picture, self.weight)
         device = self.codec2.vae.device
         latents, picture = (
             batch[name].to(device, non_blocking=True) if name in batch else None for name in ("reencoded", "decoded")
         )
+        if latents is None:
+            picture = decode_picture(source, self.codec1) if picture is None else picture
+            latents = self.codec2.encode(picture)
         return Reencoded(latents, picture, self.weight)
 
 

@@ -609,11 +609,12 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
     With --streaming the training images are read as they come. With --cache_latents and both VAEs, training batches come from
     the latent cache, which is built first where it is not complete; otherwise they are decoded as they are drawn. The training
     loader is endless and its length is the number of steps in an epoch; both give dicts with `pixel_values` (B, 3, S, S) in
-    [-1, 1] or the latents in its place.
+    [-1, 1] or the latents in its place. Training batches are on the accelerator's device.
     """
     train_set, eval_set = datasets or open_datasets(args)
     place = {"rank": accelerator.process_index, "world": accelerator.num_processes} if accelerator else {}
     judged_images = dataloader.eval_loader(eval_set, args.eval_batch_size, args.num_workers, **place)
+    place |= {"device": accelerator.device} if accelerator else {}
     if args.streaming:
         options = (args.train_batch_size, args.num_workers, args.seed, args.shuffle_buffer)
         return dataloader.stream_loader(train_set, *options, **place), judged_images

@@ -278,9 +278,9 @@ def compute_policy(device: torch.device, precision: str = "float32") -> None:
     """Set how CUDA computes float32 in this process; no effect on other devices.
 
     "float32" asks for exact and repeatable figures: no TF32 (10 bits of mantissa in place of 23), and cuDNN's kernels by its
-    own rule. Evaluation and translation use it, whatever precision their networks have. Training in "bfloat16" or "float16"
-    asks for speed: what stays float32 there, such as the perceptual networks, uses TF32, and cuDNN tries its kernels out for
-    each new size.
+    own rule. `eval_align.py` and the translating tools use it, whatever precision their networks have. Training in "bfloat16"
+    or "float16" asks for speed: what stays float32 there, such as losses and the evaluations on its way, uses TF32, and cuDNN
+    tries its kernels out for each new size. A program that imports this project's parts keeps torch's own choice.
     """
     if device.type == "cuda":
         fast = precision != "float32"

@@ -1054,12 +1054,14 @@ def detect_wrong_space(latents: torch.Tensor, space: LatentSpace) -> str | None:
     bands = space_features(latents) if space.name in known else None
     if bands is None:
         return None
-    likely = {}  # log-likelihood per latent under Student's t distribution about zero, up to a constant
+    spreads = []  # on the device until all are there
     for name in known:
-        moments = moments_of(name)
-        distance = torch.einsum("npc,ncd,npd->np", bands, torch.linalg.inv(moments).to(bands), bands)
-        spread = torch.log1p(distance / DEGREES).mean(1).sum().item() * (DEGREES + channels) / 2
-        likely[name] = -spread - torch.logdet(moments).sum().item() / 2
+        distance = torch.einsum("npc,ncd,npd->np", bands, inverse_moments_of(name, bands.dtype, bands.device), bands)
+        spreads.append(torch.log1p(distance / DEGREES).mean(1).sum())
+    likely = {  # log-likelihood per latent under Student's t distribution about zero, up to a constant
+        name: -spread * (DEGREES + channels) / 2 - torch.logdet(moments_of(name)).sum().item() / 2
+        for name, spread in zip(known, torch.stack(spreads).tolist())
+    }
     best = max(likely, key=likely.get)
     if not likely[best] - likely[space.name] > CLEAR[channels]:
         return None
@@ -1095,6 +1097,12 @@ def moments_of(name: str) -> torch.Tensor:
     rows, columns = torch.triu_indices(channels, channels)
     upper[:, rows, columns] = torch.tensor(numbers, dtype=torch.float64)
     return upper + upper.triu(1).mT
+
+
+@functools.cache
+def inverse_moments_of(name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Cached, because copying it to a GPU waits for the GPU."""
+    return torch.linalg.inv(moments_of(name)).to(device, dtype)
 
 
 # Second moments of scaled latents of photos, measured by tools/make/measure_spaces.py. {channels: {space: for each band of

@@ -81,18 +81,19 @@ def measure_rates(options):
         args = common.settings_of(flags | {"num_workers": 2})
         vaes = common.open_vaes(names, args.device, train.get_dtype(args.precision))
         pipeline = train.create_align_pipeline(*vaes, args).to(args.device)
+        accelerator = train.create_accelerator(args.device, args.precision)
         for number in range(2):
             time_encoders("encoders_best", [pipeline.codec1.encode, pipeline.codec2.encode], 2)
             args = args.but(latent_cache_dir=f"{folder}/cache{number}")
             start = time.perf_counter()
-            loader, _ = train.create_data_loaders(args, *vaes)
+            loader, _ = train.create_data_loaders(args, *vaes, accelerator)
             rates["cache_build"].append(len(loader.dataset) * options.views / (time.perf_counter() - start))
         step = common.prepared_step(args, vaes, loader)
         for _ in range(options.rounds):
             seconds = common.seconds_of({"step": step}, options.steps)["step"]
             rates["module"].append(args.train_batch_size / seconds)
             rates["cached"].append(loop_rate(args, vaes, loader, options.steps))
-        online_loader, _ = train.create_data_loaders(args)  # without VAEs there is no cache
+        online_loader, _ = train.create_data_loaders(args, accelerator=accelerator)  # without VAEs there is no cache
         rates["online"].append(loop_rate(args, vaes, online_loader, options.online_steps))
         if options.cores:
             add_process_rates(rates, flags | {"vae1_path": names[0], "vae2_path": names[1]}, folder, options)

@@ -1,6 +1,5 @@
-"""A translation's time, its memory over a data set, its quality at other sizes, and its speed as ONNX.
+"""A translation's memory over a data set, its quality at other sizes, and its speed as ONNX. Its time: gpu_check.py.
 
-    python benchmarks/bench_translate.py time --tiny1 PATH --tiny2 PATH
     python benchmarks/bench_translate.py memory
     python benchmarks/bench_translate.py sizes --checkpoint assets/pretrained/taesd_to_taef1_latent.safetensors --images FOLDER
     python benchmarks/bench_translate.py onnx [--checkpoint FILE …] [--threads N]
@@ -22,7 +21,7 @@ import common
 import numpy as np
 import psutil
 import torch
-from common import ROOT, train
+from common import ROOT
 from PIL import Image
 from torchvision.datasets import FakeData
 
@@ -32,39 +31,6 @@ from vaes.pipeline import PipelineWithVAEs
 
 SIZES = {"256x256": (256, 256), "768x512": (768, 512)}  # width, height
 RUNGS = ("vae2", "reencode", "aligned")
-
-
-@torch.inference_mode()
-def measure_time(options):
-    """Time and cost of align, of decode + re-encode, and of VAE2's encoder.
-
-    `full` has the architectures of SD1.5's and FLUX.1's VAEs with random weights, `tiny` the given pair. The modules are those
-    of the shipped recipes. All run in the precision and layout that the project chooses. For each pair the result has
-    `seconds_per_image`, `macs` and `parameters` of `align_latent`, `align_image_latent`, `reencode` and `vae2_encoder`.
-    """
-    result = {}
-    size, shape = options.image_size, (options.batch_size, 3, options.image_size, options.image_size)
-    for pair, vaes in {"full": ("random:sd15", "random:flux"), "tiny": (options.tiny1, options.tiny2)}.items():
-        figures = result[pair] = {name: {} for name in ("seconds_per_image", "macs", "parameters")}
-        for input_types in (["latent"], ["image", "latent"]):
-            args = common.settings_of(common.recipe_flags(input_types, image_size=size))
-            dtype = train.get_dtype(args.precision)
-            pipeline = train.create_align_pipeline(*common.open_vaes(vaes, args.device, dtype), args).to(args.device)
-            names = {"aligned": f"align_{'_'.join(input_types)}", "vae2": "vae2_encoder", "reencode": "reencode"}
-            ladder = Ladder(pipeline, dtype, only=names)
-            images = torch.rand(shape, device=args.device) * 2 - 1
-            latents = pipeline.codec1.encode(images)
-            for rung, cost in ladder.costs(size, repeats=1).items():
-                rounds = options.rounds * (10 if rung == "aligned" else 1)
-                with torch.autocast(pipeline.device.type, dtype, enabled=dtype != torch.float32):
-                    times = common.seconds_of({rung: lambda: ladder.rungs[rung](latents, images)}, rounds)  # noqa: B023
-                cost["seconds_per_image"] = times[rung] / len(images)
-                for name, values in figures.items():
-                    values.setdefault(names[rung], cost[name])
-        seconds = figures["seconds_per_image"]
-        print(f"{pair}: decode + re-encode / align latent       {seconds['reencode'] / seconds['align_latent']:8.1f}")
-        print(f"{pair}: VAE2 encoder / align image latent       {seconds['vae2_encoder'] / seconds['align_image_latent']:8.1f}")
-    return result
 
 
 def measure_memory(options):
@@ -185,13 +151,6 @@ def measure_onnx(options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(metavar="MEASUREMENT", required=True)
-
-    kind = common.add_measurement(kinds, measure_time)
-    kind.add_argument("--tiny1", default=str(ROOT / "assets/vaes/tiny4"), help="the tiny pair's VAE1")
-    kind.add_argument("--tiny2", default=str(ROOT / "assets/vaes/tiny16"), help="the tiny pair's VAE2")
-    kind.add_argument("--image_size", type=int, default=256, help="px")
-    kind.add_argument("--batch_size", type=int, default=4, help="images per call")
-    kind.add_argument("--rounds", type=int, default=2, help="counted calls; of align ten times more")
 
     kind = common.add_measurement(kinds, measure_memory)
     kind.add_argument("--n", type=int, default=100, help="images of the smaller set")

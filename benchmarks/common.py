@@ -60,6 +60,7 @@ def settings_of(flags: dict) -> argparse.Namespace:
     device = train.resolve_device(values["device"], False)
     train.keep_freed_memory(device)
     changes = {"device": str(device), "precision": train.resolve_precision(values["precision"], device, False)}
+    train.compute_policy(device, changes["precision"])
     changes |= {"vae1_space": None, "vae2_space": None}  # the recipe names those of its own pair
     return train.Settings(values | changes)
 
@@ -108,7 +109,7 @@ def seconds_of(calls: dict[str, Callable], rounds: int, clock=time.perf_counter)
         for name, call in calls.items():
             start = clock()
             call()
-            if torch.cuda.is_available():
+            if torch.cuda.is_initialized():  # else what is measured runs on the CPU beside a GPU
                 torch.cuda.synchronize()
             times[name].append(clock() - start)
     return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}

@@ -14,7 +14,8 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,11 @@ from vaes.codec import Codec, SeenThrough, decode_picture
 log = logging.getLogger(__name__)
 
 LAYOUT = 2  # raised with every change to what a cache's folder holds, so that no older one is read
-ENCODE_BATCH = 16  # views encoded at once
-CHUNK_IMAGES = 32  # a kill loses at most this number of images
+ENCODE_BATCH = 16  # views encoded at once, and at most on a GPU with memory for them
+LARGEST_BATCH = 128
+PIXEL_BYTES = 4096  # of a GPU's memory for each pixel that a VAE at full size encodes in float32
+CHUNK_IMAGES = 32  # a kill loses at most this number of images, beside a chunk that is being written
+AHEAD = 2  # batches and chunks that may wait for the thread that writes
 CHUNK_BYTES = 1 << 28  # a chunk is in memory until it is written; larger views make chunks of fewer images
 POLL = 0.5  # seconds between looks at the locks of others
 STALE = 600.0  # seconds without progress of the others, after which their locks do not count
@@ -203,6 +207,37 @@ class ChunkLocks:
         return True
 
 
+class Behind:
+    """A thread that does the work given to it, in its order, while this one goes on. An error of its work is raised here."""
+
+    def __init__(self):
+        self._thread, self._waiting = ThreadPoolExecutor(1), deque()
+
+    def __enter__(self):
+        return self
+
+    def do(self, work: Callable, *given, then: Callable = lambda: None) -> None:
+        """Have `work(*given)` done, and `then()` by this thread later; waits where more than `AHEAD` works are not done."""
+        self._waiting.append((self._thread.submit(work, *given), then))
+        self._finish(AHEAD)
+
+    def _finish(self, left: int) -> None:
+        while len(self._waiting) > left:
+            done, then = self._waiting.popleft()
+            try:
+                done.result()
+            finally:
+                del done  # else its error would hold itself, and with it the locks of the chunks
+            then()
+
+    def __exit__(self, kind, *_):
+        try:
+            if kind is None:
+                self._finish(0)
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+
+
 class SomeViews(Dataset):
     """Training images, asked for as (index, numbers of views): (index, views, digest of content, pixels (V, 3, S, S) uint8). An
     UnreadableImage stands for the pixels of an image that cannot be decoded."""
@@ -347,7 +382,7 @@ class LatentEncoder:
     def _encode(self, names: Iterator[str], missing: Chunks, locks: ChunkLocks, bar: tqdm) -> None:
         """Encode these chunks and write each when it is whole."""
         chunk_of = {}  # {index of an image on its way: name}
-        size = 2 ** max(0, int(math.log2(max(1, ENCODE_BATCH / self.options.views))))  # whole batches make a chunk
+        size = 2 ** max(0, int(math.log2(max(1, self._batch_size() / self.options.views))))  # whole batches make a chunk
 
         def batches(name):
             chunk_of.update((index, name) for index, _ in missing[name])
@@ -357,10 +392,19 @@ class LatentEncoder:
             sampler = itertools.chain.from_iterable(map(batches, itertools.chain([first], names)))
             options = {"collate_fn": list, "persistent_workers": False}
             loader = Loader(SomeViews(self.dataset), sampler, self.num_workers, **options)
-            for name, loaded in itertools.groupby(loader, lambda items: chunk_of[items[0][0]]):
-                self._encode_chunk(name, loaded, locks, bar)
+            with Behind() as behind:
+                for name, loaded in itertools.groupby(loader, lambda items: chunk_of[items[0][0]]):
+                    self._encode_chunk(name, loaded, locks, bar, behind)
 
-    def _encode_chunk(self, name: str, loaded: Iterator[list[tuple]], locks: ChunkLocks, bar: tqdm) -> None:
+    def _batch_size(self) -> int:
+        """Views to encode at once. Draws from the posterior depend on it, so there it is the same on all devices."""
+        device = self.codecs[1].vae.device
+        if device.type != "cuda" or self.options.sample:
+            return ENCODE_BATCH
+        fitting = torch.cuda.mem_get_info(device)[0] // (PIXEL_BYTES * self.dataset.image_size**2)
+        return max(ENCODE_BATCH, min(LARGEST_BATCH, fitting))
+
+    def _encode_chunk(self, name: str, loaded: Iterator[list[tuple]], locks: ChunkLocks, bar: tqdm, behind: Behind) -> None:
         parts, left_out = [], []
         for items in loaded:
             good = []
@@ -371,24 +415,22 @@ class LatentEncoder:
                     self._leave_out(index, "it changed while it was being read", [])
                 else:
                     good.append((index, views, content, pixels))
-            parts += [self._encode_batch(good, left_out)] if good else []
+            if good:
+                behind.do(self._add_rows, good, self._encode_batch(good), parts, left_out)
             bar.update(len(items))
             locks.show_life()
-        if parts or left_out:
-            self._write(name, parts, left_out)
-        locks.release(name)
+        behind.do(self._write, name, parts, left_out, then=lambda: locks.release(name))
 
     def _leave_out(self, index: int, why: str, left_out: list[dict]) -> None:
         self._failures[index] = why
         content, views = self.contents[index].hex(), self.options.views
         left_out.append({"content": content, "views": views, "reader": image_reader(), "why": why})
 
-    def _encode_batch(self, items: list[tuple], left_out: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-        """(addresses (R, 2), rows (R,)) of all views of the items. Images are left out if float16 cannot hold their latents."""
-        indices, views, contents, pixels = zip(*items)
+    def _encode_batch(self, items: list[tuple]) -> dict[str, torch.Tensor]:
+        """{column: its values} of all views of the items, on the device, which may still be computing them."""
+        _, _, contents, pixels = zip(*items)
         pixels = torch.cat(pixels)
-        images = to_pixel_values(pixels)
-        rows = np.empty(len(pixels), self.cache.row)
+        images, columns = to_pixel_values(pixels.to(self.codecs[1].vae.device)), {}
         settings = {"image_size": self.dataset.image_size, "cache_views": self.options.views}
         precision = str(self.codecs[1].vae.dtype).rpartition(".")[2]
         with memory_advice("encoding images for the latent cache", **settings, precision=precision):
@@ -398,20 +440,24 @@ class LatentEncoder:
                     first = int.from_bytes(contents[0], "little")
                     seed = np.random.SeedSequence((self.dataset.seed, first, number)).generate_state(1)[0]
                     generator = torch.Generator(codec.vae.device).manual_seed(int(seed))
-                rows[f"latents{number}"] = codec.encode(images, self.options.sample, generator).half().cpu()
+                columns[f"latents{number}"] = codec.encode(images, self.options.sample, generator).half()
             if self.options.reencoded or self.options.decoded:
-                device = self.codecs[1].vae.device
-                if self.options.seen_through:
-                    picture = self.options.seen_through(images.to(device))
-                else:
-                    latents = np.ascontiguousarray(rows["latents1"])
-                    picture = decode_picture(torch.from_numpy(latents).to(device), self.codecs[1])
+                seen_through = self.options.seen_through
+                picture = seen_through(images) if seen_through else decode_picture(columns["latents1"], self.codecs[1])
             if self.options.reencoded:
-                rows["reencoded"] = self.codecs[2].encode(picture).half().cpu()
+                columns["reencoded"] = self.codecs[2].encode(picture).half()
             if self.options.decoded:
-                rows["decoded"] = to_levels(picture).cpu()
+                columns["decoded"] = to_levels(picture)
             if self.options.with_images:
-                rows["pixel_values"] = pixels
+                columns["pixel_values"] = pixels
+        return columns
+
+    def _add_rows(self, items: list[tuple], columns: dict[str, torch.Tensor], parts: list[tuple], left_out: list[dict]) -> None:
+        """Add (addresses (R, 2), rows (R,)) of the items to `parts`, without images whose latents float16 cannot hold."""
+        indices, views, contents, _ = zip(*items)
+        rows = np.empty(sum(map(len, views)), self.cache.row)
+        for name, values in columns.items():
+            rows[name] = values.cpu()
         finite = np.all([np.isfinite(rows[name]).reshape(len(rows), -1).all(axis=1) for name in self.cache.row.names], axis=0)
         ends = np.cumsum(list(map(len, views)))
         whole = [each.all() for each in np.split(finite, ends[:-1])]
@@ -419,10 +465,12 @@ class LatentEncoder:
             self._leave_out(index, "its latents are not finite in float16", left_out)
         digests = [content for content, numbers in zip(contents, views) for _ in numbers]
         kept = np.repeat(whole, list(map(len, views)))
-        return addresses_of(digests, list(itertools.chain(*views)))[kept], rows[kept]
+        parts.append((addresses_of(digests, list(itertools.chain(*views)))[kept], rows[kept]))
 
     def _write(self, name: str, parts: list[tuple[np.ndarray, np.ndarray]], left_out: list[dict]) -> None:
         """Store a chunk of addresses and rows. UserError if the disk is full or cannot be written."""
+        if not (parts or left_out):
+            return
         addresses, rows = zip(*parts, (np.empty((0, 2), WORD), np.empty(0, self.cache.row)))
         chunk = {
             "addresses": np.concatenate(addresses).view(np.int64),

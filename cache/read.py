@@ -28,7 +28,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dataloader import EpochSampler, ImageDataset, Loader
-from images.decoding import to_pixel_values
 from runtime.processes import ALONE
 from utils import UserError, open_regular
 
@@ -158,7 +157,8 @@ class CachedDataset(Dataset):
     """Training batches out of a latent cache, asked for as lists of (index, view).
 
     The index counts the images that are in the cache; the batch carries `latents1`, `latents2` and, where the cache has them,
-    `reencoded`, `decoded` and `pixel_values`, beside what every batch has.
+    `reencoded`, `decoded` and `pixel_values`, beside what every batch has: latents in float16 and pictures in uint8, as they
+    are stored, which the `Loader` widens.
 
     Attributes:
         images: (M,) the indices in `dataset` of the images that are in this cache. rows: (M, views) their rows' numbers.
@@ -180,10 +180,7 @@ class CachedDataset(Dataset):
             "path": [self.dataset.name(image) for image in images.tolist()],
             "unreadable": [],
         }
-        for name, column in self.cache.read(rows).items():
-            values = torch.from_numpy(column)
-            batch[name] = to_pixel_values(values) if values.dtype == torch.uint8 else values.float()
-        return batch
+        return batch | {name: torch.from_numpy(column) for name, column in self.cache.read(rows).items()}
 
 
 def cached_loader(
@@ -191,11 +188,12 @@ def cached_loader(
 ) -> DataLoader:
     """As `dataloader.train_loader`, of batches out of a latent cache.
 
-    They are read in this process unless a device computes meanwhile: there is nothing to decode. Each of several machines
+    They are read in this process unless a GPU computes meanwhile: there is nothing to decode. Each of several machines
     shuffles its own images, and all have the same number of steps in an epoch.
     """
+    device = machine.accelerator.device if machine.accelerator else torch.device("cpu")
     steps = [-(-images // (batch_size * len(each))) for images, each in zip(dataset.shares, machine.machines)]
     sampler = EpochSampler(
         len(dataset.images), batch_size, seed, views, machine.rank, machine.world, machine.number, max(steps)
     )
-    return Loader(dataset, sampler, num_workers if torch.cuda.is_available() else 0, collate_fn=dict)
+    return Loader(dataset, sampler, num_workers if device.type == "cuda" else 0, collate_fn=dict, device=device)

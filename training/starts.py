@@ -37,9 +37,10 @@ class RidgeRegression:
     @torch.no_grad()
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Add pairs of inputs (B, in, h, w) and targets (B, out, h, w)."""
-        x = F.unfold(inputs.float(), 3, padding=1).transpose(1, 2).flatten(0, 1)
+        exact = torch.float64 if inputs.is_cuda else torch.float32  # training lets a GPU multiply float32 in TF32
+        x = F.unfold(inputs.to(exact), 3, padding=1).transpose(1, 2).flatten(0, 1)
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-        y = targets.float().flatten(2).transpose(1, 2).flatten(0, 1)
+        y = targets.to(exact).flatten(2).transpose(1, 2).flatten(0, 1)
         self.xx += (x.T @ x).cpu().double()
         self.xy += (x.T @ y).cpu().double()
 

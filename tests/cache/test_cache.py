@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -22,7 +23,7 @@ import train_align_with_args as train_script
 from cache import build
 from cache.build import CHUNK_IMAGES, CacheOptions, ChunkLocks, LatentEncoder, cache_latents
 from cache.read import LatentCache, lock
-from dataloader import ImageDataset
+from dataloader import ImageDataset, widened
 from images import files
 from images.decoding import to_pixel_values
 from images.files import list_images
@@ -58,7 +59,7 @@ def test_rows_are_the_views_encoded(photos, spaces, tmp_path, spawned):
     """Catches rows stored in another order than (image, view), float16 used for raw instead of scaled latents, and what a
     worker lacks that is no fork."""
     data = cached(photos, spaces, tmp_path / "cache", with_images=True, workers=1)
-    batch = data.__getitems__([(4, 1), (0, 0)])
+    batch = widened(data.__getitems__([(4, 1), (0, 0)]))
     for row, (index, view) in enumerate([(4, 1), (0, 0)]):
         photo = data.dataset
         pixels = to_pixel_values(photo.crop(photo.open(index), photo.content(index), view))
@@ -238,6 +239,26 @@ def test_a_full_disk_is_one_clear_error(photos, spaces, tmp_path, monkeypatch):
         cached(photos, spaces, tmp_path / "cache")
     data = cached(photos, spaces, tmp_path / "cache")
     assert len(data) == 6
+
+
+def test_a_chunk_is_written_while_the_next_is_encoded(photos, spaces, tmp_path, monkeypatch):
+    """A device that waits for each chunk to be on the disk."""
+    encoded, encode, write = threading.Semaphore(0), LatentEncoder._encode_batch, LatentEncoder._write
+    in_time = []
+
+    def counted(encoder, items):
+        encoded.release()
+        return encode(encoder, items)
+
+    def waiting(encoder, *chunk):
+        in_time.append(all(encoded.acquire(timeout=60) for _ in range(1 + (len(in_time) == 0))))
+        write(encoder, *chunk)
+
+    monkeypatch.setattr(build, "CHUNK_IMAGES", 1)
+    monkeypatch.setattr(LatentEncoder, "_encode_batch", counted)
+    monkeypatch.setattr(LatentEncoder, "_write", lambda *given: waiting(*given) if len(in_time) < 5 else write(*given))
+    assert len(cached(photos, spaces, tmp_path / "cache")) == 6
+    assert in_time == [True] * 5
 
 
 def test_a_complete_cache_is_read_where_nothing_can_be_written(photos, spaces, tmp_path, monkeypatch):

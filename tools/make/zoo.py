@@ -41,6 +41,7 @@ from utils import (
     PRECISIONS,
     UserError,
     atomic_file,
+    compute_policy,
     file_digest,
     get_dtype,
     keep_freed_memory,
@@ -423,6 +424,7 @@ def main():
         return
     pairs = [tuple(pair.split(":")) for pair in args.pairs]
     device = resolve_device(args.device, "device" in args.typed_flags)
+    compute_policy(device)
     keep_freed_memory(device)
     spaces = [space for space in SPACES if any(space in pair for pair in pairs)]
     alone = alone_in(claim_writable_folder(args.output_dir, "--output_dir"), "--output_dir", "zoo")

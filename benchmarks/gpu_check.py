@@ -1,0 +1,219 @@
+"""What the project does on a GPU, unattended, in eight minutes: its tests, training's speed, translation's cost.
+
+    python benchmarks/gpu_check.py
+    python benchmarks/gpu_check.py --small     # on a CPU too: tiny VAEs, small pictures
+    python benchmarks/gpu_check.py --only "translate tiny" --tiny1 TAESD --tiny2 TAEF1 --sizes 256
+
+Writes gpu_check.json anew after each row, so a run that is killed keeps what it has measured. At the end it writes and prints
+gpu_check.md, the tables for README.md. A row that the time, the memory or the machine does not allow is named with its reason.
+`tiny` are the embedded VAEs or the given ones. `full` has SD1.5's and FLUX.1's architectures and random weights.
+
+A row of `train` has images per second of the first recipe at 256 px. `bare` is the step alone on a batch that is on the device,
+`cached` and `online` are the real loop, with the latent cache and without. `sent` counts the bytes an image that cross to the
+device. A row of `translate` has an image's milliseconds, multiply-adds and the most memory that CUDA held: of `translate` by
+the shipped recipe for latents, of decode + re-encode, and of VAE2's encoder.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import common
+import torch
+from bench_training import FIRST_RECIPE, flags_of, loop_rate
+from common import ROOT, train
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from losses import PACKAGE
+from utils import PRECISIONS, UserError, compute_policy, is_out_of_memory, one_line, peak_memory, require_compiler, write_json
+from vaes.codec import reencode
+
+MIB = 1 << 20
+
+
+def rows_of(options) -> dict:
+    """{name: function that fills a row}, those first that matter most."""
+    rows = {"tests": run_tests}
+    for pair in ("tiny", "full"):
+        for size in options.sizes:
+            rows[f"translate {pair} {size} px"] = partial(measure_translation, pair=pair, size=size)
+    for compiled in (False, True):
+        for precision in PRECISIONS:
+            for pair in ("tiny", "full"):
+                changes = {"precision": precision} | ({"compile": []} if compiled else {})
+                name = f"train {pair} {precision}{', compiled' if compiled else ''}"
+                rows[name] = partial(measure_training, pair=pair, changes=changes)
+    seen = {"precision": "float32", "perceptual_loss": "stlpips", "perceptual_loss_weight": 1}
+    rows["train tiny float32, ST-LPIPS"] = partial(measure_training, pair="tiny", changes=seen)
+    return {name: row for name, row in rows.items() if any(words in name for words in options.only or [""])}
+
+
+class LeftOut(Exception):
+    """Why a row has no values, or no more of them."""
+
+
+def run_tests(options, row: dict) -> None:
+    """Run `pytest -m gpu`; keep its last line."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", *(["tests/test_gpu.py"] if options.small else [])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=options.seconds_left())
+    row |= {"exit code": done.returncode, "result": (done.stdout.strip() or done.stderr.strip()).rpartition("\n")[2]}
+
+
+def measure_training(options, row: dict, pair: str, changes: dict) -> None:
+    """Images per second of a step, and of the real loop on the latent cache and without it."""
+    if changes.get("perceptual_loss") == "stlpips" and not importlib.util.find_spec(PACKAGE):
+        raise LeftOut(f"the package {PACKAGE}, which carries ST-LPIPS' weights, is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        photos = SimpleNamespace(images=ROOT / "assets/photos/train", input_types=["latent"])
+        flags = flags_of(photos, folder, options.photos) | FIRST_RECIPE | {"decoder_loss_start": 0, "cache_views": 1}
+        flags |= {"image_size": options.image_size, "num_workers": 2, "device": options.device}
+        args = common.settings_of(flags | changes)
+        if args.precision != changes["precision"]:
+            raise LeftOut(f"this device computes in {args.precision} in its place")
+        device, batch = torch.device(args.device), args.train_batch_size
+        if args.compile:
+            require_compiler(device)
+        vaes = common.open_vaes(options.vaes[pair], device, train.get_dtype(args.precision))
+        accelerator = train.create_accelerator(device, args.precision)
+        online, _ = train.create_data_loaders(args, accelerator=accelerator)
+        row["sent online"] = online.dataset.__getitems__([(0, 0)])[0]["pixel_values"].nbytes  # as the loader asks for it
+        cached, _ = train.create_data_loaders(args, *vaes, accelerator)
+        row["sent cached"] = cached.dataset.cache.row.itemsize
+        row["bare"] = batch / common.seconds_of({"step": common.prepared_step(args, vaes, cached)}, options.steps)["step"]
+        row["cached"] = loop_rate(args, vaes, cached, options.steps)
+        row["online"] = loop_rate(args, vaes, online, max(2, options.steps // 4))
+
+
+@torch.inference_mode()
+def measure_translation(options, row: dict, pair: str, size: int) -> None:
+    """Milliseconds, memory and multiply-adds of an image through the module, and through the VAEs in its place."""
+    args = common.settings_of(common.recipe_flags(["latent"], image_size=size, device=options.device))
+    device = torch.device(args.device)
+    compute_policy(device)  # a translation's, in place of training's
+    vaes = common.open_vaes(options.vaes[pair], device, train.get_dtype(args.precision))
+    pipeline = train.create_align_pipeline(*vaes, args).to(device)
+    image = torch.rand(1, 3, size, size, device=device) * 2 - 1
+    latents = torch.randn(1, pipeline.codec1.channels, *(side // pipeline.codec1.stride for side in image.shape[2:])).to(device)
+    calls = {
+        "translate": lambda: pipeline.translate(latents),
+        "re-encode": lambda: reencode(latents, pipeline.codec1, pipeline.codec2),
+        "VAE2's encoder": lambda: pipeline.codec2.encode(image),
+    }
+    for name, call in calls.items():
+        try:
+            with FlopCounterMode(display=False) as counter:
+                call()
+            row[f"{name}, GMACs"] = counter.get_total_flops() / 2e9
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            row[f"{name}, ms"] = 1e3 * common.seconds_of({name: call}, options.calls)[name]
+            row[f"{name}, MiB"] = peak_memory(device) / MIB if device.type == "cuda" else None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            row[f"{name}, ms"] = "out of memory"
+
+
+@contextlib.contextmanager
+def at_most(seconds: float):
+    """Within this context, `LeftOut` after so much time. Without effect on Windows."""
+
+    def end(*_):
+        raise LeftOut(f"took more than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, end) if hasattr(signal, "SIGALRM") else None
+    if before is not None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
+def measured(options, name: str, measure) -> dict:
+    """A row's values; its `note` says why it has none, or no more of them."""
+    began, row, seconds = time.monotonic(), {}, options.seconds_left()
+    try:
+        if options.small and ("full" in name or "compiled" in name or "float16" in name):
+            raise LeftOut("not among the small rows")
+        if seconds < 1:
+            raise LeftOut("no time was left")
+        with at_most(seconds), contextlib.redirect_stdout(sys.stderr):  # a training prints what it has done
+            measure(options, row)
+    except (LeftOut, subprocess.TimeoutExpired, UserError) as error:
+        row["note"] = one_line(error)
+    except Exception as error:  # whatever a row meets, the next ones are measured
+        row["note"] = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {one_line(error)}"
+    return row | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def machine() -> dict:
+    found = {"torch": torch.__version__, "cuda": torch.version.cuda, "device": "cpu", "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"device": properties.name, "capability": f"{properties.major}.{properties.minor}"}
+        found["memory MiB"] = properties.total_memory // MIB
+    return found
+
+
+def tables_of(result: dict) -> str:
+    """The result as Markdown: a table for each kind of row, and the rows that were left out."""
+    lines, rows = [", ".join(f"{name} {value}" for name, value in result["machine"].items()), ""], result["rows"]
+    left_out = [name for name, row in rows.items() if row.keys() == {"note", "seconds"}]
+    for kind in ("tests", "train", "translate"):
+        found = {name: row for name, row in rows.items() if name.startswith(kind) and name not in left_out}
+        columns = list(dict.fromkeys(column for row in found.values() for column in row))
+        if found:
+            lines += [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        for name, row in found.items():
+            lines.append(f"| {name} | {' | '.join(shown(row.get(column)) for column in columns)} |")
+        lines += [""] * bool(found)
+    return "\n".join(lines + [f"- {name}: left out, {rows[name]['note']}" for name in left_out])
+
+
+def shown(value) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("gpu_check.json"), help="the tables are written beside it")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all rows")
+    parser.add_argument("--row_seconds", type=float, default=120.0, help="for one row")
+    parser.add_argument("--only", nargs="+", metavar="WORDS", help="the rows whose names hold one of these")
+    parser.add_argument("--device", default="cuda", help="falls back to what there is")
+    parser.add_argument("--small", action="store_true", help="without the full size, lower precisions and large pictures")
+    parser.add_argument("--sizes", type=int, nargs="+", help="px of the pictures to translate")
+    parser.add_argument("--tiny1", default=str(ROOT / "assets/vaes/tiny4"), help="the tiny pair's VAE1")
+    parser.add_argument("--tiny2", default=str(ROOT / "assets/vaes/tiny16"), help="the tiny pair's VAE2")
+    options = parser.parse_args()
+    options.sizes = options.sizes or ([64] if options.small else [512, 1024, 2048, 4096])
+    options.image_size, options.photos, options.steps, options.calls = (64, 4, 2, 1) if options.small else (256, 32, 20, 3)
+    options.vaes = {"tiny": (options.tiny1, options.tiny2), "full": tuple(common.RANDOM_VAES)}
+    ends = time.monotonic() + 60 * options.minutes
+    options.seconds_left = lambda: min(options.row_seconds, ends - time.monotonic())
+    result = {"machine": machine(), "rows": {}}
+    bar = tqdm(rows_of(options).items(), unit="row")
+    for name, measure in bar:
+        bar.set_description(name)
+        result["rows"][name] = measured(options, name, measure)
+        write_json(options.output, result)
+        torch.cuda.empty_cache()
+    text = tables_of(result)
+    options.output.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
