@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> dict:
     source = find_images(args.eval_data_dir, args.dataset_type, False, "--eval_data_dir", args.cache_dir)
     dataset = ImageDataset(source, size)
     dataset.warn_of_small(f"--eval_data_dir {args.eval_data_dir}")
-    place = (accelerator.process_index, accelerator.num_processes)
+    place = (accelerator.process_index, accelerator.num_processes, device)
     loader = eval_loader(dataset, args.eval_batch_size, args.num_workers, *place)
     log.info("%s at %d px from %s", count_of(len(dataset), "image"), size, args.eval_data_dir)
 

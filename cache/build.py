@@ -353,8 +353,7 @@ class LatentEncoder:
 
         for first in names:  # the loader starts its workers for at least one chunk
             sampler = itertools.chain.from_iterable(map(batches, itertools.chain([first], names)))
-            options = {"collate_fn": list, "persistent_workers": False}
-            loader = Loader(SomeViews(self.dataset), sampler, self.num_workers, **options)
+            loader = Loader(SomeViews(self.dataset), sampler, self.num_workers, collate_fn=list)
             for name, loaded in itertools.groupby(loader, lambda items: chunk_of[items[0][0]]):
                 self._encode_chunk(name, loaded, locks, bar)
 
@@ -385,7 +384,7 @@ class LatentEncoder:
         """(addresses (R, 2), rows (R,)) of all views of the items. Images are left out if float16 cannot hold their latents."""
         indices, views, contents, pixels = zip(*items)
         pixels = torch.cat(pixels)
-        images = to_pixel_values(pixels)
+        images = to_pixel_values(pixels.to(self.codecs[1].vae.device))
         rows = np.empty(len(pixels), self.cache.row)
         settings = {"image_size": self.dataset.image_size, "cache_views": self.options.views}
         precision = str(self.codecs[1].vae.dtype).rpartition(".")[2]
@@ -400,7 +399,7 @@ class LatentEncoder:
             if self.options.reencoded or self.options.decoded:
                 device = self.codecs[1].vae.device
                 if self.options.seen_through:
-                    picture = self.options.seen_through(images.to(device))
+                    picture = self.options.seen_through(images)
                 else:
                     latents = np.ascontiguousarray(rows["latents1"])
                     picture = decode_picture(torch.from_numpy(latents).to(device), self.codecs[1])

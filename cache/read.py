@@ -23,10 +23,9 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dataloader import EpochSampler, ImageDataset, Loader
-from images.decoding import to_pixel_values
 from runtime.processes import ALONE
 from utils import UserError
 
@@ -169,14 +168,13 @@ class CachedDataset(Dataset):
             "unreadable": [],
         }
         for name, column in self.cache.read(rows).items():
-            values = torch.from_numpy(column)
-            batch[name] = to_pixel_values(values) if values.dtype == torch.uint8 else values.float()
+            batch[name] = torch.from_numpy(column)
         return batch
 
 
 def cached_loader(
-    dataset: CachedDataset, batch_size: int, num_workers: int, seed: int, views: int, machine=ALONE
-) -> DataLoader:
+    dataset: CachedDataset, batch_size: int, num_workers: int, seed: int, views: int, machine=ALONE, device=None
+) -> Loader:
     """As `dataloader.train_loader`, of batches out of a latent cache.
 
     They are read in this process unless a device computes meanwhile: there is nothing to decode. Each of several machines
@@ -186,4 +184,5 @@ def cached_loader(
     sampler = EpochSampler(
         len(dataset.images), batch_size, seed, views, machine.rank, machine.world, machine.number, max(steps)
     )
-    return Loader(dataset, sampler, num_workers if torch.cuda.is_available() else 0, collate_fn=dict)
+    apart = device is not None and torch.device(device).type == "cuda"
+    return Loader(dataset, sampler, num_workers if apart else 0, collate_fn=dict, device=device)

@@ -1,5 +1,6 @@
 """Smallest real training runs inside this interpreter, and what they leave behind."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -41,6 +42,17 @@ def train(flags, folder, **changes):
     finally:
         os.chdir(before)
     return results_of(folder)
+
+
+def end_after(patch, steps, error):
+    """Let runs in this interpreter have no more batches after these steps, but `error`."""
+    endless = train_script.endless
+
+    def batches(loader):
+        yield from itertools.islice(endless(loader), steps)
+        raise error
+
+    patch.setattr(train_script, "endless", batches)
 
 
 def event_tags(event_file):

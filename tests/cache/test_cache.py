@@ -22,7 +22,7 @@ import train_align_with_args as train_script
 from cache import build
 from cache.build import CHUNK_IMAGES, CacheOptions, ChunkLocks, LatentEncoder, cache_latents
 from cache.read import LatentCache, lock
-from dataloader import ImageDataset
+from dataloader import ImageDataset, widened
 from images import files
 from images.decoding import to_pixel_values
 from images.files import list_images
@@ -55,10 +55,12 @@ def cached(photos, spaces, root, views=2, seed=0, size=32, with_images=False, wo
 
 
 def test_rows_are_the_views_encoded(photos, spaces, tmp_path, spawned):
-    """Catches rows stored in another order than (image, view), float16 used for raw instead of scaled latents, and what a
-    worker lacks that is no fork."""
+    """Catches rows stored in another order than (image, view), float16 used for raw instead of scaled latents, rows that are
+    widened before they are on the device, and what a worker lacks that is no fork."""
     data = cached(photos, spaces, tmp_path / "cache", with_images=True, workers=1)
-    batch = data.__getitems__([(4, 1), (0, 0)])
+    stored = data.__getitems__([(4, 1), (0, 0)])
+    assert stored["latents1"].dtype == torch.float16 and stored["pixel_values"].dtype == torch.uint8
+    batch = widened(stored)
     for row, (index, view) in enumerate([(4, 1), (0, 0)]):
         photo = data.dataset
         pixels = to_pixel_values(photo.crop(photo.open(index), photo.content(index), view))
