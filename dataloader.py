@@ -8,7 +8,6 @@ workers or processes, or on earlier reads.
 
 from __future__ import annotations
 
-import atexit
 import collections
 import contextlib
 import copy
@@ -30,11 +29,10 @@ import threading
 import time
 import traceback
 import warnings
-import weakref
 from collections.abc import Callable
 from concurrent import futures
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, util
 
 import numpy as np
 import torch
@@ -488,6 +486,22 @@ class StreamDataset(ImageDataset):
 # Order
 
 
+@contextlib.contextmanager
+def waiting_for(source: str):
+    """Within this context a thread says, as a `Wait` does, that no data come from `source`."""
+    done, wait = threading.Event(), Wait(source)
+
+    def look():
+        while not done.wait(TICK):
+            wait.tick()
+
+    threading.Thread(target=look, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
 class Wait:
     """A wait for data that is looked at every `TICK`.
 
@@ -695,6 +709,7 @@ REMEDIES = {  # for workers that cannot be started, by the words of the system's
     "Too many open files": "lower it (0: none), or raise the limit of open files (ulimit -n)",
     "Resource temporarily unavailable": "lower it (0: none), or raise the limit of processes (ulimit -u, docker: --pids-limit)",
 }
+GONE = (EOFError, OSError)  # what a pipe says whose other end is gone; a worker sends no such errors
 POSIX = hasattr(signal, "pthread_sigmask")  # not Windows
 SILENCE = 30.0  # seconds without data after which a word is said for the first time
 
@@ -787,9 +802,7 @@ class Loader:
         check: called every `TICK` while no batch comes; what it raises ends the wait.
     """
 
-    def __init__(
-        self, dataset, batch_sampler, num_workers: int = 0, collate_fn=collate, device=None, patience: float = PATIENCE
-    ):  # fmt: skip
+    def __init__(self, dataset, batch_sampler, num_workers=0, collate_fn=collate, device=None, patience: float = PATIENCE):
         self.dataset, self.batch_sampler, self.collate_fn = dataset, batch_sampler, collate_fn
         self.num_workers = min(num_workers, os.cpu_count() or 1)
         self.device = torch.empty(0, device=device).device if device else None  # with the number of a CUDA device
@@ -828,8 +841,7 @@ class Loader:
         if multiprocessing.get_start_method() != "fork":
             resource_tracker.ensure_running()  # it would lift the block when it starts
             self._importing = IMPORTS
-        self._end = weakref.finalize(self, end_workers, self._workers, self._tasks, os.getpid())
-        atexit.register(self._end)  # runs before multiprocessing's own, which would wait for them
+        self._end = util.Finalize(self, end_workers, (self._workers, self._tasks), exitpriority=0)  # in this process alone
         # a signal to all processes of a job would end a worker that does not ignore it yet
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS) if POSIX else None
         try:
@@ -863,7 +875,7 @@ class Loader:
         try:
             if not why:
                 return future.result()
-        except EOFError:
+        except GONE:
             why = DIED
         self._end()
         raise WorkersLost(f"num_workers {self.num_workers}: {why}; {LOST}")
@@ -893,7 +905,7 @@ def work(dataset, collate_fn: Callable, pipe) -> None:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
-    with contextlib.suppress(EOFError, ConnectionError):  # nobody asks any more
+    with contextlib.suppress(*GONE):  # nobody asks any more
         while True:
             items = pipe.recv()
             try:
@@ -914,18 +926,15 @@ def attend(pipe, tasks: queue.SimpleQueue, device: torch.device | None) -> None:
             try:
                 pipe.send(items)
                 made = pickle.loads(pipe.recv_bytes())
+                if isinstance(made, Exception):
+                    raise made
                 if pinned and isinstance(made, dict):
                     made = {name: each.pin_memory() if isinstance(each, torch.Tensor) else each for name, each in made.items()}
-            except OSError:  # the worker's end of the pipe is broken
-                made = EOFError()
-            except Exception as error:
-                made = error
-            if isinstance(made, Exception):
-                future.set_exception(made)
-            else:
                 future.set_result(made)
-            if isinstance(made, EOFError):
-                return
+            except Exception as error:
+                future.set_exception(error)
+                if isinstance(error, GONE):
+                    return
 
 
 def _end_with_parent(parent: int) -> None:
@@ -935,11 +944,9 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def end_workers(workers: list, tasks: queue.SimpleQueue, parent: int) -> None:
+def end_workers(workers: list, tasks: queue.SimpleQueue) -> None:
     """Kill data workers and let their threads end. One whose disk does not answer outlives even that; it is left behind, and
-    Python does not wait. `parent`: the process that started them; a fork of it leaves them alone."""
-    if os.getpid() != parent:
-        return
+    Python does not wait."""
     for worker in workers:
         worker.kill()
         tasks.put(None)

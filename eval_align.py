@@ -169,8 +169,6 @@ def main(argv: list[str] | None = None) -> dict:
     dtype = get_dtype(precision)
     accelerator = create_accelerator(device, precision)
     device, main_process = accelerator.device, accelerator.is_main_process
-    if not main_process:
-        logging.getLogger().setLevel(logging.ERROR)  # one process says it
     places = {place: getattr(args, place) for place in PLACES}
     checkpoints = open_checkpoints(
         contents, places, device, dtype, args.cache_dir, ("--checkpoint", "--vae1_path", "--vae2_path")

@@ -577,9 +577,10 @@ def open_datasets(args: argparse.Namespace) -> tuple[dataloader.ImageDataset, da
         folder = getattr(args, name)
         label = f"--{name} {folder}"
         if train and args.streaming:
-            stream = dataloader.open_stream(folder, f"--{name}", args.cache_dir)
-            dataset = dataloader.StreamDataset(stream, args.image_size, args.random_flip, args.seed, args.epoch_images)
-            dataset.look_at_first(label)
+            with dataloader.waiting_for(folder):
+                stream = dataloader.open_stream(folder, f"--{name}", args.cache_dir)
+                dataset = dataloader.StreamDataset(stream, args.image_size, args.random_flip, args.seed, args.epoch_images)
+                dataset.look_at_first(label)
         else:
             source = dataloader.find_images(folder, args.dataset_type, train, f"--{name}", args.cache_dir)
             options = {"random_crop": True, "random_flip": args.random_flip, "seed": args.seed} if train else {}
@@ -1071,6 +1072,7 @@ def main(argv: list[str] | None = None) -> None:
         if accelerator.is_main_process:
             warn_of_odd_flags(settings, len(datasets[0]), accelerator.num_processes)
         generator = torch.Generator(accelerator.device).manual_seed(settings.seed + accelerator.process_index)
+        logging.getLogger().setLevel(min(logging.getLogger().level, logging.WARNING))  # each has images of its own from here on
         if settings.dry_run:
             return dry_run(settings, vaes, pipeline, objective, accelerator, datasets, generator)
         loaders = create_data_loaders(settings, *vaes, accelerator, datasets)

@@ -252,7 +252,8 @@ def run(main) -> None:
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         _survive(stream)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    first = os.environ.get("RANK", "0") in ("", "0")  # of the processes that a launcher has started
+    logging.basicConfig(level=logging.INFO if first else logging.ERROR, stream=sys.stderr)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_PrintableFormatter())
     for chatty in ("httpx", "httpx2"):  # one line per request of the hub client

@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 def create_accelerator(device: str | torch.device, precision: str) -> Accelerator:
     """Accelerate's view of this process: its device and its place among the others.
 
-    In all processes but the first the log level becomes WARNING, so that each line of progress comes once. UserError where the
-    launcher's environment variables do not fit.
+    In all processes but the first the log level becomes ERROR: what all of them find, one says. UserError where the launcher's
+    environment variables do not fit.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
@@ -59,7 +59,7 @@ def create_accelerator(device: str | torch.device, precision: str) -> Accelerato
             "start with `accelerate launch`"
         ) from None
     if not accelerator.is_main_process:
-        logging.getLogger().setLevel(logging.WARNING)
+        logging.getLogger().setLevel(logging.ERROR)
     return accelerator
 
 

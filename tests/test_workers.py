@@ -2,16 +2,17 @@
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 from hostile import no_hang, refusal
+from runs import is_alive
 from torch.utils.data import Dataset
 
 import dataloader
@@ -64,6 +65,38 @@ def test_a_worker_that_cannot_deliver_ends_the_wait(hurried, trouble, said):
     loader = Loader(Troubled(trouble), ONE_BY_ONE, 2, first_of, patience=0.4)
     with no_hang(), pytest.raises(WorkersLost, match=rf"^num_workers 2: .*{said}.*lower it \(0: none\).*--memory"):
         list(loader)
+
+
+class Half:
+    """A worker's pipe through which the fifth batch comes by half, and then `trouble`."""
+
+    def __init__(self, pipe, trouble):
+        self.recv, self._pipe, self._trouble, self._left = pipe.recv, pipe, trouble, 5
+
+    def send_bytes(self, content):
+        self._left -= 1
+        if self._left:
+            return self._pipe.send_bytes(content)
+        os.write(self._pipe.fileno(), struct.pack("!i", len(content)) + content[: len(content) // 2])
+        self._trouble()
+
+
+@pytest.mark.parametrize("trouble, said", [(killed, "killed"), (stopped, "delivered")])
+def test_a_batch_of_which_half_has_come_ends_the_wait(hurried, monkeypatch, trouble, said):
+    """A wait for ever for the other half, which torch's loader has within its own time-out."""
+    monkeypatch.setattr(dataloader, "work", lambda dataset, collate, pipe: work(dataset, collate, Half(pipe, trouble)))
+    loader = Loader(Troubled(), ONE_BY_ONE, 1, first_of, patience=0.4)
+    with no_hang(), pytest.raises(WorkersLost, match=said):
+        list(loader)
+
+
+def test_a_wait_without_data_says_so(hurried, monkeypatch, caplog):
+    """A bar that stands still for minutes without a word, or with one word a second."""
+    monkeypatch.setattr(dataloader, "SILENCE", 0.4)
+    with no_hang(), pytest.raises(WorkersLost):
+        list(Loader(Troubled(stopped), ONE_BY_ONE, 1, first_of, patience=1.4))
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"no data for {seconds} s from 1 data worker" for seconds in range(4)]
 
 
 def test_a_worker_that_dies_while_nobody_waits_is_noticed_at_the_next_batch(hurried):
@@ -128,13 +161,6 @@ try:
 except WorkersLost:
     sys.exit(7)
 """
-
-
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def run_alone(program, *argv, **options):
