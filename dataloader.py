@@ -9,9 +9,10 @@ workers or processes, or on earlier reads.
 
 from __future__ import annotations
 
-import atexit
+import collections
 import contextlib
 import copy
+import copyreg
 import functools
 import glob
 import hashlib
@@ -24,27 +25,25 @@ import os
 import pickle
 import queue
 import re
-import shutil
 import signal
 import threading
 import time
+import traceback
 import warnings
-import weakref
 from collections.abc import Callable
+from concurrent import futures
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
-from multiprocessing.reduction import ForkingPickler
+from multiprocessing import resource_tracker, util
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.data._utils import signal_handling
-from torch.utils.data._utils.pin_memory import pin_memory
+from torch.utils.data import Dataset, Sampler
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from images.decoding import open_image, resized_crop, to_pixel_values, to_rgb
 from images.files import ImageFiles, SomeImages, digest_of, in_nfc, list_imagenet, list_images, said_of_endings
-from utils import STOP_SIGNALS, UserError, hub_token, one_line, physical_memory
+from utils import STOP_SIGNALS, UserError, count_of, hub_token, one_line, physical_memory
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +51,7 @@ SAMPLED = 32  # images whose size is looked at before a run begins
 ZOOM = 1.25  # training draws the short side between image_size and this multiple of it (at most the image's own)
 PREPROCESSING = 3  # raised with every change to the pixels that `ImageDataset.crop` returns, so that no older cache is read
 EPOCH_IMAGES = 10_000  # an epoch of a stream whose number of images is unknown
+TICK = 1.0  # seconds between two looks at the workers, and at the request to stop, while no data come
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -489,8 +489,44 @@ class StreamDataset(ImageDataset):
 # Order
 
 
-class StopWaiting(Exception):
-    """The run is to stop, and no batch has come yet."""
+@contextlib.contextmanager
+def waiting_for(source: str):
+    """Within this context a thread says, as a `Wait` does, that no data come from `source`."""
+    done, wait = threading.Event(), Wait(source)
+
+    def look():
+        while not done.wait(TICK):
+            wait.tick()
+
+    threading.Thread(target=look, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+class Wait:
+    """A wait for data that is looked at every `TICK`.
+
+    Args:
+        source: where the data come from. check: as of a `Loader`.
+
+    Attributes:
+        seconds: so far, by the number of looks: a suspended program waits for nobody.
+    """
+
+    def __init__(self, source: str, check: Callable[[], None] = bool):
+        self.seconds = 0.0
+        self._source, self._check, self._next_word = source, check, SILENCE
+
+    def tick(self) -> None:
+        """`TICK` has passed. Logs that no data come, after ever longer times."""
+        self.seconds += TICK
+        self._check()
+        if self.seconds >= self._next_word:
+            self._next_word *= 2
+            with logging_redirect_tqdm():
+                log.warning("no data for %.0f s from %s", self.seconds, self._source)
 
 
 @dataclass(eq=False)
@@ -508,7 +544,6 @@ class EpochSampler(Sampler):
         part, least_steps: for images in several parts, each with its own processes: the number of this part, and the steps
             per epoch of the largest one. All parts then have equally long epochs.
         first_step: the step at which an iteration starts; a resumed run sets it.
-        stop_requested: called while no batch comes; the wait ends by `StopWaiting` once it returns true.
     """
 
     length: int
@@ -520,7 +555,6 @@ class EpochSampler(Sampler):
     part: int = 0
     least_steps: int = 0
     first_step: int = 0
-    stop_requested: Callable[[], bool] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -564,7 +598,7 @@ class StreamSampler(Sampler):
 
     Attributes:
         batch_size: images per batch of this process; first_step: the step at which an iteration starts.
-        stop_requested: as in `EpochSampler`.
+        check: as of a `Loader`, which sets it.
     """
 
     KEPT = 4096  # places that are remembered: of batches on their way from the stream to the training loop
@@ -575,7 +609,7 @@ class StreamSampler(Sampler):
         self.batch_size, self.seed, self.buffer, self.rank, self.world = batch_size, seed, max(1, buffer), rank, world
         self.length = len(dataset)
         self.first_step = 0
-        self.stop_requested = None
+        self.check = bool
         self._stream = copy.copy(dataset.stream)
         self._stream.data = split_dataset_by_node(dataset.stream.data, rank, world)
         # turn: passes before this one; count: images read before this block; state: the 🤗 stream's at the block's start
@@ -616,14 +650,15 @@ class StreamSampler(Sampler):
         ahead, unwanted = queue.Queue(maxsize=1), threading.Event()
         data = copy.deepcopy(self._stream.data)  # an iteration that nobody reads any more may still be at its last image
         threading.Thread(target=self._read, args=(data, place, ahead, unwanted), daemon=True).start()
+        wait = Wait(self._stream.name, self.check)
         try:
             while True:
                 try:
                     block = ahead.get(timeout=TICK)
                 except queue.Empty:
-                    if self.stop_requested and self.stop_requested():
-                        raise StopWaiting from None
+                    wait.tick()
                     continue
+                wait = Wait(self._stream.name, self.check)
                 if isinstance(block, Exception):
                     raise block
                 yield block
@@ -667,11 +702,19 @@ class StreamSampler(Sampler):
 # Batches
 
 
+AHEAD = 2  # batches for each worker that are asked for before they are wanted
 IMPORTS = 480.0  # seconds more for the first batch of workers that are no forks: each imports torch, from whatever disk
 PATIENCE = 120.0  # seconds without a batch after which data workers are given up
-LOST = "lower it (0: none), or give the machine or container more memory (docker: --memory, --shm-size)"
+DIED = "a data worker has ended unexpectedly, most often killed for want of memory"
+LOST = "lower it (0: none), or give the machine or container more memory (docker: --memory)"
+REMEDIES = {  # for workers that cannot be started, by the words of the system's error
+    "AF_UNIX path too long": "set TMPDIR to a folder with a shorter name",
+    "Too many open files": "lower it (0: none), or raise the limit of open files (ulimit -n)",
+    "Resource temporarily unavailable": "lower it (0: none), or raise the limit of processes (ulimit -u, docker: --pids-limit)",
+}
+GONE = (EOFError, OSError)  # what a pipe says whose other end is gone; a worker sends no such errors
 POSIX = hasattr(signal, "pthread_sigmask")  # not Windows
-TICK = 1.0  # seconds between two looks at the workers, and at the request to stop, while no batch comes
+SILENCE = 30.0  # seconds without data after which a word is said for the first time
 
 
 class WorkersLost(UserError):
@@ -746,142 +789,156 @@ def require_memory(batch_size: int, image_size: int, label: str) -> None:
         )
 
 
-class Loader(DataLoader):
-    """torch's DataLoader with waits that end: dead or stalled workers raise `WorkersLost`, and a request to stop (see
-    `EpochSampler`) raises `StopWaiting`. A worker's UserError keeps its own message.
+class Loader:
+    """Batches of a data set in the order of a sampler, made by worker processes, with waits that end: dead or stalled workers
+    raise `WorkersLost`. A worker's UserError keeps its own message.
+
+    Each worker has a pipe of its own, and a thread here that waits for it. Workers share no lock and no memory, so one can be
+    killed or stopped at any moment. torch's DataLoader waits for ever for the rest of what a killed worker was sending.
 
     Args:
         batch_sampler: what to ask `dataset` for, batch by batch.
         num_workers: processes that decode, at most one per CPU core; 0: this process decodes.
-        persistent_workers: whether workers outlive a pass.
         device: where the batches are wanted; None leaves them in the CPU's memory, and nothing is pinned.
         patience: seconds without a batch, beyond 2 s for each of its images, after which workers are given up.
+
+    Attributes:
+        check: called every `TICK` while no batch comes; what it raises ends the wait.
     """
 
-    def __init__(
-        self, dataset, batch_sampler, num_workers: int = 0, collate_fn=collate, persistent_workers: bool = True,
-        device=None, patience: float = PATIENCE,
-    ):  # fmt: skip
-        num_workers = min(num_workers, os.cpu_count() or 1)
-        options = {
-            "collate_fn": Parcelled(collate_fn),
-            "worker_init_fn": leave_signals_to_parent,
-            "persistent_workers": persistent_workers,
-            "timeout": patience + 2 * (getattr(batch_sampler, "batch_size", None) or 1),
-        }
-        options = options if num_workers else {"collate_fn": collate_fn}
-        super().__init__(dataset, batch_sampler=batch_sampler, num_workers=num_workers, **options)
+    def __init__(self, dataset, batch_sampler, num_workers=0, collate_fn=collate, device=None, patience: float = PATIENCE):
+        self.dataset, self.batch_sampler, self.collate_fn = dataset, batch_sampler, collate_fn
+        self.num_workers = min(num_workers, os.cpu_count() or 1)
         self.device = torch.empty(0, device=device).device if device else None  # with the number of a CUDA device
+        self.patience = patience + 2 * (getattr(batch_sampler, "batch_size", None) or 1)
+        self.check: Callable[[], None] = bool
+        self._workers, self._tasks, self._importing = [], queue.SimpleQueue(), 0.0
+
+    def __len__(self):
+        return len(self.batch_sampler)
 
     def __iter__(self):
-        batches = self._iterator
+        if isinstance(self.batch_sampler, StreamSampler):
+            self.batch_sampler.check = self.check
+        if not self.num_workers:
+            for items in self.batch_sampler:
+                yield widened(made_of(self.dataset, items, self.collate_fn), self.device)
+            return
+        if not self._workers:
+            self._start()
+        order, pending = iter(self.batch_sampler), collections.deque()
         try:
-            batches = self._started() if self.num_workers else super().__iter__()
-            for batch in batches:
-                yield widened(batch, self.device)
-        except WorkersLost:  # no worker's: raised here, where the order of the images is drawn
-            raise
-        except UserError as error:  # torch puts the worker's traceback into its message
-            raise UserError(str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]) from None
-        except RuntimeError as error:
-            raise self._lost(error, batches) from None
+            while True:
+                for items in itertools.islice(order, AHEAD * self.num_workers + 1 - len(pending)):
+                    pending.append(futures.Future())
+                    self._tasks.put((items, pending[-1]))
+                if not pending:
+                    return
+                yield widened(self._result(pending.popleft()), self.device)
+        finally:
+            for future in pending:
+                future.cancel()
 
-    def _started(self):
-        """torch's iterator, with its workers at work."""
-        # torch's handler raises wherever the program is when a worker dies, such as between a step's update and its count
-        signal_handling._SIGCHLD_handler_set = True
+    def _start(self) -> None:
+        """Start the workers. They end with this loader, or with the program."""
+        self._workers, self._tasks, pipes = [], queue.SimpleQueue(), []
         if multiprocessing.get_start_method() != "fork":
             resource_tracker.ensure_running()  # it would lift the block when it starts
+            self._importing = IMPORTS
+        self._end = util.Finalize(self, end_workers, (self._workers, self._tasks), exitpriority=0)  # in this process alone
+        # a signal to all processes of a job would end a worker that does not ignore it yet
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS) if POSIX else None
         try:
-            # a signal to all processes of a job would end a worker that has not yet come to `leave_signals_to_parent`
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS) if POSIX else None
-            batches = super().__iter__()
-        except OSError as error:  # no memory, processes or semaphores for them
-            raise WorkersLost(f"num_workers {self.num_workers}: they cannot be started ({one_line(error)}); {LOST}") from None
+            for _ in range(self.num_workers):
+                pipe, theirs = multiprocessing.Pipe()
+                with theirs:  # no other process holds it, so that a worker's death ends its pipe
+                    worker = multiprocessing.Process(target=work, args=(self.dataset, self.collate_fn, theirs), daemon=True)
+                    worker.start()
+                self._workers.append(worker)
+                pipes.append(pipe)
+        except OSError as error:
+            self._end()
+            remedy = next((remedy for said, remedy in REMEDIES.items() if said in str(error)), LOST)
+            raise WorkersLost(f"num_workers {self.num_workers}: they cannot be started ({one_line(error)}); {remedy}") from None
         finally:
             if POSIX:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if not isinstance(batches._data_queue, Inbox):
-            atexit.register(end_workers, batches._workers)
-            pinned = self.device is not None and self.device.type == "cuda"
-            batches._data_queue = Inbox(batches, self.batch_sampler, pinned)
-        return batches
+        for pipe in pipes:
+            threading.Thread(target=attend, args=(pipe, self._tasks, self.device), daemon=True).start()
 
-    def _lost(self, error: RuntimeError, batches) -> Exception:
-        """`error` as `WorkersLost`, if a worker is the cause; all workers are killed then."""
-        if str(error).startswith("DataLoader timed out"):
-            why = "no data worker has delivered anything for minutes, such as from a disk that does not answer"
-        elif str(error).startswith("DataLoader worker (pid"):
-            why = "a data worker has ended unexpectedly, most often killed for want of memory"
-        else:
-            return error
-        batches._shutdown = True  # else torch would wait for a lock that a killed worker holds
-        end_workers(batches._workers)
-        return WorkersLost(f"num_workers {self.num_workers}: {why}; {LOST}")
-
-
-@dataclass
-class Parcelled:
-    """A `collate_fn` whose batches leave their worker as bytes, with the tensors in shared memory while less than half of that
-    is in use. A container has 64 MB of it unless told otherwise, for all loaders and processes in it."""
-
-    collate_fn: Callable
-
-    def __call__(self, items) -> bytes:
-        batch = self.collate_fn(items)
-        with contextlib.suppress(OSError, RuntimeError):  # there is no such folder, or another worker was faster
-            if shutil.disk_usage("/dev/shm").used < shutil.disk_usage("/dev/shm").free:
-                return bytes(ForkingPickler.dumps(batch))
-        return pickle.dumps(batch, protocol=pickle.HIGHEST_PROTOCOL)
-
-
-class Inbox(queue.Queue):
-    """The batches that came from workers, in place of the queue that torch reads: `get` ends as soon as a worker has died or
-    the run is to stop. Only a thread of its own reads from the workers, since that can wait for ever: for the rest of a message
-    whose worker was killed, or for the memory of one that was stopped."""
-
-    def __init__(self, batches, batch_sampler, pinned: bool):
-        super().__init__()
-        self._workers, self._sampler = batches._workers, batch_sampler
-        self._started_in = 0.0 if multiprocessing.get_start_method() == "fork" else IMPORTS
-        closed = threading.Event()
-        weakref.finalize(batches, closed.set)
-        threading.Thread(target=self._receive, args=(batches._worker_result_queue, closed, pinned), daemon=True).start()
-
-    def get(self, timeout: float):
-        """The next (number, batch). queue.Empty when a worker has died, or nothing has come for `timeout` seconds."""
-        left = timeout + self._started_in
-        while left > 0 and all(worker.is_alive() for worker in self._workers):
-            with contextlib.suppress(queue.Empty):
-                message = super().get(timeout=min(TICK, left))
-                self._started_in = 0.0
-                return message
-            left -= TICK  # by the count: a suspended program waits for nobody
-            stop_requested = getattr(self._sampler, "stop_requested", None)
-            if stop_requested and stop_requested():
-                raise StopWaiting
-        return super().get(timeout=TICK)
-
-    def _receive(self, messages, closed: threading.Event, pinned: bool) -> None:
-        while not closed.is_set():
-            with contextlib.suppress(queue.Empty):
-                number, batch = messages.get(timeout=TICK)
-                try:
-                    batch = pickle.loads(batch) if isinstance(batch, bytes) else batch
-                except Exception:  # the worker is gone, and the memory that held its tensors too
-                    continue
-                self.put((number, pin_memory(batch) if pinned else batch))
+    def _result(self, future: futures.Future):
+        """The batch, or the worker's error. WorkersLost, and all workers are killed, when it will not come."""
+        wait, why = Wait(count_of(self.num_workers, "data worker"), self.check), None
+        while not why and not futures.wait([future], TICK).done:
+            wait.tick()
+            if not all(worker.is_alive() for worker in self._workers):
+                why = DIED
+            elif wait.seconds >= self.patience + self._importing:
+                why = "no data worker has delivered anything for minutes, such as from a disk that does not answer"
+        self._importing = 0.0
+        try:
+            if not why:
+                return future.result()
+        except GONE:
+            why = DIED
+        self._end()
+        raise WorkersLost(f"num_workers {self.num_workers}: {why}; {LOST}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Workers and signals
 
 
-def leave_signals_to_parent(worker: int) -> None:
-    """A `worker_init_fn`: the worker ignores the signals of a terminal or a job, and ends with its parent."""
+def parcel_of(value) -> bytes:
+    """`value` for a pipe, its tensors as arrays: torch would put them into shared memory, of which a container has little."""
+    pickler = pickle.Pickler(file := io.BytesIO(), protocol=pickle.HIGHEST_PROTOCOL)
+    pickler.dispatch_table = copyreg.dispatch_table | {torch.Tensor: lambda tensor: (torch.from_numpy, (tensor.numpy(),))}
+    pickler.dump(value)
+    return file.getvalue()
+
+
+def made_of(dataset, items, collate_fn: Callable):
+    """The batch that a sampler asks for by `items`."""
+    return collate_fn(dataset.__getitems__(items) if hasattr(dataset, "__getitems__") else [dataset[item] for item in items])
+
+
+def work(dataset, collate_fn: Callable, pipe) -> None:
+    """The life of a worker: for each list of items that comes through the pipe it sends the batch, or its error. It ignores the
+    signals of a terminal or a job, and ends with its parent."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    torch.set_num_threads(1)
+    with contextlib.suppress(*GONE):  # nobody asks any more
+        while True:
+            items = pipe.recv()
+            try:
+                parcel = parcel_of(made_of(dataset, items, collate_fn))
+            except Exception as error:
+                known = isinstance(error, (UserError, MemoryError))
+                parcel = parcel_of(error if known else RuntimeError(traceback.format_exc()))
+            pipe.send_bytes(parcel)
+
+
+def attend(pipe, tasks: queue.SimpleQueue, device: torch.device | None) -> None:
+    """Thread: have one worker make batch after batch, until it is gone. For a CUDA device they are put into pinned memory."""
+    pinned = device is not None and device.type == "cuda"
+    with pipe, torch.cuda.device(device) if pinned else contextlib.nullcontext():
+        for items, future in iter(tasks.get, None):
+            if not future.set_running_or_notify_cancel():  # the pass that asked for it is over
+                continue
+            try:
+                pipe.send(items)
+                made = pickle.loads(pipe.recv_bytes())
+                if isinstance(made, Exception):
+                    raise made
+                if pinned and isinstance(made, dict):
+                    made = {name: each.pin_memory() if isinstance(each, torch.Tensor) else each for name, each in made.items()}
+                future.set_result(made)
+            except Exception as error:
+                future.set_exception(error)
+                if isinstance(error, GONE):
+                    return
 
 
 def _end_with_parent(parent: int) -> None:
@@ -891,11 +948,14 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def end_workers(workers: list) -> None:
-    """Kill data workers. One whose disk does not answer outlives even that; it is left behind, and Python does not wait."""
+def end_workers(workers: list, tasks: queue.SimpleQueue) -> None:
+    """Kill data workers and let their threads end. One whose disk does not answer outlives even that; it is left behind, and
+    Python does not wait."""
     for worker in workers:
         worker.kill()
+        tasks.put(None)
     for worker in workers:
         worker.join(TICK)
         if worker.is_alive():
             multiprocessing.process._children.discard(worker)
+    workers.clear()

@@ -184,8 +184,6 @@ def evaluate_into(output_dir: Path, args, argv: list[str], contents: list, preci
     """`main` once nobody else writes into `output_dir`; `contents`: the checkpoints, see `judge.read_checkpoints`."""
     trained, dtype = contents[0][1]["config"], get_dtype(precision)
     device, main_process = accelerator.device, accelerator.is_main_process
-    if not main_process:
-        logging.getLogger().setLevel(logging.ERROR)  # one process says it
     places = {place: getattr(args, place) for place in PLACES}
     checkpoints = open_checkpoints(
         contents, places, device, dtype, args.cache_dir, ("--checkpoint", "--vae1_path", "--vae2_path")
@@ -198,7 +196,7 @@ def evaluate_into(output_dir: Path, args, argv: list[str], contents: list, preci
     source = find_images(args.eval_data_dir, args.dataset_type, False, "--eval_data_dir", args.cache_dir)
     dataset = ImageDataset(source, size)
     dataset.warn_of_small(f"--eval_data_dir {args.eval_data_dir}")
-    place = (accelerator.process_index, accelerator.num_processes)
+    place = (accelerator.process_index, accelerator.num_processes, device)
     loader = eval_loader(dataset, args.eval_batch_size, args.num_workers, *place)
     log.info("%s at %d px from %s", count_of(len(dataset), "image"), size, args.eval_data_dir)
 

@@ -48,7 +48,7 @@ from cache.read import cached_loader
 from losses import KINDS, LOSSES, PERCEPTUAL_LOSSES, Encoded, Objective, decoded_image_loss, get_loss_function
 from runtime.cli import Parser, claim_writable_file, claim_writable_folder, integer, load_config, naming, real, use_proxy
 from runtime.cli import run as as_program
-from runtime.processes import create_accelerator, gathered, machine_of, machines_of
+from runtime.processes import create_accelerator, gathered, machine_of, machines_of, together
 from training import checkpoint
 from training.budget import Budget, is_due, time_of_day, total_steps
 from training.checkpoint import BEST_METRICS, Run
@@ -67,6 +67,7 @@ from training.starts import fit_ridge, grids_of, start_from_vaes
 from utils import (
     PRECISIONS,
     StopRequest,
+    StopWaiting,
     UserError,
     compute_policy,
     count_of,
@@ -590,9 +591,10 @@ def open_datasets(args: argparse.Namespace) -> tuple[dataloader.ImageDataset, da
         folder = getattr(args, name)
         label = f"--{name} {folder}"
         if train and args.streaming:
-            stream = dataloader.open_stream(folder, f"--{name}", args.cache_dir)
-            dataset = dataloader.StreamDataset(stream, args.image_size, args.random_flip, args.seed, args.epoch_images)
-            dataset.look_at_first(label)
+            with dataloader.waiting_for(folder):
+                stream = dataloader.open_stream(folder, f"--{name}", args.cache_dir)
+                dataset = dataloader.StreamDataset(stream, args.image_size, args.random_flip, args.seed, args.epoch_images)
+                dataset.look_at_first(label)
         else:
             source = dataloader.find_images(folder, args.dataset_type, train, f"--{name}", args.cache_dir)
             options = {"random_crop": True, "random_flip": args.random_flip, "seed": args.seed} if train else {}
@@ -613,6 +615,7 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
     """
     train_set, eval_set = datasets or open_datasets(args)
     place = {"rank": accelerator.process_index, "world": accelerator.num_processes} if accelerator else {}
+    place["device"] = accelerator and accelerator.device
     judged_images = dataloader.eval_loader(eval_set, args.eval_batch_size, args.num_workers, **place)
     place |= {"device": accelerator.device} if accelerator else {}
     if args.streaming:
@@ -632,7 +635,7 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
         machine = machine_of(accelerator, args.cache_per_machine)
         with naming("--latent_cache_dir", "--num_workers"):
             train_set = cache_latents(train_set, Codec(vae1), Codec(vae2), kept, args.num_workers, machine)
-        return cached_loader(train_set, *options, machine), judged_images
+        return cached_loader(train_set, *options, machine, place["device"]), judged_images
     return dataloader.train_loader(train_set, *options, **place), judged_images
 
 
@@ -774,14 +777,15 @@ def train_align_pipeline(
         log.info("%s", description_of(args, run, train_loader))
     speed = Speed(train_loader.batch_sampler.batch_size * accelerator.num_processes, run.step)
     profile = StepProfile(args.profile, accelerator.device, writer and writer.folder)
+    stopped = None
     try:
-        try:
-            stopped = training_loop(args, run, train_loader, eval_loader, writer, generator, speed, profile)
-        except dataloader.WorkersLost as error:
-            if not writer or (accelerator.num_processes > 1 and train_loader.batch_sampler.state_after(run.step)):
-                raise  # the places of the other processes in their streams are not known here
-            save_now(args, run, train_loader, writer)
-            raise UserError(f"--{error}; saved in {run.last}; go on with the same command and --resume") from None
+        with StopRequest() as stop:
+            try:
+                training_loop(args, run, train_loader, eval_loader, writer, generator, speed, profile, stop)
+            except (StopWaiting, dataloader.WorkersLost) as error:  # all processes come here at the same step
+                stopped = error
+                save_now(args, run, train_loader, writer)
+            accelerator.wait_for_everyone()  # a launcher ends the others when the first one leaves
         if writer and not stopped and run.metrics:
             log_hparams(writer, run.config, run.metrics)
     finally:
@@ -790,12 +794,16 @@ def train_align_pipeline(
                 writer.add_scalar(f"profile/{part}", share)
             writer.close()
             checkpoint.release_name(claim)
+    if isinstance(stopped, dataloader.WorkersLost):
+        if not writer:
+            raise SystemExit(1)
+        raise UserError(f"--{stopped}; saved in {run.last}; go on with the same command and --resume")
     if stopped:
         if writer:
             of_all = f" of {run.budget.end}" if run.budget.known else ""
             print(f"stopped at step {run.step}{of_all}, saved in {run.last}")
             print("to go on: the same command with --resume")
-        raise SystemExit(128 + stopped)
+        raise stopped
     if writer:
         print_results(run, args.log_dir, speed.text(), profile.text())
     return run.last
@@ -810,8 +818,10 @@ def training_loop(
     generator: torch.Generator,
     speed: Speed,
     profile: StepProfile,
-) -> int | None:
-    """Step after step until the run's end; returns the signal that stopped it before, or None."""
+    stop: StopRequest,
+) -> None:
+    """Step after step until the run's end. StopWaiting where it is to stop before, WorkersLost where no batches come any more:
+    in all processes, after the same step."""
     pipeline, objective, budget, accelerator = run.pipeline, run.objective, run.budget, run.accelerator
     dtype = get_dtype(args.precision)
     batches = endless(train_loader)
@@ -819,10 +829,13 @@ def training_loop(
     # a checkpoint is written after everything else that is due at its step
     done_at = run.step if run.last else None
 
-    with StopRequest() as stop, memory_advice("training", **memory_flags(args)), profile:
-        if accelerator.num_processes == 1:  # several agree at a step, and the others are waiting in theirs
-            train_loader.batch_sampler.stop_requested = lambda: stop.signal is not None
-        bar = tqdm(initial=run.step, desc="train", unit="step", disable=not accelerator.is_main_process)
+    def next_batch():
+        stop.raise_if_asked()
+        return next(batches)
+
+    train_loader.check = eval_loader.check = stop.raise_if_asked
+    bar = tqdm(initial=run.step, desc="train", unit="step", disable=not accelerator.is_main_process)
+    with memory_advice("training", **memory_flags(args)), profile, bar:
         budget.start(run.step)
         while True:
             # ---- where we are: the clock is the step, epochs are counted from it
@@ -848,22 +861,13 @@ def training_loop(
                     save_now(args, run, train_loader, writer)
                 if due(args.eval_frequency) or due(args.visualize_frequency):
                     budget.note_evaluation(time.perf_counter() - paused)
-            stopped = None if last else stop.agreed(accelerator, run.step)
-            if stopped:
-                save_now(args, run, train_loader, writer)
-            if last or stopped:
-                accelerator.wait_for_everyone()  # a launcher ends the others when the first one leaves
+            if last:
                 break
             speed.pause(time.perf_counter() - paused)
 
             # ---- one step
             with record_function("waiting for data"):
-                try:
-                    batch = next(batches)
-                except dataloader.StopWaiting:
-                    stopped = stop.signal
-                    save_now(args, run, train_loader, writer)
-                    break
+                batch = together(next_batch, accelerator)
             position = budget.position(run.step)
             budget.note_kind(run.step, objective.decodes_at(position))
             with record_function("encoding"):
@@ -903,13 +907,11 @@ def training_loop(
                         bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{rate:.1f}", ends=ends)
             bar.update()
             profile.step()
-        bar.close()
-    if writer and last:
+    if writer:
         if unreadable:
             log.warning("%s left out during training", count_of(len(unreadable), "unreadable image"))
         if run.bad_steps.total:
             log.warning("%s skipped: loss or gradient not finite", count_of(run.bad_steps.total, "step"))
-    return stopped
 
 
 def train_step(args: argparse.Namespace, run: Run, encoded: Encoded, position: float):
@@ -1028,12 +1030,11 @@ def dry_run(
         run.name = "align_dry_run"
         writer = RunLog(Path(folder), 0, run.fixed) if accelerator.is_main_process else None
         speed, profile = Speed(batch_size, 0), StepProfile(0, accelerator.device, None)
-        stopped = training_loop(tried, run, *loaders, writer, generator, speed, profile)
+        with StopRequest() as stop:
+            training_loop(tried, run, *loaders, writer, generator, speed, profile, stop)
         if writer:
             writer.close()
             checkpoint_bytes = run.last.stat().st_size
-    if stopped:
-        raise SystemExit(128 + stopped)
     if not writer:
         return
     batches = -(-len(eval_set) // len(few[1]))
@@ -1090,6 +1091,7 @@ def main(argv: list[str] | None = None) -> None:
         if accelerator.is_main_process:
             warn_of_odd_flags(settings, len(datasets[0]), accelerator.num_processes)
         generator = torch.Generator(accelerator.device).manual_seed(settings.seed + accelerator.process_index)
+        logging.getLogger().setLevel(min(logging.getLogger().level, logging.WARNING))  # each has images of its own from here on
         if settings.dry_run:
             return dry_run(settings, vaes, pipeline, objective, accelerator, datasets, generator)
         loaders = create_data_loaders(settings, *vaes, accelerator, datasets)

@@ -394,7 +394,6 @@ def memory_advice(doing: str, **settings):
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 WARNINGS = STOP_SIGNALS[2:]  # a second one ends nothing: a closed terminal sends SIGHUP twice
 RELAY = 2.0  # seconds within which a launcher repeats a signal to its processes
-ASK = 2.0  # seconds between two times at which the processes of a run ask each other whether to stop
 
 
 def handle_stop_signals(handler) -> dict:
@@ -410,6 +409,10 @@ def handle_stop_signals(handler) -> dict:
     return before
 
 
+class StopWaiting(SystemExit):
+    """The run is to stop on a signal; `code` is the exit status, 128 + the signal's number."""
+
+
 class StopRequest:
     """Within this context `STOP_SIGNALS` ask the run to stop; `signal` is the number of the last one, or None.
 
@@ -420,8 +423,6 @@ class StopRequest:
     def __init__(self):
         self.signal: int | None = None
         self._came_at = {}  # {signal number: when it came first, seconds}
-        self._ask_at_step, self._steps_between = 0, 1
-        self._asked_at = time.monotonic()
 
     def __enter__(self):
         self._handlers_before = handle_stop_signals(self._note)
@@ -447,21 +448,7 @@ class StopRequest:
                 handler = signal.SIG_IGN if number in WARNINGS else signal.SIG_DFL
             signal.signal(number, handler)
 
-    def agreed(self, accelerator, step: int) -> int | None:
-        """The signal on which all processes stop after `step` steps, or None. Every process gets the same answer.
-
-        Several processes must wait for each other to agree, which at every step would leave their devices idle. They ask about
-        every `ASK` seconds, at steps that all of them compute from the time of the slowest. A fixed number of steps would not
-        do: a launcher kills its processes half a minute after a signal.
-        """
-        if accelerator.num_processes == 1:
-            return self.signal
-        if step < self._ask_at_step:
-            return None
-        mine = [float(self.signal or 0), time.monotonic() - self._asked_at]
-        number, seconds = accelerator.gather(torch.tensor([mine], device=accelerator.device)).amax(dim=0).tolist()
-        self._asked_at = time.monotonic()
-        in_time = int(self._steps_between * ASK / max(seconds, 1e-3))
-        self._steps_between = max(1, min(2 * self._steps_between, in_time))
-        self._ask_at_step = step + self._steps_between
-        return int(number) or None
+    def raise_if_asked(self) -> None:
+        """StopWaiting if the run is to stop."""
+        if self.signal:
+            raise StopWaiting(128 + self.signal)

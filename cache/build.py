@@ -390,8 +390,7 @@ class LatentEncoder:
 
         for first in names:  # the loader starts its workers for at least one chunk
             sampler = itertools.chain.from_iterable(map(batches, itertools.chain([first], names)))
-            options = {"collate_fn": list, "persistent_workers": False}
-            loader = Loader(SomeViews(self.dataset), sampler, self.num_workers, **options)
+            loader = Loader(SomeViews(self.dataset), sampler, self.num_workers, collate_fn=list)
             with Behind() as behind:
                 for name, loaded in itertools.groupby(loader, lambda items: chunk_of[items[0][0]]):
                     self._encode_chunk(name, loaded, locks, bar, behind)

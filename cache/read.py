@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dataloader import EpochSampler, ImageDataset, Loader
 from runtime.processes import ALONE
@@ -184,16 +184,16 @@ class CachedDataset(Dataset):
 
 
 def cached_loader(
-    dataset: CachedDataset, batch_size: int, num_workers: int, seed: int, views: int, machine=ALONE
-) -> DataLoader:
+    dataset: CachedDataset, batch_size: int, num_workers: int, seed: int, views: int, machine=ALONE, device=None
+) -> Loader:
     """As `dataloader.train_loader`, of batches out of a latent cache.
 
     They are read in this process unless a GPU computes meanwhile: there is nothing to decode. Each of several machines
     shuffles its own images, and all have the same number of steps in an epoch.
     """
-    device = machine.accelerator.device if machine.accelerator else torch.device("cpu")
     steps = [-(-images // (batch_size * len(each))) for images, each in zip(dataset.shares, machine.machines)]
     sampler = EpochSampler(
         len(dataset.images), batch_size, seed, views, machine.rank, machine.world, machine.number, max(steps)
     )
-    return Loader(dataset, sampler, num_workers if device.type == "cuda" else 0, collate_fn=dict, device=device)
+    apart = device is not None and torch.device(device).type == "cuda"
+    return Loader(dataset, sampler, num_workers if apart else 0, collate_fn=dict, device=device)

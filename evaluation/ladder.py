@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from evaluation.figures import Sample, finite, mean_and_interval, mean_of, to_8bit
 from evaluation.metrics import METRICS, Measures, summarise
-from runtime.processes import gathered, is_main
+from runtime.processes import gathered, is_main, together
 from utils import UserError, autocast, one_line
 from vae_align import AlignModule, align_module
 from vaes.codec import Codec, reencode
@@ -237,7 +237,8 @@ def evaluate(
     module.eval()
     show_progress = show_progress and is_main(accelerator)
     batches = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not show_progress)
-    judged = gathered([_judge_batch(ladder, batch, measures, visit) for batch in batches], accelerator)
+    judged = together(lambda: [_judge_batch(ladder, batch, measures, visit) for batch in batches], accelerator)
+    judged = gathered(judged, accelerator)
     # of P processes, number r has the batches r, r + P, …
     judged = [batch for turn in itertools.zip_longest(*judged) for batch in turn if batch is not None]
     measures.gather(accelerator)

@@ -6,9 +6,11 @@ The library below the programs knows no flags: its errors name settings, and `na
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import copy
 import difflib
+import gc
 import logging
 import os
 import re
@@ -268,12 +270,14 @@ def run(main) -> None:
     stays on one line. The program goes on when nobody reads its output any more.
     """
     sys.excepthook = sys.__excepthook__
+    atexit.register(gc.freeze)  # the interpreter's last collection would take seconds to go through all libraries
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # it warns of every config key that a VAE class does not use
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it warns at each retry; the last failure is a UserError's one line
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         _survive(stream)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    first = os.environ.get("RANK", "0") in ("", "0")  # of the processes that a launcher has started
+    logging.basicConfig(level=logging.INFO if first else logging.ERROR, stream=sys.stderr)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_PrintableFormatter())
     for chatty in ("httpx", "httpx2"):  # one line per request of the hub client
@@ -291,7 +295,7 @@ def run(main) -> None:
     try:
         main()
     except MISTAKES as error:
-        sys.exit(f"error: {one_line(error, limit=600)}")
+        sys.exit(1 if getattr(error, "told", False) else f"error: {one_line(error, limit=600)}")
     except OSError as error:
         sys.exit(f"error: {one_line(error, limit=600)}; check the permissions and the free space there, or name another place")
     except KeyboardInterrupt:

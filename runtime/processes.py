@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -28,8 +29,8 @@ log = logging.getLogger(__name__)
 def create_accelerator(device: str | torch.device, precision: str) -> Accelerator:
     """Accelerate's view of this process: its device and its place among the others.
 
-    In all processes but the first the log level becomes WARNING, so that each line of progress comes once. UserError where the
-    launcher's environment variables do not fit.
+    In all processes but the first the log level becomes ERROR: what all of them find, one says. UserError where the launcher's
+    environment variables do not fit.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
@@ -58,7 +59,7 @@ def create_accelerator(device: str | torch.device, precision: str) -> Accelerato
             "start with `accelerate launch`"
         ) from None
     if not accelerator.is_main_process:
-        logging.getLogger().setLevel(logging.WARNING)
+        logging.getLogger().setLevel(logging.ERROR)
     return accelerator
 
 
@@ -83,6 +84,34 @@ def gathered(value, accelerator: Accelerator | None) -> list:
     from accelerate.utils import gather_object
 
     return gather_object([value])
+
+
+@functools.lru_cache(1)
+def _hosts(accelerator: Accelerator):
+    return distributed.new_group(timeout=WORK, backend="gloo")
+
+
+def together(work: Callable[[], object], accelerator: Accelerator | None):
+    """The result of `work()` in this process. An error in one process is raised in all of them, so that none waits for it.
+
+    The processes wait for each other, and not for their devices. An error that the first process tells too is marked `told`.
+    """
+    result = failure = None
+    try:
+        result = work()
+    except (Exception, SystemExit) as error:
+        failure = error
+    if accelerator is not None and accelerator.num_processes > 1:
+        failed = torch.tensor(int(failure is not None))
+        distributed.all_reduce(failed, distributed.ReduceOp.MAX, group=_hosts(accelerator))
+        if failed:
+            failures = [None] * accelerator.num_processes
+            distributed.all_gather_object(failures, failure, group=_hosts(accelerator))
+            failure = failure or next(filter(None, failures))
+            failure.told = not accelerator.is_main_process
+    if failure is not None:
+        raise failure
+    return result
 
 
 def summed(tensor: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:

@@ -1,8 +1,11 @@
 """Smallest real training runs inside this interpreter, and what they leave behind."""
 
+import io
+import itertools
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,6 +46,17 @@ def train(flags, folder, **changes):
     return results_of(folder)
 
 
+def end_after(patch, steps, error):
+    """Let runs in this interpreter have no more batches after these steps, but `error`."""
+    endless = train_script.endless
+
+    def batches(loader):
+        yield from itertools.islice(endless(loader), steps)
+        raise error
+
+    patch.setattr(train_script, "endless", batches)
+
+
 def event_tags(event_file):
     """{"scalars" | "images" | "histograms": [tag, …]} of one event file."""
     events = EventAccumulator(str(event_file))
@@ -72,12 +86,29 @@ def assert_same_tensors(first, second):
     assert not differing
 
 
-def start(flags, folder, launcher=()):
+def start(flags, folder, launcher=(), **env):
     """The training program as the first process of a group of its own, in `folder`, its output in folder/log."""
     folder.mkdir(exist_ok=True)
     command = [*(launcher or [sys.executable]), str(ROOT / "train_align_with_args.py"), *as_argv(flags)]
     with open(folder / "log", "a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=child_environment(), start_new_session=True)
+        return subprocess.Popen(
+            command, stdout=log, stderr=log, cwd=folder, env=child_environment(**env), start_new_session=True
+        )
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def write_shard(path, files):
+    with tarfile.open(path, "w") as shard:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            shard.addfile(entry, io.BytesIO(content))
 
 
 def tiny_of(flags, folder):

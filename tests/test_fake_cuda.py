@@ -425,7 +425,7 @@ def test_what_the_check_of_a_gpu_has_measured_outlives_its_end(tmp_path, monkeyp
 
 
 def test_the_untrained_rung_touches_no_gpu(monkeypatch):
-    """Generators of eight GPUs that are read and set again, with a context and a warning on each, to make a module on the CPU."""
+    """Generators of eight GPUs that are read and set again, with a context and a warning each, to make a module on the CPU."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state", mock.Mock(side_effect=AssertionError))

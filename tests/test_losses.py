@@ -2,7 +2,6 @@
 
 import importlib.util
 import shutil
-import signal
 import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from runs import QUIET, assert_same_tensors, same_weights, train
+from runs import QUIET, assert_same_tensors, end_after, same_weights, train
 from safetensors.torch import load_file, save_file
 
 import losses as module
@@ -30,7 +29,7 @@ from losses import (
     pixel_difference,
     st_lpips,
 )
-from utils import UserError
+from utils import StopWaiting, UserError
 from vae_align import AlignConfig, align_module
 from vaes.codec import Codec
 from vaes.loading import load_vae_model
@@ -202,7 +201,7 @@ def test_a_resumed_run_ends_bit_identical(flags, tmp_path, monkeypatch):
                "max_train_steps": 4, "decoder_loss_start": 0.5}  # fmt: skip
     whole = train(flags, tmp_path / "whole", **changes)
     with monkeypatch.context() as patch:
-        patch.setattr(train_script.StopRequest, "agreed", lambda _, __, step: signal.SIGTERM if step == 1 else None)
+        end_after(patch, 1, StopWaiting(143))
         with pytest.raises(SystemExit):
             train(flags, tmp_path / "broken", **changes)
     assert_same_tensors(train(flags, tmp_path / "broken", **changes, resume=True).last, whole.last)

@@ -2,9 +2,7 @@
 
 import functools
 import http.server
-import io
 import itertools
-import tarfile
 import threading
 
 import numpy as np
@@ -13,20 +11,12 @@ import torch
 from conftest import ROOT, as_argv, make_photo, run_script, tiny_flags
 from drawn import encoded
 from hostile import refusal
-from runs import LAUNCHER, QUIET, assert_same_tensors, results_of, tiny_of, train
+from runs import LAUNCHER, QUIET, assert_same_tensors, results_of, tiny_of, train, write_shard
 
 import train_align_with_args as train_script
 from dataloader import StreamDataset, StreamSampler, open_stream, shards_of, stream_loader
 
 IMAGES = (7, 5, 6)  # in each shard
-
-
-def write_shard(path, files):
-    with tarfile.open(path, "w") as shard:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            shard.addfile(entry, io.BytesIO(content))
 
 
 @pytest.fixture(scope="module")

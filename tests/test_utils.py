@@ -334,31 +334,3 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(number):
     with StopRequest() as stop:
         signal.raise_signal(number)
     assert stop.signal is None and signal.getsignal(number) == signal.SIG_IGN
-
-
-class Steps:
-    """An accelerator of two processes; the other takes 0.1 s a step and has been sent `number`."""
-
-    num_processes, device = 2, "cpu"
-
-    def __init__(self):
-        self.number, self.step, self.asked = 0, 0, [0]
-
-    def gather(self, mine):
-        seconds = 0.1 * (self.step - self.asked[-1])
-        self.asked.append(self.step)
-        return mine.new_tensor([mine.tolist()[0], [self.number, seconds]])
-
-
-def test_processes_agree_to_stop_without_asking_at_every_step():
-    """A process that stops alone, and leaves the others waiting; a wait for the device at every step."""
-    accelerator, stop = Steps(), StopRequest()
-
-    def agreed(steps):
-        for accelerator.step in steps:
-            yield stop.agreed(accelerator, accelerator.step)
-
-    assert set(agreed(range(200))) == {None}
-    assert len(accelerator.asked) < 30
-    accelerator.number = signal.SIGTERM
-    assert signal.SIGTERM in agreed(range(200, 230))

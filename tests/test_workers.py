@@ -2,21 +2,22 @@
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 from hostile import no_hang, refusal
-from torch.utils.data import Dataset, get_worker_info
+from runs import is_alive
+from torch.utils.data import Dataset
 
 import dataloader
-from dataloader import Loader, StopWaiting, WorkersLost
-from utils import STOP_SIGNALS
+from dataloader import Loader, WorkersLost, work
+from utils import STOP_SIGNALS, StopWaiting
 
 ONE_BY_ONE = [[index] for index in range(10)]
 
@@ -62,8 +63,40 @@ def test_a_worker_that_cannot_deliver_ends_the_wait(hurried, trouble, said):
     """A wait for ever for a worker that stands still, or for the rest of what a killed one was sending; a traceback for one
     that the kernel has killed for memory."""
     loader = Loader(Troubled(trouble), ONE_BY_ONE, 2, first_of, patience=0.4)
-    with no_hang(), pytest.raises(WorkersLost, match=rf"^num_workers 2: .*{said}.*lower it \(0: none\).*--shm-size"):
+    with no_hang(), pytest.raises(WorkersLost, match=rf"^num_workers 2: .*{said}.*lower it \(0: none\).*--memory"):
         list(loader)
+
+
+class Half:
+    """A worker's pipe through which the fifth batch comes by half, and then `trouble`."""
+
+    def __init__(self, pipe, trouble):
+        self.recv, self._pipe, self._trouble, self._left = pipe.recv, pipe, trouble, 5
+
+    def send_bytes(self, content):
+        self._left -= 1
+        if self._left:
+            return self._pipe.send_bytes(content)
+        os.write(self._pipe.fileno(), struct.pack("!i", len(content)) + content[: len(content) // 2])
+        self._trouble()
+
+
+@pytest.mark.parametrize("trouble, said", [(killed, "killed"), (stopped, "delivered")])
+def test_a_batch_of_which_half_has_come_ends_the_wait(hurried, monkeypatch, trouble, said):
+    """A wait for ever for the other half, which torch's loader has within its own time-out."""
+    monkeypatch.setattr(dataloader, "work", lambda dataset, collate, pipe: work(dataset, collate, Half(pipe, trouble)))
+    loader = Loader(Troubled(), ONE_BY_ONE, 1, first_of, patience=0.4)
+    with no_hang(), pytest.raises(WorkersLost, match=said):
+        list(loader)
+
+
+def test_a_wait_without_data_says_so(hurried, monkeypatch, caplog):
+    """A bar that stands still for minutes without a word, or with one word a second."""
+    monkeypatch.setattr(dataloader, "SILENCE", 0.4)
+    with no_hang(), pytest.raises(WorkersLost):
+        list(Loader(Troubled(stopped), ONE_BY_ONE, 1, first_of, patience=1.4))
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"no data for {seconds} s from 1 data worker" for seconds in range(4)]
 
 
 def test_a_worker_that_dies_while_nobody_waits_is_noticed_at_the_next_batch(hurried):
@@ -71,7 +104,7 @@ def test_a_worker_that_dies_while_nobody_waits_is_noticed_at_the_next_batch(hurr
     loader = Loader(Troubled(), ONE_BY_ONE, 1, first_of)
     before = signal.getsignal(signal.SIGCHLD)
     next(iter(loader))
-    (worker,) = loader._iterator._workers
+    (worker,) = loader._workers
     worker.kill()
     worker.join()
     assert signal.getsignal(signal.SIGCHLD) == before
@@ -79,19 +112,16 @@ def test_a_worker_that_dies_while_nobody_waits_is_noticed_at_the_next_batch(hurr
         list(loader)
 
 
-class Stopped(list):
-    """Batches of a run that is asked to stop."""
-
-    def stop_requested(self):
-        return True
-
-
 def test_a_wait_ends_when_the_run_is_to_stop(hurried):
     """SIGTERM unheard for minutes while a disk does not answer: a scheduler kills the run before it has saved."""
-    loader = Loader(Troubled(stopped), Stopped(ONE_BY_ONE), 1, first_of)
+    loader = Loader(Troubled(stopped), ONE_BY_ONE, 1, first_of)
+
+    def stop():
+        raise StopWaiting(143)
+
+    loader.check = stop
     with no_hang(60), pytest.raises(StopWaiting):
         list(loader)
-    dataloader.end_workers(loader._iterator._workers)
 
 
 ALONE = """
@@ -133,13 +163,6 @@ except WorkersLost:
 """
 
 
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def run_alone(program, *argv, **options):
     return subprocess.run([sys.executable, "-c", ALONE + program, *argv], cwd=ROOT, timeout=240, **options)
 
@@ -171,24 +194,15 @@ def test_workers_that_cannot_be_started_are_refused_in_one_line(monkeypatch):
     assert not set(STOP_SIGNALS) & signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["small", "full"])
-def test_batches_need_no_shared_memory(monkeypatch, hurried, full):
-    """A bus error, or a batch lost in a worker's queue, where /dev/shm is small: a container's is 64 MB."""
+def test_batches_need_no_shared_memory(monkeypatch, hurried):
+    """A bus error, or a batch lost in a worker's queue, where /dev/shm is small or full: a container's is 64 MB."""
 
     def refuse(*_):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)")
 
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", refuse)
-    monkeypatch.setattr(dataloader.shutil, "disk_usage", lambda _: Usage(full))
     with no_hang():
         assert numbers(Loader(Troubled(), ONE_BY_ONE, 2, first_of, patience=60)) == list(range(10))
-
-
-class Usage:
-    """Of a folder that is full, or nearly empty."""
-
-    def __init__(self, full):
-        self.used, self.free = (64, 0) if full else (0, 64)
 
 
 def test_an_iteration_that_nobody_finishes_costs_the_next_one_nothing(hurried):
@@ -200,25 +214,25 @@ def test_an_iteration_that_nobody_finishes_costs_the_next_one_nothing(hurried):
 
 
 class ToAll(Dataset):
-    """The number of the worker that was asked, which sends itself every signal that asks politely."""
+    """The process of the worker that was asked, which sends itself every signal that asks politely."""
 
     def __getitem__(self, index):
         for number in STOP_SIGNALS:
             os.kill(os.getpid(), number)
-        return get_worker_info().id
+        return os.getpid()
 
 
-def die_then_leave_signals(worker):
+def hear_signals_then_work(*args):
     for number in STOP_SIGNALS:
         os.kill(os.getpid(), number)
-    dataloader.leave_signals_to_parent(worker)
+    work(*args)
 
 
 def test_workers_survive_a_signal_to_all(monkeypatch, start_method):
     """A job's SIGTERM that ends a worker, at work or while it is born, and with it the run that it asks to stop and save."""
     loader = Loader(ToAll(), [[0], [1], [2]], 1, list)
     if start_method == "fork":
-        loader.worker_init_fn = die_then_leave_signals
+        monkeypatch.setattr(dataloader, "work", hear_signals_then_work)
     with no_hang():
-        assert list(loader) == [[0], [0], [0]]
+        assert len({pid for (pid,) in loader}) == 1
     assert not set(STOP_SIGNALS) & signal.pthread_sigmask(signal.SIG_BLOCK, [])

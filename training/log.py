@@ -283,7 +283,7 @@ def log_model_stats(pipeline, eval_loader, writer: RunLog, epoch, args, dtype) -
         writer.add_histogram(f"weights/{name}", parameter.detach().float().cpu())
         if parameter.grad is not None and parameter.grad.isfinite().all():
             writer.add_histogram(f"gradients/{name}", parameter.grad.float().cpu())
-    images = next(iter(eval_loader))["pixel_values"].to(pipeline.device)
+    images = next(iter(whole_set(eval_loader.dataset, args.eval_batch_size, 0, device=pipeline.device)))["pixel_values"]
     if len(images):
         made = Ladder(pipeline, dtype, only=("aligned",)).reconstruct(images)
         for name, rung in (("aligned", "aligned"), ("target", "vae2")):
@@ -298,7 +298,7 @@ def visualize_results(pipeline, eval_loader, writer: RunLog, epoch, args, dtype)
     ladder = Ladder(pipeline, dtype)
     captions = ladder.captions
     shown = 0
-    for batch in whole_set(eval_loader.dataset, args.eval_batch_size, 0):
+    for batch in whole_set(eval_loader.dataset, args.eval_batch_size, 0, device=pipeline.device):
         images = batch["pixel_values"][: args.num_visualize_samples - shown].to(pipeline.device)
         if not len(images):
             continue

@@ -56,10 +56,12 @@ def cached(photos, spaces, root, views=2, seed=0, size=32, with_images=False, wo
 
 
 def test_rows_are_the_views_encoded(photos, spaces, tmp_path, spawned):
-    """Catches rows stored in another order than (image, view), float16 used for raw instead of scaled latents, and what a
-    worker lacks that is no fork."""
+    """Catches rows stored in another order than (image, view), float16 used for raw instead of scaled latents, rows that are
+    widened before they are on the device, and what a worker lacks that is no fork."""
     data = cached(photos, spaces, tmp_path / "cache", with_images=True, workers=1)
-    batch = widened(data.__getitems__([(4, 1), (0, 0)]))
+    stored = data.__getitems__([(4, 1), (0, 0)])
+    assert stored["latents1"].dtype == torch.float16 and stored["pixel_values"].dtype == torch.uint8
+    batch = widened(stored)
     for row, (index, view) in enumerate([(4, 1), (0, 0)]):
         photo = data.dataset
         pixels = to_pixel_values(photo.crop(photo.open(index), photo.content(index), view))

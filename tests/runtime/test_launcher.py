@@ -107,7 +107,7 @@ def test_each_machine_has_a_first_process_of_its_own():
     printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env, timeout=300, check=True).stdout
     found = sorted(map(json.loads, printed.splitlines()))
     assert [machine for _, machine, _ in found] == [[0, 0, 2, 0, [0, 2]], [0, 1, 2, 0, [0, 2]], [1, 0, 1, 2, [0, 2]]]
-    assert [level for *_, level in found] == [logging.INFO, logging.WARNING, logging.WARNING]
+    assert [level for *_, level in found] == [logging.INFO, logging.ERROR, logging.ERROR]
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,16 @@
 """Runs that end when their time is up. The clock is the test's own: it goes on by what a step is said to take."""
 
 import itertools
-import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import QUIET, train
+from runs import QUIET, end_after, train
 
 import train_align_with_args as train_script
 from training import budget
 from training.budget import Budget
+from utils import StopWaiting
 
 ALONE = SimpleNamespace(num_processes=1)
 
@@ -145,7 +145,7 @@ def test_a_real_run_that_is_resumed_has_what_is_left(flags, tmp_path, second_a_s
     """A time budget that the checkpoint forgets; a step schedule whose decays do not follow the time."""
     changes = {**QUIET, "minutes": 0.2, "warmup_steps": 0, "epochs": 4, "scheduler_step_size": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(train_script.StopRequest, "agreed", lambda _, __, step: signal.SIGTERM if step == 5 else None)
+        end_after(patch, 5, StopWaiting(143))
         with pytest.raises(SystemExit):
             train(flags, tmp_path, **changes)
     run = train(flags, tmp_path, **changes, resume=True)

@@ -1,22 +1,28 @@
 """Kills and full disks: a real training process is ended at any moment, started again with --resume, and must end bit for bit
-as if nothing had happened.
+as if nothing had happened. A data worker is ended at any moment, and the run must end soon, and saved.
 
 The suite runs a short form. `make test-faults` sets VAE_ALIGN_FAULTS, the number of kills at random moments, and runs all;
 its figures are in tests/README.md.
 """
 
+import contextlib
+import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import time
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import as_argv, read_scalars, run_script, tiny_flags
+from conftest import as_argv, make_photo, read_scalars, run_script, tiny_flags
+from drawn import encoded
 from mortal import WHERE
-from runs import assert_same_tensors, start, tiny_of, train
+from runs import QUIET, assert_same_tensors, is_alive, start, tiny_of, train, write_shard
 
 KILLS = int(os.environ.get("VAE_ALIGN_FAULTS", "0"))
 STEPS_BETWEEN = {"save_steps": 1, "keep_last": 3, "eval_frequency": 8, "visualize_frequency": 0, "ema_decay": 0.9}
@@ -170,3 +176,123 @@ def test_a_small_file_system_fills_up(job, tmp_path, kilobytes):
         assert_same_tensors(again.last, whole.last)
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data workers
+
+PROGRAMS = {"training": "train_align_with_args", "cache": "train_align_with_args", "streaming": "train_align_with_args",
+            "evaluation": "eval_align"}  # fmt: skip
+
+
+def as_child(program, argv, log, method):
+    """In a process of its own: the program, whose data workers start by `method`."""
+    from runtime.cli import run
+
+    os.setsid()
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    multiprocessing.set_start_method(method, force=True)
+    run(lambda: __import__(program).main(argv))
+
+
+def begin(program, flags, log, method="fork"):
+    """The program as a fork of one that has imported it, for that takes longer than what such a run does."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["train_align_with_args", "eval_align", "diffusers", "datasets", "torch.utils.tensorboard"])
+    process = server.Process(target=as_child, args=(program, as_argv(flags), log, method))
+    process.start()
+    return process
+
+
+def below(pid):
+    """The processes that this one has started, and theirs, as long as they live."""
+    with contextlib.suppress(FileNotFoundError):
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return children + [other for child in children for other in below(child)]
+    return []
+
+
+def until(reached, process, log):
+    deadline = time.monotonic() + 300
+    while not (found := reached()):
+        assert process.is_alive() and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.005)
+    return found
+
+
+@pytest.fixture(scope="module")
+def work_for_workers(vae_folders, tmp_path_factory):
+    """{situation: flags of a program that decodes batches of 200 kB for minutes}."""
+    folder, rng = tmp_path_factory.mktemp("workers"), np.random.default_rng(3)
+    (folder / "photos").mkdir()
+    photos = [make_photo(rng, (160, 144)) for _ in range(60)]
+    for number, photo in enumerate(photos):
+        photo.save(folder / "photos" / f"{number}.png")
+    write_shard(folder / "0.tar", {f"{number}.jpg": encoded("JPEG", photo) for number, photo in enumerate(photos)})
+    flags = tiny_flags(vae_folders, (folder / "photos",) * 2, folder)
+    few = train(flags, folder, **QUIET, no_cache_latents=True, max_train_steps=1).checkpoints[-1]
+    flags |= QUIET | {"image_size": 128, "num_workers": 2, "epochs": 10**6}
+    judging = {"checkpoint": few, "image_size": 128, "num_workers": 2, "device": "cpu"}
+    return {
+        "training": flags | {"no_cache_latents": True},
+        "cache": flags | {"cache_views": 50},
+        "streaming": flags | {"streaming": True, "train_data_dir": folder / "0.tar", "shuffle_buffer": 8},
+        "evaluation": judging | {"eval_data_dir": folder / "photos", "output_dir": folder / "judged"},
+    }
+
+
+def placed(flags, folder):
+    """`flags` with their outputs in `folder`."""
+    outputs = {"log_dir": "runs", "save_dir": "ckpt", "latent_cache_dir": "cache", "output_dir": "judged"}
+    return flags | {name: folder / place for name, place in outputs.items() if name in flags}
+
+
+def kill_a_worker(situation, flags, folder, draw):
+    """Run the program in `folder` and kill one of its workers at a moment that `draw` chooses; (exit status, what it said)."""
+    folder.mkdir()
+    log, number = folder / "log", draw.randrange(2)
+    process = begin(PROGRAMS[situation], placed(flags, folder), log)
+    worker = until(lambda: below(process.pid)[number:], process, log)[0]
+    until(lambda: situation in ("cache", "evaluation") or b"train: " in log.read_bytes(), process, log)
+    time.sleep(draw.random() * 0.5)
+    os.kill(worker, signal.SIGKILL)
+    process.join(100)
+    assert not process.is_alive(), log.read_text()
+    return process.exitcode, log.read_text()
+
+
+@pytest.mark.parametrize("situation", PROGRAMS)
+def test_a_worker_that_is_killed_at_any_moment_ends_the_run(work_for_workers, tmp_path, situation):
+    """A wait for ever for the rest of a batch, a lock or memory that the killed worker held; a run that ends unsaved."""
+    kills, seed = 0, random.randrange(2**32)
+    draw = random.Random(seed)
+    for attempt in range(4 * (1 + KILLS)):
+        code, said = kill_a_worker(situation, work_for_workers[situation], tmp_path / str(attempt), draw)
+        if code == 0:  # it had what it needed of the workers
+            continue
+        error = said[said.rindex("error: ") :]
+        assert code == 1 and error.count("\n") == 1 and "Traceback" not in said, said
+        assert error.startswith("error: --num_workers 2: a data worker has ended"), said
+        assert situation in ("cache", "evaluation") or ("saved in" in error and "--resume" in error), said
+        assert ("saved in" in error) == bool(list(tmp_path.glob(f"{attempt}/ckpt/*.pth")))
+        kills += 1
+        if kills >= max(1, KILLS // len(PROGRAMS)):
+            break
+    print(f"\n{kills} x a worker killed in {situation} (seed {seed})")
+    assert kills
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_no_worker_outlives_a_killed_run(work_for_workers, tmp_path, method):
+    """Workers of half a gigabyte each that live on for ever, in a read, or in the sending of a batch."""
+    log = tmp_path / "log"
+    process = begin("train_align_with_args", placed(work_for_workers["training"], tmp_path), log, method)
+    until(lambda: log.exists() and re.search(rb"train: .* [2-9]/", log.read_bytes()), process, log)
+    workers = below(process.pid)
+    process.kill()
+    process.join()
+    deadline = time.monotonic() + 60
+    while alive := [worker for worker in workers if is_alive(worker)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.05)

@@ -1,12 +1,25 @@
-"""Two real processes on the CPU against one process with the same global batch."""
+"""Two real processes on the CPU against one process with the same global batch, and two of which one gets no more data."""
 
+import contextlib
+import http.server
 import json
+import os
+import re
 import shutil
+import signal
+import threading
+import time
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from conftest import as_argv, run_script, tiny_flags
-from runs import LAUNCHER, TORCHRUN, assert_same_tensors, results_of, specified, train
+from conftest import as_argv, make_photo, run_script, tiny_flags
+from drawn import encoded
+from hostile import no_hang
+from runs import LAUNCHER, QUIET, TORCHRUN, assert_same_tensors, results_of, specified, start, tiny_of, train, write_shard
+
+from runtime import processes
 
 SETTINGS = {
     "decoder_loss_weight": 1.0,
@@ -88,3 +101,79 @@ def test_two_processes_resume_bit_identically(pair, vae_folders, photo_folders, 
     flags = {**tiny_flags(vae_folders, photo_folders, tmp_path), **SETTINGS, "train_batch_size": 2, "resume": True}
     run_script("train_align_with_args.py", *as_argv(flags), launcher=LAUNCHER, env=ON_CPU, cwd=tmp_path)
     assert_same_tensors(results_of(tmp_path).last, pair[1].last)
+
+
+@pytest.fixture
+def streaming(vae_folders, photo_folders, tmp_path):
+    """Flags of a run of two processes with a shard each, 0.tar and 1.tar."""
+    rng = np.random.default_rng(2)
+    for number in range(2):
+        photos = {f"{image}.jpg": encoded("JPEG", make_photo(rng, (48, 40))) for image in range(40)}
+        write_shard(tmp_path / f"{number}.tar", photos)
+    flags = tiny_of(tiny_flags(vae_folders, photo_folders, tmp_path), tmp_path) | QUIET
+    flags |= {"streaming": True, "train_data_dir": tmp_path / "{0..1}.tar", "shuffle_buffer": 2, "input_types": ["image"]}
+    return flags | {"train_batch_size": 2, "epoch_images": 400, "max_train_steps": 200}
+
+
+def test_a_stream_that_breaks_off_in_one_process_ends_both_saved(streaming, tmp_path):
+    """Hours of training lost, since one process alone cannot save the places of all; a line from each of them."""
+    content = (tmp_path / "1.tar").read_bytes()
+    (tmp_path / "1.tar").write_bytes(content[: len(content) // 2])
+    ended = run_script(
+        "train_align_with_args.py", *as_argv(streaming), launcher=LAUNCHER, env=ON_CPU, cwd=tmp_path, check=False
+    )
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr
+    (error,) = [line for line in ended.stderr.splitlines() if "error: " in line]
+    assert error.startswith("error: --train_data_dir ") and "saved in" in error
+    last = results_of(tmp_path).last
+    assert last["step"] and all(place["count"] + place["offset"] == 2 * last["step"] for place in last["training"]["places"])
+
+
+class Stalling(http.server.SimpleHTTPRequestHandler):
+    """A server that sends half of 1.tar and then nothing."""
+
+    def log_message(self, *_):
+        pass
+
+    def copyfile(self, source, file):
+        content = source.read()
+        stalls = self.path.endswith("1.tar")
+        file.write(content[: len(content) // (1 + stalls)])
+        if stalls:
+            threading.Event().wait()
+
+
+def test_a_stream_that_stalls_in_one_process_stops_both_saved(streaming, tmp_path):
+    """SIGTERM that nobody serves: one process waits for data, and the other for that one."""
+    pytest.importorskip("aiohttp")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Stalling, directory=str(tmp_path))) as server, no_hang(300):
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        streaming["train_data_dir"] = f"http://127.0.0.1:{server.server_port}/{{0..1}}.tar"
+        process = start(streaming, tmp_path, LAUNCHER, **ON_CPU)
+        said, before = "", None
+        while not re.search(r"train: .* [1-9]\d*/", said) or said != before:  # until the bar stands still
+            assert process.poll() is None, said
+            time.sleep(2)
+            before, said = said, (tmp_path / "log").read_text()
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            while True:
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
+        server.shutdown()
+    said = (tmp_path / "log").read_text()
+    assert said.count("saved in") == 1 and "Traceback" not in said, said
+    assert results_of(tmp_path).checkpoints
+
+
+def test_processes_agree_without_their_devices(monkeypatch):
+    """A wait for the device at every step, in which it has nothing to do."""
+    asked = []
+    monkeypatch.setattr(processes.distributed, "new_group", lambda **options: options["backend"])
+    monkeypatch.setattr(
+        processes.distributed, "all_reduce", lambda tensor, *_, group: asked.append((tensor.device.type, group))
+    )
+    two = type("Two", (), {"num_processes": 2})()
+    assert processes.together(lambda: 7, two) == 7 and asked == [("cpu", "gloo")]

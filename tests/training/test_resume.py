@@ -1,6 +1,5 @@
 """Runs that are interrupted and go on: the end must be bit for bit that of an uninterrupted run."""
 
-import itertools
 import json
 import os
 import shutil
@@ -10,11 +9,12 @@ import time
 import pytest
 import torch
 from conftest import as_argv, tiny_flags
-from runs import QUIET, assert_same_tensors, results_of, start, tensors_of, tiny_of, train
+from runs import QUIET, assert_same_tensors, end_after, results_of, start, tensors_of, tiny_of, train
 
 import train_align_with_args as train_script
 from dataloader import WorkersLost
 from training import checkpoint
+from utils import StopWaiting
 
 KINDS = {
     "cached": {"ema_decay": 0.9, "scheduler": "cosine", "eval_frequency": 1},
@@ -142,7 +142,7 @@ def test_stopped_before_the_first_step_is_resumed_too(flags, tmp_path, monkeypat
     changes = {**QUIET, "max_train_steps": 3, "optimizer": optimizer, "ema_decay": 0.9}
     whole = train(flags, tmp_path / "whole", **changes)
     with monkeypatch.context() as patch:
-        patch.setattr(train_script.StopRequest, "agreed", lambda *_: signal.SIGTERM)
+        end_after(patch, 0, StopWaiting(143))
         with pytest.raises(SystemExit):
             train(flags, tmp_path / "broken", **changes)
     assert results_of(tmp_path / "broken").last["step"] == 0
@@ -307,14 +307,8 @@ def test_folders_whose_names_are_not_utf8(flags, tmp_path, photo_folders):
 
 def test_a_lost_worker_ends_the_run_saved(flags, tmp_path, monkeypatch):
     """Hours of training lost since the kernel has killed a process that decodes images."""
-    endless = train_script.endless
-
-    def until_lost(loader):
-        yield from itertools.islice(endless(loader), 2)
-        raise WorkersLost("num_workers 2: a data worker has ended unexpectedly")
-
     with monkeypatch.context() as patch:
-        patch.setattr(train_script, "endless", until_lost)
+        end_after(patch, 2, WorkersLost("num_workers 2: a data worker has ended unexpectedly"))
         with pytest.raises(train_script.UserError, match=r"^--num_workers 2: .*saved in .*align_pipeline_.*--resume$"):
             train(flags, tmp_path, **QUIET, max_train_steps=4)
     assert results_of(tmp_path).last["step"] == 2

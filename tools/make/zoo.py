@@ -230,7 +230,7 @@ class Zoo:
         return self._codecs[space]
 
     def _loader(self, paths):
-        return eval_loader(ImageDataset(paths, self._args.image_size), 4, 1)
+        return eval_loader(ImageDataset(paths, self._args.image_size), 4, 1, device=self._device)
 
     def _digests_of(self, *names) -> dict[str, str | None]:
         return {name: self.manifest["spaces"].get(name, {}).get("sha256") for name in names if name != IMAGE}
