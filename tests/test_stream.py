@@ -155,7 +155,7 @@ def test_images_that_cannot_be_read_are_named_and_replaced(tmp_path):
 
 @pytest.mark.parametrize(("files", "said"), [
     (None, "no such shard"),
-    ({"a.txt": b"text"}, "no image column"),
+    ({"a.txt": b"text"}, "no image in this row"),
     ({"a.jpg": b"no picture"}, "none of 1 files can be read as an image"),
 ])  # fmt: skip
 def test_what_is_no_stream_of_images_is_refused(flags, tmp_path, files, said):
