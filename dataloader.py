@@ -165,14 +165,12 @@ def image_in(row: dict, homes: tuple[str, ...]) -> bytes:
     if content:
         return content
     *archives, place = path.split("::")
-    places = [place]
     if "://" not in place:
-        places = [os.path.abspath(os.path.join(home, place)) for home in (*homes, "") if "://" not in home]
-        places += [home + place for home in homes if home.endswith("/") and "://" in home and not os.path.isabs(place)]
-    places = [each for each in places if each.startswith(homes) and ".." not in each.split("/")]
-    if not places or not all(archive.startswith("zip://") for archive in archives):
+        files = [os.path.realpath(os.path.join(home, place)) for home in (*homes[:1], "")]
+        remote = [homes[-1] + place] if homes and "://" in homes[-1] and not os.path.isabs(place) else files
+        place = next((file for file in files if file.startswith(homes) and os.path.exists(file)), remote[0])
+    if not place.startswith(homes) or ".." in place.split("/") or not all(each.startswith("zip://") for each in archives):
         raise ValueError(f"it is in {path}, outside the data set")
-    place = next(filter(os.path.isfile, places), places[-1])
     if "://" not in place:
         require_regular(place)
     with open_anywhere("::".join([*archives, place])) as file:
@@ -193,17 +191,15 @@ def homes_of(name: str) -> tuple[str, ...]:
     from huggingface_hub.file_download import repo_folder_name
 
     if os.path.isdir(name):
-        return (os.path.join(os.path.abspath(name), ""),)
-    cache = os.path.join(os.path.abspath(HF_HUB_CACHE), repo_folder_name(repo_id=name, repo_type="dataset"), "")
+        return (os.path.join(os.path.realpath(name), ""),)
+    cache = os.path.join(os.path.realpath(HF_HUB_CACHE), repo_folder_name(repo_id=name, repo_type="dataset"), "")
     return cache, f"hf://datasets/{name}@", f"hf://datasets/{name}/"
 
 
 def load_hub_split(name: str, train: bool, label: str, cache_dir: str | None = None) -> HubImages:
     """The training or evaluation split of hub data set `name`, or `name:configuration`. UserError, which begins with `label`,
     if it has no images or cannot be loaded."""
-    data, homes = hub_split(name, train, label, cache_dir)
-    first = data.column_names[0]
-    return HubImages(data if first == "image" else data.rename_column(first, "image"), homes)
+    return HubImages(*hub_split(name, train, label, cache_dir))
 
 
 def hub_split(name: str, train: bool, label: str, cache_dir: str | None = None, streaming: bool = False):
@@ -293,6 +289,10 @@ class Stream:
             return None
         name = row.get("name") or f"{self.name}[{number}]"
         try:
+            if file := row.get("file"):
+                require_regular(file)
+                with open(file, "rb") as content:
+                    return name, content.read()
             return name, image_in(row, self.homes)
         except (ValueError, *LASTING) as error:
             return name, one_line(error)
@@ -325,15 +325,6 @@ def shards_of(place: str, label: str = "shards") -> list[str]:
     return sorted(glob.glob(os.path.join(glob.escape(place), "*.tar") if os.path.isdir(place) else place))
 
 
-def expanded(shard: str) -> list[str]:
-    """The files of a path or URL from `shards_of`: several for a glob on a file system that is not local."""
-    from datasets.data_files import resolve_pattern
-
-    if "://" not in shard:
-        return [os.path.abspath(shard)]
-    return resolve_pattern(shard, "") if glob.has_magic(shard) and not shard.startswith("http") else [shard]
-
-
 def digest_of_names(names: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
 
@@ -347,18 +338,20 @@ def rows_in(read: Callable, files: list[str]):
 
 def file_rows(files: list[str]):
     """A row for each image file."""
-    for file in files:
-        yield {"name": file, "image": {"path": file}}
+    return ({"name": file, "file": file} for file in files)
 
 
 class ShardMember(tarfile.TarInfo):
-    """A file in a shard. A damaged header is an error; Python takes it for the end of the archive."""
+    """A file in a shard. A damaged header is an error, and so is a shard without the mark at its end: Python takes both for the
+    end of the archive."""
 
     @classmethod
     def fromtarfile(cls, archive):
         try:
             return super().fromtarfile(archive)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from None
 
 
@@ -407,27 +400,26 @@ def members_of(archive: tarfile.TarFile):
 def open_stream(place: str, label: str, cache_dir: str | None = None) -> Stream:
     """The stream of training images at `place`: .tar shards by path, glob or URL, a folder of images, or a 🤗 data set by id or
     folder. UserError, which begins with `label`, if there is none."""
+    from datasets.data_files import resolve_pattern
+
     shards = shards_of(place, label) if ".tar" in place or glob.glob(os.path.join(glob.escape(place), "*.tar")) else []
     if not shards and ".tar" in place:
         raise UserError(f"{label} {place}: no such shard")
     if shards:
-        try:
-            files = [file for shard in shards for file in expanded(shard)]
-        except Exception as error:  # each file system has its own classes
-            raise UserError(f"{label} {place}: no shards can be found there ({one_line(error)})") from None
+        files = [shard if "://" in shard else os.path.abspath(shard) for shard in shards]
+        if "://" in place and not place.startswith("http") and glob.has_magic(place):
+            try:
+                files = [file for shard in shards for file in resolve_pattern(shard, "")]
+            except Exception as error:  # each file system has its own classes
+                raise UserError(f"{label} {place}: cannot be looked for ({one_line(error)})") from None
         return Stream(rows_in(shard_rows, files), place, digest_of_names(map(os.path.basename, shards)), shards=files)
-    if os.path.isdir(place) and not holds_tables(place) and (files := list_images(place)):
+    tables = os.path.isdir(place) and any(name.endswith(TABLES) for _, _, names in os.walk(place) for name in names)
+    if os.path.isdir(place) and not tables and (files := list_images(place)):
         digest = digest_of_names(os.path.relpath(file, place) for file in files)
-        files = list(map(os.path.abspath, files))
-        return Stream(rows_in(file_rows, files), place, digest, homes_of(place), len(files))
+        return Stream(rows_in(file_rows, files), place, digest, length=len(files))
     data, homes = hub_split(place, True, label, cache_dir, streaming=True)
     split = (data.info.splits or {}).get(str(data.split))
     return Stream(still_encoded(data), place, digest_of_names([place]), homes, split.num_examples if split else None)
-
-
-def holds_tables(folder: str) -> bool:
-    """Whether a folder is a 🤗 data set whose images are in tables or archives, or listed there."""
-    return any(name.endswith(TABLES) for _, _, names in os.walk(folder) for name in names)
 
 
 class EncodedImages:
@@ -521,7 +513,7 @@ class ImageDataset(Dataset):
                         raise ValueError(f"{image.width}x{image.height} pixels")
                     if self.random_crop:
                         image.draft(None, (int(self.image_size * ZOOM),) * 2)
-                    return to_rgb(image)
+                    return to_rgb(image, self.name(index))
         except Exception as error:  # every Pillow plugin raises its own classes
             # Pillow's own errors have no number; the system's have one, and the next read may succeed
             passing = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)

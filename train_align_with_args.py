@@ -164,7 +164,7 @@ def build_parser() -> Parser:
     parser.add_switch(group, "random_flip", True, "mirror half of the training images")
     parser.add_switch(group, "cache_latents", True, "encode each training image once and keep its latents on disk")
     group.add_argument("--cache_views", type=integer(1, 1000), default=4,
-                       help="random crops and flips per training image; without a latent cache, new ones in every epoch")  # fmt: skip
+                       help="random crops and flips per training image; without a latent cache new in each epoch")  # fmt: skip
     group.add_argument("--latent_cache_dir", default="latent_cache", help="folder of latent caches; safe to delete when unused")
     parser.add_switch(group, "cache_per_machine", False, "each machine encodes, keeps and reads its own share of the images, "
                       "in its own --latent_cache_dir: for machines without a disk in common")  # fmt: skip

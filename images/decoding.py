@@ -19,6 +19,7 @@ Image.MAX_IMAGE_PIXELS = 1 << 28  # Pillow's limit is a third of it, and phones 
 
 WIDE_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # grey with more than 8 bits; Pillow would clip them at 255
 CLEAR_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
+SAID = set()  # (mode, white, whether nearly black) of images whose range was warned of in this process
 EXECUTED_FORMATS = ("EPS",)  # Pillow passes such a file, under any name, to Ghostscript, which executes it
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 METADATA_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"iCCP", b"tIME", b"pHYs")
@@ -85,15 +86,17 @@ def image_reader() -> str:
     return f"Pillow {pillow_version} with {', '.join(sorted(readable_formats()))}"
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as the RGB picture a viewer would show: upright, first frame, over white, 16 bits scaled to 8."""
+def to_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
+    """Any Pillow image as the RGB picture a viewer would show: upright, first frame, over white, 16 bits scaled to 8.
+
+    `name`: what a warning calls it, see `wide_levels`."""
     image.load()  # raises if the pixels cannot be decoded
     require_decodable(image)  # an icon's size and mode are known only now
     profile = image.info.get("icc_profile")
     with contextlib.suppress(Exception):  # metadata that cannot be parsed: the picture stays as it is stored
         image = ImageOps.exif_transpose(image)
     if image.mode in WIDE_MODES:
-        return Image.fromarray(wide_levels(image)).convert("RGB")
+        return Image.fromarray(wide_levels(image, name)).convert("RGB")
     if profile:
         with contextlib.suppress(Exception):  # a profile that cannot be parsed or is for another mode
             image = in_srgb(image, profile)
@@ -103,7 +106,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def wide_levels(image: Image.Image) -> np.ndarray:
+def wide_levels(image: Image.Image, name: str) -> np.ndarray:
     """A grey image of more than 8 bits -> (H, W) uint8; values beyond its range are clipped, and NaN is black.
 
     The range is 0 to 65535 for 16 bits. Other kinds state none: floats within 0..1 have that one, and else it is the one of
@@ -120,25 +123,16 @@ def wide_levels(image: Image.Image) -> np.ndarray:
         white = max(ranges, key=lambda white: np.count_nonzero((values > white / 32) & (values <= white)))
     else:
         white = 1 if image.mode == "F" else 65535
-    if guessed or 0 < highest < white / 16 or lowest < -white / 16:
-        say_range(image, white, float(lowest), float(highest))
-    return np.nan_to_num(values * (255 / white)).clip(0, 255).round().astype(np.uint8)
-
-
-SAID = set()
-
-
-def say_range(image: Image.Image, white: int, lowest: float, highest: float) -> None:
-    """Warn that an image with such values is read as 0 to `white`: once in a process for each mode, range and darkness."""
-    kind = image.mode, white, highest < white / 16
-    if kind not in SAID:
+    dark = 0 < highest < white / 16
+    kind = image.mode, white, dark
+    if (guessed or dark or lowest < -white / 16) and kind not in SAID:
         SAID.add(kind)
-        name = repr(getattr(image, "filename", "") or "an image")
         log.warning(
-            "%s: a grey image of mode %s with values from %g to %g is read as 0 (black) to %d (white)%s; others like it are "
+            "%r: a grey image of mode %s with values from %g to %g is read as 0 (black) to %d (white)%s; others like it are "
             "not named",
-            name, image.mode, lowest, highest, white, ": it is nearly black" if kind[2] else "",
+            name, image.mode, lowest, highest, white, ": it is nearly black" if dark else "",
         )  # fmt: skip
+    return np.nan_to_num(values * (255 / white)).clip(0, 255).round().astype(np.uint8)
 
 
 def in_srgb(image: Image.Image, profile: bytes) -> Image.Image:

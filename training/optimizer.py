@@ -168,8 +168,8 @@ class BadSteps:
             self.total += not ok
             if self.in_a_row >= self.limit and not any(files):
                 raise UserError(
-                    f"--train_data_dir: {self.in_a_row} steps in a row were skipped (--max_bad_steps), the last of them step {step} "
-                    "since none of its images can be read; mend those that are named above as left out"
+                    f"--train_data_dir: {self.in_a_row} steps in a row were skipped (--max_bad_steps), the last of them, step "
+                    f"{step}, since none of its images can be read; mend those that are named above as left out"
                 )
             if self.in_a_row >= self.limit:
                 shown = ", ".join(map(repr, files[:SHOWN_FILES])) + (", …" if len(files) > SHOWN_FILES else "")
