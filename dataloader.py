@@ -215,6 +215,8 @@ def hub_split(name: str, train: bool, label: str, cache_dir: str | None = None, 
             if len(choices) > 1 and "default" not in choices:
                 named = ", ".join(f"{name}:{one}" for one in choices)
                 raise UserError(f"{label} {name}: it has several configurations; name one: {named}")
+        if datasets.load_dataset_builder(folder, choice or None, **access).name == "parquet":
+            access["on_bad_files"] = "warn"  # which names a file that is cut short, and goes on
         splits = datasets.get_dataset_split_names(folder, choice or None, **access)
         wanted = ("train",) if train else ("validation", "val", "test")
         split = next((name for name in wanted if name in splits), splits[0])

@@ -76,7 +76,7 @@ def rows_as_parquet(folder, rows):
 
     table = pa.table({"image": pa.array(rows, datasets.Image().pa_type)})
     about = {"info": {"features": {"image": {"_type": "Image"}}}}
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(about)}), folder / "train.parquet")
 
 
@@ -106,6 +106,18 @@ def test_a_row_opens_no_file_outside_its_data_set(tmp_path, streaming, monkeypat
     with no_hang():
         assert [dataset[index]["pixel_values"] is not None for index in range(len(dataset))] == [True] * 3 + [False] * len(bad)
     assert "outside the data set" in dataset[3]["unreadable"][0] and "a pipe" in dataset[11]["unreadable"][0]
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_table_that_is_cut_short_is_left_out(tmp_path, broken):
+    """A data set of a hundred files of which one stops the run, streamed or not."""
+    home = tmp_path / "photos"
+    for number in range(2):
+        rows_as_parquet(home, [{"bytes": PNG, "path": None}] * 3)
+        (home / "train.parquet").rename(home / f"train-{number}.parquet")
+    (home / f"train-{broken}.parquet").write_bytes((home / "train-0.parquet").read_bytes()[:200])
+    assert len(list(open_stream(str(home), "--flag").data)) == 3
+    assert len(load_hub_split(str(home), True, "--flag", str(tmp_path / "cache"))) == 3
 
 
 def test_data_set_without_images_is_one_line(tmp_path):
