@@ -13,12 +13,12 @@ import collections
 import contextlib
 import copy
 import copyreg
-import functools
 import glob
 import hashlib
 import io
 import itertools
 import logging
+import math
 import multiprocessing
 import multiprocessing.process
 import os
@@ -26,13 +26,14 @@ import pickle
 import queue
 import re
 import signal
+import tarfile
 import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent import futures
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import resource_tracker, util
 
 import numpy as np
@@ -42,8 +43,17 @@ from torch.utils.data import Dataset, Sampler
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from images.decoding import open_image, resized_crop, to_pixel_values, to_rgb
-from images.files import ImageFiles, SomeImages, digest_of, in_nfc, list_imagenet, list_images, said_of_endings
-from utils import STOP_SIGNALS, UserError, count_of, hub_token, one_line, physical_memory
+from images.files import (
+    ImageFiles,
+    SomeImages,
+    digest_of,
+    image_endings,
+    in_nfc,
+    list_imagenet,
+    list_images,
+    said_of_endings,
+)  # fmt: skip
+from utils import STOP_SIGNALS, UserError, count_of, hub_token, one_line, physical_memory, require_regular
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +62,16 @@ ZOOM = 1.25  # training draws the short side between image_size and this multipl
 PREPROCESSING = 3  # raised with every change to the pixels that `ImageDataset.crop` returns, so that no older cache is read
 EPOCH_IMAGES = 10_000  # an epoch of a stream whose number of images is unknown
 TICK = 1.0  # seconds between two looks at the workers, and at the request to stop, while no data come
-BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+BRACES = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
+MOST_SHARDS = 1 << 20
+MOST_BYTES = 1 << 30  # are read of an image in a data set: an archive may claim more
+SAMPLE = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]*)")  # a shard's file: the name of its sample, and its own ending
+COLUMNS = ("image", "img", "jpg", "png", "picture", "photo", "jpeg", "webp")  # which one of several is the image
+TABLES = (".parquet", ".arrow", ".zip", ".tar", ".tar.gz")  # a data set's files that hold images, or say where they are
+# errors that another try meets again, unlike those of a network or a disk
+LASTING = (
+    tarfile.TarError, EOFError, FileNotFoundError, PermissionError, IsADirectoryError, io.UnsupportedOperation,
+)  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -106,46 +125,96 @@ def require_place(folder: str, dataset_type: str, label: str) -> None:
 
 
 class HubImages:
-    """A source of images: a split of a 🤗 `datasets` data set with an image column named `image`. Methods as `ImageFiles`."""
+    """A source of images: a split of a 🤗 `datasets` data set, with image columns alone. Methods as `ImageFiles`.
+
+    Args:
+        homes: where a file may be that a row names in place of an image's bytes, as from `homes_of`.
+    """
 
     paths = None  # it has no files of its own
 
-    def __init__(self, split):
-        self.split = split
+    def __init__(self, split, homes: tuple[str, ...] = ()):
+        self.split, self.homes = split, homes
+        self._encoded = still_encoded(split)
 
     def __len__(self):
         return len(self.split)
 
     def open(self, index: int) -> Image.Image:
-        return self.split[index]["image"]
+        return open_image(io.BytesIO(image_in(self._encoded[index], self.homes)))
 
     def name(self, index: int) -> str:
         return f"{self.split.info.dataset_name}[{index}]"
 
-    @functools.cached_property
-    def _stored(self):
-        import datasets
-
-        return self.split.cast_column("image", datasets.Image(decode=False))
-
     def content(self, index: int) -> bytes:
-        stored = self._stored[index]["image"]
-        return digest_of([stored["bytes"]]) if stored["bytes"] else ImageFiles([stored["path"]]).content(0)
+        return digest_of([image_in(self._encoded[index], self.homes)])
 
     def stamp(self, index: int) -> str | None:
         return f"{self.split._fingerprint}\0{index}"
 
 
+def still_encoded(data):
+    """A 🤗 data set whose image columns are {bytes, path}: the library would open any file or URL that a row names, and in any
+    format."""
+    import datasets
+
+    for column in data.column_names:
+        data = data.cast_column(column, datasets.Image(decode=False))
+    return data
+
+
+def image_in(row: dict, homes: tuple[str, ...]) -> bytes:
+    """The encoded image of a row, in the first of its columns that has one. A file that it names is read below `homes` alone.
+
+    ValueError if there is none or it may not be read; the errors of file systems as they come.
+    """
+    images = [value for value in row.values() if isinstance(value, dict) and (value.get("bytes") or value.get("path"))]
+    if not images:
+        raise ValueError("no image in this row")
+    content, path = images[0].get("bytes"), images[0].get("path")
+    if content:
+        return content
+    *archives, place = path.split("::")
+    if "://" not in place:
+        files = [os.path.realpath(os.path.join(home, place)) for home in (*homes[:1], "")]
+        remote = [homes[-1] + place] if homes and "://" in homes[-1] and not os.path.isabs(place) else files
+        place = next((file for file in files if file.startswith(homes) and os.path.exists(file)), remote[0])
+    if not place.startswith(homes) or ".." in place.split("/") or not all(each.startswith("zip://") for each in archives):
+        raise ValueError(f"it is in {path}, outside the data set")
+    if "://" not in place:
+        require_regular(place)
+    with open_anywhere("::".join([*archives, place])) as file:
+        return file.read(MOST_BYTES)
+
+
+def open_anywhere(place: str):
+    """The file at a path or URL, to be read from its start."""
+    from datasets import DownloadConfig
+    from datasets.utils.file_utils import xopen
+
+    return xopen(place, "rb", block_size=0, download_config=DownloadConfig(token=hub_token()))
+
+
+def homes_of(name: str) -> tuple[str, ...]:
+    """Where the files of a hub data set are, by its id, or those of a data set in a folder: beginnings of paths and URLs."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    if os.path.isdir(name):
+        return (os.path.join(os.path.realpath(name), ""),)
+    cache = os.path.join(os.path.realpath(HF_HUB_CACHE), repo_folder_name(repo_id=name, repo_type="dataset"), "")
+    return cache, f"hf://datasets/{name}@", f"hf://datasets/{name}/"
+
+
 def load_hub_split(name: str, train: bool, label: str, cache_dir: str | None = None) -> HubImages:
     """The training or evaluation split of hub data set `name`, or `name:configuration`. UserError, which begins with `label`,
     if it has no images or cannot be loaded."""
-    data, column = hub_split(name, train, label, cache_dir)
-    return HubImages(data if column == "image" else data.rename_column(column, "image"))
+    return HubImages(*hub_split(name, train, label, cache_dir))
 
 
 def hub_split(name: str, train: bool, label: str, cache_dir: str | None = None, streaming: bool = False):
-    """(split with its image column alone, name of that column), chosen as by `load_hub_split`. With `streaming` nothing is
-    downloaded before it is read, and the images stay encoded: {bytes, path}."""
+    """(split with its image columns alone, its `homes_of`), chosen as by `load_hub_split`. With `streaming` nothing is
+    downloaded before it is read."""
     import datasets
 
     folder, colon, choice = name.partition(":")
@@ -156,6 +225,8 @@ def hub_split(name: str, train: bool, label: str, cache_dir: str | None = None, 
             if len(choices) > 1 and "default" not in choices:
                 named = ", ".join(f"{name}:{one}" for one in choices)
                 raise UserError(f"{label} {name}: it has several configurations; name one: {named}")
+        if datasets.load_dataset_builder(folder, choice or None, **access).name == "parquet":
+            access["on_bad_files"] = "warn"  # which names a file that is cut short, and goes on
         splits = datasets.get_dataset_split_names(folder, choice or None, **access)
         wanted = ("train",) if train else ("validation", "val", "test")
         split = next((name for name in wanted if name in splits), splits[0])
@@ -169,13 +240,12 @@ def hub_split(name: str, train: bool, label: str, cache_dir: str | None = None, 
             f"{label} {name}: no such folder, and as a hub data set it could not be loaded ({one_line(error)}); "
             "a gated one needs HUGGINGFACE_TOKEN"
         ) from None
-    column = image_column(data.features, f"{label} {name}")
-    data = data.select_columns([column])
-    return (data.cast_column(column, datasets.Image(decode=False)) if streaming else data), column
+    return data.select_columns(image_columns(data.features, f"{label} {name}")), homes_of(folder)
 
 
-def image_column(features: dict | None, label: str) -> str:
-    """The name of the column that holds the images; UserError, which begins with `label`, if none does."""
+def image_columns(features: dict | None, label: str) -> list[str]:
+    """The column that holds the images, and those that may do so in its place, as .jpg and .png do; UserError, which begins
+    with `label`, if none does."""
     import datasets
 
     features = features or {}
@@ -186,10 +256,16 @@ def image_column(features: dict | None, label: str) -> str:
             f"{label}: this data set has no image column, which holds images and not their addresses; its columns "
             f"are {', '.join(kinds) or 'unknown'}"
         )
-    column = next((name for name in ("image", "img", "jpg", "png", "picture", "photo") if name in columns), columns[0])
+    first = min(columns, key=rank_of)
+    others = [column for column in columns if {f".{first}", f".{column}"} <= image_endings() and column != first]
     if len(columns) > 1:
-        log.info("%s: image columns %s; using %s", label, ", ".join(columns), column)
-    return column
+        log.info("%s: image columns %s; using %s", label, ", ".join(columns), " or ".join([first, *others]))
+    return [first, *others]
+
+
+def rank_of(column: str) -> int:
+    """The place of an image column, or of a file's ending in a shard, among several: the first is used."""
+    return COLUMNS.index(column) if column in COLUMNS else len(COLUMNS) + ("." in column)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -198,29 +274,59 @@ def image_column(features: dict | None, label: str) -> str:
 
 @dataclass
 class Stream:
-    """A 🤗 stream of encoded images.
+    """A 🤗 stream of rows, each with an encoded image.
 
     Attributes:
-        data: the `datasets.IterableDataset`. column: the one with the images. name: for messages.
-        digest: differs between two streams.
-        length: number of images, where the stream says so; else None.
+        data: the `datasets.IterableDataset`. name: for messages. digest: differs between two streams.
+        homes: as in `HubImages`. length: number of images, where the stream says so; else None.
+        shards: the .tar files of `data`, if it is made of such. left_out: {one that cannot be read to its end: its index}.
     """
 
     data: object
-    column: str
     name: str
     digest: str
+    homes: tuple[str, ...] = ()
     length: int | None = None
+    shards: list[str] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
 
-    def image_of(self, row: dict, number: int) -> tuple[str, bytes | None]:
-        """(name, encoded image) of a row, the `number`-th that was read."""
-        image = row[self.column] or {}
-        name = f"{row['__url__']}#{row['__key__']}" if "__key__" in row else f"{self.name}[{number}]"
-        return name, image.get("bytes")
+    def image_of(self, row: dict, number: int) -> tuple[str, bytes | str] | None:
+        """(name, encoded image or why there is none) of a row, the `number`-th that was read; None for the end of a shard that
+        is broken there, which is said once."""
+        if "broken" in row:
+            shard = row["broken"]
+            if shard not in self.left_out:
+                self.left_out[shard] = self.shards.index(shard)
+                log.warning("left out: %r, %s", shard, row["why"])
+            return None
+        name = row.get("name") or f"{self.name}[{number}]"
+        try:
+            if file := row.get("file"):
+                require_regular(file)
+                with open(file, "rb") as content:
+                    return name, content.read()
+            return name, image_in(row, self.homes)
+        except (ValueError, *LASTING) as error:
+            return name, one_line(error)
+
+    def put_back(self, left_out: dict[str, int]) -> None:
+        """Count shards that a run left out, and that are no longer there, among the shards again: the places of all others
+        in the order depend on them."""
+        names = set(map(os.path.basename, self.shards))
+        for shard, index in sorted(left_out.items(), key=lambda item: item[1]):
+            if os.path.basename(shard) not in names:
+                log.warning("%s: %r is gone, which the run to resume had left out", self.name, shard)
+                self.shards = [*self.shards[:index], shard, *self.shards[index:]]
+                self.left_out[shard] = index
+        self.data, self.digest = rows_in(shard_rows, self.shards), digest_of_names(map(os.path.basename, self.shards))
 
 
-def shards_of(place: str) -> list[str]:
-    """The shards that a path, a glob or a URL names; `{000..127}` stands for 128 of them, and a folder for its .tar files."""
+def shards_of(place: str, label: str = "shards") -> list[str]:
+    """The shards that a path, a glob or a URL names; `{000..127}` stands for 128 of them, and a folder for its .tar files.
+    UserError, which begins with `label`, if there are more than `MOST_SHARDS`."""
+    ranges = [(int(first), int(last)) for first, last in BRACES.findall(place)]
+    if math.prod(max(0, last - first + 1) for first, last in ranges) > MOST_SHARDS:
+        raise UserError(f"{label} {place}: more than {MOST_SHARDS} shards; name fewer")
     found = BRACES.search(place)
     if found:
         first, last = found.groups()
@@ -232,40 +338,109 @@ def shards_of(place: str) -> list[str]:
     return sorted(found, key=in_nfc)
 
 
-def open_stream(place: str, label: str, cache_dir: str | None = None) -> Stream:
-    """The stream of training images at `place`: .tar shards by path, glob or URL, else a 🤗 data set by id or folder.
-    UserError, which begins with `label`, if there is none."""
+def digest_of_names(names: Iterable[str]) -> str:
+    return hashlib.sha256(in_nfc("\0".join(names))[0].encode(errors="surrogateescape")).hexdigest()[:16]
 
-    def digest(names: list[str]) -> str:
-        return hashlib.sha256(in_nfc("\0".join(names))[0].encode(errors="surrogateescape")).hexdigest()[:16]
 
-    shards = shards_of(place) if ".tar" in place or glob.glob(os.path.join(glob.escape(place), "*.tar")) else []
-    if not shards:
-        if ".tar" in place:
-            raise UserError(f"{label} {place}: no such shard")
-        data, column = hub_split(place, True, label, cache_dir, streaming=True)
-        split = (data.info.splits or {}).get(str(data.split))
-        return Stream(data, column, place, digest([place]), split.num_examples if split else None)
+def rows_in(read: Callable, files: list[str]):
+    """The `datasets.IterableDataset` of what `read` yields for a list of these files."""
     import datasets
 
-    try:
-        files = {"train": [shard if "://" in shard else os.path.abspath(shard) for shard in shards]}
-        data = datasets.load_dataset("webdataset", data_files=files, split="train", streaming=True, cache_dir=cache_dir)
-        column = image_column(data.features, f"{label} {place}")
-    except UserError:
-        raise
-    except Exception as error:  # each file system has its own classes
-        raise UserError(f"{label} {place}: cannot be read as WebDataset shards ({one_line(error)})") from None
-    data = data.select_columns([column, "__key__", "__url__"]).cast_column(column, datasets.Image(decode=False))
-    return Stream(data, column, place, digest([os.path.basename(shard) for shard in shards]))
+    return datasets.IterableDataset.from_generator(read, gen_kwargs={"files": files})
+
+
+def file_rows(files: list[str]):
+    """A row for each image file."""
+    return ({"name": file, "file": file} for file in files)
+
+
+class ShardMember(tarfile.TarInfo):
+    """A file in a shard. A damaged header is an error, and so is a shard without the mark at its end: Python takes both for the
+    end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, archive):
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from None
+
+
+def shard_rows(files: list[str]):
+    """A row for each sample of .tar shards: its name and its image, which is None where it has none, as {bytes}.
+
+    A sample is what follows each other with one name up to the first dot. Of several images in it the one that `rank_of` puts
+    first is used. A shard that cannot be read on ends with a row that says so. An error of the network names the shard.
+    """
+    endings = image_endings()
+    for shard in files:
+        samples = 0
+        try:
+            if "://" not in shard:
+                require_regular(shard)
+            with open_anywhere(shard) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=ShardMember) as archive:
+                for name, members in itertools.groupby(members_of(archive), key=lambda member: member[0]):
+                    images = {}
+                    for _, ending, member in members:
+                        if f".{ending.rpartition('.')[2]}" in endings:
+                            images[ending] = archive.extractfile(member).read(MOST_BYTES)
+                    chosen = min(images, key=rank_of, default=None)
+                    samples += 1
+                    yield {"name": f"{shard}#{name}", "image": images and {"bytes": images[chosen]}, "endings": [*images]}
+                if not samples:
+                    raise tarfile.ReadError("no file in it")
+                if len(archive.fileobj.read(1 << 20)) == 1 << 20:  # more than the zeros that fill up an archive
+                    raise tarfile.ReadError("its archive ends before the file does")
+        except Exception as error:  # each file system has its own classes
+            missing, cause = isinstance(error, FileNotFoundError), error.__cause__  # fsspec says so too where no server answers
+            if not isinstance(error, LASTING) or (missing and cause and getattr(cause, "status", None) != 404):
+                raise OSError(f"{shard}: {one_line(error)}") from error
+            why = "no such file" if missing else one_line(error)
+            yield {"broken": shard, "why": f"from sample {samples + 1} on ({why})"}
+
+
+def members_of(archive: tarfile.TarFile):
+    """(name of the sample, ending in lower case, member) of each file in a shard that is not hidden."""
+    for member in iter(archive.next, None):
+        archive.members = []  # else all stay in memory
+        found = SAMPLE.fullmatch(member.name)
+        if member.isreg() and found and not os.path.basename(member.name).startswith((".", "__")):
+            yield found[1], found[2].lower(), member
+
+
+def open_stream(place: str, label: str, cache_dir: str | None = None) -> Stream:
+    """The stream of training images at `place`: .tar shards by path, glob or URL, a folder of images, or a 🤗 data set by id or
+    folder. UserError, which begins with `label`, if there is none."""
+    from datasets.data_files import resolve_pattern
+
+    shards = shards_of(place, label) if ".tar" in place or glob.glob(os.path.join(glob.escape(place), "*.tar")) else []
+    if not shards and ".tar" in place:
+        raise UserError(f"{label} {place}: no such shard")
+    if shards:
+        files = [shard if "://" in shard else os.path.abspath(shard) for shard in shards]
+        if "://" in place and not place.startswith("http") and glob.has_magic(place):
+            try:
+                files = [file for shard in shards for file in resolve_pattern(shard, "")]
+            except Exception as error:  # each file system has its own classes
+                raise UserError(f"{label} {place}: cannot be looked for ({one_line(error)})") from None
+        return Stream(rows_in(shard_rows, files), place, digest_of_names(map(os.path.basename, shards)), shards=files)
+    tables = os.path.isdir(place) and any(name.endswith(TABLES) for _, _, names in os.walk(place) for name in names)
+    if os.path.isdir(place) and not tables and (files := list_images(place)):
+        digest = digest_of_names(os.path.relpath(file, place) for file in files)
+        return Stream(rows_in(file_rows, files), place, digest, length=len(files))
+    data, homes = hub_split(place, True, label, cache_dir, streaming=True)
+    split = (data.info.splits or {}).get(str(data.split))
+    return Stream(still_encoded(data), place, digest_of_names([place]), homes, split.num_examples if split else None)
 
 
 class EncodedImages:
-    """A source of images: some that were read, [(name, encoded image or None)]. Methods as `ImageFiles`."""
+    """A source of images: some that were read, [(name, encoded image or why there is none)]. Methods as `ImageFiles`."""
 
     paths = None  # it has no files of its own
 
-    def __init__(self, images: list[tuple[str, bytes | None]]):
+    def __init__(self, images: list[tuple[str, bytes | str]]):
         self.images = images
 
     def __len__(self):
@@ -273,8 +448,8 @@ class EncodedImages:
 
     def open(self, index: int) -> Image.Image:
         content = self.images[index][1]
-        if content is None:
-            raise ValueError("no image in this row")
+        if isinstance(content, str):
+            raise ValueError(content)
         return open_image(io.BytesIO(content))
 
     def name(self, index: int) -> str:
@@ -351,7 +526,7 @@ class ImageDataset(Dataset):
                         raise ValueError(f"{image.width}x{image.height} pixels")
                     if self.random_crop:
                         image.draft(None, (int(self.image_size * ZOOM),) * 2)
-                    return to_rgb(image)
+                    return to_rgb(image, self.name(index))
         except Exception as error:  # every Pillow plugin raises its own classes
             # Pillow's own errors have no number; the system's have one, and the next read may succeed
             passing = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
@@ -441,7 +616,7 @@ class StreamDataset(ImageDataset):
     are a function of (seed, the image's content, number).
 
     The next readable image of the batch replaces an unreadable one. If a batch has no readable image, its pixels are
-    not-a-number, so that the training loop skips the step.
+    not-a-number and its paths empty, so that the training loop skips the step.
 
     Args:
         epoch_images: number of images in an epoch, and the length of this data set; 0: the stream's own number, or
@@ -459,7 +634,7 @@ class StreamDataset(ImageDataset):
     def __getstate__(self):
         return self.__dict__ | {"stream": None}  # the main process reads; a worker gets the encoded images
 
-    def of(self, images: list[tuple[str, bytes | None]]) -> ImageDataset:
+    def of(self, images: list[tuple[str, bytes | str]]) -> ImageDataset:
         """Images of this stream as a data set of their own."""
         return ImageDataset(EncodedImages(images), self.image_size, True, self.random_flip, self.seed)
 
@@ -468,19 +643,30 @@ class StreamDataset(ImageDataset):
         made = [batch._levels_of((place, number)) | {"index": number} for place, (number, _) in enumerate(items)]
         for item in made:
             if item["pixel_values"] is None:
-                item["pixel_values"] = torch.full((3, self.image_size, self.image_size), torch.nan)
+                item |= {"pixel_values": torch.full((3, self.image_size, self.image_size), torch.nan), "path": ""}
         return made
 
     def look_at_first(self, label: str) -> None:
         """UserError, which begins with `label`, unless one of the stream's first images can be decoded. Logs how many of them
         are small."""
+        images, several = [], []
         try:
-            rows = list(itertools.islice(copy.copy(self.stream.data), SAMPLED))
+            for row in copy.copy(self.stream.data):
+                if image := self.stream.image_of(row, len(images)):
+                    images.append(image)
+                if len(row.get("endings", ())) > 1:
+                    several = row["endings"]
+                if len(images) == SAMPLED:
+                    break
         except Exception as error:
             raise UserError(f"{label}: cannot be read ({one_line(error)})") from None
-        first = self.of([self.stream.image_of(row, number) for number, row in enumerate(rows)])
-        if not len(first):
-            raise UserError(f"{label}: no image there")
+        if several:
+            using = min(several, key=rank_of)
+            log.info("%s: a sample has several images, .%s; using .%s", label, ", .".join(several), using)
+        first = self.of(images)
+        if not images:
+            shards = self.stream.left_out
+            raise UserError(f"{label}: " + (f"none of {len(shards)} shards can be read" if shards else "no image there"))
         first.require_readable(label)
         first.warn_of_small(label)
 
@@ -566,7 +752,7 @@ class EpochSampler(Sampler):
     def state_after(self, step: int) -> None:
         """The state to save after `step` steps: none, the step alone gives the place in the order."""
 
-    def go_on(self, step: int, place: None) -> None:
+    def go_on(self, step: int, place: None, places: Iterable = ()) -> None:
         """Let the next iteration begin after `step` steps."""
         self.first_step = step
 
@@ -623,9 +809,15 @@ class StreamSampler(Sampler):
         """This process's place in the stream after `step` steps, as plain values."""
         return self._start if step == self.first_step else self._places[step]
 
-    def go_on(self, step: int, place: dict) -> None:
-        """Let the next iteration begin after `step` steps, at a place from `state_after`. UserError for a place in another
-        stream."""
+    def go_on(self, step: int, place: dict, places: Iterable[dict] = ()) -> None:
+        """Let the next iteration begin after `step` steps, at a place from `state_after`; `places`: those of all processes.
+        UserError for a place in another stream. Shards that the run had left out may be gone."""
+        from datasets.distributed import split_dataset_by_node
+
+        if place["stream"] != self._stream.digest:
+            left_out = [each.get("left_out", {}) for each in (place, *places)]
+            self._stream.put_back({shard: index for part in left_out for shard, index in part.items()})
+            self._stream.data = split_dataset_by_node(self._stream.data, self.rank, self.world)
         if place["stream"] != self._stream.digest:
             raise UserError(f"train_data_dir {self._stream.name}: not the shards that the run to resume had; name the same")
         self.first_step, self._start = step, place
@@ -676,13 +868,14 @@ class StreamSampler(Sampler):
                 data.load_state_dict(state)
                 rows, begun = iter(data), state is not None
                 while images := self._block(rows, count, unwanted):
-                    ahead.put(({"stream": self._stream.digest, "turn": turn, "count": count, "state": state}, images))
+                    place = {"stream": self._stream.digest, "turn": turn, "count": count, "state": state}
+                    ahead.put((place | {"left_out": dict(self._stream.left_out)}, images))
                     begun, count, state = True, count + len(images), data.state_dict()
                 if unwanted.is_set():
                     return
-                if not begun:
+                if not begun:  # after a pass the shards have gone since
                     share = f"no image in the share of process {self.rank}; give it more shards"
-                    raise UserError(f"train_data_dir {self._stream.name}: {share}")
+                    raise (WorkersLost if turn else UserError)(f"train_data_dir {self._stream.name}: {share}")
                 turn, state = turn + 1, None
         except UserError as error:
             ahead.put(error)
@@ -691,10 +884,13 @@ class StreamSampler(Sampler):
 
     def _block(self, rows, count: int, unwanted: threading.Event) -> list:
         images = []
-        for row in itertools.islice(rows, self.buffer):
+        for row in rows:
             if unwanted.is_set():
                 return []
-            images.append(self._stream.image_of(row, count + len(images)))
+            if image := self._stream.image_of(row, count + len(images)):
+                images.append(image)
+            if len(images) == self.buffer:
+                break
         return images
 
 

@@ -165,7 +165,8 @@ def build_parser() -> Parser:
                        help="images of a stream that count as an epoch; 0: as many as it says it has, or 10000")  # fmt: skip
     parser.add_switch(group, "random_flip", True, "mirror half of the training images")
     parser.add_switch(group, "cache_latents", True, "encode each training image once and keep its latents on disk")
-    group.add_argument("--cache_views", type=integer(1, 1000), default=4, help="random crops and flips per training image")
+    group.add_argument("--cache_views", type=integer(1, 1000), default=4,
+                       help="random crops and flips per training image; without a latent cache new in each epoch")  # fmt: skip
     group.add_argument("--latent_cache_dir", default="latent_cache", help="folder of latent caches; safe to delete when unused")
     parser.add_switch(group, "cache_per_machine", False, "each machine encodes, keeps and reads its own share of the images, "
                       "in its own --latent_cache_dir: for machines without a disk in common")  # fmt: skip
@@ -621,7 +622,7 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
     if args.streaming:
         options = (args.train_batch_size, args.num_workers, args.seed, args.shuffle_buffer)
         return dataloader.stream_loader(train_set, *options, **place), judged_images
-    options = (args.train_batch_size, args.num_workers, args.seed, args.cache_views)
+    options = (args.train_batch_size, args.num_workers, args.seed)
     if args.cache_latents and vae1 is not None and vae2 is not None:
         kept = CacheOptions(
             args.latent_cache_dir,
@@ -635,7 +636,7 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
         machine = machine_of(accelerator, args.cache_per_machine)
         with naming("--latent_cache_dir", "--num_workers"):
             train_set = cache_latents(train_set, Codec(vae1), Codec(vae2), kept, args.num_workers, machine)
-        return cached_loader(train_set, *options, machine, place["device"]), judged_images
+        return cached_loader(train_set, *options, args.cache_views, machine, place["device"]), judged_images
     return dataloader.train_loader(train_set, *options, **place), judged_images
 
 
@@ -694,7 +695,7 @@ def prepare_run(
         checkpoint.require_same(resumed, data["order"] | {"files": data["files"]} | data["vaes"], args)
         places = resumed["training"]["places"]
         with naming("--train_data_dir"):
-            train_loader.batch_sampler.go_on(resumed["step"], places and places[accelerator.process_index])
+            train_loader.batch_sampler.go_on(resumed["step"], places and places[accelerator.process_index], places)
     else:
         with memory_advice("looking at the first images", **memory_flags(args)):
             if pipeline.uses_latents and not start:
@@ -893,7 +894,7 @@ def training_loop(
                         if skipped:
                             with logging_redirect_tqdm():
                                 skipped = count_of(skipped, "step")
-                                log.warning("step %d: %s skipped, loss or gradient not finite", run.step, skipped)
+                                log.warning("step %d: %s skipped, %s", run.step, skipped, BadSteps.WHY)
                         writer.step = run.step
                         writer.log_training(
                             loss=mean_loss,
@@ -911,7 +912,7 @@ def training_loop(
         if unreadable:
             log.warning("%s left out during training", count_of(len(unreadable), "unreadable image"))
         if run.bad_steps.total:
-            log.warning("%s skipped: loss or gradient not finite", count_of(run.bad_steps.total, "step"))
+            log.warning("%s skipped: %s", count_of(run.bad_steps.total, "step"), BadSteps.WHY)
 
 
 def train_step(args: argparse.Namespace, run: Run, encoded: Encoded, position: float):

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import io
 import json
 import logging
 import os
@@ -168,7 +169,7 @@ def require_regular(path: str | os.PathLike) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError("a folder, not a file")
     if not stat.S_ISREG(mode):
-        raise OSError("a pipe, socket or device, not a file")
+        raise io.UnsupportedOperation("a pipe, socket or device, not a file")  # an OSError
 
 
 def open_regular(path: str | os.PathLike, mode: str = "rb"):

@@ -6,15 +6,20 @@ import contextlib
 import functools
 import importlib
 import io
+import logging
 
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL import __version__ as pillow_version
 
+log = logging.getLogger(__name__)
+
 Image.MAX_IMAGE_PIXELS = 1 << 28  # Pillow's limit is a third of it, and phones and cameras have 102 to 200 megapixels
 
 WIDE_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # grey with more than 8 bits; Pillow would clip them at 255
+CLEAR_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
+SAID = set()  # (mode, white, whether nearly black) of images whose range was warned of in this process
 EXECUTED_FORMATS = ("EPS",)  # Pillow passes such a file, under any name, to Ghostscript, which executes it
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 METADATA_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"iCCP", b"tIME", b"pHYs")
@@ -24,6 +29,7 @@ def open_image(file: str | io.BytesIO) -> Image.Image:
     """The picture in a file, by path or as bytes, not yet decoded. An exception of Pillow's if it is none."""
     try:
         image = Image.open(file, formats=readable_formats())
+        require_decodable(image)
         if image.format == "PNG":
             image.load()  # texts may stand behind the pixels
         return image
@@ -34,6 +40,14 @@ def open_image(file: str | io.BytesIO) -> Image.Image:
         with contextlib.suppress(Exception):
             return Image.open(plain, formats=("PNG",))
         raise
+
+
+def require_decodable(image: Image.Image) -> None:
+    """DecompressionBombError unless the image, with the copies that `to_rgb` makes of it, takes at most about 2 GB."""
+    several = image.mode in (*WIDE_MODES, *CLEAR_MODES) or "transparency" in image.info  # copies of the whole picture
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS // (2 if several else 1):
+        size = f"{image.width}x{image.height} pixels of mode {image.mode}"
+        raise Image.DecompressionBombError(f"{size} take too much memory, could be a decompression bomb")
 
 
 def without_metadata(file: str | io.BytesIO) -> io.BytesIO | None:
@@ -72,30 +86,53 @@ def image_reader() -> str:
     return f"Pillow {pillow_version} with {', '.join(sorted(readable_formats()))}"
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as the RGB picture a viewer would show: upright, first frame, over white, 16 bits scaled to 8."""
+def to_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
+    """Any Pillow image as the RGB picture a viewer would show: upright, first frame, over white, 16 bits scaled to 8.
+
+    `name`: what a warning calls it, see `wide_levels`."""
     image.load()  # raises if the pixels cannot be decoded
+    require_decodable(image)  # an icon's size and mode are known only now
     profile = image.info.get("icc_profile")
     with contextlib.suppress(Exception):  # metadata that cannot be parsed: the picture stays as it is stored
         image = ImageOps.exif_transpose(image)
     if image.mode in WIDE_MODES:
-        levels = np.asarray(image, dtype=np.float32)
-        brightest = levels.max(where=np.isfinite(levels), initial=0)
-        if image.mode.startswith("I;16"):
-            white = 65535
-        elif image.mode == "F" and brightest <= 1:
-            white = 1
-        else:
-            white = 255 if brightest <= 255 else 65535
-        levels = np.nan_to_num(levels * (255 / white)).clip(0, 255).round().astype(np.uint8)
-        return Image.fromarray(levels).convert("RGB")
+        return Image.fromarray(wide_levels(image, name)).convert("RGB")
     if profile:
         with contextlib.suppress(Exception):  # a profile that cannot be parsed or is for another mode
             image = in_srgb(image, profile)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
+    if image.mode in CLEAR_MODES or "transparency" in image.info:
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def wide_levels(image: Image.Image, name: str) -> np.ndarray:
+    """A grey image of more than 8 bits -> (H, W) uint8; values beyond its range are clipped, and NaN is black.
+
+    The range is 0 to 65535 for 16 bits. Other kinds state none: floats within 0..1 have that one, and else it is the one of
+    0..1 (floats alone), 0..255 and 0..65535 within which most pixels are neither clipped nor nearly black. A line in the log
+    says that it was guessed, or that the picture is nearly black.
+    """
+    values = np.asarray(image, np.float32)
+    finite = values[np.isfinite(values)]
+    lowest, highest = finite.min(initial=0), finite.max(initial=0)
+    whole = image.mode != "F" or (finite == np.floor(finite)).all()
+    guessed = not image.mode.startswith("I;16") and (image.mode != "F" or highest > 1)
+    if guessed:
+        ranges = (255, 65535) if whole else (1, 255, 65535)
+        white = max(ranges, key=lambda white: np.count_nonzero((values > white / 32) & (values <= white)))
+    else:
+        white = 1 if image.mode == "F" else 65535
+    dark = 0 < highest < white / 16
+    kind = image.mode, white, dark
+    if (guessed or dark or lowest < -white / 16) and kind not in SAID:
+        SAID.add(kind)
+        log.warning(
+            "%r: a grey image of mode %s with values from %g to %g is read as 0 (black) to %d (white)%s; others like it are "
+            "not named",
+            name, image.mode, lowest, highest, white, ": it is nearly black" if dark else "",
+        )  # fmt: skip
+    return np.nan_to_num(values * (255 / white)).clip(0, 255).round().astype(np.uint8)
 
 
 def in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
@@ -117,7 +154,7 @@ def in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
         levels = ImageCms.profileToProfile(opaque, source, ImageCms.createProfile("sRGB"))
     else:
         return image
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode in CLEAR_MODES or "transparency" in image.info:
         levels.putalpha(image.convert("RGBA").getchannel("A"))
     return levels
 

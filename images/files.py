@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from images.decoding import open_image, readable_formats
-from utils import UserError, one_line, require_regular
+from utils import UserError, one_line, printable, require_regular
 
 log = logging.getLogger(__name__)
 
@@ -25,23 +25,36 @@ PICTURES = frozenset({
     ".heic", ".heif", ".hif", ".avif", ".jxl", ".jxr", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".sr2", ".dng", ".orf", ".rw2",
     ".raf", ".pef", ".srw", ".raw", ".svg", ".exr", ".hdr", ".psb", ".xcf",
 })  # fmt: skip
+# folders of file servers and systems, in lower case: thumbnails, deleted files, snapshots, the forks of zipped files
+SYSTEM_FOLDERS = frozenset({
+    "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp", "$recycle.bin", "system volume information",
+    "lost+found", "__macosx",
+})  # fmt: skip
 SYNSET = re.compile(r"n\d{8}$")  # the name of an ImageNet class folder
 MANY = 100_000  # files after which no more are counted
 SETTLED = 2.0  # seconds after its last change in which a file may change again under the same time stamp
 
 
-def list_images(folder: str | os.PathLike) -> list[str]:
+def image_endings() -> set[str]:
+    """The name endings of the formats that Pillow reads here: {".png", ".jpg", …}."""
+    readable_formats()
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def list_images(folder: str | os.PathLike, within: Iterable[str | os.PathLike] = ()) -> list[str]:
     """The sorted paths of all files below `folder` whose name ending is that of a format that Pillow reads.
 
-    Hidden files and folders are left out. Links are followed, and each folder is visited once. A folder that cannot be read
-    is left out with a warning.
+    Hidden files and folders are left out, and with a warning `SYSTEM_FOLDERS` and folders that cannot be read. Links are
+    followed, and each folder is visited once.
+
+    Args:
+        within: the folders in `folder` to look into; by default all.
     """
-    readable_formats()
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    endings = image_endings()
     found = []
-    others = Counter()
+    others, left_out = Counter(), Counter()
     visited = set()
-    waiting = [os.fspath(folder)]
+    waiting = [os.fspath(each) for each in within or [folder]]
     while waiting:  # os.walk takes a stack frame per level before Python 3.12
         current = waiting.pop()
         try:
@@ -55,11 +68,16 @@ def list_images(folder: str | os.PathLike) -> list[str]:
             log.warning("left out: the folder %r (%s)", current, one_line(error))
             continue
         folders = [entry.path for entry in entries if os.path.isdir(entry.path)]
-        waiting += reversed(folders)
+        systems = [path for path in folders if os.path.basename(path).lower() in SYSTEM_FOLDERS]
+        left_out.update(map(os.path.basename, systems))
+        waiting += [path for path in reversed(folders) if path not in systems]
         images = {entry.path for entry in entries if os.path.splitext(entry.name)[1].lower() in endings}
         found += images.difference(folders)
         unread = (os.path.splitext(entry.name)[1].lower() for entry in entries if entry.path not in images)
         others.update(ending for ending in unread if ending in PICTURES)
+    if left_out:
+        named = ", ".join(f"{count} {name}" for name, count in left_out.items())
+        log.warning("%s: left out: folders that a file server or system keeps there (%s)", folder, printable(named))
     if others:
         log.warning(
             "%s: %s of formats that Pillow here does not read (%s): convert them, or install a plug-in (.heic: "
@@ -104,7 +122,7 @@ def list_imagenet(folder: str | os.PathLike, split: str) -> list[str]:
             f"{folder}: no ImageNet class folders (n01440764, …) there nor in its {split}/; for any other folder of images "
             "choose the dataset_type default"
         )
-    return [path for class_folder in classes for path in list_images(class_folder)]
+    return list_images(root, classes)
 
 
 def digest_of(blocks: Iterable[bytes]) -> bytes:

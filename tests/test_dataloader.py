@@ -1,5 +1,6 @@
 """Folders to batches: which images are found, in which order they come, and the same through workers."""
 
+import itertools
 import os
 import shutil
 import sys
@@ -11,7 +12,7 @@ from drawn import BLUE, PNG, RED, levels
 from hostile import refusal
 from PIL import Image
 
-from dataloader import EpochSampler, ImageDataset, eval_loader, find_images, train_loader
+from dataloader import EpochSampler, ImageDataset, eval_loader, find_images, open_stream, train_loader
 from images.files import list_images
 from train_align_with_args import create_data_loaders, parse_args
 from utils import UserError
@@ -226,6 +227,26 @@ def test_loaders_of_a_run_read_both_folders(tmp_path):
     assert (levels(next(iter(evaluation))["pixel_values"][0]) == BLUE).all()
     assert (train.dataset.random_crop, train.dataset.random_flip, train.dataset.seed) == (True, True, 9)
     assert (evaluation.dataset.random_crop, evaluation.dataset.random_flip) == (False, False)
+
+
+def test_folders_that_a_file_server_keeps_are_left_out_with_a_word(tmp_path, caplog):
+    """Training on a NAS's thumbnails and deleted photos."""
+    kept = ("@eaDir/a.png/SYNOPHOTO_THUMB_S.jpg", "b/@eaDir/d.jpg", "#recycle/e.png", "$RECYCLE.BIN/f.png")
+    for name in ("a.png", "b/c.png", *kept):
+        touch_image(tmp_path / name)
+    found = [os.path.relpath(path, tmp_path) for path in list_images(tmp_path)]
+    assert found == ["a.png", "b/c.png"] and "2 @eaDir" in caplog.text and "#recycle" in caplog.text
+    streamed = [row["name"] for row in open_stream(str(tmp_path), "--flag").data]
+    assert [os.path.relpath(path, tmp_path) for path in streamed] == found
+
+
+def test_without_a_cache_every_epoch_has_new_crops(photo_folders):
+    """--no_cache_latents that sees each image in as many crops as a cache would hold."""
+    train, _ = create_data_loaders(data_flags(*photo_folders, train_batch_size=10, image_size=32, cache_views=2))
+    assert len(train) == 1
+    seen = [dict(zip(batch["path"], batch["pixel_values"])) for batch in itertools.islice(iter(train), 8)]
+    views = [{epoch[name].numpy().tobytes() for epoch in seen} for name in seen[0]]
+    assert min(map(len, views)) > 4  # two of eight may fall together
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hostile import refusal
 from runs import LAUNCHER, QUIET, assert_same_tensors, results_of, tiny_of, train, write_shard
 
 import train_align_with_args as train_script
-from dataloader import StreamDataset, StreamSampler, open_stream, shards_of, stream_loader
+from dataloader import StreamDataset, StreamSampler, WorkersLost, open_stream, shards_of, stream_loader
 
 IMAGES = (7, 5, 6)  # in each shard
 
@@ -143,9 +143,104 @@ def test_images_that_cannot_be_read_are_named_and_replaced(tmp_path):
     assert sorted(bool(batch["pixel_values"].isfinite().all()) for batch in alone) == [False, False, True]
 
 
+def test_every_image_of_a_shard_is_read_whatever_its_format(tmp_path, caplog):
+    """Half of the images lost since the first samples are JPEG; samples that need the same files; captions that are parsed."""
+    photo = make_photo(np.random.default_rng(1), (48, 40))
+    jpeg, png, webp = (encoded(kind, photo) for kind in ("JPEG", "PNG", "WEBP"))
+    files = {f"{number}.jpg": jpeg for number in range(6)}
+    write_shard(tmp_path / "0.tar", files | {"6.PNG": png, "7.json": b"{", "7.webp": webp})
+    write_shard(tmp_path / "1.tar", {"8.mask.png": webp, "8.png": png, "8.txt": b"\xff", "._9.png": b"", "10.jpeg": jpeg})
+    dataset = dataset_of(tmp_path)
+    with caplog.at_level("INFO"):
+        dataset.look_at_first("--flag")
+    assert "a sample has several images, .mask.png, .png; using .png" in caplog.text
+    images = in_one_row(itertools.islice(iter(sampler_of(tmp_path, batch_size=1)), 10))
+    contents = [content for _, (_, content) in images]
+    assert (contents.count(jpeg), contents.count(png), contents.count(webp)) == (7, 2, 1)
+
+
+def cut(content):
+    return content[: len(content) // 2]
+
+
+BROKEN = {  # kind: (what is done to a shard, what is said)
+    "cut short": (lambda content: content[:1500], "unexpected end of data"),
+    "cut between two files": (cut, "empty header"),
+    "empty": (lambda content: b"", "empty header"),
+    "zeros": (lambda content: bytes(len(content)), "no file in it"),
+    "damaged header": (lambda content: content.replace(b"1_2.jpg", b"\0_2.jpg"), "checksum"),
+    "zeros to its end": (lambda content: cut(content)[: len(content) // 1024 * 512] + bytes(4 << 20), ""),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_shard_is_named_and_left_out_and_may_be_gone_at_a_resume(shards, tmp_path, caplog, kind):
+    """A run that ends at one of a thousand shards without its name, that loses the rest of it without a word, or that can never
+    go on once the shard is taken away."""
+    damage, said = BROKEN[kind]
+    for shard in shards.iterdir():
+        (tmp_path / shard.name).write_bytes(damage(shard.read_bytes()) if shard.name == "1.tar" else shard.read_bytes())
+    whole = sampler_of(tmp_path)
+    batches = list(itertools.islice(iter(whole), 40))
+    names = {name for batch in batches for _, (name, _) in batch}
+    good = {f"{tmp_path}/{shard}.tar#{shard}_{image}" for shard in (0, 2) for image in range(IMAGES[shard])}
+    assert {name for name in names if "1.tar" not in name} == good
+    assert caplog.text.count("left out") == 1 and f"{tmp_path / '1.tar'}" in caplog.text and said in caplog.text
+    place = whole.state_after(20)
+    resumed = sampler_of(tmp_path)
+    resumed.go_on(20, place)
+    assert list(itertools.islice(iter(resumed), 20)) == batches[20:]
+    (tmp_path / "1.tar").unlink()
+    without = sampler_of(tmp_path)
+    without.go_on(20, place)
+    assert all("1.tar" not in name for name in in_one_row(draw(without, 20)))
+    again = sampler_of(tmp_path)
+    again.go_on(30, without.state_after(30))
+    (tmp_path / "2.tar").unlink()
+    refusal(lambda: sampler_of(tmp_path).go_on(20, place), "not the shards")
+
+
+def test_a_server_that_is_gone_is_no_broken_shard(shards, monkeypatch):
+    """An epoch of what was read before the network failed, all other shards left out as missing."""
+    import datasets
+
+    for name in ("STREAMING_READ_MAX_RETRIES", "STREAMING_OPEN_MAX_RETRIES"):
+        monkeypatch.setattr(datasets.config, name, 1)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(shards))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_port}/{{0..3}}.tar"  # of which the last is not there
+        passes = in_one_row(draw(sampler_of(place, batch_size=1, buffer=1), sum(IMAGES)))
+        assert len(set(passes)) == sum(IMAGES)
+        batches = iter(sampler_of(place, batch_size=1, buffer=1))
+        next(batches)
+        server.shutdown()
+    with pytest.raises(WorkersLost, match=r"cannot be read on \(http://.*\.tar"):
+        list(itertools.islice(batches, 40))
+
+
+def test_braces_and_empty_shards_are_refused_in_one_line(tmp_path):
+    """A list of a billion names, which takes all memory; a traceback where no shard can be read."""
+    for place in ("a{0..999999999999}.tar", "a{0..9999}{0..9999}.tar", "http://a.b/{0..99999999}.tar"):
+        refusal(lambda place=place: open_stream(place, "--flag"), f"--flag {place}: more than")
+    (tmp_path / "0.tar").touch()
+    (tmp_path / "1.tar").mkdir()
+    refusal(lambda: dataset_of(tmp_path).look_at_first("--flag"), "none of 2 shards can be read")
+
+
+def test_images_of_which_none_can_be_read_are_not_the_learning_rates_fault(flags, tmp_path):
+    """Advice to lower the learning rate where the data set is broken."""
+    photo = encoded("JPEG", make_photo(np.random.default_rng(1), (48, 40)))
+    write_shard(tmp_path / "0.tar", {"0.jpg": photo} | {f"{number}.jpg": b"no picture" for number in range(1, 30)})
+    changes = {**QUIET, "streaming": True, "train_data_dir": tmp_path / "0.tar", "epoch_images": 30, "train_batch_size": 1}
+    changes |= {"shuffle_buffer": 1, "max_bad_steps": 3, "init": "random"}
+    text = refusal(lambda: train(flags, tmp_path, **changes), "--train_data_dir")
+    assert "none of its images can be read" in text and "learning_rate" not in text
+
+
 @pytest.mark.parametrize(("files", "said"), [
     (None, "no such shard"),
-    ({"a.txt": b"text"}, "no image column"),
+    ({"a.txt": b"text"}, "no image in this row"),
     ({"a.jpg": b"no picture"}, "none of 1 files can be read as an image"),
 ])  # fmt: skip
 def test_what_is_no_stream_of_images_is_refused(flags, tmp_path, files, said):

@@ -133,6 +133,8 @@ class BadSteps:
             1 or more.
     """
 
+    WHY = "loss or gradient not finite, or no image readable"  # what makes a step bad
+
     def __init__(self, limit: int, accelerator):
         self.limit, self.accelerator = limit, accelerator
         self.total = self.in_a_row = 0
@@ -148,7 +150,8 @@ class BadSteps:
         return ok
 
     def note(self, ok: torch.Tensor, step: int, files: list[str]) -> None:
-        """Remember the outcome of `step` (counted from 1) and the files in this process's batch."""
+        """Remember the outcome of `step` (counted from 1) and the files in this process's batch: empty names for a batch of
+        which no image could be read."""
         self._pending.append((ok, step, files))
         if len(self._pending) >= KEPT_STEPS:
             self.read()
@@ -163,6 +166,11 @@ class BadSteps:
         for ok, (_, step, files) in zip(outcomes, pending):
             self.in_a_row = 0 if ok or overflowed else self.in_a_row + 1
             self.total += not ok
+            if self.in_a_row >= self.limit and not any(files):
+                raise UserError(
+                    f"--train_data_dir: {self.in_a_row} steps in a row were skipped (--max_bad_steps), the last of them, step "
+                    f"{step}, since none of its images can be read; mend those that are named above as left out"
+                )
             if self.in_a_row >= self.limit:
                 shown = ", ".join(map(repr, files[:SHOWN_FILES])) + (", …" if len(files) > SHOWN_FILES else "")
                 raise UserError(

@@ -17,6 +17,7 @@ from PIL import EpsImagePlugin, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from dataloader import ImageDataset, eval_loader, find_images
+from images import decoding
 from images.files import list_images
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -110,6 +111,32 @@ def test_every_kind_of_file_comes_out_as_a_viewer_shows_it(tmp_path, kind, train
         inner = picture[2:22, 8 * band + 2 : 8 * band + 6]
         worst = abs(inner - colour).max()
         assert worst <= tolerance, f"band {band} is {inner[0, 0].tolist()}, not {colour}"
+
+
+@pytest.mark.parametrize(("white", "kind", "overshoots"), [
+    (1, np.float32, (1.001, 1.02, 2)), (255, np.float32, (1, 1.02, 1.2)), (65535, np.float32, (1, 1.1)),
+    (255, np.int32, (1, 1.01, 1.2)), (65535, np.int32, (1, 1.1)),
+])  # fmt: skip
+def test_values_beyond_a_range_do_not_change_the_range(tmp_path, caplog, white, kind, overshoots):
+    """A float picture that was sharpened, read as 0..255 since one value is a hair above 1: black, without a word."""
+    ramp = np.tile(np.linspace(0, 1, 64), (48, 1))
+    for overshoot in overshoots:
+        decoding.SAID.clear()
+        caplog.clear()
+        Image.fromarray((ramp * white * overshoot).astype(kind)).save(tmp_path / "a.tiff")
+        seen = np.asarray(ImageDataset([str(tmp_path / "a.tiff")], 8).open(0))[..., 0]
+        assert abs(seen - (ramp * 255 * overshoot).clip(0, 255)).max() <= 1
+        assert f"a.tiff': a grey image of mode {'F' if kind == np.float32 else 'I'}" in caplog.text
+        assert f"is read as 0 (black) to {white} (white);" in caplog.text
+
+
+def test_a_picture_that_comes_out_nearly_black_is_named(tmp_path, caplog):
+    """12-bit levels in 16 bits, or floats of a wrong scale, trained on as black without a word."""
+    decoding.SAID.clear()
+    for name, picture in (("a", bands(0, 2000, 4095, np.uint16)), ("b", bands(0, 0.01, 0.02, np.float32))):
+        Image.fromarray(picture).save(tmp_path / f"{name}.tiff")
+        ImageDataset([str(tmp_path / f"{name}.tiff")], 8).open(0)
+        assert f"{name}.tiff" in caplog.text and "nearly black" in caplog.text
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
@@ -271,9 +298,9 @@ def png_chunk(kind, content):
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def png(width, height, *chunks):
-    """A PNG whose header promises `width` x `height` px of grey, with whatever chunks follow."""
-    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+def png(width, height, *chunks, colour=0, bits=8):
+    """A PNG whose header promises `width` x `height` px, grey unless `colour` says else, with whatever chunks follow."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + png_chunk(b"IEND", b"")
 
 
@@ -303,6 +330,8 @@ JPEG, GIF, TIFF = (encoded(form) for form in ("JPEG", "GIF", "TIFF"))
 TIFF_DIRECTORY = struct.unpack("<I", TIFF[4:8])[0]
 TEXT_BOMB = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100 << 20)))
 
+IDAT = png_chunk(b"IDAT", zlib.compress(bytes(9)))
+
 FILES = {  # kind: (file name, content, USED or what the message says)
     "truncated jpeg": ("a.jpg", JPEG[: len(JPEG) // 2], "runcated"),
     "zero bytes": ("a.jpg", b"", "cannot identify"),
@@ -312,6 +341,13 @@ FILES = {  # kind: (file name, content, USED or what the message says)
     "tiff whose directories form a ring": ("a.tif", TIFF[:-4] + struct.pack("<I", TIFF_DIRECTORY), USED),
     "bomb in a png": ("a.png", png(50_000, 50_000, png_chunk(b"IDAT", zlib.compress(b"0"))), "decompression bomb"),
     "bomb that Pillow only warns of": ("a.png", png(17_000, 17_000), "decompression bomb"),
+    "bomb of transparent pixels": ("a.png", png(12_000, 12_000, IDAT, colour=6), "decompression bomb"),
+    "bomb of 16-bit pixels": ("a.png", png(12_000, 12_000, IDAT, bits=16), "decompression bomb"),
+    "bomb of a colour that is transparent": (
+        "a.png",
+        png(12_000, 12_000, png_chunk(b"tRNS", bytes(6)), IDAT, colour=2),
+        "decompression bomb",
+    ),
     "bomb in a png's text": ("a.png", png(9, 9, TEXT_BOMB, png_chunk(b"IDAT", zlib.compress(bytes(90)))), USED),
     "exif orientation 9": ("a.jpg", with_orientation(3, 1, b"\x09\0\0\0"), USED),
     "exif cut short": ("a.jpg", with_exif(b"II*\0\x08\0\0\0\xff\xff"), USED),

@@ -31,10 +31,11 @@ def test_the_cache_and_a_resumed_run_show_what_training_without_them_shows(flags
     """Catches a cache of VAE1's picture, or of the image itself, in its place; a turn that depends on what is in the folder;
     pictures drawn anew by a resumed run."""
     seen = {"seen_through": [str(vae_folders["kl4_stride4"])], **RECIPE}
-    cached = train(flags, tmp_path / "cached", **seen, cache_views=2)
-    online = train(flags, tmp_path / "online", **seen, cache_views=2, no_cache_latents=True)
+    cached = train(flags, tmp_path / "cached", **seen, cache_views=1)
+    online = train(flags, tmp_path / "online", **seen, no_cache_latents=True)
     plain = train(flags, tmp_path / "plain", **RECIPE | {"reencode_target": 0.0})
-    assert np.allclose(cached.scalars["train/loss"], online.scalars["train/loss"], rtol=5e-3)
+    first_epoch = [run.scalars["train/loss"][:3] for run in (cached, online)]  # later, training without a cache has other crops
+    assert np.allclose(*first_epoch, rtol=5e-3)
     assert not same_weights(cached.last, plain.last)
-    train(flags, tmp_path / "broken", **seen | {"max_train_steps": 2}, cache_views=2)
-    assert_same_tensors(train(flags, tmp_path / "broken", **seen, cache_views=2, resume=True).last, cached.last)
+    train(flags, tmp_path / "broken", **seen | {"max_train_steps": 2}, cache_views=1)
+    assert_same_tensors(train(flags, tmp_path / "broken", **seen, cache_views=1, resume=True).last, cached.last)
