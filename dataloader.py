@@ -604,11 +604,16 @@ class ImageDataset(Dataset):
                     pixels = self.crop(image, self.content(place), view)
                 else:
                     pixels = resized_crop(image, self.image_size, self.image_size)
-                made = {"pixel_values": pixels, "index": place, "path": self.name(place), "unreadable": unreadable}
-                return made | {"enlarged": min(image.size) < self.image_size}
+                return {
+                    "pixel_values": pixels,
+                    "index": place,
+                    "path": self.name(place),
+                    "enlarged": min(image.size) < self.image_size,
+                    "unreadable": unreadable,
+                }
             except UnreadableImage as error:
                 unreadable.append(str(error))
-        return {"pixel_values": None, "index": index, "path": self.name(index), "unreadable": unreadable}
+        return {"pixel_values": None, "index": index, "path": self.name(index), "enlarged": False, "unreadable": unreadable}
 
 
 class StreamDataset(ImageDataset):
