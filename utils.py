@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import re
 import reprlib
 import secrets
@@ -26,14 +27,18 @@ log = logging.getLogger(__name__)
 
 STAMP_FORMAT = "%Y%m%d_%H%M%S"
 JSON_BYTES = 1 << 24  # a longer file is no config
-SECRETS = re.compile(r"(?<=://)[^\s'\"]*(?=@)|\bhf_[\w.-]{20,}")  # the user of a URL, a Hugging Face token
+AFTER_SCHEME = re.compile(r"://[^\s'\"]*")  # the rest of a URL, whose user and password end at the last @
+TOKEN = re.compile(r"\b(hf|api_org)_[\w.-]{20,}")  # Hugging Face's
+TOKEN_NAMES = ("HUGGINGFACE_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+GIT_LFS = b"version https://git-lfs"
+SAFE_TORCH = "2.10"  # older versions can be made to run code by a file, `weights_only` or not
 
 
 class UserError(Exception):
     """A mistake that the user can correct. The message is one line without secrets: the thing, its value, the remedy."""
 
     def __init__(self, message: str):
-        super().__init__(printable(" ".join(message.split())))
+        super().__init__(printable(message.strip()))  # a line break or tab within is part of a value, and shown as one
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
@@ -52,10 +57,11 @@ def printable(text: str) -> str:
 
 def without_secrets(text: str) -> str:
     """`text` with `***` in place of Hugging Face tokens and of the user and password in URLs."""
-    for name in ("HUGGINGFACE_TOKEN", "HF_TOKEN"):
+    for name in TOKEN_NAMES:
         if token := "".join(os.environ.get(name, "").split()):
             text = text.replace(token, "***")
-    return SECRETS.sub("***", text)
+    text = AFTER_SCHEME.sub(lambda url: f"://***@{url[0].rpartition('@')[2]}" if "@" in url[0] else url[0], text)
+    return TOKEN.sub("***", text)
 
 
 def hub_token() -> str | None:
@@ -163,12 +169,41 @@ def read_json(path: str | os.PathLike):
 
 
 def require_regular(path: str | os.PathLike) -> None:
-    """OSError unless `path` is a regular file: opening a pipe waits for a writer, and reading a device may never end."""
-    mode = os.stat(path).st_mode
-    if stat.S_ISDIR(mode):
+    """OSError unless `path` is a regular file with its own content: opening a pipe waits for a writer, reading a device may
+    never end, and git leaves a pointer in place of a large file where git-lfs is not installed."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError("a folder, not a file")
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(status.st_mode):
         raise OSError("a pipe, socket or device, not a file")
+    if 0 < status.st_size < 1024:  # as long as a pointer may be
+        with open(path, "rb") as file:
+            if file.read(len(GIT_LFS)) == GIT_LFS:
+                raise OSError("a git-lfs pointer in place of the file; fetch the file with `git lfs pull`")
+
+
+def require_safe_torch() -> None:
+    """UserError where this torch can be made to run code by a file that it reads; .safetensors files are safe with any."""
+    if torch.__version__ < SAFE_TORCH:
+        raise UserError(
+            f"torch {torch.__version__}: a .pth, .pt, .ckpt or .bin file could run code in it; install torch {SAFE_TORCH} or "
+            "newer, or use .safetensors files"
+        )
+
+
+def read_torch(path: str | os.PathLike, device: str | torch.device = "cpu", mmap: bool = False):
+    """The tensors and plain values in a file that `torch.save` wrote: .pth, .pt, .ckpt, .bin. It runs no code.
+
+    UserError with a torch before `SAFE_TORCH`; UnpicklingError for a file that asks to run code, or is none of these; otherwise
+    OSError or torch's own errors. `mmap`: read no tensor before it is used.
+    """
+    require_safe_torch()
+    require_regular(path)
+    try:
+        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:  # whose text advises to let the file run its code
+        asks = "GLOBAL" in str(error).upper()
+        raise pickle.UnpicklingError("it asks to run code, which is refused" if asks else "not a file of torch's") from None
 
 
 def next_stamp(folder: str | os.PathLike, prefix: str) -> str:

@@ -23,6 +23,7 @@ from utils import WARNINGS, UserError, handle_stop_signals, one_line, printable,
 from vae_align import AlignError
 
 MISTAKES = (UserError, AlignError)  # the user's mistakes: one line, no traceback
+BACKSLASH = r"in JSON write the \ of a path as / or \\"
 UNSET = object()  # in place of a default, so that a typed value that equals the default counts as typed
 
 
@@ -61,6 +62,9 @@ class Parser(argparse.ArgumentParser):
             typed = self._typed(argv)
             if "load_config" in typed:
                 config = self.check_config(load_config(typed["load_config"]), typed["load_config"])
+                for name, value in config.items():
+                    if isinstance(value, str) and re.search(r"[\b-\r]", value):
+                        logging.warning("%s: %s %s: has a control character; %s", typed["load_config"], name, value, BACKSLASH)
         except UserError as error:
             self.exit(2, f"{self.prog}: error: {one_line(error, limit=600)}\n")
         names = {"typed_flags": tuple(sorted(typed)), "given_flags": tuple(sorted(config | typed))}
@@ -171,6 +175,7 @@ def load_config(config_path) -> dict:
         config = read_json(config_path)
     except (OSError, ValueError) as error:
         remedy = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        remedy = f"; {BACKSLASH}" if "escape" in str(error) else remedy
         raise UserError(f"--load_config {config_path}: cannot be read as JSON ({one_line(error)}){remedy}") from None
     if not isinstance(config, dict):
         raise UserError(f"--load_config {config_path}: holds a {type(config).__name__}; it must be an object of flags")

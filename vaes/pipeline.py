@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from utils import UserError, atomic_file, next_stamp, one_line, physical_memory, require_regular, shown
+from utils import UserError, atomic_file, next_stamp, one_line, physical_memory, read_torch, require_regular, shown
 from vae_align import (
     CHECKPOINT_FORMAT,
     CHECKPOINT_PREFIX,
@@ -209,10 +209,10 @@ def _open_codec(label: str, recorded: dict, space: LatentSpace, given, subfolder
     path = recorded["path"]
     subfolder = recorded["subfolder"] if subfolder is None else subfolder
     if given is None or isinstance(given, (str, os.PathLike)):
-        path = str(given or path or "")
+        typed, path = bool(given), str(given or path or "")
         if not path:
             raise UserError(f"{label}: the checkpoint does not say where it is; name a folder or a hub id")
-        given = load_vae_model(path, subfolder, **options, label=label)
+        given = load_vae_model(path, subfolder, **options, label=label, typed=typed)
     codec = Codec(given, path, subfolder)
     for name in ("channels", "stride"):
         if getattr(codec, name) != getattr(space, name):
@@ -319,10 +319,11 @@ def _read_torch(path: Path, is_zip: bool):
     if damaged:
         raise AlignError(f"checkpoint {path}: damaged ({damaged} does not match its checksum)")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read_torch(path)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
-        why = " (it asks to run code, which is refused)" if "GLOBAL" in str(error).upper() else ""
-        raise AlignError(f"checkpoint {path}: not a checkpoint of this tool{why}") from None
+        raise AlignError(f"checkpoint {path}: not a checkpoint of this tool ({error})") from None
     except Exception as error:  # truncated or foreign files fail inside zipfile, pickle or torch, each with its own error
         raise AlignError(f"checkpoint {path}: damaged or not a checkpoint ({one_line(error)})") from None
 
