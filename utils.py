@@ -55,6 +55,11 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in without_secrets(text))
 
 
+def printable_lines(text: str) -> str:
+    """`printable` for a text of several lines, which it keeps."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def without_secrets(text: str) -> str:
     """`text` with `***` in place of Hugging Face tokens and of the user and password in URLs."""
     for name in TOKEN_NAMES:

@@ -19,7 +19,7 @@ import threading
 import traceback
 from pathlib import Path
 
-from utils import WARNINGS, UserError, handle_stop_signals, one_line, printable, read_json, shown, without_secrets
+from utils import WARNINGS, UserError, handle_stop_signals, one_line, printable, printable_lines, read_json, shown
 from vae_align import AlignError
 
 MISTAKES = (UserError, AlignError)  # the user's mistakes: one line, no traceback
@@ -280,7 +280,7 @@ def run(main) -> None:
         print(f"\nstopped by {name}; what was finished is kept; start the same command again", file=sys.stderr)
         sys.exit(128 + stopped_by)
     except Exception:  # tracebacks of libraries quote URLs and headers
-        sys.exit(without_secrets(traceback.format_exc().rstrip()))
+        sys.exit(printable_lines(traceback.format_exc().rstrip()))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -300,7 +300,10 @@ def _survive(stream) -> None:
 
     if hasattr(stream, "reconfigure"):  # a notebook's stream has it not
         stream.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
-    stream.write, stream.flush = surviving(stream.write), surviving(stream.flush)
+    write = surviving(stream.write)
+    # names of strangers' files are printed; on stderr, progress bars move the cursor, and messages are printable by themselves
+    stream.write = (lambda text: write(printable_lines(text))) if stream is sys.stdout else write
+    stream.flush = surviving(stream.flush)
 
 
 def _thread_failed(failure) -> None:
@@ -309,11 +312,11 @@ def _thread_failed(failure) -> None:
     if isinstance(failure.exc_value, OSError):
         logging.warning("%s", one_line(failure.exc_value))
     else:
-        print(without_secrets("".join(traceback.format_exception(failure.exc_value)).rstrip()), file=sys.stderr)
+        print(printable_lines("".join(traceback.format_exception(failure.exc_value)).rstrip()), file=sys.stderr)
 
 
 class _PrintableFormatter(logging.Formatter):
-    """Messages on one line each, without secrets."""
+    """Messages on one line each, without secrets. A member of a tar may have a name of megabytes, so they are cut."""
 
     def formatMessage(self, record):
-        return printable(super().formatMessage(record))
+        return printable(super().formatMessage(record))[:4000]

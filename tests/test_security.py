@@ -5,7 +5,6 @@ import os
 import pickle
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,10 +35,6 @@ class Payload:
 
 def load(path, **options):
     return load_vae_model(path, "vae", None, "cpu", torch.float32, **options)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Versions
 
 
 def floors(lines):
@@ -75,33 +70,22 @@ def test_files_of_torch_are_read_in_one_place():
             assert "trust_remote_code" not in options, file
 
 
-@pytest.fixture
-def old_torch(monkeypatch):
-    monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1"))
-
-
-def files_of_torch(tmp_path):
-    """{kind: a function that reads a sound file of torch's of that kind}."""
-    pickled = tmp_path / "pickled"
-    make_kl_vae(4).save_pretrained(pickled, safe_serialization=False)
+def test_no_file_of_torch_is_read_with_a_torch_that_could_run_its_code(monkeypatch, tmp_path, vae_folders):
+    """One door of six that nobody has locked; .safetensors files refused too."""
+    make_kl_vae(4).save_pretrained(tmp_path / "pickled", safe_serialization=False)
     save_tiny(tmp_path, "taesd", ".pth", latent_channels=4)
     torch.save({}, tmp_path / "vae.ckpt")
     torch.save(torch.zeros(1, 4, 2, 2), tmp_path / "latents.pt")
-    checkpoint = ROOT / "tests" / "files" / "module.pth"
-    return {
-        "a VAE's .bin": lambda: load(pickled).model,
-        "a tiny VAE's .pth": lambda: load(tmp_path / "taesd").model,
-        "a single .ckpt": lambda: load(tmp_path / "vae.ckpt"),
-        "latents": lambda: read_latents(tmp_path / "latents.pt"),
-        "a checkpoint": lambda: read_checkpoint(checkpoint),
-        "ST-LPIPS": lambda: st_lpips("alex"),
-    }
-
-
-def test_no_file_of_torch_is_read_with_a_torch_that_could_run_its_code(old_torch, tmp_path, vae_folders):
-    """One door of six that nobody has locked; .safetensors files refused too."""
-    for call in files_of_torch(tmp_path).values():
-        refusal(call, "torch 2.9.1", f"install torch {SAFE_TORCH}", ".safetensors")
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1"))
+    for read in (
+        lambda: load(tmp_path / "pickled").model,
+        lambda: load(tmp_path / "taesd").model,
+        lambda: load(tmp_path / "vae.ckpt"),
+        lambda: read_latents(tmp_path / "latents.pt"),
+        lambda: read_checkpoint(ROOT / "tests" / "files" / "module.pth"),
+        lambda: st_lpips("alex"),
+    ):
+        refusal(read, "torch 2.9.1", f"install torch {SAFE_TORCH}", ".safetensors")
     assert load(vae_folders["kl4"]).model
     assert AlignPipeline.from_pretrained(ROOT / "tests" / "files" / "module.safetensors")
 
@@ -113,10 +97,6 @@ def test_the_one_file_to_copy_reads_no_file_of_torch(tmp_path):
     for name in ("module.safetensors", "module.pth"):
         refusal(lambda name=name: AlignPipeline.from_pretrained(tmp_path / name), name)
     assert not (tmp_path / "ran").exists()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Weights of other packages
 
 
 @pytest.mark.parametrize("network", ["alex", "vgg"])
@@ -134,13 +114,9 @@ def test_a_planted_file_of_alexnet_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     file = losses.weights_file("alexnet-owt-7be5be79.pth")
     file.parent.mkdir(parents=True)
-    file.write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    file.write_bytes(pickle.dumps(Payload(tmp_path / "ran"), protocol=2))
     refusal(lambda: lpips_network("cpu"), file.name, "cannot be read")
     assert not (tmp_path / "ran").exists()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What a checkpoint may have fetched
 
 
 @pytest.fixture
@@ -164,9 +140,10 @@ def test_a_hub_model_that_a_checkpoint_names_is_not_asked_for_at_the_hub(asked):
     content = read_checkpoint(ROOT / "tests" / "files" / "module.pth")
     content = content | {"vae2": content["vae2"] | {"path": "attacker/beacon"}}
     refusal(lambda: PipelineWithVAEs.from_checkpoint(content).codec2, "attacker/beacon", "name it yourself")
-    resumed = SimpleNamespace(**vars(parse_args(["--vae1_path", "attacker/beacon"])))
+    resumed = parse_args(["--vae1_path", "attacker/beacon"])
     resumed.resume, resumed.given_flags = "latest", ()
     refusal(lambda: load_vaes(resumed), "--vae1_path attacker/beacon", "name it yourself")
+    refusal(lambda: load("//attacker/share", typed=False), "on another machine")  # to which Windows would send a password
     assert asked == []
     refusal(lambda: PipelineWithVAEs.from_checkpoint(content, vae2="attacker/beacon").codec2, "could not be downloaded")
     content["vae2"]["path"] = "madebyollin/taef1"

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from utils import UserError, count_of, hub_token, one_line, read_json, read_torch, require_regular, require_safe_torch, shown
+from vae_align import HUB_NAME
 from vaes.conventions import CONVENTIONS
 from vaes.families import FAMILIES, space_of_file
 from vaes.tiny import TinyAutoencoder
@@ -73,6 +74,10 @@ def find_source(
     `typed` the path, the hub is asked for models of `KNOWN_OWNERS` alone: a stranger's checkpoint may name any model, and the
     request would carry the user's token. UserError names the models and files that are there instead.
     """
+    if not model_path:  # an unset variable in a job's script; as a path it would mean the working directory
+        raise UserError(f"{label} '': names nothing; name a folder, a file or a hub id")
+    if not typed and model_path.startswith(("\\\\", "//")):  # where Windows would log in
+        raise UserError(f"{label} {model_path}: on another machine; name it yourself to have it read there")
     root = Path(model_path).expanduser()
     places = [place for place in dict.fromkeys((subfolder or "", "")) if not Path(place).is_absolute()]
     cached = re.fullmatch("models--(.+?)--(.+)", root.name)
@@ -100,7 +105,7 @@ def find_source(
         if not os.path.exists(root):
             raise UserError(f"{label} {model_path}: no such file")
     repo = HUB_PAGE.sub("", model_path).rstrip("/")
-    if os.path.exists(root) or repo.count("/") != 1 or model_path.startswith((".", "~", "/")):
+    if os.path.exists(root) or not HUB_NAME.fullmatch(repo):
         raise UserError(
             f"{label} {model_path}: neither a folder on this machine, nor a file of weights ({', '.join(SINGLE_FILES)}), nor "
             "a hub id of the form owner/name (a folder within it is the subfolder)"
@@ -139,7 +144,7 @@ def _download(repo: str, places: list[str], cache_dir: str | None, label: str, o
     def fetch(local: bool) -> Path | None:
         for place, name in itertools.product(places, WEIGHT_FILES):
             get = functools.partial(
-                hf_hub_download, repo, subfolder=place or None, cache_dir=cache_dir, token=token, local_files_only=local
+                hf_hub_download, repo, subfolder=place or None, cache_dir=cache_dir or None, token=token, local_files_only=local
             )
             try:
                 config_file = Path(get("config.json"))
@@ -164,12 +169,10 @@ def _download(repo: str, places: list[str], cache_dir: str | None, label: str, o
             log.warning("%s %s: an earlier download is used; the hub gives none (%s)", label, repo, one_line(cause, 150))
         if folder:
             return folder
-        if not online:
-            raise UserError(f"{label} {repo}: no earlier download holds it; name it yourself to have it fetched from the hub")
-        there = _names_of_others(list_repo_files(repo, token=token))
-        said = f"this hub model has no VAE in {' or '.join(place or 'its root' for place in places)}; {there}"
-    except UserError:
-        raise
+        said = "no earlier download holds it; name it yourself to have it fetched from the hub"
+        if online:
+            there = _names_of_others(list_repo_files(repo, token=token))
+            said = f"this hub model has no VAE in {' or '.join(place or 'its root' for place in places)}; {there}"
     except Exception as error:  # offline, timeout, proxy down, disk full: the hub client has no common base for them
         if isinstance(error, errors.GatedRepoError):
             said = "a gated model; accept its licence on its hub page and set HUGGINGFACE_TOKEN"

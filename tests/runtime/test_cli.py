@@ -458,6 +458,19 @@ def test_what_is_printed_never_ends_what_is_done(tmp_path, place):
     assert (tmp_path / "done").exists()
 
 
+def test_no_name_that_is_printed_commands_the_terminal(capsys):
+    """A stranger's file name that retitles the terminal, or worse, in a program's result or a bug's traceback."""
+
+    def main():
+        print("\x1b]0;owned\x07", "一\nnext line")
+        raise RuntimeError("\x1b]0;owned\x07")
+
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert capsys.readouterr().out == "\\x1b]0;owned\\x07 一\nnext line\n"
+    assert "\x1b" not in stop.value.code and "\nRuntimeError: \\x1b]0;owned\\x07" in stop.value.code
+
+
 def test_importing_the_script_has_no_side_effects():
     """Files, a CUDA context, changed settings or seconds of heavy imports for who only wants one function."""
     program = """
