@@ -47,17 +47,13 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def printable(text: str) -> str:
-    """`text` without secrets, its unprintable characters written as in Python: `\\n`, `\\x1b`, `\\udcff`.
+def printable(text: str, keep: str = "") -> str:
+    """`text` without secrets, its unprintable characters but those to `keep` written as in Python: `\\n`, `\\x1b`, `\\udcff`.
 
     A file name may hold such characters: newlines, terminal commands, bytes that are not UTF-8.
     """
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in without_secrets(text))
-
-
-def printable_lines(text: str) -> str:
-    """`printable` for a text of several lines, which it keeps."""
-    return "\n".join(map(printable, text.split("\n")))
+    written = (letter if letter.isprintable() or letter in keep else repr(letter)[1:-1] for letter in without_secrets(text))
+    return "".join(written)
 
 
 def without_secrets(text: str) -> str:

@@ -19,7 +19,7 @@ import threading
 import traceback
 from pathlib import Path
 
-from utils import WARNINGS, UserError, handle_stop_signals, one_line, printable, printable_lines, read_json, shown
+from utils import WARNINGS, UserError, handle_stop_signals, one_line, printable, read_json, shown
 from vae_align import AlignError
 
 MISTAKES = (UserError, AlignError)  # the user's mistakes: one line, no traceback
@@ -280,7 +280,7 @@ def run(main) -> None:
         print(f"\nstopped by {name}; what was finished is kept; start the same command again", file=sys.stderr)
         sys.exit(128 + stopped_by)
     except Exception:  # tracebacks of libraries quote URLs and headers
-        sys.exit(printable_lines(traceback.format_exc().rstrip()))
+        sys.exit(printable(traceback.format_exc().rstrip(), keep="\n"))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -302,7 +302,7 @@ def _survive(stream) -> None:
         stream.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
     write = surviving(stream.write)
     # names of strangers' files are printed; on stderr, progress bars move the cursor, and messages are printable by themselves
-    stream.write = (lambda text: write(printable_lines(text))) if stream is sys.stdout else write
+    stream.write = (lambda text: write(printable(text, keep="\n"))) if stream is sys.stdout else write
     stream.flush = surviving(stream.flush)
 
 
@@ -312,7 +312,7 @@ def _thread_failed(failure) -> None:
     if isinstance(failure.exc_value, OSError):
         logging.warning("%s", one_line(failure.exc_value))
     else:
-        print(printable_lines("".join(traceback.format_exception(failure.exc_value)).rstrip()), file=sys.stderr)
+        print(printable("".join(traceback.format_exception(failure.exc_value)).rstrip(), keep="\n"), file=sys.stderr)
 
 
 class _PrintableFormatter(logging.Formatter):

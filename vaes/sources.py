@@ -137,9 +137,12 @@ def _names_of_others(files: Iterable[str]) -> str:
 def _download(repo: str, places: list[str], cache_dir: str | None, label: str, online: bool) -> Path:
     """The folder of a hub model's VAE in the hub client's cache, with its config and weights. The hub itself is asked only if
     `online`."""
-    from huggingface_hub import errors, hf_hub_download, list_repo_files
+    try:
+        from huggingface_hub import errors, hf_hub_download, list_repo_files
 
-    token = hub_token() or False
+        token = hub_token() or False
+    except Exception as error:  # the environment can make its import fail, such as HF_HUB_ETAG_TIMEOUT
+        raise UserError(f"{label} {repo}: the hub's client cannot be imported ({one_line(error)})") from None
 
     def fetch(local: bool) -> Path | None:
         for place, name in itertools.product(places, WEIGHT_FILES):
