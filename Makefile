@@ -1,4 +1,5 @@
 # Two commands do all the set-up on a fresh machine (Python 3.10+ with pip):  make demo  and  make test.
+# With CONSTRAINTS=constraints.txt they install the exact versions that the suite was last seen to pass with.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -22,8 +23,8 @@ page: $(VENV)/installed $(OUTPUT)/ckpt_align demo/node_modules
 $(OUTPUT)/ckpt_align: | $(VENV)/installed
 	$(RUN) train_align_with_args.py --load_config config/demo.json
 
-demo/node_modules: demo/package.json
-	npm install --prefix demo --ignore-scripts --no-audit --no-fund --no-package-lock
+demo/node_modules: demo/package-lock.json
+	npm ci --prefix demo --ignore-scripts --no-audit --no-fund
 	@touch $@
 
 test: $(VENV)/installed
@@ -40,7 +41,7 @@ lint: $(VENV)/installed
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --disable-pip-version-check -q -r requirements.txt
+	$(RUN) -m pip install --disable-pip-version-check -q -r requirements.txt $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 	@touch $@
 
 clean:

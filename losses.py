@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import UserError, one_line
+from utils import UserError, file_digest, one_line, read_torch
 from vaes.codec import Codec, SeenThrough, decode_picture
 from vaes.pipeline import PipelineWithVAEs, encoded_batches
 
@@ -429,6 +429,10 @@ def feature_distance(features: list, wanted: list) -> torch.Tensor:
 
 
 PACKAGE = "stlpips_pytorch"
+STLPIPS_SHA256 = {
+    "alex": "b356b382f96010f77d085ee8343ecd9fd322d0a56e8de2b2d0549fafcad8b9ee",
+    "vgg": "44597da68f49c1837c100ff52299050f274d102eb102e5837178c79be6f0e250",
+}
 SMALLEST_SIDE = 32  # px: below that the last of VGG's five stages has next to nothing to look at
 EPSILON = 1e-10  # beside a feature vector's length, as published
 
@@ -535,7 +539,9 @@ def st_lpips(network: str = "alex", device: str | torch.device = "cpu") -> Perce
     """ST-LPIPS with the published weights of "alex" or "vgg", float32. UserError without the package or its file."""
     distance, path = PerceptualDistance(network), _weights_file(network)
     try:
-        distance.load_state_dict(_renamed(torch.load(path, map_location="cpu", weights_only=True), network))
+        if file_digest(path).hex() != STLPIPS_SHA256[network]:
+            raise ValueError("its SHA-256 is not the published file's")
+        distance.load_state_dict(_renamed(read_torch(path), network))
     except Exception as error:  # truncated, of another version, no file of weights: each fails in its own way
         raise UserError(
             f"ST-LPIPS weights {path}: cannot be read ({one_line(error)}); reinstall the package {PACKAGE}"
@@ -581,8 +587,13 @@ def lpips_network(device: torch.device | str) -> torch.nn.Module:
     from torchvision.models import AlexNet_Weights
 
     url = AlexNet_Weights.DEFAULT.url
-    if not weights_file(url.rsplit("/", 1)[-1]).is_file():
+    file = weights_file(url.rsplit("/", 1)[-1])
+    if not file.is_file():
         _download(url)
+    try:
+        read_torch(file)  # torchvision would run the code that another file asks to run
+    except Exception as error:  # torch has errors of its own for a damaged file
+        raise UserError(f"its weights {file}: cannot be read ({one_line(error)}); delete the file") from None
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     return LearnedPerceptualImagePatchSimilarity(net_type="alex").net.to(device).eval().requires_grad_(False)
@@ -607,7 +618,7 @@ def _download(url: str) -> None:
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=NETWORK_TIMEOUT):
             pass  # torch's own download waits for an answer without end
-        torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
+        torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # no network, another answer; a file that came incomplete
         raise UserError(
             f"its weights are not on this machine and cannot be downloaded ({one_line(error)}): {fetch_hint(url)}"

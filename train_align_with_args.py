@@ -22,6 +22,7 @@ import argparse
 import copy
 import logging
 import math
+import os
 import re
 import sys
 import tempfile
@@ -425,10 +426,11 @@ def check_flags(settings: Settings, fresh: bool) -> None:
 
 def check_outputs(settings: Settings) -> None:
     """UserError unless everything that is to be written can be. A dry run creates nothing to find out."""
-    try:
-        settings.log_dir.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"--log_dir {settings.log_dir}: TensorBoard needs a name in UTF-8; name another folder") from None
+    if os.fsencode(settings.log_dir) != settings.log_dir.encode(errors="replace"):
+        raise UserError(
+            f"--log_dir {settings.log_dir}: TensorBoard needs a name in UTF-8, and this locale writes it in "
+            f"{sys.getfilesystemencoding()}; name another folder, or set PYTHONUTF8=1"
+        )
     folders = ["save_dir", "log_dir"]
     if settings.cache_latents and not Path(settings.latent_cache_dir).is_dir():  # a complete cache that is there is only read
         folders.append("latent_cache_dir")
@@ -488,8 +490,13 @@ def load_vaes(args: argparse.Namespace) -> list:
         (args.vae1_path, args.vae1_subfolder, "--vae1_path"),
         (args.vae2_path, args.vae2_subfolder, "--vae2_path"),
     )
-    device, dtype = torch.device(args.device), get_dtype(args.precision)
-    return [load_vae_model(path, subfolder, args.cache_dir, device, dtype, label) for path, subfolder, label in sides]
+    options = (args.cache_dir, torch.device(args.device), get_dtype(args.precision))
+    return [load_vae_model(*place, *options, label, is_typed(args, label)) for *place, label in sides]
+
+
+def is_typed(args: argparse.Namespace, flag: str) -> bool:
+    """Whether the user chose the value of a flag; a resumed run takes from its checkpoint what is left out."""
+    return not args.resume or flag.removeprefix("--") in args.given_flags
 
 
 def create_align_pipeline(vae1, vae2, args: argparse.Namespace, start: tuple[Path, dict] | None = None) -> PipelineWithVAEs:
@@ -544,7 +551,8 @@ def create_objective(pipeline: PipelineWithVAEs, args: argparse.Namespace) -> Ob
         if args.decoder_loss_path:
             label = "--decoder_loss_path"
             place = (args.decoder_loss_path, args.decoder_loss_subfolder)
-            codec = Codec(load_vae_model(*place, args.cache_dir, codec.vae.device, codec.vae.dtype, label), *place)
+            options = (args.cache_dir, codec.vae.device, codec.vae.dtype, label, is_typed(args, label))
+            codec = Codec(load_vae_model(*place, *options), *place)
             if (codec.channels, codec.stride) != (pipeline.codec2.channels, pipeline.codec2.stride):
                 raise UserError(f"{label} {place[0]}: its latent space is not VAE2's (other channels or stride)")
         with naming("--perceptual_loss", "--decoder_loss_window", "--image_size"):
@@ -578,7 +586,7 @@ def seen_through(args: argparse.Namespace, vae2) -> SeenThrough | None:
     if not args.seen_through:
         return None
     places = [(place, args.vae1_subfolder) for place in args.seen_through]
-    options = (args.cache_dir, vae2.device, vae2.dtype, "--seen_through")
+    options = (args.cache_dir, vae2.device, vae2.dtype, "--seen_through", is_typed(args, "--seen_through"))
     return SeenThrough([Codec(load_vae_model(*place, *options), *place) for place in places])
 
 

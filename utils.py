@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import pickle
 import re
 import reprlib
 import secrets
@@ -27,14 +28,19 @@ log = logging.getLogger(__name__)
 
 STAMP_FORMAT = "%Y%m%d_%H%M%S"
 JSON_BYTES = 1 << 24  # a longer file is no config
-SECRETS = re.compile(r"(?<=://)[^\s'\"]*(?=@)|\bhf_[\w.-]{20,}")  # the user of a URL, a Hugging Face token
+AFTER_SCHEME = re.compile(r"://[^\s'\"]*")  # the rest of a URL, whose user and password end at the last @
+TOKEN = re.compile(r"\b(hf|api_org)_[\w.-]{20,}")  # Hugging Face's
+TOKEN_NAMES = ("HUGGINGFACE_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+GIT_LFS = b"version https://git-lfs"
+CLAIM = 4, 1 << 26  # a file may claim this multiple of its bytes, as tied weights do, or this number of bytes
+SAFE_TORCH = "2.10"  # older versions can be made to run code by a file, `weights_only` or not
 
 
 class UserError(Exception):
     """A mistake that the user can correct. The message is one line without secrets: the thing, its value, the remedy."""
 
     def __init__(self, message: str):
-        super().__init__(printable(" ".join(message.split())))
+        super().__init__(printable(message.strip()))  # a line break or tab within is part of a value, and shown as one
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
@@ -43,20 +49,22 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def printable(text: str) -> str:
-    """`text` without secrets, its unprintable characters written as in Python: `\\n`, `\\x1b`, `\\udcff`.
+def printable(text: str, keep: str = "") -> str:
+    """`text` without secrets, its unprintable characters but those to `keep` written as in Python: `\\n`, `\\x1b`, `\\udcff`.
 
     A file name may hold such characters: newlines, terminal commands, bytes that are not UTF-8.
     """
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in without_secrets(text))
+    written = (letter if letter.isprintable() or letter in keep else repr(letter)[1:-1] for letter in without_secrets(text))
+    return "".join(written)
 
 
 def without_secrets(text: str) -> str:
     """`text` with `***` in place of Hugging Face tokens and of the user and password in URLs."""
-    for name in ("HUGGINGFACE_TOKEN", "HF_TOKEN"):
+    for name in TOKEN_NAMES:
         if token := "".join(os.environ.get(name, "").split()):
             text = text.replace(token, "***")
-    return SECRETS.sub("***", text)
+    text = AFTER_SCHEME.sub(lambda url: f"://***@{url[0].rpartition('@')[2]}" if "@" in url[0] else url[0], text)
+    return TOKEN.sub("***", text)
 
 
 def hub_token() -> str | None:
@@ -164,12 +172,17 @@ def read_json(path: str | os.PathLike):
 
 
 def require_regular(path: str | os.PathLike) -> None:
-    """OSError unless `path` is a regular file: opening a pipe waits for a writer, and reading a device may never end."""
-    mode = os.stat(path).st_mode
-    if stat.S_ISDIR(mode):
+    """OSError unless `path` is a regular file with its own content: opening a pipe waits for a writer, reading a device may
+    never end, and git leaves a pointer in place of a large file where git-lfs is not installed."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError("a folder, not a file")
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(status.st_mode):
         raise io.UnsupportedOperation("a pipe, socket or device, not a file")  # an OSError
+    if 0 < status.st_size < 1024:  # as long as a pointer may be
+        with open(path, "rb") as file:
+            if file.read(len(GIT_LFS)) == GIT_LFS:
+                raise OSError("a git-lfs pointer in place of the file; fetch the file with `git lfs pull`")
 
 
 def open_regular(path: str | os.PathLike, mode: str = "rb"):
@@ -184,6 +197,55 @@ def open_regular(path: str | os.PathLike, mode: str = "rb"):
         return handle
 
     return open(path, mode, opener=opener)
+
+
+def require_safe_torch() -> None:
+    """UserError where this torch can be made to run code by a file that it reads; .safetensors files are safe with any."""
+    if torch.__version__ < SAFE_TORCH:
+        raise UserError(
+            f"torch {torch.__version__}: a .pth, .pt, .ckpt or .bin file could run code in it; install torch {SAFE_TORCH} or "
+            "newer, or use .safetensors files"
+        )
+
+
+def read_torch(path: str | os.PathLike, device: str | torch.device = "cpu", mmap: bool = False):
+    """The tensors and plain values in a file that `torch.save` wrote: .pth, .pt, .ckpt, .bin. It runs no code.
+
+    UserError with a torch before `SAFE_TORCH`; UnpicklingError for a file that asks to run code, or is none of these;
+    ValueError for tensors that claim far more than the file holds; otherwise OSError or torch's own errors. `mmap`: read no
+    tensor before it is used.
+    """
+    require_safe_torch()
+    require_regular(path)
+    try:
+        plan = torch.load(path, map_location="meta", weights_only=True)  # shapes without memory
+        require_held(path, claimed_bytes(plan))
+        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:  # whose text advises to let the file run its code
+        asks = "GLOBAL" in str(error).upper()
+        raise pickle.UnpicklingError("it asks to run code, which is refused" if asks else "not a file of torch's") from None
+
+
+def require_held(path: str | os.PathLike, claimed: int) -> None:
+    """ValueError if a file's tensors claim far more bytes than it holds, such as one number as a tensor of any shape."""
+    times, least = CLAIM
+    if claimed > max(times * os.path.getsize(path), least):
+        raise ValueError(f"its tensors claim {claimed / 1e9:.1f} GB, far more than the file holds")
+
+
+def claimed_bytes(content, deepest: int = 64) -> int:
+    """The bytes of all tensors in a file's content, by their shapes. ValueError where it nests deeper than `deepest`."""
+    waiting, seen, claimed = [(content, 0)], set(), 0
+    while waiting:  # no recursion: a list may nest deep, or hold itself
+        value, depth = waiting.pop()
+        if depth > deepest:
+            raise ValueError("nested too deep")
+        if isinstance(value, torch.Tensor):
+            claimed += value.numel() * value.element_size()
+        elif isinstance(value, (dict, list, tuple, set)) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += [(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value)]
+    return claimed
 
 
 def next_stamp(folder: str | os.PathLike, prefix: str) -> str:

@@ -59,8 +59,7 @@ class AlignError(ValueError):
     """Inputs or a file that cannot be used. The message is one printable line: the thing, its value, the remedy."""
 
     def __init__(self, message: str):
-        line = " ".join(message.split())
-        super().__init__("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line))
+        super().__init__("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message.strip()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -896,6 +895,9 @@ def read_safetensors(path: Path) -> dict:
     except Exception as error:  # whatever is wrong with the file, safetensors and json have errors of their own for it
         of_training = "; PipelineWithVAEs.from_checkpoint(path).save_pretrained(output) of vaes/pipeline.py makes one"
         remedy = of_training if path.suffix == ".pth" else ""
+        with contextlib.suppress(OSError):
+            if path.is_file() and path.stat().st_size < 1024 and b"//git-lfs" in path.read_bytes():
+                remedy = "; a git-lfs pointer in place of the file; fetch the file with `git lfs pull`"
         raise AlignError(f"checkpoint {path}: damaged or no .safetensors checkpoint ({_one_line(error)}){remedy}") from None
     with errors_naming(path):
         require_format(description)

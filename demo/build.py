@@ -3,7 +3,7 @@
     make page
     python demo/build.py --checkpoint demo_output/ckpt_align --output demo_output/page.html
 
-The file holds onnxruntime-web (from npm, `npm install --prefix demo`), both VAEs and the module as ONNX, and a sample photo.
+The file holds onnxruntime-web (from npm, `npm ci --prefix demo`), both VAEs and the module as ONNX, and a sample photo.
 Needs the packages onnx and onnxscript.
 """
 
@@ -75,7 +75,7 @@ def page_of(parts: list[Path], picture: Path) -> str:
     files = runtime | {"picture": picture} | {part.stem: part for part in parts}
     for file in files.values():
         if not file.is_file():
-            raise UserError(f"{file}: no such file; run npm install --prefix demo")
+            raise UserError(f"{file}: no such file; run npm ci --prefix demo")
     data = []
     for name, file in files.items():
         packed = base64.b64encode(gzip.compress(file.read_bytes(), mtime=0)).decode()

@@ -23,10 +23,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from utils import WARNINGS, UserError, handle_stop_signals, one_line, printable, read_json, shown, without_secrets
+from utils import WARNINGS, UserError, handle_stop_signals, one_line, printable, read_json, shown
 from vae_align import AlignError
 
 MISTAKES = (UserError, AlignError)  # the user's mistakes: one line, no traceback
+BACKSLASH = r"in JSON write the \ of a path as / or \\"
 UNSET = object()  # in place of a default, so that a typed value that equals the default counts as typed
 
 
@@ -65,6 +66,9 @@ class Parser(argparse.ArgumentParser):
             typed = self._typed(argv)
             if "load_config" in typed:
                 config = self.check_config(load_config(typed["load_config"]), typed["load_config"])
+                for name, value in config.items():
+                    if isinstance(value, str) and re.search(r"[\b-\r]", value):
+                        logging.warning("%s: %s %s: has a control character; %s", typed["load_config"], name, value, BACKSLASH)
         except UserError as error:
             self.exit(2, f"{self.prog}: error: {one_line(error, limit=600)}\n")
         names = {"typed_flags": tuple(sorted(typed)), "given_flags": tuple(sorted(config | typed))}
@@ -175,6 +179,7 @@ def load_config(config_path) -> dict:
         config = read_json(config_path)
     except (OSError, ValueError) as error:
         remedy = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        remedy = f"; {BACKSLASH}" if "escape" in str(error) else remedy
         raise UserError(f"--load_config {config_path}: cannot be read as JSON ({one_line(error)}){remedy}") from None
     if not isinstance(config, dict):
         raise UserError(f"--load_config {config_path}: holds a {type(config).__name__}; it must be an object of flags")
@@ -303,7 +308,7 @@ def run(main) -> None:
         print(f"\nstopped by {name}; what was finished is kept; start the same command again", file=sys.stderr)
         sys.exit(128 + stopped_by)
     except Exception:  # tracebacks of libraries quote URLs and headers
-        sys.exit(without_secrets(traceback.format_exc().rstrip()))
+        sys.exit(printable(traceback.format_exc().rstrip(), keep="\n"))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -323,7 +328,10 @@ def _survive(stream) -> None:
 
     if hasattr(stream, "reconfigure"):  # a notebook's stream has it not
         stream.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
-    stream.write, stream.flush = surviving(stream.write), surviving(stream.flush)
+    write = surviving(stream.write)
+    # names of strangers' files are printed; on stderr, progress bars move the cursor, and messages are printable by themselves
+    stream.write = (lambda text: write(printable(text, keep="\n"))) if stream is sys.stdout else write
+    stream.flush = surviving(stream.flush)
 
 
 def _thread_failed(failure) -> None:
@@ -332,11 +340,11 @@ def _thread_failed(failure) -> None:
     if isinstance(failure.exc_value, OSError):
         logging.warning("%s", one_line(failure.exc_value))
     else:
-        print(without_secrets("".join(traceback.format_exception(failure.exc_value)).rstrip()), file=sys.stderr)
+        print(printable("".join(traceback.format_exception(failure.exc_value)).rstrip(), keep="\n"), file=sys.stderr)
 
 
 class _PrintableFormatter(logging.Formatter):
-    """Messages on one line each, without secrets."""
+    """Messages on one line each, without secrets. A member of a tar may have a name of megabytes, so they are cut."""
 
     def formatMessage(self, record):
-        return printable(super().formatMessage(record))
+        return printable(super().formatMessage(record))[:4000]

@@ -44,6 +44,7 @@ def create_accelerator(device: str | torch.device, precision: str) -> Accelerato
     for name in ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND"):  # flags and seed alone shape weights
         if os.environ.pop(name, "1").lower() not in ("", "1", "no"):
             log.warning("%s of the environment has no effect", name)
+    found = ", ".join(sorted(name for name in os.environ if name.startswith(LAUNCHERS))) or "none"  # Accelerate adds to them
     device, mixed = torch.device(device), ACCELERATE_NAMES[get_dtype(precision)]
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # Accelerate takes the current one
@@ -53,7 +54,6 @@ def create_accelerator(device: str | torch.device, precision: str) -> Accelerato
         patience = InitProcessGroupKwargs(init_method="meeting://", timeout=WORK)
         accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed, kwargs_handlers=[patience])
     except (ImportError, ValueError, RuntimeError, KeyError) as error:  # variables that launchers set, and that do not fit
-        found = ", ".join(sorted(name for name in os.environ if name.startswith(LAUNCHERS))) or "none"
         raise UserError(
             f"the launcher's environment does not fit this program ({one_line(error)}); its variables: {found}; unset them, or "
             "start with `accelerate launch`"

@@ -33,7 +33,7 @@ SETTLED = """new Promise((resolve) => {
 def page(vae_folders, tmp_path_factory):
     """(page of an untrained module between tiny VAEs, open in Chromium; the same pipeline in Python; folder of its parts)."""
     if not (ROOT / "demo" / "node_modules" / "onnxruntime-web").is_dir():
-        pytest.skip("onnxruntime-web is not installed: npm install --prefix demo")
+        pytest.skip("onnxruntime-web is not installed: npm ci --prefix demo")
     if not find_chromium():
         pytest.skip("no Chromium here")
     folder = tmp_path_factory.mktemp("page")

@@ -4,11 +4,16 @@ import json
 
 import pytest
 from conftest import as_argv, run_script
+from hostile import no_hang
 
 from runtime.cli import run
-from utils import UserError
+from utils import UserError, without_secrets
 
-SECRETS = {"HF_TOKEN": "hf_alphaSecret1", "HUGGINGFACE_TOKEN": "hf_betaSecret2"}
+SECRETS = {
+    "HF_TOKEN": "hf_alphaSecret1",
+    "HUGGINGFACE_TOKEN": "hf_betaSecret2",
+    "HUGGING_FACE_HUB_TOKEN": "hf_epsilonSecret5",
+}
 PASSWORD, USER = "gammaSecret3", "deltaUser4"
 PROXY = f"http://{USER}:{PASSWORD}@127.0.0.1:9"
 WORDS = [*SECRETS.values(), PASSWORD, USER]
@@ -38,6 +43,7 @@ def test_a_run_leaves_no_secret_behind(flags, tmp_path):
 
 ERRORS = {
     "user error": lambda: UserError(f"--proxy {PROXY}: {SECRETS['HF_TOKEN']}"),
+    "older name": lambda: UserError(f"no rights for {SECRETS['HUGGING_FACE_HUB_TOKEN']}"),
     "system error": lambda: OSError(13, "Permission denied", f"/home/{SECRETS['HF_TOKEN']}"),
     "bug": lambda: RuntimeError(f"Invalid port in {PROXY} with Bearer {SECRETS['HUGGINGFACE_TOKEN']}"),
 }
@@ -56,3 +62,20 @@ def test_no_way_to_fail_shows_a_secret(monkeypatch, kind):
         run(main)
     assert shows_none(stop.value.code) and "***" in stop.value.code
     assert ("Traceback" in stop.value.code) == (kind == "bug")
+
+
+@pytest.mark.parametrize("part", ["://", "://a", "@://", "hf_", "-hf_a", "api_org_.", "://@", "'://", "\n"])
+def test_a_long_name_is_searched_for_secrets_in_one_pass(part):
+    """A member of a tar whose name of some 100 kB takes half a minute to print, each time it is named."""
+    with no_hang():
+        without_secrets(part * 500_000)
+
+
+def test_only_the_user_of_a_url_is_hidden():
+    """A password with an @, a slash or another URL in it, of which a part stays; a token behind a password."""
+    token = "hf_" + "a1B2" * 8
+    for secret in ("me:pa@ss", "me:p/ss", "://me", token):
+        assert (
+            without_secrets(f"at 'https://{secret}@host/x?token={token}' and a@b://c")
+            == "at 'https://***@host/x?token=***' and a@b://c"
+        )

@@ -27,7 +27,7 @@ from dataloader import ImageDataset, UnreadableImage
 from images.decoding import to_pixel_values
 from images.files import list_images
 from runtime.cli import MISTAKES, claim_writable_folder, run
-from utils import UserError, atomic_file, compute_policy, one_line, resolve_device
+from utils import UserError, atomic_file, compute_policy, one_line, read_torch, resolve_device
 from vaes.codec import SPACES
 from vaes.pipeline import PipelineWithVAEs
 
@@ -44,7 +44,7 @@ def read_latents(path: Path) -> tuple[torch.Tensor, bool]:
         if path.suffix == ".npy":
             content = torch.from_numpy(np.load(path, allow_pickle=False))
         elif path.suffix in (".pt", ".pth"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = read_torch(path)
         else:
             content = load_file(path)
     except Exception as error:  # numpy, torch and safetensors have errors of their own

@@ -94,16 +94,5 @@ def spaces_with(channels: int, stride: int) -> list[Family]:
     return [family for family in FAMILIES if (family.channels, family.stride) == (channels, stride)]
 
 
-def table_of_families() -> str:
-    """The README's table of latent spaces, in Markdown."""
-    lines = ["| `--vae1_space` | models | channels | stride | class | also called |", "|---|---|---|---|---|---|"]
-    for family in FAMILIES:
-        also = ", ".join(family.aliases)
-        models = f"{family.models} ({family.note})" if family.note else family.models
-        cells = (f"`{family.name}`", models, family.channels, family.stride, f"`{family.vae}`", also)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
 def _letters(name: str) -> str:
     return "".join(letter for letter in str(name).lower() if letter.isalnum())

@@ -7,7 +7,7 @@ import json
 import torch
 from torch import nn
 
-from utils import UserError, one_line
+from utils import UserError, one_line, require_regular
 from vaes.conventions import CONVENTIONS
 from vaes.sources import Misfit, Source, find_source
 
@@ -93,6 +93,8 @@ class FrozenVAE:
     def model(self) -> nn.Module:
         if self._model is None:
             try:
+                for file in self.files:
+                    require_regular(file)
                 size = sum(file.stat().st_size for file in self.files if file.suffix != ".json")
                 if self._parameters > size:  # checked before memory is taken: a config can claim any size
                     raise ValueError(f"{self._parameters} of them are described, in a file of {size} bytes")
@@ -106,20 +108,6 @@ class FrozenVAE:
                 raise UserError(f"{self.where}: its weights are not finite ({bad} first)")
             self._model = freeze(model).to(self.device)
         return self._model
-
-    @property
-    def encoder_weights(self) -> list[nn.Parameter]:
-        """The weights that encode."""
-        return self._weights_of("encoder", "quant_conv")
-
-    @property
-    def decoder_weights(self) -> list[nn.Parameter]:
-        """The weights that decode."""
-        return self._weights_of(self.convention.decoder, "post_quant_conv")
-
-    def _weights_of(self, *names: str) -> list[nn.Parameter]:
-        parts = (getattr(self.model, name, None) for name in names)
-        return [weight for part in parts if part is not None for weight in part.parameters()]
 
     def to(self, device: str | torch.device) -> FrozenVAE:
         self.device = torch.device(device)
@@ -136,7 +124,7 @@ def freeze(vae: nn.Module) -> nn.Module:
     return vae if has_frames else vae.to(memory_format=torch.channels_last)
 
 
-def load_vae_model(model_path, subfolder, cache_dir, device, dtype, label: str = "VAE") -> FrozenVAE:
+def load_vae_model(model_path, subfolder, cache_dir, device, dtype, label: str = "VAE", typed: bool = True) -> FrozenVAE:
     """A frozen VAE from a folder or the hub, of the class that its config.json names; from a single file in the original
     layout; or from a tiny autoencoder's two files. Its weights are read at first use.
 
@@ -145,7 +133,8 @@ def load_vae_model(model_path, subfolder, cache_dir, device, dtype, label: str =
         cache_dir: where the hub client keeps downloads; None is its own default.
         device, dtype: where and in which precision the weights will live; float16 becomes bfloat16 or float32.
         label: how error messages call it, such as the flag that named it.
+        typed: whether the user named the path; False for one that a checkpoint records, see `find_source`.
 
     The hub client takes its token from HUGGINGFACE_TOKEN or HF_TOKEN and its proxy from HTTPS_PROXY. Raises UserError.
     """
-    return FrozenVAE(find_source(str(model_path), subfolder, cache_dir, label), device, dtype, label)
+    return FrozenVAE(find_source(str(model_path), subfolder, cache_dir, label, typed), device, dtype, label)

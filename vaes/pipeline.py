@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from utils import UserError, atomic_file, next_stamp, one_line, physical_memory, require_regular, shown, stamp_of
+from utils import UserError, atomic_file, next_stamp, one_line, physical_memory, read_torch, require_regular, shown, stamp_of
 from vae_align import (
     CHECKPOINT_FORMAT,
     CHECKPOINT_PREFIX,
@@ -211,10 +211,10 @@ def _open_codec(label: str, recorded: dict, space: LatentSpace, given, subfolder
     path = recorded["path"]
     subfolder = recorded["subfolder"] if subfolder is None else subfolder
     if given is None or isinstance(given, (str, os.PathLike)):
-        path = str(given or path or "")
+        typed, path = bool(given), str(given or path or "")
         if not path:
             raise UserError(f"{label}: the checkpoint does not say where it is; name a folder or a hub id")
-        given = load_vae_model(path, subfolder, **options, label=label)
+        given = load_vae_model(path, subfolder, **options, label=label, typed=typed)
     codec = Codec(given, path, subfolder)
     for name in ("channels", "stride"):
         if getattr(codec, name) != getattr(space, name):
@@ -370,30 +370,13 @@ def _read_torch(path: Path):
     if damaged:
         raise AlignError(f"checkpoint {path}: damaged ({damaged} does not match its checksum)")
     try:
-        plan = torch.load(path, map_location="meta", weights_only=True)  # shapes without memory
-        if _claimed_bytes(plan) > path.stat().st_size:  # such as one number as a tensor of any shape
-            raise ValueError("its tensors claim more than the file holds")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read_torch(path)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
-        why = " (it asks to run code, which is refused)" if "GLOBAL" in str(error).upper() else ""
-        raise AlignError(f"checkpoint {path}: not a checkpoint of this tool{why}") from None
+        raise AlignError(f"checkpoint {path}: not a checkpoint of this tool ({error})") from None
     except Exception as error:  # truncated or foreign files fail inside zipfile, pickle or torch, each with its own error
         raise AlignError(f"checkpoint {path}: damaged or not a checkpoint ({one_line(error)})") from None
-
-
-def _claimed_bytes(content, deepest: int = 64) -> int:
-    """The bytes of all tensors in a file's content, by their shapes. ValueError where it nests deeper than `deepest`."""
-    waiting, seen, claimed = [(content, 0)], set(), 0
-    while waiting:  # no recursion: a list may nest deep, or hold itself
-        value, depth = waiting.pop()
-        if depth > deepest:
-            raise ValueError("nested too deep")
-        if isinstance(value, torch.Tensor):
-            claimed += value.numel() * value.element_size()
-        elif isinstance(value, (dict, list, tuple, set)) and id(value) not in seen:
-            seen.add(id(value))
-            waiting += [(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value)]
-    return claimed
 
 
 def _with_training_keys(content: dict) -> dict:

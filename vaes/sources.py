@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -16,10 +17,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils import UserError, count_of, hub_token, one_line, read_json, shown
+from utils import UserError, count_of, hub_token, one_line, read_json, read_torch, require_regular, require_safe_torch, shown
+from vae_align import HUB_NAME
 from vaes.conventions import CONVENTIONS
 from vaes.families import FAMILIES, space_of_file
 from vaes.tiny import TinyAutoencoder
+
+log = logging.getLogger(__name__)
 
 STEM = "diffusion_pytorch_model"
 # in the order in which they are looked for; full precision first
@@ -28,6 +32,7 @@ WEIGHT_FILES = tuple(f"{STEM}.{ending}" for ending in WEIGHT_ENDINGS)
 TINY_PARTS, TINY_SUFFIXES = ("encoder", "decoder"), (".safetensors", ".pth")
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth")
 HUB_PAGE = re.compile(r"^https?://(www\.)?(huggingface\.co|hf\.co|hf-mirror\.com)/|/tree/main/?$")
+KNOWN_OWNERS = ("black-forest-labs", "madebyollin", "sd-legacy", "stabilityai")  # whose hub models a checkpoint may name
 PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
 VAE_PREFIXES = ("first_stage_model.", "vae.")  # of a VAE's weights within a whole model's file
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "bn.")  # a VAE's own; others are losses and averages
@@ -60,14 +65,24 @@ class Source:
     has_own_map: bool = True
 
 
-def find_source(model_path: str, subfolder: str | None, cache_dir: str | None = None, label: str = "VAE") -> Source:
+def find_source(
+    model_path: str, subfolder: str | None, cache_dir: str | None = None, label: str = "VAE", typed: bool = True
+) -> Source:
     """The files of a VAE, downloaded from the hub if `model_path` is a repository's id or the address of its page.
 
-    `model_path/subfolder` is looked at first, then `model_path` itself, both on disk and on the hub. UserError names the models
-    and files that are there instead.
+    `model_path/subfolder` is looked at first, then `model_path` itself, both on disk and on the hub. If the user has not
+    `typed` the path, the hub is asked for models of `KNOWN_OWNERS` alone: a stranger's checkpoint may name any model, and the
+    request would carry the user's token. UserError names the models and files that are there instead.
     """
+    if not model_path:  # an unset variable in a job's script; as a path it would mean the working directory
+        raise UserError(f"{label} '': names nothing; name a folder, a file or a hub id")
+    if not typed and model_path.startswith(("\\\\", "//")):  # where Windows would log in
+        raise UserError(f"{label} {model_path}: on another machine; name it yourself to have it read there")
     root = Path(model_path).expanduser()
     places = [place for place in dict.fromkeys((subfolder or "", "")) if not Path(place).is_absolute()]
+    cached = re.fullmatch("models--(.+?)--(.+)", root.name)
+    if cached and os.path.isdir(root / "snapshots"):  # the hub client's own folder of a model
+        return _of_folder(_download("/".join(cached.groups()), places, str(root.parent), label, online=False), label)
     if os.path.isdir(root):  # `Path.is_dir` fails for too long a name
         folders = [root / place for place in places if (root / place).is_dir()]
         for folder in folders:
@@ -77,7 +92,8 @@ def find_source(model_path: str, subfolder: str | None, cache_dir: str | None = 
             if tiny := find_tiny_files(folder, label):
                 return _of_tiny_files(folder, tiny, label)
         looked = " or ".join(str(root / place) for place in places)
-        there = (file.relative_to(root).as_posix() for pattern in ("*", "*/*") for file in root.glob(pattern) if file.is_file())
+        levels = ("*", "*/*", "*/*/*")
+        there = (file.relative_to(root).as_posix() for level in levels for file in root.glob(level) if file.is_file())
         raise UserError(
             f"{label} {model_path}: no VAE there (config.json and {WEIGHT_FILES[0]} in {looked}); {_names_of_others(there)}"
         )
@@ -89,12 +105,13 @@ def find_source(model_path: str, subfolder: str | None, cache_dir: str | None = 
         if not os.path.exists(root):
             raise UserError(f"{label} {model_path}: no such file")
     repo = HUB_PAGE.sub("", model_path).rstrip("/")
-    if os.path.exists(root) or repo.count("/") != 1 or model_path.startswith((".", "~", "/")):
+    if os.path.exists(root) or not HUB_NAME.fullmatch(repo):
         raise UserError(
             f"{label} {model_path}: neither a folder on this machine, nor a file of weights ({', '.join(SINGLE_FILES)}), nor "
             "a hub id of the form owner/name (a folder within it is the subfolder)"
         )
-    return _of_folder(_download(repo, places, cache_dir, label), label)
+    online = typed or repo.partition("/")[0] in KNOWN_OWNERS
+    return _of_folder(_download(repo, places, cache_dir, label, online), label)
 
 
 def _names_of_others(files: Iterable[str]) -> str:
@@ -117,16 +134,20 @@ def _names_of_others(files: Iterable[str]) -> str:
 # The hub
 
 
-def _download(repo: str, places: list[str], cache_dir: str | None, label: str) -> Path:
-    """The folder of a hub model's VAE in the hub client's cache, with its config and weights."""
-    from huggingface_hub import errors, hf_hub_download, list_repo_files
+def _download(repo: str, places: list[str], cache_dir: str | None, label: str, online: bool) -> Path:
+    """The folder of a hub model's VAE in the hub client's cache, with its config and weights. The hub itself is asked only if
+    `online`."""
+    try:
+        from huggingface_hub import errors, hf_hub_download, list_repo_files
 
-    token = hub_token() or False
+        token = hub_token() or False
+    except Exception as error:  # the environment can make its import fail, such as HF_HUB_ETAG_TIMEOUT
+        raise UserError(f"{label} {repo}: the hub's client cannot be imported ({one_line(error)})") from None
 
     def fetch(local: bool) -> Path | None:
         for place, name in itertools.product(places, WEIGHT_FILES):
             get = functools.partial(
-                hf_hub_download, repo, subfolder=place or None, cache_dir=cache_dir, token=token, local_files_only=local
+                hf_hub_download, repo, subfolder=place or None, cache_dir=cache_dir or None, token=token, local_files_only=local
             )
             try:
                 config_file = Path(get("config.json"))
@@ -142,15 +163,19 @@ def _download(repo: str, places: list[str], cache_dir: str | None, label: str) -
 
     try:
         try:
-            folder = fetch(local=False)
-        except errors.LocalEntryNotFoundError as error:  # the hub cannot be reached; the cache may hold the VAE
+            folder = fetch(local=not online)
+        except Exception as error:  # no network, a proxy or certificate that cannot work, a refusal: the cache may hold the VAE
+            cause = (isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__) or error
             folder = fetch(local=True)
             if folder is None:
-                raise error.__cause__ or error from None
+                raise cause from None
+            log.warning("%s %s: an earlier download is used; the hub gives none (%s)", label, repo, one_line(cause, 150))
         if folder:
             return folder
-        there = _names_of_others(list_repo_files(repo, token=token))
-        said = f"this hub model has no VAE in {' or '.join(place or 'its root' for place in places)}; {there}"
+        said = "no earlier download holds it; name it yourself to have it fetched from the hub"
+        if online:
+            there = _names_of_others(list_repo_files(repo, token=token))
+            said = f"this hub model has no VAE in {' or '.join(place or 'its root' for place in places)}; {there}"
     except Exception as error:  # offline, timeout, proxy down, disk full: the hub client has no common base for them
         if isinstance(error, errors.GatedRepoError):
             said = "a gated model; accept its licence on its hub page and set HUGGINGFACE_TOKEN"
@@ -224,6 +249,8 @@ def _diffusers_class(class_name: str, where: str) -> type:
 
 
 def _read_folder(vae_class: type, folder: Path, weights: Path, dtype: torch.dtype) -> nn.Module:
+    if not all(name.endswith(".safetensors") for name in shards_of(weights) or [weights.name]):
+        require_safe_torch()
     model, report = vae_class.from_pretrained(
         folder,
         torch_dtype=dtype,
@@ -337,6 +364,7 @@ def _of_single_file(file: Path, label: str) -> Source:
 
 def _read_tensors(file: Path, device: str, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
     """The tensors of these names alone, by default all; on the "meta" device shapes without values."""
+    require_regular(file)
     if file.suffix == ".safetensors":
         from safetensors import safe_open
 
@@ -345,7 +373,7 @@ def _read_tensors(file: Path, device: str, names: Iterable[str] | None = None) -
             if device == "meta":
                 return {name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in names}
             return {name: opened.get_tensor(name) for name in names}
-    content = torch.load(file, map_location=device, weights_only=True, mmap=names is not None)
+    content = read_torch(file, device, mmap=names is not None)
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
     return {name: tensors[name] for name in names or tensors}

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, as_argv, run_script
 from hostile import is_one_line, no_hang, refusal
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -19,6 +19,7 @@ import train_align_with_args as train_script
 from runtime.cli import claim_writable_file, claim_writable_folder, load_config, run, use_proxy
 from train_align_with_args import parse_args, save_config
 from utils import STOP_SIGNALS, UserError
+from vae_align import AlignError
 
 DEFAULTS = {  # the specification's section 2 and the task's additions, name by name
     "config_save_path": "",
@@ -197,6 +198,13 @@ def test_whole_numbers_serve_as_numbers_and_null_as_not_set(config):
     assert parse_args(["--load_config", config(b"\xef\xbb\xbf" + b'{"epochs": 3}')]).epochs == 3
 
 
+def test_a_path_of_windows_that_is_valid_json_gets_a_word(config, caplog):
+    """ "D: ew rain: no such folder" for D:\new\train, whose backslashes JSON has taken for a line break and a tab."""
+    assert parse_args(["--load_config", config(r'{"train_data_dir": "D:\new\train"}')]).train_data_dir == "D:\new\train"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "train_data_dir" in line and r"write the \ of a path as / or \\" in line
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Saving
 
@@ -246,6 +254,7 @@ FILES = {  # kind: (content, the words that the line must hold)
     "no json": ("epochs = 3", "JSON"),
     "array": ('[{"epochs": 3}]', "object"),
     "same key twice, spelt differently": ('{"epochs": 3, "\\u0065pochs": 4}', "'epochs' is there twice"),
+    "a path of Windows": (r'{"train_data_dir": "D:\photos"}', r"write the \ of a path as / or \\"),
     "arrays 100,000 deep": ("[" * 100_000, "JSON"),
     "key of a megabyte": (json.dumps({"epochs" * 170_000: 3}), "unknown key"),
     "longer than 16 MB": (b" " * (1 << 24) + b"{}", "longer than 16 MB"),
@@ -331,6 +340,14 @@ def test_a_place_that_cannot_be_written_is_one_line(path, create):
     refusal(lambda: claim_writable_file(f"{path}/file", "--config_save_path"), "--config_save_path")
 
 
+def test_logs_that_tensorboard_would_look_for_elsewhere_are_refused(flags, monkeypatch):
+    """Images encoded for an hour, then no such file: Python writes the name in the locale's encoding, TensorBoard in UTF-8."""
+    monkeypatch.setattr(os, "fsencode", lambda path: str(path).encode("gbk"))
+    args = parse_args(as_argv(flags | {"log_dir": "日志"}))
+    refusal(lambda: train_script.check_outputs(args), "--log_dir 日志", "UTF-8", "PYTHONUTF8=1")
+    train_script.check_outputs(parse_args(as_argv(flags | {"save_dir": flags["save_dir"] / "日志"})))
+
+
 def test_use_proxy_wins_over_the_environment_and_none_leaves_it_alone(monkeypatch):
     """A proxy that reaches plain http only; an empty --proxy that wipes the user's own; an ALL_PROXY that ends downloads."""
     names = [spelt for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY") for spelt in (name, name.lower())]
@@ -384,12 +401,13 @@ print(signal.getsignal(signal.SIGINT).name)
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (UserError("--a b: two\nlines; mend it"), "error: --a b: two lines; mend it"),
+        (UserError("--a D:\new\train: no such folder"), "error: --a D:\\new\\train: no such folder"),
+        (AlignError("checkpoint D:\new: no such file\n"), "error: checkpoint D:\\new: no such file"),
         (KeyboardInterrupt(), 130),
     ],
 )
 def test_a_users_mistake_and_ctrl_c_end_a_program_without_a_traceback(error, status):
-    """A page of Python for a missing folder; exit status 0 after a failure."""
+    """A page of Python for a missing folder; exit status 0 after a failure; "D: ew rain" for a folder that JSON misread."""
 
     def main():
         raise error
@@ -438,6 +456,19 @@ def test_what_is_printed_never_ends_what_is_done(tmp_path, place):
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
     python(PRINTING, tmp_path / "done", shell=f'"$@" {place}; exit "${{PIPESTATUS[0]}}"', env=env)
     assert (tmp_path / "done").exists()
+
+
+def test_no_name_that_is_printed_commands_the_terminal(capsys):
+    """A stranger's file name that retitles the terminal, or worse, in a program's result or a bug's traceback."""
+
+    def main():
+        print("\x1b]0;owned\x07", "一\nnext line")
+        raise RuntimeError("\x1b]0;owned\x07")
+
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert capsys.readouterr().out == "\\x1b]0;owned\\x07 一\nnext line\n"
+    assert "\x1b" not in stop.value.code and "\nRuntimeError: \\x1b]0;owned\\x07" in stop.value.code
 
 
 def test_importing_the_script_has_no_side_effects():

@@ -3,6 +3,7 @@
 import datetime
 import json
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -73,6 +74,16 @@ def test_a_launchers_environment_that_does_not_fit_is_one_line(monkeypatch, laun
     monkeypatch.setenv(name, value)
     monkeypatch.setattr(processes, "MEETING", datetime.timedelta(seconds=1))
     refusal(lambda: create_accelerator("cpu", "float32"), name)
+
+
+def test_variables_that_accelerate_adds_are_not_said_to_be_the_users(monkeypatch):
+    """ "unset RANK" to who has set none: only mpirun's variables, in a shell that mpirun has not started."""
+    for name in [name for name in os.environ if name.startswith(processes.LAUNCHERS)]:
+        monkeypatch.delenv(name)
+    for name, value in (("SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    names = "OMPI_COMM_WORLD_LOCAL_RANK, OMPI_COMM_WORLD_RANK, OMPI_COMM_WORLD_SIZE"
+    refusal(lambda: create_accelerator("cpu", "float32"), f"its variables: {names}; unset them")
 
 
 def test_neither_the_environment_nor_an_earlier_run_changes_what_is_learnt(monkeypatch):

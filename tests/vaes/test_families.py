@@ -17,7 +17,7 @@ from hostile import refusal
 from vae_align import CHANNELS, AlignConfig, AlignPipeline, align_module, pack
 from vaes.codec import Codec
 from vaes.conventions import CONVENTIONS
-from vaes.families import FAMILIES, SPACES, family_of, named_space, table_of_families
+from vaes.families import FAMILIES, SPACES, family_of, named_space
 from vaes.loading import load_vae_model
 
 SPACE_OF = {"qwen-image": "wan21", "asymmetric": "sd15", "consistency": "sd15"}  # the others are called like their space
@@ -213,7 +213,6 @@ def test_every_decoder_gives_its_features(class_name, tmp_path):
         assert gradient.any()
     model = codec.vae.model
     assert not any(module._forward_hooks for module in model.modules())
-    assert {*map(id, codec.vae.encoder_weights), *map(id, codec.vae.decoder_weights)} == {*map(id, model.parameters())}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -253,7 +252,12 @@ def test_a_wrong_number_of_channels_names_the_spaces_that_have_it():
 @pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
 def test_the_readmes_table_is_the_codes(readme):
     """A family that the README does not list, or a number that changed in one of the two."""
-    assert table_of_families() in (ROOT / readme).read_text(encoding="utf-8")
+    lines = ["| `--vae1_space` | models | channels | stride | class | also called |", "|---|---|---|---|---|---|"]
+    for family in FAMILIES:
+        models = f"{family.models} ({family.note})" if family.note else family.models
+        shape = f"{family.channels} | {family.stride} | `{family.vae}`"
+        lines.append(f"| `{family.name}` | {models} | {shape} | {', '.join(family.aliases)} |")
+    assert "\n".join(lines) in (ROOT / readme).read_text(encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -171,6 +171,8 @@ def prepare_programs(hub, proxy, photo_folders, home):
     config = {"image_size": 32, "precision": "float32"}
     judging = {
         "checkpoint": pipeline.save_checkpoint(home / "given", config, step=1, epoch=1, metrics={}),
+        "vae1_path": "owner/flat",
+        "vae2_path": "owner/nested",
         "eval_data_dir": photo_folders[1],
         "output_dir": home / "eval" / "results",
         "num_workers": 0,

@@ -1,6 +1,7 @@
 """VAEs that are no folder of diffusers: tiny autoencoders in their author's format, single files; variants and shards."""
 
 import shutil
+import ssl
 
 import numpy as np
 import pytest
@@ -9,11 +10,16 @@ from conftest import ROOT, make_kl_vae
 from diffusers import AutoencoderKL, AutoencoderTiny
 from families import make_family, save_tiny
 from hostile import refusal
+from huggingface_hub import errors
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from runtime.cli import load_config
+from utils import one_line
+from vae_align import AlignPipeline
 from vaes.codec import SPACES, Codec
 from vaes.loading import load_vae_model
+from vaes.pipeline import read_checkpoint
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -217,3 +223,60 @@ def test_a_single_file_of_another_class_is_one_line_with_the_remedy(family, tmp_
 def test_make_kl_vae_is_not_taken_for_a_named_space():
     """A VAE of one's own that is given a name because its shape is a known one's."""
     assert Codec(make_kl_vae(4, scaling_factor=0.3)).space.name is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What lies in place of a VAE
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0" + "\nsize 12345\n"
+POINTED = {  # the file that is a pointer, and what reads it
+    "weights": ("kl4/diffusion_pytorch_model.safetensors", lambda root: load(root / "kl4").model),
+    "config": ("kl4/config.json", lambda root: load(root / "kl4")),
+    "tiny": ("taesd_decoder.pth", lambda root: load(root / "taesd").model),
+    "single": ("ae.safetensors", lambda root: load(root / "ae.safetensors")),
+    "module": ("m.safetensors", lambda root: AlignPipeline.from_pretrained(root / "m.safetensors")),
+    "checkpoint": ("m.pth", lambda root: read_checkpoint(root / "m.pth")),
+    "flags": ("c.json", lambda root: load_config(root / "c.json")),
+}
+
+
+@pytest.mark.parametrize("kind", POINTED)
+def test_a_pointer_of_git_lfs_is_named(tmp_path, vae_folders, kind):
+    """ "1676291 weights are described, in a file of 132 bytes", or "header too large", to who has cloned without git-lfs."""
+    shutil.copytree(vae_folders["kl4"], tmp_path / "kl4")
+    save_tiny(tmp_path, "taesd", latent_channels=4)
+    name, read = POINTED[kind]
+    (tmp_path / name).write_text(POINTER)
+    refusal(lambda: read(tmp_path), "git-lfs pointer", "git lfs pull")
+
+
+def test_the_hub_clients_own_folder_of_a_model_is_taken(tmp_path, vae_folders):
+    """ "there are no files", though they lie in snapshots/; the older of two downloads."""
+    own = tmp_path / "models--owner--a-name"
+    for commit, vae in (("0" * 40, "kl4"), ("1" * 40, "kl16")):
+        shutil.copytree(vae_folders[vae], own / "snapshots" / commit / "vae")
+    (own / "refs").mkdir()
+    for commit, channels in (("0" * 40, 4), ("1" * 40, 16)):
+        (own / "refs" / "main").write_text(commit)
+        assert load(own).channels == channels
+    refusal(lambda: load(own / "snapshots"), "there are models in", f"{'0' * 40}/vae")
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a proxy"), FileNotFoundError("a certificate"), ssl.SSLError("of it"), KeyError()]
+)
+def test_a_downloaded_vae_is_used_whatever_keeps_the_hub_away(vae_folders, monkeypatch, caplog, error):
+    """A model that is in the cache and that cannot be had, for a proxy's URL of another kind or a certificate that is gone."""
+
+    def download(repo, name, *, local_files_only, **_):
+        if not local_files_only:
+            raise error
+        if repo != "owner/cached":
+            raise errors.LocalEntryNotFoundError("nothing here")
+        return str(vae_folders["kl4"] / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert load("owner/cached").channels == 4
+    assert "owner/cached" in caplog.text and one_line(error) in caplog.text
+    refusal(lambda: load("owner/other"), "could not be downloaded", one_line(error))

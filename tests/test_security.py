@@ -1,0 +1,151 @@
+"""The promises of SECURITY.md that no other test holds: which files run no code, on which versions, and what is fetched."""
+
+import ast
+import os
+import pickle
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, make_kl_vae
+from families import save_tiny
+from hostile import refusal
+from torch.torch_version import TorchVersion
+
+import losses
+from losses import lpips_network, st_lpips
+from tools.translate import read_latents
+from train_align_with_args import load_vaes, parse_args
+from utils import SAFE_TORCH, read_torch
+from vae_align import AlignPipeline
+from vaes.loading import load_vae_model
+from vaes.pipeline import PipelineWithVAEs, read_checkpoint
+
+
+class Payload:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def load(path, **options):
+    return load_vae_model(path, "vae", None, "cpu", torch.float32, **options)
+
+
+def floors(lines):
+    """{package: oldest version} of requirements."""
+    found = (re.match(r"([\w.-]+)>=([\w.]+)", line) for line in lines)
+    return {match[1].lower(): match[2] for match in found if match}
+
+
+def test_the_oldest_versions_are_those_of_security_md():
+    """A requirement that lets a version in which loading runs code; a promise that the requirements do not keep."""
+    rows = re.findall(r"^\| (\w+) \| (\d[\d.]*) \|", (ROOT / "SECURITY.md").read_text("utf-8"), re.MULTILINE)
+    promised = {name.lower(): version for name, version in rows}
+    required = floors((ROOT / "requirements.txt").read_text("utf-8").splitlines())
+    extra = floors((ROOT / "pyproject.toml").read_text("utf-8").partition("train = [")[2].replace('"', " ").split())
+    assert promised["torch"] == SAFE_TORCH and {"pillow", "filelock"} <= promised.keys()
+    for found in (required, extra):
+        assert {name: found[name] for name in promised} == promised
+    assert extra.items() <= required.items()
+    exact = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text("utf-8").lower().split() if "==" in line)
+    for name, oldest in required.items():
+        assert TorchVersion(exact[name]) >= oldest, name
+
+
+def test_files_of_torch_are_read_in_one_place():
+    """A reader beside `utils.read_torch`, with neither `weights_only` nor a check of torch's version."""
+    for file in (file for file in ROOT.rglob("*.py") if not {"tests", "node_modules", ".venv"} & {*file.parts}):
+        calls = [node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Call)]
+        for call in calls:
+            name, options = ast.unparse(call.func), {option.arg: ast.unparse(option.value) for option in call.keywords}
+            assert name != "torch.load" or (file.name == "utils.py" and options["weights_only"] == "True"), file
+            assert name != "np.load" or options.get("allow_pickle", "False") == "False", file
+            assert not name.endswith("load_state_dict_from_url") or options["weights_only"] == "True", file
+            assert "trust_remote_code" not in options, file
+
+
+def test_no_file_of_torch_is_read_with_a_torch_that_could_run_its_code(monkeypatch, tmp_path, vae_folders):
+    """One door of six that nobody has locked; .safetensors files refused too."""
+    make_kl_vae(4).save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    save_tiny(tmp_path, "taesd", ".pth", latent_channels=4)
+    torch.save({}, tmp_path / "vae.ckpt")
+    torch.save(torch.zeros(1, 4, 2, 2), tmp_path / "latents.pt")
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1"))
+    for read in (
+        lambda: load(tmp_path / "pickled").model,
+        lambda: load(tmp_path / "taesd").model,
+        lambda: load(tmp_path / "vae.ckpt"),
+        lambda: read_latents(tmp_path / "latents.pt"),
+        lambda: read_checkpoint(ROOT / "tests" / "files" / "module.pth"),
+        lambda: st_lpips("alex"),
+    ):
+        refusal(read, "torch 2.9.1", f"install torch {SAFE_TORCH}", ".safetensors")
+    assert load(vae_folders["kl4"]).model
+    assert AlignPipeline.from_pretrained(ROOT / "tests" / "files" / "module.safetensors")
+
+
+def test_the_one_file_to_copy_reads_no_file_of_torch(tmp_path):
+    """A pickle in a host with an old torch, under whatever name."""
+    torch.save({"format": Payload(tmp_path / "ran")}, tmp_path / "module.safetensors")
+    shutil.copy(tmp_path / "module.safetensors", tmp_path / "module.pth")
+    for name in ("module.safetensors", "module.pth"):
+        refusal(lambda name=name: AlignPipeline.from_pretrained(tmp_path / name), name)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("network", ["alex", "vgg"])
+def test_other_weights_than_the_published_ones_of_st_lpips_are_refused(tmp_path, monkeypatch, network):
+    """A swapped file that judges every figure."""
+    weights = read_torch(losses._weights_file(network))
+    name = next(iter(weights))
+    torch.save({**weights, name: weights[name] + 1e-3}, tmp_path / "other.pth")
+    monkeypatch.setattr(losses, "_weights_file", lambda _: tmp_path / "other.pth")
+    refusal(lambda: st_lpips(network), "other.pth", "SHA-256", "reinstall")
+
+
+def test_a_planted_file_of_alexnet_runs_no_code(tmp_path, monkeypatch):
+    """torchvision, which reads what lies in torch's cache without `weights_only`."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = losses.weights_file("alexnet-owt-7be5be79.pth")
+    file.parent.mkdir(parents=True)
+    file.write_bytes(pickle.dumps(Payload(tmp_path / "ran"), protocol=2))
+    refusal(lambda: lpips_network("cpu"), file.name, "cannot be read")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The hub models for which the hub itself was asked; it gives none, and none was downloaded before."""
+    from huggingface_hub import errors
+
+    found = []
+
+    def download(repo, name, *, local_files_only, **_):
+        if not local_files_only:
+            found.append(repo)
+        raise errors.LocalEntryNotFoundError("nothing here")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    return found
+
+
+def test_a_hub_model_that_a_checkpoint_names_is_not_asked_for_at_the_hub(asked):
+    """A stranger's checkpoint, judged or resumed, that sends the user's token for a model of its own choice."""
+    content = read_checkpoint(ROOT / "tests" / "files" / "module.pth")
+    content = content | {"vae2": content["vae2"] | {"path": "attacker/beacon"}}
+    refusal(lambda: PipelineWithVAEs.from_checkpoint(content).codec2, "attacker/beacon", "name it yourself")
+    resumed = parse_args(["--vae1_path", "attacker/beacon"])
+    resumed.resume, resumed.given_flags = "latest", ()
+    refusal(lambda: load_vaes(resumed), "--vae1_path attacker/beacon", "name it yourself")
+    refusal(lambda: load("//attacker/share", typed=False), "on another machine")  # to which Windows would send a password
+    assert asked == []
+    refusal(lambda: PipelineWithVAEs.from_checkpoint(content, vae2="attacker/beacon").codec2, "could not be downloaded")
+    content["vae2"]["path"] = "madebyollin/taef1"
+    refusal(lambda: PipelineWithVAEs.from_checkpoint(content).codec2, "could not be downloaded")
+    assert asked == ["attacker/beacon", "madebyollin/taef1"]
