@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from runs import is_alive
 from torch.utils.data import Dataset
 
 import dataloader
+from cache.read import cached_loader
 from dataloader import Loader, WorkersLost, work
 from utils import STOP_SIGNALS, StopWaiting
 
@@ -187,10 +189,11 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path):
             time.sleep(0.1)
 
 
-def test_workers_that_cannot_be_started_are_refused_in_one_line(monkeypatch):
-    """A traceback where the system has no memory or processes left for workers."""
-    monkeypatch.setattr(os, "fork", lambda: (_ for _ in ()).throw(OSError(12, "Cannot allocate memory")))
-    refusal(lambda: list(Loader(Troubled(), [[0]], 1)), "num_workers 1: they cannot be started", "allocate")
+@pytest.mark.parametrize("why, remedy", [("Cannot allocate memory", "memory"), ("AF_UNIX path too long", "TMPDIR")])
+def test_workers_that_cannot_be_started_are_refused_in_one_line(monkeypatch, why, remedy):
+    """A traceback where the system has no memory or processes left for workers; one remedy for every cause."""
+    monkeypatch.setattr(os, "fork", lambda: (_ for _ in ()).throw(OSError(12, why)))
+    refusal(lambda: list(Loader(Troubled(), [[0]], 1)), "num_workers 1: they cannot be started", why, remedy)
     assert not set(STOP_SIGNALS) & signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
@@ -203,6 +206,15 @@ def test_batches_need_no_shared_memory(monkeypatch, hurried):
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", refuse)
     with no_hang():
         assert numbers(Loader(Troubled(), ONE_BY_ONE, 2, first_of, patience=60)) == list(range(10))
+
+
+def test_a_run_on_the_cpu_leaves_a_gpu_alone(monkeypatch, hurried):
+    """A CUDA context, hundreds of megabytes on a GPU that is full, of a run that was to keep away from it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", None)
+    assert numbers(Loader(Troubled(), ONE_BY_ONE, 2, first_of, device="cpu", patience=60)) == list(range(10))
+    rows = SimpleNamespace(shares=[8], images=range(8))
+    assert cached_loader(rows, 2, 2, 0, 1, device="cpu").num_workers == 0
 
 
 def test_an_iteration_that_nobody_finishes_costs_the_next_one_nothing(hurried):

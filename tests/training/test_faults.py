@@ -233,7 +233,7 @@ def work_for_workers(vae_folders, tmp_path_factory):
     flags = tiny_flags(vae_folders, (folder / "photos",) * 2, folder)
     few = train(flags, folder, **QUIET, no_cache_latents=True, max_train_steps=1).checkpoints[-1]
     flags |= QUIET | {"image_size": 128, "num_workers": 2, "epochs": 10**6}
-    judging = {"checkpoint": few, "image_size": 128, "num_workers": 2, "device": "cpu"}
+    judging = {"checkpoint": few, "image_size": 128, "num_workers": 2, "device": "cpu", "metrics": "ssim", "num_samples": 0}
     return {
         "training": flags | {"no_cache_latents": True},
         "cache": flags | {"cache_views": 50},
@@ -279,7 +279,7 @@ def test_a_worker_that_is_killed_at_any_moment_ends_the_run(work_for_workers, tm
         kills += 1
         if kills >= max(1, KILLS // len(PROGRAMS)):
             break
-    print(f"\n{kills} x a worker killed in {situation} (seed {seed})")
+    print(f"\n{kills} x a worker killed in {situation}, {attempt + 1 - kills} x too late (seed {seed})")
     assert kills
 
 
