@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import logging
 import math
@@ -1013,7 +1014,7 @@ def dry_run(
     few = (train_set, eval_set.part(np.arange(min(len(eval_set), settings.eval_batch_size * accelerator.num_processes))))
     for vae in vaes:
         _ = vae.model  # read now, so that the clock does not count it
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ending:
         tried = settings.but(
             max_train_steps=2, minutes=0.0, log_frequency=1, cache_views=1, eval_frequency=min(settings.eval_frequency, 1),
             save_frequency=0, save_steps=0, save_dir=folder, config_save_path="", latent_cache_dir=f"{folder}/cache",
@@ -1026,11 +1027,10 @@ def dry_run(
         run = prepare_run(tried, pipeline, objective, accelerator, loaders[0])
         run.name = "align_dry_run"
         writer = RunLog(Path(folder), 0, run.fixed) if accelerator.is_main_process else None
+        ending.callback(writer.close if writer else lambda: None)
         speed, profile = Speed(batch_size, 0), StepProfile(0, accelerator.device, None)
         stopped = training_loop(tried, run, *loaders, writer, generator, speed, profile)
-        if writer:
-            writer.close()
-            checkpoint_bytes = run.last.stat().st_size
+        checkpoint_bytes = run.last.stat().st_size if writer else 0
     if stopped:
         raise SystemExit(128 + stopped)
     if not writer:
