@@ -868,7 +868,8 @@ def training_loop(
             budget.note_kind(run.step, objective.decodes_at(position))
             with record_function("encoding"):
                 if args.sample_posterior:
-                    generator.manual_seed(seed_of_step(args.seed, run.step, accelerator.process_index))
+                    of_this_step = np.random.SeedSequence((args.seed, run.step, accelerator.process_index))
+                    generator.manual_seed(int(of_this_step.generate_state(1)[0]))
                 encoded = objective.encode(batch, args.sample_posterior, generator)
             learning_rate = run.optimizer.param_groups[0]["lr"]
             loss, grad_norm, ok = train_step(args, run, encoded, position)
@@ -956,11 +957,6 @@ def save_now(args: argparse.Namespace, run: Run, train_loader, writer: RunLog | 
 def endless(loader):
     while True:
         yield from loader
-
-
-def seed_of_step(seed: int, step: int, process: int) -> int:
-    """A seed of its own for every step and process."""
-    return int(np.random.SeedSequence((seed, step, process)).generate_state(1)[0])
 
 
 def memory_flags(args: argparse.Namespace) -> dict:
