@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import logging
 import math
@@ -881,7 +882,8 @@ def training_loop(
             budget.note_kind(run.step, objective.decodes_at(position))
             with record_function("encoding"):
                 if args.sample_posterior:
-                    generator.manual_seed(seed_of_step(args.seed, run.step, accelerator.process_index))
+                    of_this_step = np.random.SeedSequence((args.seed, run.step, accelerator.process_index))
+                    generator.manual_seed(int(of_this_step.generate_state(1)[0]))
                 encoded = objective.encode(batch, args.sample_posterior, generator)
             learning_rate = run.optimizer.param_groups[0]["lr"]
             loss, grad_norm, ok = train_step(args, run, encoded, position)
@@ -969,11 +971,6 @@ def endless(loader):
         yield from loader
 
 
-def seed_of_step(seed: int, step: int, process: int) -> int:
-    """A seed of its own for every step and process."""
-    return int(np.random.SeedSequence((seed, step, process)).generate_state(1)[0])
-
-
 def memory_flags(args: argparse.Namespace) -> dict:
     """The flags that decide how much memory training takes, for `memory_advice`."""
     return {name: getattr(args, name) for name in ("train_batch_size", "image_size", "precision")}
@@ -1025,7 +1022,7 @@ def dry_run(
     few = (train_set, eval_set.part(np.arange(min(len(eval_set), settings.eval_batch_size * accelerator.num_processes))))
     for vae in vaes:
         _ = vae.model  # read now, so that the clock does not count it
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ending:
         tried = settings.but(
             max_train_steps=2, minutes=0.0, log_frequency=1, cache_views=1, eval_frequency=min(settings.eval_frequency, 1),
             save_frequency=0, save_steps=0, save_dir=folder, config_save_path="", latent_cache_dir=f"{folder}/cache",
@@ -1038,12 +1035,11 @@ def dry_run(
         run = prepare_run(tried, pipeline, objective, accelerator, loaders[0])
         run.name = "align_dry_run"
         writer = RunLog(Path(folder), 0, run.fixed) if accelerator.is_main_process else None
+        ending.callback(writer.close if writer else lambda: None)
         speed, profile = Speed(batch_size, 0), StepProfile(0, accelerator.device, None)
         with StopRequest() as stop:
             training_loop(tried, run, *loaders, writer, generator, speed, profile, stop)
-        if writer:
-            writer.close()
-            checkpoint_bytes = run.last.stat().st_size
+        checkpoint_bytes = run.last.stat().st_size if writer else 0
     if not writer:
         return
     batches = -(-len(eval_set) // len(few[1]))

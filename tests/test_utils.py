@@ -76,13 +76,16 @@ def test_write_json_refuses_nan_and_bears_a_file_system_without_fsync(tmp_path, 
 
 def test_stamp_is_the_present_time_or_sorts_after_entries_from_the_future(tmp_path):
     """A stamp in UTC, or one after another prefix's entries; a clock that went back, after which the newest checkpoint no
-    longer sorts last; 235959 + 1 = 235960."""
+    longer sorts last; 235959 + 1 = 235960; digits that are no time, which hide the newest; a traceback after the last year."""
     (tmp_path / "other_29991231_235959.pth").touch()
+    (tmp_path / "align_pipeline_99999999_999999.pth").touch()
     stamp = datetime.strptime(next_stamp(tmp_path, "align_pipeline"), "%Y%m%d_%H%M%S")
     assert abs(stamp - datetime.now()) < timedelta(minutes=2)
     for name in ("align_pipeline_29991231_235959.pth", "align_pipeline_20200101_000000.pth"):
         (tmp_path / name).touch()
     assert next_stamp(tmp_path, "align_pipeline") == "30000101_000000"
+    (tmp_path / "align_pipeline_99991231_235959.pth").touch()
+    refusal(lambda: next_stamp(tmp_path, "align_pipeline"), "99991231_235959.pth", "rename it")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

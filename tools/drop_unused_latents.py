@@ -36,7 +36,11 @@ def main(argv: list[str] | None = None) -> None:
         try:
             known = read_json(about)
             what = ", ".join(f"{name} {known.get(name)}" for name in ("vae1", "vae2", "image_size", "seed"))
-            chunks = [entry for entry in folder.iterdir() if is_chunk(entry)]
+            chunks = [  # in earlier layouts folders; a user's own files and links stay
+                entry
+                for entry in folder.iterdir()
+                if not entry.is_symlink() and (entry.is_dir() or entry.suffix in (".safetensors", ".lock", ".tmp"))
+            ]
             old = [entry for entry in chunks if entry.stat().st_mtime < limit]
             print(printable(f"{folder}: {what}; {size_of(chunks)}, of which {size_of(old)} unused"))
             if args.drop and old:
@@ -47,11 +51,6 @@ def main(argv: list[str] | None = None) -> None:
                     print("  dropped" if free else "  in use by a run: left alone")
         except (OSError, ValueError, AttributeError) as error:
             log.warning("%s: left alone (%s)", folder, one_line(error))
-
-
-def is_chunk(entry: Path) -> bool:
-    """Whether a run wrote this entry of a cache's folder, or left it behind. In earlier layouts chunks were folders."""
-    return not entry.is_symlink() and (entry.is_dir() or entry.suffix in (".safetensors", ".lock", ".tmp"))
 
 
 def size_of(chunks: list[Path]) -> str:

@@ -27,7 +27,7 @@ from dataloader import eval_loader as whole_set
 from evaluation.ladder import FixedRungs, Ladder
 from evaluation.pictures import comparison_sheets
 from evaluation.tables import METRICS_FILE, TRAINING_FILE, decibels
-from utils import UserError, atomic_file, printable
+from utils import UserError, atomic_file, printable, require_regular
 from vaes.pipeline import weights_digest
 
 log = logging.getLogger(__name__)
@@ -235,12 +235,13 @@ def drop_lines_after(path: Path, step: int) -> None:
     """Keep the lines of a log that were written after at most `step` steps; a torn last line goes too."""
     if not path.exists():
         return
+    require_regular(path)
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, RecursionError, TypeError):
             continue
     with atomic_file(path, "w", encoding="utf-8") as file:
         file.writelines(kept)

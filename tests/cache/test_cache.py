@@ -14,10 +14,11 @@ import time
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from conftest import ROOT, as_argv, child_environment, make_photo, run_script
 from filelock import FileLock
-from hostile import refusal
+from hostile import no_hang, refusal
 
 import train_align_with_args as train_script
 from cache import build
@@ -376,6 +377,63 @@ def test_the_processes_of_a_run_begin_in_different_places(three_chunks, written,
     three_chunks("a")
     three_chunks("b", machine=SecondOfThree())
     assert written[3:] == [written[1], written[2], written[0]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A folder in which others write
+
+
+def test_links_and_pipes_in_a_shared_cache_are_left_alone(three_chunks, written, spaces, photos, tmp_path):
+    """A file elsewhere that is overwritten or cut to nothing through a link; a run that waits for a pipe's writer."""
+    folder, victim = three_chunks("cache").cache.folder, tmp_path / "victim"
+    victim.write_text("precious")
+    first, second, _ = (folder / f"{name}.safetensors" for name in written)
+    for path in (folder / "about.json", first, second, tmp_path / "cache" / "contents.npy"):
+        path.unlink()
+    for link in (folder / "about.json", first, first.with_suffix(".lock")):
+        link.symlink_to(victim)
+    for pipe in (second, tmp_path / "cache" / "contents.npy"):
+        os.mkfifo(pipe)
+    with no_hang():
+        assert len(three_chunks("cache")) == 6
+    assert written[3:] == written[:2] and victim.read_text() == "precious"
+    assert not (folder / "about.json").is_symlink() and first.is_file() and second.is_file()
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    refusal(lambda: three_chunks("cache"), "latent cache", "a link")
+    assert drop(tmp_path / "cache", "--drop", "--unused_days", "1") == ""
+
+
+LEFT_OUT = [b"[" * 10**5, b"3", b'[{"content": "xy", "views": 1, "reader": "", "why": ""}]', b"[1]", b"\xff"]
+
+
+@pytest.mark.parametrize("text", LEFT_OUT, ids=["nested", "no list", "no digest", "no entry", "no text"])
+def test_a_chunk_that_another_tool_wrote_is_encoded_again(three_chunks, written, text, caplog):
+    """A traceback over a file in a shared folder."""
+    data = three_chunks("cache")
+    path = data.cache.path(written[0])
+    chunk = safetensors.numpy.load_file(path) | {"left_out": np.frombuffer(text, np.uint8)}
+    safetensors.numpy.save_file(chunk, path)
+    assert len(three_chunks("cache")) == 6 and written[3:] == written[:1] and "damaged" in caplog.text
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text("[" * 10**5), lambda path: path.write_text("[]"), os.mkfifo])
+def test_the_tool_leaves_what_no_run_wrote(three_chunks, tmp_path, caplog, make):
+    """A folder of which one file ends the whole listing; a user's notes, or a folder behind a link, that are deleted; a file's
+    own commands to the terminal."""
+    folder = three_chunks("cache").cache.folder
+    other = folder.with_name("0" * 24)
+    (tmp_path / "mine").mkdir()
+    other.mkdir()
+    make(other / "about.json")
+    (folder / "about.json").write_text(json.dumps({"vae1": "\x1b]0;"}))
+    (folder / "notes.txt").touch()
+    (folder / "link").symlink_to(tmp_path / "mine")
+    set_age(folder.iterdir(), 40)
+    with no_hang():
+        assert "dropped" in (said := drop(tmp_path / "cache", "--drop")) and "\x1b" not in said
+    assert {path.name for path in folder.iterdir()} == {"about.json", "notes.txt", "link"}
+    assert (tmp_path / "mine").is_dir() and f"{other}: left alone" in caplog.text
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,14 +3,16 @@
 import gzip
 import json
 import math
+import os
 
 import pytest
 import torch
 from conftest import read_scalars
+from hostile import no_hang
 from runs import QUIET, train
 from torch.profiler import record_function
 
-from training.log import PARTS, TRACE, TRAINING_FILE, RunLog, StepProfile
+from training.log import PARTS, TRACE, TRAINING_FILE, RunLog, StepProfile, drop_lines_after
 
 
 def lines_of(folder):
@@ -79,3 +81,14 @@ def test_a_run_says_how_fast_it_was_and_where_the_time_went(flags, tmp_path, cap
     assert all(shares[part] > 0 for part in ("waiting for data", "module", "losses and decoding", "backward", "optimizer"))
     with gzip.open(run.event_files[0].parent / TRACE) as file:
         assert any("conv" in event["name"] for event in json.load(file)["traceEvents"])
+
+
+def test_another_tools_lines_and_pipes_hold_no_run_up(tmp_path):
+    """A traceback over a line that nests deep; a run that waits for someone to write into a pipe."""
+    log = tmp_path / "training.jsonl"
+    log.write_text('{"step": 1}\n' + "[" * 10**5 + "\n")
+    drop_lines_after(log, 1)
+    assert log.read_text() == '{"step": 1}\n'
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with no_hang(), pytest.raises(OSError, match="a pipe"):
+        drop_lines_after(tmp_path / "metrics.jsonl", 1)

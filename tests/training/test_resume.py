@@ -1,14 +1,18 @@
 """Runs that are interrupted and go on: the end must be bit for bit that of an uninterrupted run."""
 
+import hashlib
+import itertools
 import json
 import os
 import shutil
 import signal
 import time
+import unicodedata
 
 import pytest
 import torch
-from conftest import as_argv, tiny_flags
+from conftest import as_argv, make_kl_vae, tiny_flags
+from hostile import refusal
 from runs import QUIET, assert_same_tensors, end_after, results_of, start, tensors_of, tiny_of, train
 
 import train_align_with_args as train_script
@@ -274,6 +278,12 @@ def test_names_do_not_depend_on_how_the_folder_is_written():
     assert names == checkpoint.names_digest(["./photos/a/1.png", "./photos/b/2.png"])
     assert names == checkpoint.names_digest(["/elsewhere//photos/a/1.png", "/elsewhere//photos/b/2.png"])
     assert names != checkpoint.names_digest(["photos/a/1.png", "photos/b/3.png"])
+    assert names != checkpoint.names_digest(["photos/a/1.png", "photos/b/é.png"])
+    composed, decomposed = (unicodedata.normalize(form, "café_が.jpg") for form in ("NFC", "NFD"))
+    written = hashlib.sha256("café_が.jpg".encode()).hexdigest()[:16]
+    assert checkpoint.names_digest([composed]) == checkpoint.names_digest([decomposed]) == written
+    written = hashlib.sha256(decomposed.encode()).hexdigest()[:16]  # by an earlier version
+    assert checkpoint.names_digest([decomposed], written) == written != checkpoint.names_digest([composed], written)
     assert checkpoint.names_digest(["x/1.png"]) == checkpoint.names_digest(["y/1.png"]) != checkpoint.names_digest(["x/2.png"])
 
 
@@ -313,3 +323,96 @@ def test_a_lost_worker_ends_the_run_saved(flags, tmp_path, monkeypatch):
             train(flags, tmp_path, **QUIET, max_train_steps=4)
     assert results_of(tmp_path).last["step"] == 2
     assert train(flags, tmp_path, **QUIET, max_train_steps=4, resume=True).last["step"] == 4
+
+
+def test_vaes_are_the_same_by_content_wherever_they_are(flags, vae_folders, tmp_path, monkeypatch):
+    """A run that goes on towards another VAE than it began with, of the same kind; one that is lost since a folder was moved or
+    written once more by another version of diffusers."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    changes = {**QUIET, "input_types": ["image"], "decoder_loss_weight": 1.0, "seen_through": [old / "kl4_stride4"]}
+    places = {"vae1_path": "kl4", "vae2_path": "kl16", "decoder_loss_path": "kl16", "seen_through": "kl4_stride4"}
+    for name in {*places.values()}:
+        shutil.copytree(vae_folders[name], old / name)
+    changes |= {flag: old / name for flag, name in places.items()}
+    train(flags, tmp_path, **changes, max_train_steps=1)
+    for flag, name in places.items():
+        shutil.copytree(old / name, new / flag)
+        config = json.loads((new / flag / "config.json").read_text()) | {"_diffusers_version": "99"}
+        (new / flag / "config.json").write_text(json.dumps(config))
+    shutil.rmtree(old)
+    changes |= {flag: new / flag for flag in places} | {"resume": True, "max_train_steps": 2}
+    assert train(flags, tmp_path, **changes).last["step"] == 2
+    monkeypatch.setattr("train_align_with_args.cache_latents", lambda *_, **__: pytest.fail("the cache is built"))
+    for flag in places:
+        weights = new / flag / "diffusion_pytorch_model.safetensors"
+        sound = weights.read_bytes()
+        weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+        refusal(lambda: train(flags, tmp_path, **changes | {"max_train_steps": 3}), f"--{flag} ", "not the VAE")
+        weights.write_bytes(sound)
+
+
+def test_best_is_counted_anew_where_it_was_measured_on_something_else(flags, tmp_path, photo_folders, caplog):
+    """The best of other pictures held against these ones for ever, or beaten at once; a moved folder that counts as another."""
+    caplog.set_level("INFO")
+    folder, moved = tmp_path / "eval", tmp_path / "moved"
+    shutil.copytree(photo_folders[1], folder)
+    changes = {"visualize_frequency": 0, "eval_frequency": 1, "save_frequency": 0, "eval_data_dir": folder}
+    train(flags, tmp_path, **changes, epochs=1)
+    shutil.copytree(folder, moved)
+    changes |= {"resume": True, "eval_data_dir": moved}
+    train(flags, tmp_path, **changes, epochs=2)
+    assert "counted anew" not in caplog.text
+    for number, photo in enumerate(sorted(photo_folders[0].rglob("*.png"))[:5]):
+        shutil.copy(photo, moved / f"{number}.jpg")
+    best = train(flags, tmp_path, **changes, epochs=3).last["training"]["best"]
+    assert caplog.text.count("counted anew") == 1 and best["step"] == 9
+    best = train(flags, tmp_path, **changes, epochs=4, best_metric="latent_mse").last["training"]["best"]
+    assert caplog.text.count("counted anew") == 2 and best["step"] == 12 and best["by"] == "latent_mse"
+
+
+def test_a_strangers_checkpoint_decides_no_place(flags, tmp_path, monkeypatch, caplog):
+    """A file that is replaced, a folder that is filled, checkpoints that are deleted, or a proxy that is asked, since a file
+    from elsewhere says so."""
+    caplog.set_level("INFO")
+    path = train(flags, tmp_path / "theirs", **QUIET, max_train_steps=1).checkpoints[-1]
+    content, mine = torch.load(path, weights_only=True), tmp_path / "mine"
+    victim = mine / "ckpt" / "align_pipeline_20250101_000000.pth"
+    victim.parent.mkdir(parents=True)
+    victim.write_text("precious")
+    planted = dict.fromkeys(("log_dir", "save_dir", "latent_cache_dir", "cache_dir"), str(tmp_path / "planted"))
+    content["config"] |= planted | {"config_save_path": str(victim), "proxy": "http://127.0.0.1:9", "keep_last": 1}
+    content["training"]["own"] = [victim.name]
+    torch.save(content, path)
+    given = {name: value for name, value in flags.items() if name != "latent_cache_dir"}
+    run = train(given, mine, **QUIET, resume=path, keep_last=1, max_train_steps=2)
+    assert victim.read_text() == "precious" and not (tmp_path / "planted").exists() and "HTTP_PROXY" not in os.environ
+    assert (mine / "latent_cache").is_dir() and len(run.checkpoints) == 2
+    said = next(record.message for record in caplog.records if "not as in the checkpoint" in record.message)
+    assert all(f"--{name} " in said for name in (*planted, "config_save_path", "proxy")) and str(victim) in said
+
+
+@pytest.mark.parametrize("mode", ["dry_run", "cache_only"])
+def test_what_ends_before_training_ends_properly(flags, tmp_path, monkeypatch, mode):
+    """An event file that is never closed, or processes that a launcher waits for; also after a mistake."""
+    ended, closed = [], []
+    monkeypatch.setattr("accelerate.Accelerator.end_training", lambda _: ended.append(1))
+    monkeypatch.setattr(train_script.RunLog, "close", lambda writer: closed.append(writer._events.close()))
+    train(flags, tmp_path, **QUIET, **{mode: True})
+    assert len(ended) == 1 and len(closed) == (mode == "dry_run")
+    fails = {"dry_run": "training_loop", "cache_only": "cache_latents"}[mode]
+    monkeypatch.setattr(train_script, fails, lambda *_: (_ for _ in ()).throw(train_script.UserError("a mistake")))
+    with pytest.raises(train_script.UserError):
+        train(flags, tmp_path, **QUIET, **{mode: True})
+    assert len(ended) == 2 and len(closed) == 2 * (mode == "dry_run")
+
+
+def test_weights_that_were_trained_for_another_vae_come_with_a_word(flags, tmp_path, vae_folders, caplog):
+    """A start from weights for other latents of the same shape, of which nobody hears; a word about the very same VAEs."""
+    path = train(flags, tmp_path, **QUIET, max_train_steps=1).checkpoints[-1]
+    changes = {**QUIET, "max_train_steps": 1, "load_checkpoint": path, "hidden_channels": None, "num_blocks": None}
+    train(flags, tmp_path, **changes)
+    assert "another VAE" not in caplog.text
+    torch.manual_seed(0)
+    make_kl_vae(4, scaling_factor=0.18215, act_fn="relu").save_pretrained(tmp_path / "other")
+    train(flags, tmp_path, **changes, vae1_path=tmp_path / "other")
+    assert caplog.text.count("trained with another VAE than --vae1_path") == 1

@@ -64,6 +64,7 @@ REFUSED = {  # changes to a run's flags, and the parts of the line
     "decoder of another space": ({"decoder_loss_weight": 1, "decoder_loss_path": "kl4"}, "--decoder_loss_path"),
     "images in a pipe": ({"eval_data_dir": "{}/pipe"}, "--eval_data_dir"),
     "images that are nowhere": ({"train_data_dir": "{}/none", "vae1_path": "{}/none"}, "--train_data_dir"),
+    "a stamp after which no other sorts": ({"save_dir": "{}/9999"}, "align_pipeline_99991231_235959.pth", "rename it"),
     "a checkpoint without a name": ({"resume": ""}, "--resume ''"),
     "weights without a name": ({"load_checkpoint": ""}, "--load_checkpoint ''"),
     "latents alone, and no decoder to look with": ({"architecture": "tiny", "input_types": ["latent"]}, "--architecture tiny"),
@@ -96,6 +97,7 @@ def test_flags_that_cannot_work_together_are_refused_before_anything_is_encoded(
     monkeypatch.setattr("utils.torch.compile", lambda _: lambda _: (_ for _ in ()).throw(RuntimeError("no compiler")))
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
+    (tmp_path / "9999" / "align_pipeline_99991231_235959.pth").mkdir(parents=True)
     os.mkfifo(tmp_path / "pipe")
     changes, *said = REFUSED[kind]
     changes = {name: value.replace("{}", str(tmp_path)) if isinstance(value, str) else value for name, value in changes.items()}

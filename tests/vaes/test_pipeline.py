@@ -299,6 +299,10 @@ def flip(path):
     path.write_bytes(content)
 
 
+def nested(depth):
+    return [] if not depth else [nested(depth - 1)]
+
+
 BIAS = "out.bias"
 KINDS = {  # kind: (what makes it of a good one, what the message says)
     "cut in half": (lambda path: cut_to(path, 0.5), "damaged"),
@@ -322,6 +326,19 @@ KINDS = {  # kind: (what makes it of a good one, what the message says)
     "a step before the first": (top(step=-1), "step"),
     "an epoch in words": (top(epoch="one"), "incomplete"),
     "a config that is text": (top(config="{}"), "incomplete"),
+    "a number as a tensor of any shape": (
+        top(metrics={"psnr": torch.zeros(1).expand(10**5, 10**6)}),
+        "claim more than the file",
+    ),
+    "parts of one tensor, each a whole": (
+        top(metrics=dict.fromkeys(range(10**5), torch.zeros(10**4))),
+        "claim more than the file",
+    ),
+    "lists in lists": (top(metrics={"psnr": nested(300)}), "nested too deep"),
+    "a pickle without a zip": (
+        lambda path: torch.save({}, path, _use_new_zipfile_serialization=False),
+        "a pickle may run code",
+    ),
     "a seed in words": (setting("config", seed="one"), "seed"),
     "a precision that is a list": (setting("config", precision=["float32"]), "incomplete"),
 }
@@ -377,6 +394,7 @@ STATES = {  # what is set in the state of the training, or beside it
     "checkpoints of its own that are elsewhere": {"own": ["../precious.pth"]},
     "a name that is a path": {"run": "../../align_20260101_000000"},
     "half a bad step": {"bad_steps": 0.5},
+    "VAEs in a list": {"vaes": ["seen_through"]},
     "a colour of one channel": {"colours": {"vae2_bias": torch.zeros(1, 8, 8), "shift": torch.zeros(3, 8, 8)}},
     "another optimizer": {"optimizer": {"state": {}, "param_groups": []}},
     "moments of another shape": {"optimizer": "moments"},
