@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> dict:
     dataset = ImageDataset(source, size)
     dataset.warn_of_small(f"--eval_data_dir {args.eval_data_dir}")
     place = (accelerator.process_index, accelerator.num_processes)
-    loader = eval_loader(dataset, args.eval_batch_size, args.num_workers, *place)
+    loader = eval_loader(dataset, args.eval_batch_size, args.num_workers, *place, device)
     log.info("%s at %d px from %s", count_of(len(dataset), "image"), size, args.eval_data_dir)
 
     # ---- judge
@@ -204,6 +204,11 @@ def main(argv: list[str] | None = None) -> dict:
         measures = Measures(args.metrics, size, device)
         visit = save_pictures if args.save_visualizations else None
         results = judge(ladder, loader, measures, size, visit, accelerator)
+    if main_process:
+        say(tables.ladder_table(results))
+    for message in results["unreadable"]:
+        log.warning("left out: %s", message)
+    strips = report.report_strips(ladder, dataset, results, args.eval_data_dir, args.num_samples, accelerator)
     if not main_process:
         return results
     results |= {
@@ -228,10 +233,6 @@ def main(argv: list[str] | None = None) -> dict:
     results["verdict"] = verdict(results)
 
     # ---- write
-    say(tables.ladder_table(results))
-    for message in results["unreadable"]:
-        log.warning("left out: %s", message)
-    strips = report.report_strips(ladder, dataset, results, args.eval_data_dir, args.num_samples)
     curves = report.read_curves(checkpoints[0].path, checkpoints[0].content)
     of_this = {picture_name(index, path) for index, path in zip(results["indices"], results["paths"])}
     drop_pictures(output_dir, of_this if args.save_visualizations else set())

@@ -11,6 +11,7 @@ import torch
 from evaluation.figures import Sample, error_bands, error_spectrum, finite, latent_histograms
 from evaluation.ladder import Ladder, evaluate
 from evaluation.metrics import Measures
+from runtime.processes import is_main
 from utils import UserError
 from vaes.pipeline import PipelineWithVAEs, newest_checkpoint, read_checkpoint
 
@@ -85,7 +86,7 @@ def ladder_of(checkpoints: list[JudgedCheckpoint], dtype: torch.dtype) -> Ladder
 
 
 def judge(ladder: Ladder, loader, measures: Measures, image_size: int, visit=None, accelerator=None) -> dict:
-    """`evaluate` with costs, and the figures of the report's charts beside its results.
+    """`evaluate`, and the figures of the report's charts beside its results; on the main process also `Ladder.costs`.
 
     Args:
         image_size: side of the images, px. visit, accelerator: see `evaluate`.
@@ -109,13 +110,16 @@ def judge(ladder: Ladder, loader, measures: Measures, image_size: int, visit=Non
 
     for name, why in measures.left_out.items():
         log.warning("%s is left out: %s", name, why)
-    results = evaluate(ladder, loader, measures, look, costs=True, accelerator=accelerator)
+    results = evaluate(ladder, loader, measures, look, accelerator=accelerator)
     rows = []
     for figure, rungs in rungs_of.items():
         figure.gather(accelerator)
         found = figure.result()
         rows.append({name: found[name][0] for name in rungs})
     spectra, histograms = rows
+    # after the last exchange: the others go on to the pictures meanwhile. One process measures, so that times can be compared
+    for name, cost in ladder.costs(image_size).items() if is_main(accelerator) else ():
+        results["ladder"][name] |= cost
     return results | {
         "spectrum": {"frequency": error_bands(image_size), "rows": finite(spectra)},
         "histograms": {

@@ -19,11 +19,13 @@ from tqdm import tqdm
 from evaluation import charts, pictures, tables
 from evaluation.ladder import Ladder
 from evaluation.metrics import METRICS, Metric
+from runtime.processes import gathered, is_main
 from utils import printable
 
 OTHER_COLOURS = 3  # for further checkpoints' lines
 COLUMNS = [metric for metric in METRICS.values() if metric.text]  # of the ladder
 RENAMED = {"ceiling": "vae2"}  # rungs by the names that older runs gave them
+COSTS = 3  # images whose pictures take as long as `Ladder.costs`
 LONGEST_CURVE = 2000  # points; a longer one is thinned out, so that the page stays small
 
 log = logging.getLogger(__name__)
@@ -145,9 +147,9 @@ def evaluation_series(ladder: dict, evaluations: dict) -> dict[str, list[tuple]]
 
 
 @torch.inference_mode()
-def report_strips(ladder: Ladder, dataset, results: dict, folder: str, wanted: int) -> list[dict]:
+def report_strips(ladder: Ladder, dataset, results: dict, folder: str, wanted: int, accelerator=None) -> list[dict]:
     """The pictures of the report: about `wanted` images, worst, median and best. They are made again, so that none has to be
-    kept while the set is judged.
+    kept while the set is judged. Several processes share them; all call this together, and each gets all.
 
     Args:
         dataset: the images that were judged; results: of `judge.judge`; folder: where the images are.
@@ -158,11 +160,11 @@ def report_strips(ladder: Ladder, dataset, results: dict, folder: str, wanted: i
     chosen = [(group, index) for group, indices in groups.items() for index in indices]
     captions = ladder.captions
     panels_on_page = len(chosen) * (1 + 3 * len(captions))
-    strips = []
-    for group, index in tqdm(chosen, desc="pictures", unit="image", leave=False, disable=not chosen):
+    strips, own = {}, share_of(len(chosen), accelerator)
+    for place in tqdm(own, desc="pictures", unit="image", leave=False, disable=not (chosen and is_main(accelerator))):
+        group, index = chosen[place]
         path, pixels = results["paths"][index], dataset[results["indices"][index]]["pixel_values"]
         if pixels is None:
-            log.warning("%r can no longer be read; it is left out of the pictures", path)
             continue
         images = pixels[None].to(ladder.pipeline.device)
         made = {rung: (each.latents[0], each.picture[0]) for rung, each in ladder.reconstruct(images, only=captions).items()}
@@ -173,8 +175,20 @@ def report_strips(ladder: Ladder, dataset, results: dict, folder: str, wanted: i
             if rung != "vae1"
         )
         name = tables.shown_name(path, folder)
-        strips.append({"group": group, "name": name, "figures": f"PSNR in dB: {figures}", "panels": panels})
-    return strips
+        strips[place] = {"group": group, "name": name, "figures": f"PSNR in dB: {figures}", "panels": panels}
+    strips = {place: strip for of_process in gathered(strips, accelerator) for place, strip in of_process.items()}
+    for place, (_, index) in enumerate(chosen):
+        if place not in strips:
+            log.warning("%r can no longer be read; it is left out of the pictures", results["paths"][index])
+    return [strips[place] for place in sorted(strips)]
+
+
+def share_of(count: int, accelerator) -> list[int]:
+    """The places among `count` images of which this process makes the pictures. The main process measures costs before, in the
+    time of about `COSTS` images."""
+    world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    turns = [*range(1, world)] * COSTS + [*range(world)] * count
+    return [place for place, process in zip(range(count), turns) if process == rank]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -157,7 +157,9 @@ class Zoo:
             fit_ridge(pipeline, self._loader(self._regressed), Accelerator(cpu=self._device.type == "cpu"))
         ladder = Ladder(pipeline, self._dtype, only=("vae2", "aligned") if one == IMAGE else ("vae2", "linear", *WAYS))
         measures = Measures(("ssim", "st_lpips", "texture"), self._args.image_size, self._device, self._dtype)
-        results = evaluate(ladder, self._loader(self._judged), measures, costs=True)
+        results = evaluate(ladder, self._loader(self._judged), measures)
+        for name, cost in ladder.costs(self._args.image_size).items():
+            results["ladder"][name] |= cost
         results = finite(results | {"image_size": self._args.image_size})
         entry = {
             "of": self._digests_of(one, into),
