@@ -45,7 +45,7 @@ from evaluation.metrics import CHOICES, DEFAULT_CHOICES, Measures
 from evaluation.pictures import comparison_sheets
 from evaluation.verdict import verdict
 from runtime.cli import Parser, claim_writable_folder, integer, naming, run, use_proxy
-from runtime.processes import create_accelerator
+from runtime.processes import create_accelerator, place_of
 from utils import (
     PRECISIONS,
     UserError,
@@ -183,8 +183,7 @@ def main(argv: list[str] | None = None) -> dict:
     source = find_images(args.eval_data_dir, args.dataset_type, False, "--eval_data_dir", args.cache_dir)
     dataset = ImageDataset(source, size)
     dataset.warn_of_small(f"--eval_data_dir {args.eval_data_dir}")
-    place = (accelerator.process_index, accelerator.num_processes)
-    loader = eval_loader(dataset, args.eval_batch_size, args.num_workers, *place, device)
+    loader = eval_loader(dataset, args.eval_batch_size, args.num_workers, *place_of(accelerator), device)
     log.info("%s at %d px from %s", count_of(len(dataset), "image"), size, args.eval_data_dir)
 
     # ---- judge

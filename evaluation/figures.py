@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import ChainMap
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from runtime.processes import gathered, summed
+from runtime.processes import gathered, place_of, summed
 
 GROUPS = 10  # of images, each left out once by the jackknife
 FINE = 0.25  # cycles per pixel from which detail is fine: at most 4 pixels a cycle
@@ -79,8 +80,7 @@ def on_cpu(tensors: list[torch.Tensor], accelerator=None) -> list[torch.Tensor]:
     one piece, since each move waits for the device."""
     if not tensors:
         return []
-    whole = torch.cat([in_float64(one).flatten() for one in tensors])
-    whole = summed(whole, accelerator) if accelerator and accelerator.num_processes > 1 else whole.cpu()
+    whole = summed(torch.cat([in_float64(one).flatten() for one in tensors]), accelerator)
     return [part.view(one.shape) for part, one in zip(whole.split([one.numel() for one in tensors]), tensors)]
 
 
@@ -116,37 +116,30 @@ def mean_and_interval(numbers) -> tuple[float | None, float | None]:
     return mean, None if std is None else 1.96 * std / math.sqrt(len(numbers))
 
 
-class Sums:
+class Sums(dict):
     """Float64 sums of tuples of numbers and tensors, by key; all tuples of a key have the same shapes. Until `gather` they stay
     on `device`, where the tensors are."""
 
-    def __init__(self):
-        self._sums = {}
-        self.device = "cpu"
+    device = "cpu"
 
     def add(self, key: Hashable, values: tuple) -> None:
         """Add a tuple of numbers and tensors to the sums of `key`."""
         numbers = (value if isinstance(value, torch.Tensor) else torch.full((), value, device=self.device) for value in values)
         tensors = [in_float64(number) for number in numbers]
-        self._sums[key] = [one + other for one, other in zip(self._sums[key], tensors)] if key in self._sums else tensors
+        self[key] = [one + other for one, other in zip(self[key], tensors)] if key in self else tensors
 
     def gather(self, accelerator) -> None:
         """Move the sums to the CPU and add up those of all processes: each process then holds the total."""
         shapes = {}
-        for own in gathered({key: [tuple(sum_.shape) for sum_ in sums] for key, sums in self._sums.items()}, accelerator):
+        for own in gathered({key: [tuple(sum_.shape) for sum_ in sums] for key, sums in self.items()}, accelerator):
             shapes |= own
         none = {key: [torch.zeros(shape, device=self.device) for shape in shapes[key]] for key in sorted(shapes)}
-        totals = iter(on_cpu([sum_ for sums in (none | self._sums).values() for sum_ in sums], accelerator))
-        self._sums = {key: [next(totals) for _ in sums] for key, sums in none.items()}
-
-    @property
-    def keys(self) -> list:
-        """The keys to which something was added, sorted."""
-        return sorted(self._sums)
+        totals = iter(on_cpu([sum_ for sums in (none | self).values() for sum_ in sums], accelerator))
+        self.update({key: [next(totals) for _ in sums] for key, sums in none.items()})
 
     def total(self, *keys: Hashable) -> tuple[torch.Tensor, ...]:
         """The sums over several keys, as a tuple of float64 tensors."""
-        return tuple(sum(parts) for parts in zip(*(self._sums[key] for key in keys)))
+        return tuple(sum(parts) for parts in zip(*(self[key] for key in keys)))
 
 
 class SetFigure:
@@ -182,17 +175,17 @@ class SetFigure:
         for index, values in zip(sample.index, of_each_image):
             self.sums.add((name, index % self.groups), values)
 
-    def gather(self, accelerator) -> None:
-        """Add up the sums of all processes."""
+    def result(self, accelerator=None) -> dict[str, tuple[float | list | None, float | None]]:
+        """{rung: (its figure over all images, half the width of that figure's 95% interval)}; None where undefined. With an
+        `accelerator` its processes call this together and share the rungs: an eigenvalue problem may take seconds."""
         self.sums.gather(accelerator)
-
-    def result(self) -> dict[str, tuple[float | list | None, float | None]]:
-        """{rung: (its figure over all images, half the width of that figure's 95% interval)}; None where undefined."""
         groups = {}
-        for name, group in self.sums.keys:
+        for name, group in sorted(self.sums):
             groups.setdefault(name, []).append(group)
         groups.pop(REFERENCE, None)
-        return {name: (self._figure(name, own), self._interval(name, own)) for name, own in groups.items()}
+        rank, world = place_of(accelerator)
+        own = {name: (self._figure(name, groups[name]), self._interval(name, groups[name])) for name in [*groups][rank::world]}
+        return dict(ChainMap(*gathered(own, accelerator)))
 
     def _figure(self, name, groups):
         return self.figure(*(self.sums.total(*((key, group) for group in groups)) for key in (name, REFERENCE)))
@@ -320,7 +313,7 @@ def detail() -> SetFigure:
     def sums_of(levels):
         powers = fine_power(levels.mean(dim=1))
         radius = radial_frequency(powers.shape[-2:], powers.device)
-        fine = (radius >= FINE) & (radius < 0.5)  # as a factor: to pick values, the CPU would have to wait for their number
+        fine = (radius >= FINE) & (radius < 0.5)  # a factor: an index by a mask waits for the device
         return [(one,) for one in (powers * fine).sum(dim=(-2, -1))]
 
     return SetFigure(

@@ -86,7 +86,7 @@ def ladder_of(checkpoints: list[JudgedCheckpoint], dtype: torch.dtype) -> Ladder
 
 
 def judge(ladder: Ladder, loader, measures: Measures, image_size: int, visit=None, accelerator=None) -> dict:
-    """`evaluate`, and the figures of the report's charts beside its results; on the main process also `Ladder.costs`.
+    """`evaluate`, and the figures of the report's charts beside its results; on the main process with `Ladder.costs`.
 
     Args:
         image_size: side of the images, px. visit, accelerator: see `evaluate`.
@@ -96,12 +96,11 @@ def judge(ladder: Ladder, loader, measures: Measures, image_size: int, visit=Non
         histograms: {limit, rows: {rung: counts}}, see `figures.latent_histograms`.
         left_out_metrics: {name: why it was not measured}.
     """
-    device = ladder.pipeline.device
     modules = [name for name, rung in ladder.rungs.items() if rung.kind == "aligned"]
     rungs_of = {error_spectrum(image_size): ("vae2", "reencode", *modules), latent_histograms(): ("vae2", *modules)}
 
     def look(batch, made):
-        images, index, vae2 = batch["pixel_values"].to(device), tuple(batch["index"].tolist()), made["vae2"]
+        images, index, vae2 = batch["pixel_values"], tuple(batch["index"].tolist()), made["vae2"]
         for figure, rungs in rungs_of.items():
             for name in rungs:
                 figure.add(name, Sample(images, made[name].picture, made[name].latents, vae2.picture, vae2.latents, index))
@@ -111,13 +110,9 @@ def judge(ladder: Ladder, loader, measures: Measures, image_size: int, visit=Non
     for name, why in measures.left_out.items():
         log.warning("%s is left out: %s", name, why)
     results = evaluate(ladder, loader, measures, look, accelerator=accelerator)
-    rows = []
-    for figure, rungs in rungs_of.items():
-        figure.gather(accelerator)
-        found = figure.result()
-        rows.append({name: found[name][0] for name in rungs})
-    spectra, histograms = rows
-    # after the last exchange: the others go on to the pictures meanwhile. One process measures, so that times can be compared
+    found = [(figure.result(accelerator), rungs) for figure, rungs in rungs_of.items()]
+    spectra, histograms = ({name: of_rung[name][0] for name in rungs} for of_rung, rungs in found)
+    # on one process, so that times can be compared; the others go on to the report's pictures meanwhile
     for name, cost in ladder.costs(image_size).items() if is_main(accelerator) else ():
         results["ladder"][name] |= cost
     return results | {

@@ -238,7 +238,6 @@ def evaluate(
     judged = gathered([_judge_batch(ladder, batch, measures, visit) for batch in batches], accelerator)
     # of P processes, number r has the batches r, r + P, …
     judged = [batch for turn in itertools.zip_longest(*judged) for batch in turn if batch is not None]
-    measures.gather(accelerator)
     paths, indices, unreadable = ([item for batch in judged for item in batch[key]] for key in ("path", "index", "unreadable"))
     if not paths:
         raise UserError(f"no image could be evaluated; the last failure: {(unreadable or ['the folder is empty'])[-1]}")
@@ -247,7 +246,7 @@ def evaluate(
         for name, metrics in batch["values"].items():
             for metric, per_image in metrics.items():
                 values[name].setdefault(metric, []).extend(per_image)
-    figures, intervals = _figures_of(ladder, values, measures)
+    figures, intervals = _figures_of(ladder, values, measures.of_the_set(accelerator))
     module.train(was_training)
     return {
         "images": len(paths),
@@ -266,7 +265,7 @@ def _judge_batch(ladder: Ladder, batch: dict, measures: Measures, visit) -> dict
     image]}}}."""
     index, values = batch["index"].tolist(), {}
     if batch["path"]:
-        images = batch["pixel_values"].to(ladder.pipeline.device)
+        images = batch["pixel_values"] = batch["pixel_values"].to(ladder.pipeline.device)  # once, also for `visit`
         made = ladder.reconstruct(images)
         target = made["vae2"]
         for name, rung in ladder.rungs.items():
@@ -281,9 +280,8 @@ def _judge_batch(ladder: Ladder, batch: dict, measures: Measures, visit) -> dict
     return {"path": batch["path"], "index": index, "unreadable": batch["unreadable"], "values": values}
 
 
-def _figures_of(ladder: Ladder, values: dict, measures: Measures) -> tuple[dict, dict]:
+def _figures_of(ladder: Ladder, values: dict, of_the_set: dict) -> tuple[dict, dict]:
     """(`ladder`, `intervals`) as `evaluate` returns them, from the values per image and the metrics of the set."""
-    of_the_set = measures.of_the_set()
     not_measured = dict.fromkeys(name for name, metric in METRICS.items() if metric.scope != "cost")
     figures, intervals = {}, {}
     for name, rung in ladder.rungs.items():

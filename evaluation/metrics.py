@@ -322,14 +322,9 @@ class Measures:
         for figure in self._wanted("set", sample).values():
             figure.add(rung, sample)
 
-    def gather(self, accelerator) -> None:
-        """Add up the metrics of the set over all processes."""
-        for figure in self._wanted("set").values():
-            figure.gather(accelerator)
-
-    def of_the_set(self) -> dict[str, dict[str, tuple]]:
-        """{metric: {rung: (value over all images, half the width of its 95% interval)}}; None where undefined."""
-        return {name: figure.result() for name, figure in self._wanted("set").items()}
+    def of_the_set(self, accelerator=None) -> dict[str, dict[str, tuple]]:
+        """{metric: {rung: (value over all images, half the width of its 95% interval)}}, see `SetFigure.result`."""
+        return {name: figure.result(accelerator) for name, figure in self._wanted("set").items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

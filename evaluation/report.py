@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections import ChainMap
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from evaluation import charts, pictures, tables
 from evaluation.ladder import Ladder
 from evaluation.metrics import METRICS, Metric
-from runtime.processes import gathered, is_main
+from runtime.processes import gathered, is_main, place_of
 from utils import printable
 
 OTHER_COLOURS = 3  # for further checkpoints' lines
@@ -160,35 +161,29 @@ def report_strips(ladder: Ladder, dataset, results: dict, folder: str, wanted: i
     chosen = [(group, index) for group, indices in groups.items() for index in indices]
     captions = ladder.captions
     panels_on_page = len(chosen) * (1 + 3 * len(captions))
-    strips, own = {}, share_of(len(chosen), accelerator)
-    for place in tqdm(own, desc="pictures", unit="image", leave=False, disable=not (chosen and is_main(accelerator))):
-        group, index = chosen[place]
+    rank, world = place_of(accelerator)
+    turns = [*range(1, world)] * COSTS + [*range(world)] * len(chosen)  # the main process has measured costs meanwhile
+    own = [image for image, turn in zip(chosen, turns) if turn == rank]
+    strips = {}
+    for group, index in tqdm(own, desc="pictures", unit="image", leave=False, disable=not (own and is_main(accelerator))):
         path, pixels = results["paths"][index], dataset[results["indices"][index]]["pixel_values"]
         if pixels is None:
             continue
-        images = pixels[None].to(ladder.pipeline.device)
-        made = {rung: (each.latents[0], each.picture[0]) for rung, each in ladder.reconstruct(images, only=captions).items()}
-        panels = pictures.page_panels(pictures.comparison_rows(images[0], made, captions), panels_on_page)
+        made = ladder.reconstruct(pixels[None].to(ladder.pipeline.device), only=captions)
+        made = {rung: (each.latents[0].cpu(), each.picture[0].cpu()) for rung, each in made.items()}
+        panels = pictures.page_panels(pictures.comparison_rows(pixels, made, captions), panels_on_page)
         figures = "; ".join(
             f"{caption} {tables.decibels(results['per_image'][rung]['psnr'][index])}"
             for rung, caption in captions.items()
             if rung != "vae1"
         )
         name = tables.shown_name(path, folder)
-        strips[place] = {"group": group, "name": name, "figures": f"PSNR in dB: {figures}", "panels": panels}
-    strips = {place: strip for of_process in gathered(strips, accelerator) for place, strip in of_process.items()}
-    for place, (_, index) in enumerate(chosen):
-        if place not in strips:
+        strips[index] = {"group": group, "name": name, "figures": f"PSNR in dB: {figures}", "panels": panels}
+    strips = dict(ChainMap(*gathered(strips, accelerator)))
+    for _, index in chosen:
+        if index not in strips:
             log.warning("%r can no longer be read; it is left out of the pictures", results["paths"][index])
-    return [strips[place] for place in sorted(strips)]
-
-
-def share_of(count: int, accelerator) -> list[int]:
-    """The places among `count` images of which this process makes the pictures. The main process measures costs before, in the
-    time of about `COSTS` images."""
-    world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
-    turns = [*range(1, world)] * COSTS + [*range(world)] * count
-    return [place for place, process in zip(range(count), turns) if process == rank]
+    return [strips[index] for _, index in chosen if index in strips]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

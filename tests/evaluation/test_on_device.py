@@ -30,30 +30,25 @@ class Waits(TorchDispatchMode):
         self.found = Counter()
 
     def __torch_dispatch__(self, function, types, given=(), options=None):
-        before = {tensor.device.type for tensor in tree_iter((given, options)) if isinstance(tensor, torch.Tensor)}
-        if function in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default):
-            self._note("a number", "cuda" in before)
-            return 1.0 if given[0].is_floating_point() else 1
-        made = function(*given, **(options or {}))
-        after = {tensor.device.type for tensor in tree_iter(made) if isinstance(tensor, torch.Tensor)}
-        self._note(" to ".join(sorted(before) + sorted(after)), before and after and before != after)
+        read = function in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
+        made = (1.0 if given[0].is_floating_point() else 1) if read else function(*given, **(options or {}))
+        before, after = (
+            sorted({each.device.type for each in tree_iter(side) if isinstance(each, torch.Tensor)})
+            for side in ((given, options), made)
+        )
+        if "cuda" in before if read else before and after and before != after:
+            frame = sys._getframe()
+            while not frame.f_code.co_filename.startswith(str(ROOT)) or frame.f_code.co_filename == __file__:
+                frame = frame.f_back
+            self.found[f"{frame.f_code.co_name}: {'a number' if read else ' to '.join([*before, *after])}"] += 1
         return made
-
-    def _note(self, what, waits):
-        frame = sys._getframe()
-        while waits and (not frame.f_code.co_filename.startswith(str(ROOT)) or frame.f_code.co_filename == __file__):
-            frame = frame.f_back
-        self.found[f"{frame.f_code.co_name}: {what}"] += bool(waits)
 
 
 def moved(module, *places, memory_format=None, **options):
     """In place of `Module.to`, which cannot put other fake weights into a module."""
     for part in module.modules():
         for held in (part._parameters, part._buffers):
-            for name, tensor in held.items():
-                if tensor is not None:
-                    other = tensor.detach().to(*places, **options)
-                    held[name] = torch.nn.Parameter(other, False) if isinstance(tensor, torch.nn.Parameter) else other
+            held |= {name: each.detach().to(*places, **options) for name, each in held.items() if each is not None}
     return module
 
 
@@ -66,21 +61,19 @@ def test_the_cpu_waits_once_a_batch(monkeypatch):
     monkeypatch.setattr(metrics, "inception_network", lambda device: lambda levels: levels.flatten(1)[:, :8].float())
     waits, so_far = Waits(), []
 
-    def batches(side):
+    def batches():
         for count in (1, 1, 0):
             so_far.append(waits.found.copy())
-            images = torch.zeros(count, 3, side, side, device="cuda")
+            images = torch.zeros(count, 3, MS_SSIM_SIDE, MS_SSIM_SIDE, device="cuda")
             yield {"pixel_values": images, "index": torch.arange(count), "path": ["a photo"] * count, "unreadable": []}
 
     with FakeTensorMode(), waits:
         codecs = [Codec(make_kl_vae(channels, scaling_factor=0.5)) for channels in (4, 16)]
         module = align_module(AlignConfig(hidden_channels=8, num_blocks=1))
         ladder = Ladder(PipelineWithVAEs(module, *codecs).to("cuda"), torch.float32)
-        measures = Measures(CHOICES, MS_SSIM_SIDE, "cuda")
-        judged = judge(ladder, batches(MS_SSIM_SIDE), measures, MS_SSIM_SIDE)
+        judged = judge(ladder, batches(), Measures(CHOICES, MS_SSIM_SIDE, "cuda"), MS_SSIM_SIDE)
     assert list(judged["ladder"]) == ["vae1", "vae2", "reencode", "linear", "untrained", "aligned"]
     assert judged["left_out_metrics"] == {} and judged["images"] == 2
-    a_batch = so_far[2] - so_far[1]  # the first one may make what later ones keep
-    assert a_batch == {"on_cpu: cuda to cpu": 1, "ms_ssim: cpu to cuda": 6}  # the library sends the weights of its scales
-    at_the_end = waits.found - so_far[2]
-    assert at_the_end == {"on_cpu: cuda to cpu": 10, "_cost: a number": 15}  # a figure's sums at once; times
+    # the first batch may make what later ones keep; torchmetrics sends the weights of its scales to the device
+    assert so_far[2] - so_far[1] == {"summed: cuda to cpu": 1, "ms_ssim: cpu to cuda": 6}
+    assert waits.found - so_far[2] == {"summed: cuda to cpu": 10, "_cost: a number": 15}  # a figure's sums at once; times

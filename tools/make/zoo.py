@@ -250,7 +250,7 @@ def _spread(paths: list[str], count: int) -> list[str]:
 def figures_between(picture: torch.Tensor, reference: torch.Tensor, features: PerceptualFeatures) -> dict[str, float]:
     """Mean PSNR in dB and mean ST-LPIPS (VGG) between two batches of pictures (B, 3, H, W) in [-1, 1]."""
     found = {"psnr": psnr(to_8bit(picture), to_8bit(reference)), "st_lpips_vgg": features.distance(picture, reference)}
-    return {metric: round(sum(values) / len(values), 4) for metric, values in found.items()}
+    return {metric: round(values.double().mean().item(), 4) for metric, values in found.items()}
 
 
 @torch.inference_mode()
