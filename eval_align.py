@@ -45,7 +45,7 @@ from evaluation.metrics import CHOICES, DEFAULT_CHOICES, Measures
 from evaluation.pictures import comparison_sheets, is_sheet, save_sheet
 from evaluation.verdict import verdict
 from runtime.cli import Parser, alone_in, claim_writable_folder, integer, naming, run, use_proxy
-from runtime.processes import create_accelerator, gathered
+from runtime.processes import create_accelerator, gathered, place_of
 from utils import (
     PRECISIONS,
     UserError,
@@ -196,8 +196,7 @@ def evaluate_into(output_dir: Path, args, argv: list[str], contents: list, preci
     source = find_images(args.eval_data_dir, args.dataset_type, False, "--eval_data_dir", args.cache_dir)
     dataset = ImageDataset(source, size)
     dataset.warn_of_small(f"--eval_data_dir {args.eval_data_dir}")
-    place = (accelerator.process_index, accelerator.num_processes, device)
-    loader = eval_loader(dataset, args.eval_batch_size, args.num_workers, *place)
+    loader = eval_loader(dataset, args.eval_batch_size, args.num_workers, *place_of(accelerator), device)
     log.info("%s at %d px from %s", count_of(len(dataset), "image"), size, args.eval_data_dir)
 
     # ---- judge
@@ -220,6 +219,11 @@ def evaluate_into(output_dir: Path, args, argv: list[str], contents: list, preci
         measures = Measures(args.metrics, size, device)
         results = judge(ladder, loader, measures, size, visit, accelerator)
     enlarged = sum(map(sum, gathered(enlarged, accelerator)))
+    if main_process:
+        say(tables.ladder_table(results))
+    for message in results["unreadable"]:
+        log.warning("left out: %s", message)
+    strips = report.report_strips(ladder, dataset, results, args.eval_data_dir, args.num_samples, accelerator)
     if not main_process:
         return results
     results |= {
@@ -247,10 +251,6 @@ def evaluate_into(output_dir: Path, args, argv: list[str], contents: list, preci
     results["verdict"] = verdict(results)
 
     # ---- write
-    say(tables.ladder_table(results))
-    for message in results["unreadable"]:
-        log.warning("left out: %s", message)
-    strips = report.report_strips(ladder, dataset, results, args.eval_data_dir, args.num_samples)
     curves = report.read_curves(checkpoints[0].path, checkpoints[0].content)
     of_this = {picture_name(index, path) for index, path in zip(results["indices"], results["paths"])}
     drop_older(output_dir, of_this if args.save_visualizations else set())

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import ChainMap
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from runtime.processes import gathered, summed
+from runtime.processes import gathered, place_of, summed
 
 GROUPS = 10  # of images, each left out once by the jackknife
 FINE = 0.25  # cycles per pixel from which detail is fine: at most 4 pixels a cycle
@@ -69,6 +70,20 @@ class Sample:
         return to_8bit(self.vae2_picture)
 
 
+def in_float64(values: torch.Tensor) -> torch.Tensor:
+    """`values` in float64 on their device, or on the CPU where the device has no float64, such as Apple's."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
+def on_cpu(tensors: list[torch.Tensor], accelerator=None) -> list[torch.Tensor]:
+    """Float64 copies, on the CPU, of tensors of one device; with an `accelerator` their sums over all processes. They move in
+    one piece, since each move waits for the device."""
+    if not tensors:
+        return []
+    whole = summed(torch.cat([in_float64(one).flatten() for one in tensors]), accelerator)
+    return [part.view(one.shape) for part, one in zip(whole.split([one.numel() for one in tensors]), tensors)]
+
+
 def finite(value):
     """`value` with every number that JSON cannot hold replaced by None."""
     if isinstance(value, dict):
@@ -101,36 +116,30 @@ def mean_and_interval(numbers) -> tuple[float | None, float | None]:
     return mean, None if std is None else 1.96 * std / math.sqrt(len(numbers))
 
 
-class Sums:
-    """Float64 sums of tuples of numbers and tensors, by key; all tuples of a key have the same shapes."""
+class Sums(dict):
+    """Float64 sums of tuples of numbers and tensors, by key; all tuples of a key have the same shapes. Until `gather` they stay
+    on `device`, where the tensors are."""
 
-    def __init__(self):
-        self._sums = {}
+    device = "cpu"
 
     def add(self, key: Hashable, values: tuple) -> None:
         """Add a tuple of numbers and tensors to the sums of `key`."""
-        tensors = [torch.as_tensor(value).cpu().double() for value in values]
-        self._sums[key] = [one + other for one, other in zip(self._sums[key], tensors)] if key in self._sums else tensors
+        numbers = (value if isinstance(value, torch.Tensor) else torch.full((), value, device=self.device) for value in values)
+        tensors = [in_float64(number) for number in numbers]
+        self[key] = [one + other for one, other in zip(self[key], tensors)] if key in self else tensors
 
     def gather(self, accelerator) -> None:
-        """Add up the sums of all processes: each process then holds the total."""
-        if accelerator is None or accelerator.num_processes == 1:
-            return
+        """Move the sums to the CPU and add up those of all processes: each process then holds the total."""
         shapes = {}
-        for own in gathered({key: [tuple(sum_.shape) for sum_ in sums] for key, sums in self._sums.items()}, accelerator):
+        for own in gathered({key: [tuple(sum_.shape) for sum_ in sums] for key, sums in self.items()}, accelerator):
             shapes |= own
-        for key in sorted(shapes):
-            sums = self._sums.get(key) or [torch.zeros(shape, dtype=torch.float64) for shape in shapes[key]]
-            self._sums[key] = [summed(sum_, accelerator) for sum_ in sums]
-
-    @property
-    def keys(self) -> list:
-        """The keys to which something was added, sorted."""
-        return sorted(self._sums)
+        none = {key: [torch.zeros(shape, device=self.device) for shape in shapes[key]] for key in sorted(shapes)}
+        totals = iter(on_cpu([sum_ for sums in (none | self).values() for sum_ in sums], accelerator))
+        self.update({key: [next(totals) for _ in sums] for key, sums in none.items()})
 
     def total(self, *keys: Hashable) -> tuple[torch.Tensor, ...]:
         """The sums over several keys, as a tuple of float64 tensors."""
-        return tuple(sum(parts) for parts in zip(*(self._sums[key] for key in keys)))
+        return tuple(sum(parts) for parts in zip(*(self[key] for key in keys)))
 
 
 class SetFigure:
@@ -140,7 +149,8 @@ class SetFigure:
     and the figure is computed without each group g of G: 1.96 · sqrt((G - 1)/G · Σ (f_g - mean f)²).
 
     Args:
-        own: Sample -> [a tuple of tensors per image], which are summed; reference: the same for the reference.
+        own: Sample -> [a tuple of tensors and numbers per image], which are summed; reference: the same for the reference.
+            The tensors stay on the sample's device.
         figure: (the sums of `own`, those of `reference`) -> a number, or a list of numbers, which has no interval.
         groups: 1 where no interval is wanted; `own` and `reference` may then give one tuple for the whole batch.
     """
@@ -155,6 +165,7 @@ class SetFigure:
 
     def add(self, name: str, sample: Sample) -> None:
         """Add a batch of the rung `name` to its sums."""
+        self.sums.device = sample.picture.device
         if self._referred is not sample.original:  # all rungs of a batch have the same reference
             self._referred = sample.original
             self._add(REFERENCE, sample, self.reference(sample))
@@ -164,17 +175,17 @@ class SetFigure:
         for index, values in zip(sample.index, of_each_image):
             self.sums.add((name, index % self.groups), values)
 
-    def gather(self, accelerator) -> None:
-        """Add up the sums of all processes."""
+    def result(self, accelerator=None) -> dict[str, tuple[float | list | None, float | None]]:
+        """{rung: (its figure over all images, half the width of that figure's 95% interval)}; None where undefined. With an
+        `accelerator` its processes call this together and share the rungs: an eigenvalue problem may take seconds."""
         self.sums.gather(accelerator)
-
-    def result(self) -> dict[str, tuple[float | list | None, float | None]]:
-        """{rung: (its figure over all images, half the width of that figure's 95% interval)}; None where undefined."""
         groups = {}
-        for name, group in self.sums.keys:
+        for name, group in sorted(self.sums):
             groups.setdefault(name, []).append(group)
         groups.pop(REFERENCE, None)
-        return {name: (self._figure(name, own), self._interval(name, own)) for name, own in groups.items()}
+        rank, world = place_of(accelerator)
+        own = {name: (self._figure(name, groups[name]), self._interval(name, groups[name])) for name in [*groups][rank::world]}
+        return dict(ChainMap(*gathered(own, accelerator)))
 
     def _figure(self, name, groups):
         return self.figure(*(self.sums.total(*((key, group) for group in groups)) for key in (name, REFERENCE)))
@@ -204,7 +215,7 @@ class FeatureSums(NamedTuple):
     @classmethod
     def of(cls, features: torch.Tensor) -> FeatureSums:
         """The sums over features (B, F)."""
-        features = features.cpu().double()
+        features = in_float64(features)
         return cls(len(features), features.sum(dim=0), features.T @ features)
 
     def mean_and_covariance(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -285,13 +296,13 @@ def without_mean(planes: torch.Tensor) -> torch.Tensor:
 
 
 def fine_power(planes: torch.Tensor) -> torch.Tensor:
-    """`power` of planes less their means, on the CPU in float64: the power of fine detail is a small part of the whole."""
-    return power(without_mean(planes.cpu().double()))
+    """`power` of planes less their means, in float64: the power of fine detail is a small part of the whole."""
+    return power(without_mean(in_float64(planes)))
 
 
-def radial_frequency(size: tuple[int, int]) -> torch.Tensor:
+def radial_frequency(size: tuple[int, int], device: torch.device) -> torch.Tensor:
     """The frequency, in cycles per sample, of each coefficient of `power` for planes of height and width `size`."""
-    high, wide = (torch.fft.fftfreq(side) for side in size)
+    high, wide = (torch.fft.fftfreq(side, device=device) for side in size)
     return torch.sqrt(high[:, None] ** 2 + wide[None, :] ** 2)
 
 
@@ -300,9 +311,10 @@ def detail() -> SetFigure:
     VAE2's own reconstructions: of the mean of R, G and B in 8-bit levels, under a Hann window."""
 
     def sums_of(levels):
-        radius = radial_frequency(levels.shape[-2:])
-        fine = (radius >= FINE) & (radius < 0.5)
-        return [(one[fine].sum(),) for one in fine_power(levels.mean(dim=1))]
+        powers = fine_power(levels.mean(dim=1))
+        radius = radial_frequency(powers.shape[-2:], powers.device)
+        fine = (radius >= FINE) & (radius < 0.5)  # a factor: an index by a mask waits for the device
+        return [(one,) for one in (powers * fine).sum(dim=(-2, -1))]
 
     return SetFigure(
         lambda sample: sums_of(sample.levels),
@@ -320,8 +332,9 @@ def grid() -> SetFigure:
     """
 
     def sums_of(sample):
-        at, near = _grid_masks(sample.levels.shape[-2:], sample.vae2_latents.shape[-2:])
-        return [(one[at].sum(), at.sum(), one[near].sum(), near.sum()) for one in fine_power(sample.levels.mean(dim=1))]
+        powers = fine_power(sample.levels.mean(dim=1))
+        at, near = _grid_masks(powers.shape[-2:], sample.vae2_latents.shape[-2:], powers.device)
+        return [((one * at).sum(), at.sum(), (one * near).sum(), near.sum()) for one in powers]
 
     def relative(own, reference):
         at, places, near, places_near = own
@@ -330,7 +343,7 @@ def grid() -> SetFigure:
     return SetFigure(sums_of, lambda sample: [(0,)] * len(sample.picture), relative)
 
 
-def _grid_masks(size: tuple[int, int], latents: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _grid_masks(size: tuple[int, int], latents: tuple[int, int], device) -> tuple[torch.Tensor, torch.Tensor]:
     """Two masks over the coefficients of `power` for images of height and width `size` with `latents` latents: those at the
     period of a latent, and those near it."""
 
@@ -338,7 +351,7 @@ def _grid_masks(size: tuple[int, int], latents: tuple[int, int]) -> tuple[torch.
         return torch.minimum(places % period, -places % period)
 
     def farther(*periods):  # from multiples of the periods
-        high, wide = (distance(torch.arange(side), period) for side, period in zip(size, periods))
+        high, wide = (distance(torch.arange(side, device=device), period) for side, period in zip(size, periods))
         return torch.maximum(high[:, None], wide)
 
     from_period, from_zero = farther(*latents), farther(*size)
@@ -364,13 +377,13 @@ def error_spectrum(size: int) -> SetFigure:
     Of the mean of R, G, B in 8-bit levels under a Hann window; bands of equal width from 0 to 0.5 cycles per pixel.
     """
     bands = len(error_bands(size))
-    # the mean level and the corners beyond 0.5 cycles share a last band, which is not used
-    band = (radial_frequency((size, size)) * 2 * bands).long().clamp(max=bands).flatten()
-    band[0] = bands
 
     def sums_of(planes):
-        spectra = power(planes).flatten(1).cpu().double()
-        return [(torch.zeros(bands + 1, dtype=torch.float64).index_add_(0, band, one),) for one in spectra]
+        powers = in_float64(power(planes)).sum(dim=0).flatten()
+        radius = radial_frequency((size, size), powers.device).flatten()
+        # the mean level and the corners beyond 0.5 cycles share a last band, which is not used
+        band = (radius * 2 * bands).long().clamp(max=bands).masked_fill(radius == 0, bands)
+        return [(powers.new_zeros(bands + 1).index_add_(0, band, powers),)]
 
     return SetFigure(
         lambda sample: sums_of(sample.levels.mean(dim=1) - sample.original_levels.mean(dim=1)),
@@ -389,7 +402,7 @@ def latent_variance(by_channel: bool = False) -> SetFigure:
     a number for each channel."""
 
     def sums_of(latents):
-        latents = latents.cpu().double().flatten(2)
+        latents = in_float64(latents).flatten(2)
         return [(one.shape[1], one.sum(dim=1), one.square().sum(dim=1)) for one in latents]
 
     def variance(sums):
@@ -418,8 +431,8 @@ def latent_spectrum() -> SetFigure:
 def _latent_powers(figure: Callable) -> SetFigure:
     def sums_of(latents):
         powers = fine_power(latents).flatten(2)
-        bands = (radial_frequency(latents.shape[-2:]) * 2 * LATENT_BANDS).long().flatten()
-        by_band = torch.stack([powers[:, :, bands == band].sum(dim=2) for band in range(LATENT_BANDS)], dim=1)
+        bands = (radial_frequency(latents.shape[-2:], powers.device) * 2 * LATENT_BANDS).long().flatten()
+        by_band = torch.stack([(powers * (bands == band)).sum(dim=2) for band in range(LATENT_BANDS)], dim=1)
         return [(one,) for one in by_band]
 
     return SetFigure(
@@ -442,10 +455,12 @@ def latent_histograms() -> SetFigure:
     fine = round(2 * WIDEST / FINEST)
 
     def counts_of(latents):
-        bins = ((latents.float().nan_to_num() + WIDEST) / FINEST).long().clamp(0, fine - 1).flatten(2)
+        # clamped first: what an infinite float becomes as an integer depends on the device
+        bins = ((latents.float().nan_to_num() + WIDEST) / FINEST).clamp(0, fine - 1).long().flatten(2)
         channels = bins.shape[1]
-        bins = bins + torch.arange(channels, device=bins.device).view(1, -1, 1) * fine
-        return [(torch.bincount(one.flatten(), minlength=channels * fine).view(channels, -1),) for one in bins]
+        bins = (bins + torch.arange(channels, device=bins.device).view(1, -1, 1) * fine).flatten()
+        counts = bins.new_zeros(channels * fine).index_add_(0, bins, torch.ones_like(bins))  # bincount waits for the device
+        return [(counts.view(channels, -1),)]
 
     def histogram(own, reference):
         of_vae2, (counts,) = reference[0].sum(dim=0), own

@@ -11,6 +11,7 @@ import torch
 from evaluation.figures import Sample, error_bands, error_spectrum, finite, latent_histograms
 from evaluation.ladder import Ladder, evaluate
 from evaluation.metrics import Measures
+from runtime.processes import is_main
 from utils import UserError
 from vaes.pipeline import PipelineWithVAEs, newest_checkpoint, read_checkpoint, weights_digest
 
@@ -86,7 +87,7 @@ def ladder_of(checkpoints: list[JudgedCheckpoint], dtype: torch.dtype) -> Ladder
 
 
 def judge(ladder: Ladder, loader, measures: Measures, image_size: int, visit=None, accelerator=None) -> dict:
-    """`evaluate` with costs, and the figures of the report's charts beside its results.
+    """`evaluate`, and the figures of the report's charts beside its results; on the main process with `Ladder.costs`.
 
     Args:
         image_size: side of the images, px. visit, accelerator: see `evaluate`.
@@ -96,12 +97,11 @@ def judge(ladder: Ladder, loader, measures: Measures, image_size: int, visit=Non
         histograms: {limit, rows: {rung: counts}}, see `figures.latent_histograms`.
         left_out_metrics: {name: why it was not measured}.
     """
-    device = ladder.pipeline.device
     modules = [name for name, rung in ladder.rungs.items() if rung.kind == "aligned"]
     rungs_of = {error_spectrum(image_size): ("vae2", "reencode", *modules), latent_histograms(): ("vae2", *modules)}
 
     def look(batch, made):
-        images, index, vae2 = batch["pixel_values"].to(device), tuple(batch["index"].tolist()), made["vae2"]
+        images, index, vae2 = batch["pixel_values"], tuple(batch["index"].tolist()), made["vae2"]
         for figure, rungs in rungs_of.items():
             for name in rungs:
                 figure.add(name, Sample(images, made[name].picture, made[name].latents, vae2.picture, vae2.latents, index))
@@ -110,13 +110,12 @@ def judge(ladder: Ladder, loader, measures: Measures, image_size: int, visit=Non
 
     for name, why in measures.left_out.items():
         log.warning("%s is left out: %s", name, why)
-    results = evaluate(ladder, loader, measures, look, costs=True, accelerator=accelerator)
-    rows = []
-    for figure, rungs in rungs_of.items():
-        figure.gather(accelerator)
-        found = figure.result()
-        rows.append({name: found[name][0] for name in rungs})
-    spectra, histograms = rows
+    results = evaluate(ladder, loader, measures, look, accelerator=accelerator)
+    found = [(figure.result(accelerator), rungs) for figure, rungs in rungs_of.items()]
+    spectra, histograms = ({name: of_rung[name][0] for name in rungs} for of_rung, rungs in found)
+    # on one process, so that times can be compared; the others go on to the report's pictures meanwhile
+    for name, cost in ladder.costs(image_size).items() if is_main(accelerator) else ():
+        results["ladder"][name] |= cost
     return results | {
         "spectrum": {"frequency": error_bands(image_size), "rows": finite(spectra)},
         "histograms": {

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from evaluation.figures import Sample, finite, mean_and_interval, mean_of, to_8bit
+from evaluation.figures import Sample, finite, mean_and_interval, mean_of, on_cpu, to_8bit
 from evaluation.metrics import METRICS, Measures, summarise
 from runtime.processes import gathered, is_main, together
 from utils import UserError, autocast, one_line
@@ -205,7 +205,6 @@ def evaluate(
     loader,
     measures: Measures | None = None,
     visit: Callable[[dict, dict[str, Reconstruction]], None] | None = None,
-    costs: bool = False,
     show_progress: bool = True,
     accelerator=None,
 ) -> dict:
@@ -218,15 +217,14 @@ def evaluate(
         loader: batches {pixel_values (B, 3, H, W) in [-1, 1], index, path, unreadable}, see `dataloader.eval_loader`.
         measures: which metrics beyond the plain ones; by default SSIM alone. Good for one evaluation.
         visit: called with (batch, the result of `Ladder.reconstruct`) for each batch, for pictures and further sums.
-        costs: also measure the cost of each rung (see `Ladder.costs`), at the size of the last batch, on the main process.
 
     Returns a dict of plain values:
         images: how many were judged; unreadable: the messages of those that could not be.
         ladder: {rung: {label, caption: a short one, kind (see `Rung`), every metric of `metrics.METRICS`}}: means over images.
             Names with `latent` are against VAE2's posterior mean; `psnr_vs_vae2`, `ssim_vs_vae2` and `colour_bias`
             (signed 8-bit levels of R, G, B) are against VAE2's own reconstruction; `detail` and the statistics of latents are
-            relative to VAE2's; the others are against the original. None where undefined or not measured. milliseconds,
-            parameters and macs come with `costs` only.
+            relative to VAE2's; the others are against the original. None where undefined or not measured. For milliseconds,
+            parameters and macs see `Ladder.costs`.
         summary: {rung: {metric: {mean, std, worst, worst_image}}}, see `metrics.summarise`.
         intervals: {rung: {metric: half the width of its figure's 95% interval}}, as far as there is one.
         per_image: {rung: {metric: [value per image]}}; paths: the images' names in the same order; indices: their places.
@@ -241,7 +239,6 @@ def evaluate(
     judged = gathered(judged, accelerator)
     # of P processes, number r has the batches r, r + P, …
     judged = [batch for turn in itertools.zip_longest(*judged) for batch in turn if batch is not None]
-    measures.gather(accelerator)
     paths, indices, unreadable = ([item for batch in judged for item in batch[key]] for key in ("path", "index", "unreadable"))
     if not paths:
         raise UserError(f"no image could be evaluated; the last failure: {(unreadable or ['the folder is empty'])[-1]}")
@@ -250,10 +247,7 @@ def evaluate(
         for name, metrics in batch["values"].items():
             for metric, per_image in metrics.items():
                 values[name].setdefault(metric, []).extend(per_image)
-    figures, intervals = _figures_of(ladder, values, measures)
-    image_size = [batch["image_size"] for batch in judged if batch["path"]][-1]
-    for name, cost in ladder.costs(image_size).items() if costs and is_main(accelerator) else ():
-        figures[name] |= cost
+    figures, intervals = _figures_of(ladder, values, measures.of_the_set(accelerator))
     module.train(was_training)
     return {
         "images": len(paths),
@@ -268,11 +262,11 @@ def evaluate(
 
 
 def _judge_batch(ladder: Ladder, batch: dict, measures: Measures, visit) -> dict:
-    """The plain values of a batch, which processes exchange: {path, index, unreadable, image_size, values: {rung: {metric:
-    [value per image]}}}."""
+    """The plain values of a batch, which processes exchange: {path, index, unreadable, values: {rung: {metric: [value per
+    image]}}}."""
     index, values = batch["index"].tolist(), {}
     if batch["path"]:
-        images = batch["pixel_values"].to(ladder.pipeline.device)
+        images = batch["pixel_values"] = batch["pixel_values"].to(ladder.pipeline.device)  # once, also for `visit`
         made = ladder.reconstruct(images)
         target = made["vae2"]
         for name, rung in ladder.rungs.items():
@@ -280,15 +274,15 @@ def _judge_batch(ladder: Ladder, batch: dict, measures: Measures, visit) -> dict
             sample = Sample(images, made[name].picture, latents, target.picture, target.latents, tuple(index))
             values[name] = measures.of_each_image(sample)
             measures.add(name, sample)
+        moved = iter(on_cpu([numbers for of_rung in values.values() for numbers in of_rung.values()]))
+        values = {name: {metric: next(moved).tolist() for metric in of_rung} for name, of_rung in values.items()}
         if visit:
             visit(batch, made)
-    size = batch["pixel_values"].shape[-1]
-    return {"path": batch["path"], "index": index, "unreadable": batch["unreadable"], "image_size": size, "values": values}
+    return {"path": batch["path"], "index": index, "unreadable": batch["unreadable"], "values": values}
 
 
-def _figures_of(ladder: Ladder, values: dict, measures: Measures) -> tuple[dict, dict]:
+def _figures_of(ladder: Ladder, values: dict, of_the_set: dict) -> tuple[dict, dict]:
     """(`ladder`, `intervals`) as `evaluate` returns them, from the values per image and the metrics of the set."""
-    of_the_set = measures.of_the_set()
     not_measured = dict.fromkeys(name for name, metric in METRICS.items() if metric.scope != "cost")
     figures, intervals = {}, {}
     for name, rung in ladder.rungs.items():
@@ -367,8 +361,8 @@ class _PixelDigest:
         self._of_each_image = []
 
     def __call__(self, batch: dict, made: dict) -> None:
-        for index, image in zip(batch["index"].tolist(), to_8bit(batch["pixel_values"]).to(torch.uint8)):
-            content = repr(tuple(image.shape)).encode() + image.contiguous().cpu().numpy().tobytes()
+        for index, image in zip(batch["index"].tolist(), to_8bit(batch["pixel_values"]).to(torch.uint8).cpu()):
+            content = repr(tuple(image.shape)).encode() + image.contiguous().numpy().tobytes()
             self._of_each_image.append((index, hashlib.blake2b(content, digest_size=16).digest()))
 
     def hexdigest(self, accelerator=None) -> str:

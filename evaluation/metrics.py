@@ -1,9 +1,9 @@
 """The metrics: formulas on one image, and the table `METRICS` that the ladder, the tables, metrics.csv and the report read.
 
-A new metric is one entry. A metric of each image names a function of a `Sample` that gives a list with one value per image;
-the rung's figure is their mean. A metric of the set names a `figures.SetFigure`, such as a distance between two distributions.
-Whatever a metric needs beyond its formula, such as a network, is loaded by `load`. It raises UserError with the reason when
-this machine does not have it; the metric is then left out by name.
+A new metric is one entry. A metric of each image names a function of a `Sample` that gives a tensor on the sample's device,
+with one value, or a row of values, per image; the rung's figure is their mean. A metric of the set names a `figures.SetFigure`,
+such as a distance between two distributions. Whatever a metric needs beyond its formula, such as a network, is loaded by
+`load`. It raises UserError with the reason when this machine does not have it; the metric is then left out by name.
 
     Metric("crispness", "Crispness", "image", each_image(lambda sample: crispness(sample.levels)), "{:.2f}".format, better=+1)
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from evaluation import figures
-from evaluation.figures import Sample, SetFigure, finite, mean_and_std, to_8bit
+from evaluation.figures import Sample, SetFigure, finite, in_float64, mean_and_std, to_8bit
 from losses import SMALLEST_SIDE, inception_network, lpips_network, st_lpips
 from utils import UserError, one_line
 
@@ -34,7 +34,7 @@ class Metric:
         label: its heading in the report.
         scope: "image": a value for each image, and their mean as the figure; "set": one value for all images; "cost": see
             `ladder.Ladder.costs`.
-        load: `Measures` -> for "image" a function Sample -> list of B values, for "set" a `SetFigure`; None for "cost".
+        load: `Measures` -> for "image" a function Sample -> values (B) or (B, N), for "set" a `SetFigure`; None for "cost".
             UserError with the reason when it cannot be had.
         text: value -> how the tables show it; None: only in metrics.json and metrics.csv.
         better: +1: higher is better, -1: lower is better, 0: neither.
@@ -51,7 +51,7 @@ class Metric:
     name: str
     label: str
     scope: str
-    load: Callable[[Measures], Callable[[Sample], list] | SetFigure] | None
+    load: Callable[[Measures], Callable[[Sample], torch.Tensor] | SetFigure] | None
     text: Callable | None
     better: int = 0
     unit: str = ""
@@ -64,57 +64,53 @@ class Metric:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Formulas: each returns a list with one item per image
+# Formulas: each returns a value, or a row of values, per image
 
 
-def psnr(levels: torch.Tensor, reference: torch.Tensor) -> list[float]:
+def psnr(levels: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """PSNR in dB between 8-bit levels (B, 3, H, W): infinite for equal images."""
-    error = (levels - reference).square().cpu().mean(dim=(1, 2, 3), dtype=torch.float64)
-    return (10 * torch.log10(255**2 / error)).tolist()
+    error = in_float64((levels - reference).square()).mean(dim=(1, 2, 3))
+    return 10 * torch.log10(255**2 / error)
 
 
-def colour_bias(levels: torch.Tensor, reference: torch.Tensor) -> list[list[float]]:
-    """Mean of `levels` - `reference` (B, 3, H, W), for R, G and B each, in 8-bit levels."""
-    return (levels - reference).cpu().mean(dim=(2, 3), dtype=torch.float64).tolist()
+def colour_bias(levels: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Mean of `levels` - `reference` (B, 3, H, W), for R, G and B each, in 8-bit levels: (B, 3)."""
+    return in_float64(levels - reference).mean(dim=(2, 3))
 
 
-def ssim(levels: torch.Tensor, reference: torch.Tensor) -> list[float]:
+def ssim(levels: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """SSIM of 8-bit levels (B, 3, H, W), as Wang et al. 2004 (11x11 Gaussian window, sigma 1.5; mirrored borders)."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    return structural_similarity_index_measure(levels, reference, data_range=255.0, reduction="none").reshape(-1).tolist()
+    return structural_similarity_index_measure(levels, reference, data_range=255.0, reduction="none").reshape(-1)
 
 
-def ms_ssim(levels: torch.Tensor, reference: torch.Tensor) -> list[float]:
+def ms_ssim(levels: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """MS-SSIM of 8-bit levels (B, 3, H, W) from five scales (Wang et al. 2003). Both sides at least `MS_SSIM_SIDE` px."""
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
     scores = multiscale_structural_similarity_index_measure(levels, reference, data_range=255.0, reduction="none")
-    return scores.reshape(-1).tolist()
+    return scores.reshape(-1)
 
 
-def latent_mse_by_channel(latents: torch.Tensor, target: torch.Tensor) -> list[list[float]]:
-    """Mean squared error of each channel of latents (B, C, h, w): B lists of C values."""
-    return _squared_error_by_channel(latents, target).tolist()
-
-
-def latent_mse(latents: torch.Tensor, target: torch.Tensor) -> list[float]:
-    """Mean squared error over all channels and places of latents (B, C, h, w)."""
-    return _squared_error_by_channel(latents, target).mean(dim=1).tolist()
-
-
-def latent_l1(latents: torch.Tensor, target: torch.Tensor) -> list[float]:
-    """Mean absolute error over all channels and places of latents (B, C, h, w)."""
-    return (latents - target).float().abs().mean(dim=(1, 2, 3)).tolist()
-
-
-def latent_cosine(latents: torch.Tensor, target: torch.Tensor) -> list[float]:
-    """Cosine of the angle between the whole latents (B, C, h, w), each taken as one vector."""
-    return torch.cosine_similarity(latents.float().flatten(1), target.float().flatten(1)).tolist()
-
-
-def _squared_error_by_channel(latents, target):
+def latent_mse_by_channel(latents: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each channel of latents (B, C, h, w): (B, C)."""
     return (latents - target).float().square().mean(dim=(2, 3))
+
+
+def latent_mse(latents: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error over all channels and places of latents (B, C, h, w)."""
+    return latent_mse_by_channel(latents, target).mean(dim=1)
+
+
+def latent_l1(latents: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean absolute error over all channels and places of latents (B, C, h, w)."""
+    return (latents - target).float().abs().mean(dim=(1, 2, 3))
+
+
+def latent_cosine(latents: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Cosine of the angle between the whole latents (B, C, h, w), each taken as one vector."""
+    return torch.cosine_similarity(latents.float().flatten(1), target.float().flatten(1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -138,10 +134,10 @@ class PerceptualFeatures:
         self._recent = [*others[1 - self.KEPT :], found]
         return found[1]
 
-    def distance(self, first: torch.Tensor, second: torch.Tensor) -> list[float]:
+    def distance(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         """ST-LPIPS between images of two batches, pair by pair."""
         reference = self(second)  # first, so that the originals, which the rungs share, are the last to be forgotten
-        return self.network.distance(self(first), reference).tolist()
+        return self.network.distance(self(first), reference)
 
 
 def require_side(image_size: int, side: int) -> None:
@@ -150,7 +146,7 @@ def require_side(image_size: int, side: int) -> None:
         raise UserError(f"needs images of at least {side} px, these have {image_size}")
 
 
-def each_image(measure: Callable[[Sample], list]) -> Callable[[Measures], Callable[[Sample], list]]:
+def each_image(measure: Callable[[Sample], torch.Tensor]) -> Callable[[Measures], Callable[[Sample], torch.Tensor]]:
     """The `load` of a metric of each image that needs nothing but a formula."""
     return lambda measures: measure
 
@@ -160,18 +156,18 @@ def of_the_set(figure: Callable[[], SetFigure]) -> Callable[[Measures], SetFigur
     return lambda measures: figure()
 
 
-def load_ms_ssim(measures: Measures) -> Callable[[Sample], list]:
+def load_ms_ssim(measures: Measures) -> Callable[[Sample], torch.Tensor]:
     require_side(measures.image_size, MS_SSIM_SIDE)
     return lambda sample: ms_ssim(sample.levels, sample.original_levels)
 
 
-def load_lpips(measures: Measures) -> Callable[[Sample], list]:
+def load_lpips(measures: Measures) -> Callable[[Sample], torch.Tensor]:
     require_side(measures.image_size, LPIPS_SIDE)
     network = lpips_network(measures.device)
-    return lambda sample: network(sample.levels / 127.5 - 1, sample.original_levels / 127.5 - 1).reshape(-1).tolist()
+    return lambda sample: network(sample.levels / 127.5 - 1, sample.original_levels / 127.5 - 1).reshape(-1)
 
 
-def load_st_lpips(network: str) -> Callable[[Measures], Callable[[Sample], list]]:
+def load_st_lpips(network: str) -> Callable[[Measures], Callable[[Sample], torch.Tensor]]:
     """The `load` of ST-LPIPS with that network."""
 
     def load(measures):
@@ -317,8 +313,8 @@ class Measures:
             if METRICS[name].scope == scope and not (without_latents and METRICS[name].of_latents)
         }
 
-    def of_each_image(self, sample: Sample) -> dict[str, list]:
-        """{metric: [value per image]} for one rung and a batch."""
+    def of_each_image(self, sample: Sample) -> dict[str, torch.Tensor]:
+        """{metric: its values (B) or (B, N)} for one rung and a batch, on the sample's device."""
         return {name: measure(sample) for name, measure in self._wanted("image", sample).items()}
 
     def add(self, rung: str, sample: Sample) -> None:
@@ -326,14 +322,9 @@ class Measures:
         for figure in self._wanted("set", sample).values():
             figure.add(rung, sample)
 
-    def gather(self, accelerator) -> None:
-        """Add up the metrics of the set over all processes."""
-        for figure in self._wanted("set").values():
-            figure.gather(accelerator)
-
-    def of_the_set(self) -> dict[str, dict[str, tuple]]:
-        """{metric: {rung: (value over all images, half the width of its 95% interval)}}; None where undefined."""
-        return {name: figure.result() for name, figure in self._wanted("set").items()}
+    def of_the_set(self, accelerator=None) -> dict[str, dict[str, tuple]]:
+        """{metric: {rung: (value over all images, half the width of its 95% interval)}}, see `SetFigure.result`."""
+        return {name: figure.result(accelerator) for name, figure in self._wanted("set").items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

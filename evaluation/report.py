@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import ChainMap
 from pathlib import Path
 
 import torch
@@ -18,12 +19,14 @@ from tqdm import tqdm
 from evaluation import charts, pictures, tables
 from evaluation.ladder import Ladder
 from evaluation.metrics import METRICS, Metric
+from runtime.processes import gathered, is_main, place_of
 from utils import printable
 from vae_align import is_finite
 
 OTHER_COLOURS = 3  # for further checkpoints' lines
 COLUMNS = [metric for metric in METRICS.values() if metric.text]  # of the ladder
 RENAMED = {"ceiling": "vae2"}  # rungs by the names that older runs gave them
+COSTS = 3  # images whose pictures take as long as `Ladder.costs`
 LONGEST_CURVE = 2000  # points; a longer one is thinned out, so that the page stays small
 
 log = logging.getLogger(__name__)
@@ -145,9 +148,9 @@ def evaluation_series(ladder: dict, evaluations: dict) -> dict[str, list[tuple]]
 
 
 @torch.inference_mode()
-def report_strips(ladder: Ladder, dataset, results: dict, folder: str, wanted: int) -> list[dict]:
+def report_strips(ladder: Ladder, dataset, results: dict, folder: str, wanted: int, accelerator=None) -> list[dict]:
     """The pictures of the report: about `wanted` images, worst, median and best. They are made again, so that none has to be
-    kept while the set is judged.
+    kept while the set is judged. Several processes share them; all call this together, and each gets all.
 
     Args:
         dataset: the images that were judged; results: of `judge.judge`; folder: where the images are.
@@ -158,23 +161,29 @@ def report_strips(ladder: Ladder, dataset, results: dict, folder: str, wanted: i
     chosen = [(group, index) for group, indices in groups.items() for index in indices]
     captions = ladder.captions
     panels_on_page = len(chosen) * (1 + 3 * len(captions))
-    strips = []
-    for group, index in tqdm(chosen, desc="pictures", unit="image", leave=False, disable=not chosen):
+    rank, world = place_of(accelerator)
+    turns = [*range(1, world)] * COSTS + [*range(world)] * len(chosen)  # the main process has measured costs meanwhile
+    own = [image for image, turn in zip(chosen, turns) if turn == rank]
+    strips = {}
+    for group, index in tqdm(own, desc="pictures", unit="image", leave=False, disable=not (own and is_main(accelerator))):
         path, pixels = results["paths"][index], dataset[results["indices"][index]]["pixel_values"]
         if pixels is None:
-            log.warning("%r can no longer be read; it is left out of the pictures", path)
             continue
-        images = pixels[None].to(ladder.pipeline.device)
-        made = {rung: (each.latents[0], each.picture[0]) for rung, each in ladder.reconstruct(images, only=captions).items()}
-        panels = pictures.page_panels(pictures.comparison_rows(images[0], made, captions), panels_on_page)
+        made = ladder.reconstruct(pixels[None].to(ladder.pipeline.device), only=captions)
+        made = {rung: (each.latents[0].cpu(), each.picture[0].cpu()) for rung, each in made.items()}
+        panels = pictures.page_panels(pictures.comparison_rows(pixels, made, captions), panels_on_page)
         figures = "; ".join(
             f"{caption} {tables.decibels(results['per_image'][rung]['psnr'][index])}"
             for rung, caption in captions.items()
             if rung != "vae1"
         )
         name = tables.shown_name(path, folder)
-        strips.append({"group": group, "name": name, "figures": f"PSNR in dB: {figures}", "panels": panels})
-    return strips
+        strips[index] = {"group": group, "name": name, "figures": f"PSNR in dB: {figures}", "panels": panels}
+    strips = dict(ChainMap(*gathered(strips, accelerator)))
+    for _, index in chosen:
+        if index not in strips:
+            log.warning("%r can no longer be read; it is left out of the pictures", results["paths"][index])
+    return [strips[index] for _, index in chosen if index in strips]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

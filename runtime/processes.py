@@ -77,9 +77,14 @@ def is_main(accelerator: Accelerator | None) -> bool:
     return accelerator is None or accelerator.is_main_process
 
 
+def place_of(accelerator: Accelerator | None) -> tuple[int, int]:
+    """(the number of this process, the number of all)."""
+    return (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+
+
 def gathered(value, accelerator: Accelerator | None) -> list:
     """[the value of each process], plain values, in the order of the processes; every process gets the list."""
-    if accelerator is None or accelerator.num_processes == 1:
+    if place_of(accelerator)[1] == 1:
         return [value]
     from accelerate.utils import gather_object
 
@@ -114,9 +119,11 @@ def together(work: Callable[[], object], accelerator: Accelerator | None):
     return result
 
 
-def summed(tensor: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+def summed(tensor: torch.Tensor, accelerator: Accelerator | None) -> torch.Tensor:
     """The sum over all processes of tensors of one shape, on the CPU."""
-    return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
+    if place_of(accelerator)[1] > 1:
+        tensor = accelerator.reduce(tensor.to(accelerator.device), "sum")
+    return tensor.cpu()
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def assert_close(one, two, where=()):
 
 def test_two_processes_find_the_figures_of_one(vae_folders, tmp_path):
     """Images judged twice or by nobody; means of means; an interval whose groups are those of one process; values in another
-    order than the paths; pictures of the main process's share alone; enlarged images that only one of them counts."""
+    order than the paths; pictures of the main process's share alone, on the page too; enlarged images that only one counts."""
     (tmp_path / "photos").mkdir()
     rng = np.random.default_rng(3)
     for number in range(12):  # more than the groups of the jackknife
@@ -176,3 +176,5 @@ def test_two_processes_find_the_figures_of_one(vae_folders, tmp_path):
     assert_close(one, two)
     pictures = [{picture.name: picture.read_bytes() for picture in folder.glob("*.png")} for folder in out]
     assert pictures[0] == pictures[1] and len(pictures[0]) == 12
+    pages = [re.findall('"data:image[^"]*"', (folder / "report.html").read_text(encoding="utf-8")) for folder in out]
+    assert pages[0] == pages[1] and len(pages[0]) == 2 * 13

@@ -144,15 +144,16 @@ def test_latent_spectrum_tells_coarse_from_fine():
 
 
 def test_histograms_count_every_value_once_in_its_channel():
-    """Values beyond the range that are lost, channels that are mixed up, a range of its own for each batch."""
+    """Values beyond the range that are lost or at its other end, channels mixed up, a range of its own for each batch."""
     target = np.random.default_rng(4).normal(size=(4, 3, 8, 8)).astype(np.float32)
     target[:, 1] += 1.5
     latents = torch.from_numpy(target)
-    rungs = {"vae2": (latents, latents), "aligned": (latents, latents * 100)}
+    rungs = {"vae2": (latents, latents), "aligned": (latents, latents * 100), "infinite": (latents, latents.abs() / 0)}
     found = {name: figure for name, (figure, _) in figures_of(
         figures.latent_histograms(), rungs, vae2_latents=latents, batch_size=3).items()}  # fmt: skip
     limit = found["vae2"]["limit"]
     assert found["aligned"]["limit"] == limit
+    assert [counts[-1] for counts in found["infinite"]["counts"]] == [4 * 64] * 3
     edges = np.linspace(-limit, limit, figures.HISTOGRAM_BINS + 1)
     for channel in range(3):
         expected = np.histogram(np.clip(target[:, channel], -limit, limit), edges)[0]

@@ -59,7 +59,7 @@ def test_one_entry_in_the_table_is_measured_summed_up_and_shown(monkeypatch, jud
     """A metric that is added to the table and that the ladder, a table or the page does not know."""
 
     def brightness(sample):
-        return sample.levels.mean(dim=(1, 2, 3)).tolist()
+        return sample.levels.mean(dim=(1, 2, 3))
 
     def of_the_set(measures):
         def sums(sample):
@@ -124,7 +124,7 @@ def test_the_networks_see_what_each_rung_made(monkeypatch):
     network = features.network.features
     monkeypatch.setattr(features.network, "features", lambda images: looked.append(1) or network(images))
     images, originals = (torch.from_numpy(each) for each in noisy_pair(32))
-    found = [features.distance(picture, originals) for picture in (images, originals, 0.5 * images)]
+    found = [features.distance(picture, originals).tolist() for picture in (images, originals, 0.5 * images)]
     assert len(looked) == 3
     assert found[0] == pytest.approx(features.network(to_8bit(images) / 127.5 - 1, originals).tolist(), rel=1e-4)
     assert found[1] == [0, 0] and found[2] != found[0]

@@ -1,7 +1,6 @@
 """Runs that are interrupted and go on: the end must be bit for bit that of an uninterrupted run."""
 
 import hashlib
-import itertools
 import json
 import os
 import shutil

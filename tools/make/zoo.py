@@ -161,7 +161,9 @@ class Zoo:
             fit_ridge(pipeline, self._loader(self._regressed), Accelerator(cpu=self._device.type == "cpu"))
         ladder = Ladder(pipeline, self._dtype, only=("vae2", "aligned") if one == IMAGE else ("vae2", "linear", *WAYS))
         measures = Measures(("ssim", "st_lpips", "texture"), self._args.image_size, self._device, self._dtype)
-        results = evaluate(ladder, self._loader(self._judged), measures, costs=True)
+        results = evaluate(ladder, self._loader(self._judged), measures)
+        for name, cost in ladder.costs(self._args.image_size).items():
+            results["ladder"][name] |= cost
         results = finite(results | {"image_size": self._args.image_size})
         entry = {
             "of": self._digests_of(one, into),
@@ -253,7 +255,7 @@ def _spread(paths: list[str], count: int) -> list[str]:
 def figures_between(picture: torch.Tensor, reference: torch.Tensor, features: PerceptualFeatures) -> dict[str, float]:
     """Mean PSNR in dB and mean ST-LPIPS (VGG) between two batches of pictures (B, 3, H, W) in [-1, 1]."""
     found = {"psnr": psnr(to_8bit(picture), to_8bit(reference)), "st_lpips_vgg": features.distance(picture, reference)}
-    return {metric: round(sum(values) / len(values), 4) for metric, values in found.items()}
+    return {metric: round(values.double().mean().item(), 4) for metric, values in found.items()}
 
 
 @torch.inference_mode()
