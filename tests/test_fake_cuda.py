@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchmetrics.functional.image.lpips import _LPIPS
 
+import eval_align
 import train_align_with_args as train_script
 import vae_align
 from cache.build import CacheOptions, LatentEncoder
@@ -38,6 +39,7 @@ from losses import (
     pixel_difference,
     st_lpips_difference,
 )
+from tools import translate
 from train_align_with_args import parse_args, setup_optimizer, train_step
 from training.optimizer import BadSteps
 from training.starts import RidgeRegression
@@ -425,7 +427,7 @@ def test_what_the_check_of_a_gpu_has_measured_outlives_its_end(tmp_path, monkeyp
 
 
 def test_the_untrained_rung_touches_no_gpu(monkeypatch):
-    """Generators of eight GPUs that are read and set again, with a context and a warning each, to make a module on the CPU."""
+    """Generators of eight GPUs that are read and set again, with a context and a warning each, for a module on the CPU."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state", mock.Mock(side_effect=AssertionError))
@@ -433,3 +435,21 @@ def test_the_untrained_rung_touches_no_gpu(monkeypatch):
     before = torch.get_rng_state()
     first, second = (untrained_module(pipeline).out.weight for _ in range(2))
     assert torch.equal(first, second) and torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("program", [train_script, eval_align, translate])
+def test_each_program_says_how_its_gpu_computes_float32(program, flags, tmp_path, monkeypatch):
+    """A program that computes in whatever torch's default is: TF32 in cuDNN."""
+
+    class Asked(Exception):
+        pass
+
+    monkeypatch.setattr(program, "resolve_device", lambda *_: CUDA)
+    monkeypatch.setattr(program, "compute_policy", mock.Mock(side_effect=Asked))
+    given = {train_script: flags, eval_align: {"checkpoint": "x", "eval_data_dir": tmp_path}}.get(program, {})
+    monkeypatch.setattr(
+        sys, "argv", ["program", *as_argv(given), *["module", "image", "--output_dir", "x"] * (program is translate)]
+    )
+    with pytest.raises(Asked):
+        program.main()
+    assert program.compute_policy.call_args.args == ((CUDA, "float32") if program is train_script else (CUDA,))
