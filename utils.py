@@ -10,16 +10,16 @@ import json
 import logging
 import os
 import re
-import reprlib
 import secrets
 import signal
-import stat
 import sys
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
+
+from vae_align import require_regular, shown
 
 log = logging.getLogger(__name__)
 
@@ -64,13 +64,6 @@ def hub_token() -> str | None:
 
     # without white space, such as that of a pasted line: the HTTP client would quote the header in its error
     return "".join(os.environ.get("HUGGINGFACE_TOKEN", "").split()) or get_token()
-
-
-def shown(value) -> str:
-    """The repr of `value`, cut to at most a few hundred characters, for error messages."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxlong = short.maxother = 100
-    return short.repr(value)
 
 
 def plain_stem(path: str | os.PathLike, limit: int = 80) -> str:
@@ -160,15 +153,6 @@ def read_json(path: str | os.PathLike):
         return json.loads(text, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError("nested too deep") from None
-
-
-def require_regular(path: str | os.PathLike) -> None:
-    """OSError unless `path` is a regular file: opening a pipe waits for a writer, and reading a device may never end."""
-    mode = os.stat(path).st_mode
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError("a folder, not a file")
-    if not stat.S_ISREG(mode):
-        raise OSError("a pipe, socket or device, not a file")
 
 
 def next_stamp(folder: str | os.PathLike, prefix: str) -> str:

@@ -29,14 +29,14 @@ MANY = 100_000  # files after which no more are counted
 SETTLED = 2.0  # seconds after its last change in which a file may change again under the same time stamp
 
 
-def list_images(folder: str | os.PathLike) -> list[str]:
-    """The sorted paths of all files below `folder` whose name ending is that of a format that Pillow reads.
+def list_images(folder: str | os.PathLike, further: Iterable[str] = ()) -> list[str]:
+    """The sorted paths of all files below `folder` whose name ending is one of `further`, or of a format that Pillow reads.
 
     Hidden files and folders are left out. Links are followed, and each folder is visited once. A folder that cannot be read
     is left out with a warning.
     """
     readable_formats()
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}.union(further)
     found = []
     others = Counter()
     visited = set()

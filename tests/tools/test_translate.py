@@ -103,16 +103,18 @@ def test_a_bad_file_is_left_out_and_named(tmp_path, latents):
     assert len(list((tmp_path / "out").iterdir())) == 6
 
 
-def test_results_that_would_replace_something_are_refused(tmp_path, latents):
-    """A result that replaces its own source or another's; a file that is not there."""
+def test_results_that_would_replace_something_are_left_out(tmp_path, latents):
+    """A result that replaces its own source or another's; a file that is not there, which ends the work of the others."""
     folder, other, out = tmp_path / "in", tmp_path / "other", tmp_path / "out"
     other.mkdir()
     np.save(other / "e.npy", np.zeros((1, 4, 4, 4), np.float32))
-    refusal(lambda: planned([folder], folder), "its own result")
-    refusal(lambda: planned([folder / "e.npy", other / "e.npy"], out), "both would become")
-    refusal(lambda: planned([folder / "e.npy", tmp_path / "nothing"], out), "no such file")
+    plan, left_out = planned([folder], folder)
+    assert not plan and len(left_out) == 6 and all("its own result" in line for line in left_out)
     (tmp_path / "empty").mkdir()
-    refusal(lambda: planned([tmp_path / "empty"], out), "no latents and no images")
+    given = (folder / "e.npy", other / "e.npy", tmp_path / "nothing", tmp_path / "empty")
+    plan, (collision, missing, empty) = planned(given, out)
+    assert plan == {folder / "e.npy": out / "e.npy"} and "both would become" in collision and str(other) in collision
+    assert "no such file" in missing and "no latents and no images" in empty
 
 
 def test_what_a_module_needs_is_said(tmp_path, latents):
