@@ -718,7 +718,7 @@ class AlignPipeline:
                 hint = f"; these look like latents of {self.space2}, which this module gives and does not take"
             hint = hint and f"{hint}: use a module from their space"
             if latents.shape[3] == own:
-                hint = f"; permute them to (B, {own}, h, w) if they have their channels last{hint and ', else' + hint[1:]}"
+                hint = f"; if they are channels last, permute them to (B, {own}, h, w){hint and ', else' + hint[1:]}"
             raise AlignError(f"latents have {latents.shape[1]} channels; this module takes {own}: {self.space1}{hint}")
 
     def _require_maps(self) -> None:
@@ -903,8 +903,9 @@ def read_zoo(folder: str | os.PathLike = ZOO) -> dict:
         spaces, pairs = manifest["spaces"], manifest["pairs"]
         if not all(re.fullmatch(r"\w[\w.-]*", entry["file"]) and entry["sha256"] for entry in spaces.values()):
             raise ValueError("a file in another folder, or without its sha256")
-        if not all(isinstance(entry, dict) and {one, into} <= {IMAGE, *spaces} for one, into, entry in _entries(pairs)):
-            raise ValueError("a pair of spaces that are not in it")
+        for one, targets in pairs.items():
+            if not {one, *targets} <= {IMAGE, *spaces} or not all(isinstance(entry, dict) for entry in targets.values()):
+                raise ValueError("a pair of spaces that are not in it")
     except FileNotFoundError:
         raise AlignError(f"{path}: no such file, so no module is known by its spaces' names; name a module's file") from None
     except (AttributeError, OSError, ValueError, KeyError, RecursionError, TypeError) as error:
@@ -916,11 +917,7 @@ def zoo_pairs(folder: str | os.PathLike = ZOO) -> list[tuple[str, str]]:
     """The names that `AlignPipeline.pair` takes, [(VAE1's, VAE2's)]; [] where there is no zoo."""
     if not (Path(folder) / ZOO_NAME).is_file():
         return []
-    return [(one, into) for one, into, _ in _entries(read_zoo(folder)["pairs"])]
-
-
-def _entries(pairs: dict[str, dict]) -> list[tuple]:
-    return [(one, into, entry) for one, targets in pairs.items() for into, entry in targets.items()]
+    return [(one, into) for one, targets in read_zoo(folder)["pairs"].items() for into in targets]
 
 
 def space_in_zoo(name: str, manifest: dict) -> str | None:

@@ -230,7 +230,7 @@ def main():
                 write_latents(result, translate_file(file, pipeline, raw, args.size))
             except (*MISTAKES, MemoryError, OSError, RuntimeError) as error:  # RuntimeError: torch's, of a CPU's memory too
                 failed += 1
-                why = f"{'out of memory: ' * is_out_of_memory(error)}{one_line(error)}"
+                why = f"out of memory ({one_line(error)}); a smaller one fits" if is_out_of_memory(error) else one_line(error)
                 log.warning("left out: %s", why if str(file) in why else f"{file}: {why}")
     print(f"{len(plan) + len(left_out) - failed} of {len(plan) + len(left_out)} translated into {output_dir}")
     if failed:
