@@ -100,8 +100,8 @@ def _name_of(shapes: dict[str, tuple]) -> str:
     cached = [name for name in fitting if CACHED.fullmatch(name)]
     named = [name for name in NAMES if name in fitting][:1] or cached or fitting
     if len(named) != 1:
-        several = f"several tensors, {', '.join(named[:4])}: name one of them" if named else "no tensor of 3 or more dimensions"
-        raise ValueError(f"it holds {several}{' `latents`' * bool(named)}")
+        found = f"several tensors, {', '.join(named[:4])}" if named else "no tensor of 3 or more dimensions"
+        raise ValueError(f"it holds {found}; the latents must be one, or be called `latents`")
     return named[0]
 
 
@@ -151,7 +151,7 @@ def translate_file(path: Path, pipeline: PipelineWithVAEs, raw: bool, size: tupl
         latents, own = read_latents(path), pipeline.space1.channels
         shape, raw = tuple(latents.shape), "comfyui" if path.suffix.lower() == ".latent" else raw
         packed = latents.ndim == 3 and not raw and shape[2] in (own, 4 * own) and (size or shape[0] != own)
-        if latents.ndim not in (3, 4, 5):
+        if latents.ndim not in (3, 4, 5) or not latents.numel():
             raise UserError(f"{path}: latents of shape {shape}: give (B, C, h, w), (C, h, w), frames, or packed ones")
         if packed and size is None:
             why = "packed (then add --size HEIGHT WIDTH of the image, px) or have their channels last (then permute them)"
