@@ -629,9 +629,7 @@ class AlignPipeline:
             raise
         except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
             place = " ".join(map(str, (*args, *kwargs.values())))
-            raise AlignError(
-                f"{place}: the module cannot be moved there ({_one_line(error)}); name another device or dtype"
-            ) from None
+            raise AlignError(f"{place}: the module cannot move there ({_one_line(error)}); name another place") from None
         return self
 
     @torch.no_grad()
@@ -930,7 +928,7 @@ def pair_named(name: str | os.PathLike) -> tuple[str, str] | None:
     """The two spaces that a text such as "sd15:flux1" or "sd15 to flux1" names; None if it is a file or folder, or names no
     space of the zoo. AlignError for one space alone."""
     spaces = re.split(" to |:", str(name))
-    if os.path.lexists(name) or len(spaces) > 2 or not (ZOO / ZOO_NAME).is_file():
+    if os.path.lexists(name) or len(spaces) > 2 or re.search(r"[/\\]", str(name)) or not (ZOO / ZOO_NAME).is_file():
         return None
     if not any(space_in_zoo(space, read_zoo()) for space in spaces):
         return None
