@@ -6,13 +6,11 @@ import contextlib
 import ctypes
 import errno
 import hashlib
-import io
 import json
 import logging
 import os
 import pickle
 import re
-import reprlib
 import secrets
 import signal
 import stat
@@ -23,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from vae_align import require_regular, shown
+
 log = logging.getLogger(__name__)
 
 
@@ -31,7 +31,6 @@ JSON_BYTES = 1 << 24  # a longer file is no config
 AFTER_SCHEME = re.compile(r"://[^\s'\"]*")  # the rest of a URL, whose user and password end at the last @
 TOKEN = re.compile(r"\b(hf|api_org)_[\w.-]{20,}")  # Hugging Face's
 TOKEN_NAMES = ("HUGGINGFACE_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-GIT_LFS = b"version https://git-lfs"
 CLAIM = 4, 1 << 26  # a file may claim this multiple of its bytes, as tied weights do, or this number of bytes
 SAFE_TORCH = "2.10"  # older versions can be made to run code by a file, `weights_only` or not
 
@@ -73,13 +72,6 @@ def hub_token() -> str | None:
 
     # without white space, such as that of a pasted line: the HTTP client would quote the header in its error
     return "".join(os.environ.get("HUGGINGFACE_TOKEN", "").split()) or get_token()
-
-
-def shown(value) -> str:
-    """The repr of `value`, cut to at most a few hundred characters, for error messages."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxlong = short.maxother = 100
-    return short.repr(value)
 
 
 def plain_stem(path: str | os.PathLike, limit: int = 80) -> str:
@@ -169,20 +161,6 @@ def read_json(path: str | os.PathLike):
         return json.loads(text, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError("nested too deep") from None
-
-
-def require_regular(path: str | os.PathLike) -> None:
-    """OSError unless `path` is a regular file with its own content: opening a pipe waits for a writer, reading a device may
-    never end, and git leaves a pointer in place of a large file where git-lfs is not installed."""
-    status = os.stat(path)
-    if stat.S_ISDIR(status.st_mode):
-        raise IsADirectoryError("a folder, not a file")
-    if not stat.S_ISREG(status.st_mode):
-        raise io.UnsupportedOperation("a pipe, socket or device, not a file")  # an OSError
-    if 0 < status.st_size < 1024:  # as long as a pointer may be
-        with open(path, "rb") as file:
-            if file.read(len(GIT_LFS)) == GIT_LFS:
-                raise OSError("a git-lfs pointer in place of the file; fetch the file with `git lfs pull`")
 
 
 def open_regular(path: str | os.PathLike, mode: str = "rb"):

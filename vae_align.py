@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import io
 import itertools
 import json
 import logging
@@ -23,6 +25,7 @@ import re
 import reprlib
 import stat
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -39,9 +42,11 @@ PRETRAINED_NAME = "model.safetensors"  # the weights in a folder that `AlignPipe
 LARGEST_PIXEL = 8.0  # images in [-1, 1] stay below it, even unclamped ones from a VAE's decoder; 8-bit levels do not
 STAGE_BLOCKS = 3  # a tiny autoencoder has this many blocks on each grid
 POOL_GROUPS = 4  # groups of the normalisation in TAEF2's pooled blocks
+GIT_LFS = b"version https://git-lfs"  # so begins the pointer that git leaves in place of a large file
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)  # owner/name
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")  # of `hf_hub_download`
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PIXELS_AT_ONCE = {"cpu": 256 * 256, "cuda": 1024 * 1024, "mps": 1024 * 1024}  # of a batch in `translate`; or one picture
 LARGEST = {"channels": 8192, "stride": 4096, "fold": 16, "blocks": 1000, "times": 12}  # by the last word of a number's name
 GRID_KEYS = ("latent_fold", "out_fold", "pooled_decoder", "pooled_encoder")
 CHANNELS = {  # of scaled latents: the named spaces that have this number
@@ -53,6 +58,11 @@ CHANNELS = {  # of scaled latents: the named spaces that have this number
     64: "hunyuan-image, qwen-image-2.1",
     128: "flux2, ltx, ltx2",
 }
+NORMALISED_BY_COMFYUI = {"flux2", "ltx", "ltx2"}  # its VAEs of these give scaled latents, folded where the family folds
+OF_VIDEO = {  # spaces of VAEs whose latents have an axis of frames
+    "wan21", "wan22", "qwen-image-2.1", "hunyuan-video", "hunyuan-video-1.5", "ltx", "ltx2", "mochi", "cosmos1", "cogvideox",
+    "cogvideox-5b", "easyanimate",
+}  # fmt: skip
 
 
 class AlignError(ValueError):
@@ -90,7 +100,7 @@ class LatentSpace:
 
     def __post_init__(self):
         if self.name is not None and not (isinstance(self.name, str) and 0 < len(self.name) <= 64):
-            raise AlignError(f"latent space {_shown(self.name)}: its name must be text of at most 64 letters")
+            raise AlignError(f"latent space {shown(self.name)}: its name must be text of at most 64 letters")
         _require_whole_numbers(self, f" of latent space {self.name}")
         if self.channels % self.fold**2:
             raise AlignError(f"latent space {self.name}: {self.channels} channels cannot hold {self.fold}x{self.fold} latents")
@@ -146,11 +156,11 @@ class LatentSpace:
         shape, for several frames, or for a size that does not fit.
         """
         shape = tuple(latents.shape)
-        if latents.ndim == 5:
-            order = (1, 2, 4) if (self.name or "").startswith("cogvideox") else (1, 4, 2)  # a side may equal channels
-            axis = next((axis for axis in order if shape[axis] == self.channels), None)
-            if axis:
-                return _only_frame(latents.movedim(axis, 1), shape)
+        if latents.ndim == 5 and self.channels in shape[1:]:
+            latents = self.frames_from_pipeline(latents)
+            if latents.shape[2] != 1:
+                raise AlignError(f"latents of shape {shape} are {latents.shape[2]} frames of a video; pass one, a picture's")
+            return latents[:, :, 0]
         if latents.ndim != 3:
             return latents
         patch = {self.channels: 1, 4 * self.channels: 2}.get(shape[2])
@@ -168,6 +178,12 @@ class LatentSpace:
         grid = latents.transpose(1, 2).reshape(shape[0], shape[2], height, width)
         return F.pixel_shuffle(grid, patch) if patch > 1 else grid
 
+    def frames_from_pipeline(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents with an axis of frames, in an order that `from_pipeline` takes -> (B, channels, frames, h, w)."""
+        order = (1, 2, 4) if (self.name or "").startswith("cogvideox") else (1, 4, 2)  # a side may equal channels
+        axis = next((axis for axis in order if latents.shape[axis] == self.channels), 1)
+        return latents.movedim(axis, 1)
+
     def to_dict(self) -> dict:
         """Plain JSON values, from which `from_dict` makes the space again."""
         return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
@@ -182,13 +198,6 @@ class LatentSpace:
 def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """(1, C, 1, 1). Cached, because copying it to a GPU waits for the GPU."""
     return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
-
-
-def _only_frame(latents: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Latents (B, C, 1, h, w) -> (B, C, h, w). AlignError names the `shape` that came in where there are several frames."""
-    if latents.shape[2] != 1:
-        raise AlignError(f"latents of shape {shape} are {latents.shape[2]} frames of a video; pass one frame, a picture's")
-    return latents[:, :, 0]
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
@@ -235,16 +244,16 @@ class AlignConfig:
     def __post_init__(self):
         types = tuple(kind for kind in ("image", "latent") if kind in self.input_types)
         if not types or not all(kind in types for kind in self.input_types):
-            raise AlignError(f"input_types {_shown(list(self.input_types))}: choose from image, latent, or both")
+            raise AlignError(f"input_types {shown(list(self.input_types))}: choose from image, latent, or both")
         object.__setattr__(self, "input_types", types)
         _require_whole_numbers(self)
         if self.architecture not in ARCHITECTURES:
-            raise AlignError(f"architecture {_shown(self.architecture)}: choose from {', '.join(ARCHITECTURES)}")
+            raise AlignError(f"architecture {shown(self.architecture)}: choose from {', '.join(ARCHITECTURES)}")
         if self.architecture != "plain" and self.downsample_times == 0:
             raise AlignError(f"downsample_times 0: an image encoder of architecture {self.architecture} halves at least once")
         for name in ("pooled_decoder", "pooled_encoder"):
             if not isinstance(getattr(self, name), bool):
-                raise AlignError(f"{name} {_shown(getattr(self, name))}: must be true or false")
+                raise AlignError(f"{name} {shown(getattr(self, name))}: must be true or false")
         for kind in ("latent", "out"):
             channels, stride, fold = (getattr(self, f"{kind}_{what}") for what in ("channels", "stride", "fold"))
             if fold > 1 and self.architecture == "plain":
@@ -612,12 +621,16 @@ class AlignPipeline:
         return self.config.uses_latents
 
     def to(self, *args, **kwargs) -> AlignPipeline:
-        """Move the module as `torch.nn.Module.to` does: to a device, a floating-point dtype, or both. AlignError for a dtype
-        in which the module cannot compute."""
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.dtype) and value not in COMPUTE_DTYPES:
-                raise AlignError(f"dtype {value}: the module computes in {', '.join(map(str, COMPUTE_DTYPES))}")
-        self.module.to(*args, **kwargs)
+        """Move the module as `torch.nn.Module.to` does: to a device, a floating-point dtype (or its name), or both. AlignError
+        for a dtype in which the module cannot compute, and for a device that is not there."""
+        args, kwargs = list(map(_dtype_named, args)), {name: _dtype_named(value) for name, value in kwargs.items()}
+        try:
+            self.module.to(*args, **kwargs)
+        except torch.cuda.OutOfMemoryError:  # hosts free memory and try again
+            raise
+        except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+            place = " ".join(map(str, (*args, *kwargs.values())))
+            raise AlignError(f"{place}: the module cannot move there ({_one_line(error)}); name another place") from None
         return self
 
     @torch.no_grad()
@@ -625,49 +638,74 @@ class AlignPipeline:
         self,
         latents: torch.Tensor | None = None,
         image: torch.Tensor | None = None,
-        raw: bool = False,
+        raw: bool | str = False,
         size: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """Translate VAE1's latents (B, C1, h, w) into VAE2's latents (B, C2, h', w') of the same image.
 
         Args:
-            latents: VAE1's scaled latents, in any shape that `LatentSpace.from_pipeline` takes. With `raw`, VAE1's raw
-                latents (B, C, h, w), or (B, C, 1, h, w) with one frame.
+            latents: VAE1's scaled latents, in any shape that `LatentSpace.from_pipeline` takes, with any number of frames. With
+                `raw`, VAE1's raw latents (B, C, h, w), or (B, C, frames, h, w).
             image: (B, 3, H, W), floats in [-1, 1]. Modules that were trained with the image need it, the others ignore it.
-            raw: take and return raw latents.
+            raw: take and return raw latents; "comfyui": as ComfyUI keeps latents, raw ones except in the spaces of
+                `NORMALISED_BY_COMFYUI`. Its all-zero latents are empty and stay so, and latents of video always have frames.
             size: (height, width) of the image in pixels. Packed latents need it.
 
-        The result has the device and dtype of the input. The module computes on its own device, in the dtype of its weights.
+        The result has the device and dtype of the input. The module computes on its own device, in the dtype of its weights, a
+        part of the batch at once. Each of several frames is a picture: the result is (B, C2, frames, h', w') if VAE2 is of
+        video, otherwise (B · frames, C2, h', w').
         If the latents look like those of another named space, they are translated all the same, and the log warns once for
         each pipeline. AlignError in one line for inputs that do not fit, and for `raw` where a space's map is unknown.
         """
-        given = latents if self.uses_latents else image
+        given = latents if self.uses_latents or (raw == "comfyui" and latents is not None) else image
         if given is None:
             self.module.check_inputs(latents, image)
+        if raw:
+            self._require_maps()
+        raw1, raw2 = (raw and not (raw == "comfyui" and of.name in NORMALISED_BY_COMFYUI) for of in (self.space1, self.space2))
+        frames = given.shape[2] if raw == "comfyui" and given.ndim == 5 else 1
         latents, image = latents if self.uses_latents else None, image if self.uses_image else None
         for name, tensor in (("latents", latents), ("image", image)):
             if tensor is not None and not (isinstance(tensor, torch.Tensor) and tensor.is_floating_point()):
                 kind = getattr(tensor, "dtype", type(tensor).__name__)
                 raise AlignError(f"{name} of type {kind}: pass a tensor of floating-point numbers")
-        if image is not None and image.numel() and (largest := image.abs().max().item()) > LARGEST_PIXEL:
+        if image is not None and image.numel() and (largest := max(map(abs, map(float, image.aminmax())))) > LARGEST_PIXEL:
             raise AlignError(f"image values up to {largest:g}: pass values in [-1, 1]; 8-bit levels become them by / 127.5 - 1")
-        if raw:
-            self._require_maps()
         if latents is not None:
-            if not raw:
+            if latents.ndim == 5:
+                latents = latents if raw else self.space1.frames_from_pipeline(latents)
+                frames, latents = latents.shape[2], latents.movedim(2, 1).flatten(0, 1)
+            elif not raw:
                 latents = self.space1.from_pipeline(latents, size)
-            elif latents.ndim == 5:
-                latents = _only_frame(latents, tuple(latents.shape))
-            self._require_channels(latents, raw)
-            latents = self.space1.to_scaled(latents.float()) if raw else latents
+            self._require_channels(latents, raw1)
+            latents = self.space1.to_scaled(latents.float()) if raw1 else latents
             if not self._has_warned and (warning := detect_wrong_space(latents, self.space1)):
                 self._has_warned = True
                 log.warning("%s", warning)
-        weight = self.module.out.weight
-        latents, image = (each if each is None else each.to(weight.device, weight.dtype) for each in (latents, image))
         self.module.check_inputs(latents, image)
-        translated = self.module(latents, image)
-        return (self.space2.to_raw(translated.float()) if raw else translated).to(given.device, given.dtype)
+        finish = (lambda scaled: self.space2.to_raw(scaled.float())) if raw2 else (lambda scaled: scaled)
+        translated = self._in_pieces({"latents": latents, "image": image}, finish, given)
+        if raw == "comfyui" and self.uses_latents and not given.any():
+            translated = torch.zeros_like(translated)
+        keeps_frames = self.space2.name in OF_VIDEO and (frames > 1 or raw == "comfyui")
+        return translated.unflatten(0, (-1, frames)).movedim(1, 2) if keeps_frames else translated
+
+    def _in_pieces(self, inputs: dict, finish: Callable, like: torch.Tensor) -> torch.Tensor:
+        """The module's result, through `finish`, with the device and dtype of `like`. Pieces of the batch follow each other, so
+        that memory holds the activations of one; where it runs out, pieces of half the pictures are tried."""
+        weight, inputs = self.module.out.weight, {name: each for name, each in inputs.items() if each is not None}
+        (name, places), *_ = inputs.items()
+        pixels = places.shape[2] * places.shape[3] * (self.config.latent_stride**2 if name == "latents" else 1)
+        at_once = max(1, min(PIXELS_AT_ONCE.get(weight.device.type, 0) // pixels, len(places)))
+        while True:
+            try:
+                pieces = ((part.to(weight.device, weight.dtype) for part in each.split(at_once)) for each in inputs.values())
+                parts = (self.module(**dict(zip(inputs, piece))) for piece in zip(*pieces))
+                return torch.cat([finish(part).to(like.device, like.dtype) for part in parts])
+            except (MemoryError, RuntimeError):  # of a CPU's memory torch says no more than RuntimeError
+                if at_once == 1:
+                    raise
+            at_once //= 2
 
     def _require_channels(self, latents: torch.Tensor, raw: bool) -> None:
         """AlignError for another number of channels than VAE1's; it names the spaces that have this number."""
@@ -677,6 +715,9 @@ class AlignPipeline:
             hint = f"; latents of {named} have {latents.shape[1]}" if named else ""
             if latents.shape[1] == other:
                 hint = f"; these look like latents of {self.space2}, which this module gives and does not take"
+            hint = hint and f"{hint}: use a module from their space"
+            if latents.shape[3] == own:
+                hint = f"; if they are channels last, permute them to (B, {own}, h, w){hint and ', else' + hint[1:]}"
             raise AlignError(f"latents have {latents.shape[1]} channels; this module takes {own}: {self.space1}{hint}")
 
     def _require_maps(self) -> None:
@@ -684,8 +725,8 @@ class AlignPipeline:
         for vae, space in spaces.items():
             if not space.map_is_known:
                 raise AlignError(
-                    f"raw=True: the file does not name {vae}'s latent space, so its raw latents are unknown. Pass scaled "
-                    f"latents, or set pipeline.space{vae[-1]} to a LatentSpace"
+                    f"the file does not name {vae}'s latent space, so its raw latents are unknown: pass scaled latents, or set "
+                    f"pipeline.space{vae[-1]} to a LatentSpace"
                 )
 
     @classmethod
@@ -694,29 +735,31 @@ class AlignPipeline:
         path: str | os.PathLike,
         into: str | None = None,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         **options,
     ) -> AlignPipeline:
-        """The pipeline of a .safetensors file, of a folder that `save_pretrained` wrote, or of such a folder on the hub.
+        """The pipeline of a .safetensors file, of a folder that `save_pretrained` wrote, of such a folder on the hub, or of a
+        pair of the zoo.
 
         Args:
-            path: a file, a folder, or the name of a model on the hub, owner/name, where there is no such file or folder.
+            path: a file or folder; where there is none, a pair such as "sd15:flux1", or the name of a model on the hub,
+                owner/name, which the log says.
             into: with it, the call is `AlignPipeline.pair(path, into)`.
-            device: of the module; dtype: of its weights, and so of the computation, whatever they are stored in.
+            device: of the module; dtype: of its weights, and so of the computation, whatever they are stored in; or its name;
+                or "auto", in which they are stored.
             options: `cache_dir`, `force_download`, `local_files_only`, `revision` and `token` of the hub's download, and
                 `torch_dtype`, diffusers' name for `dtype`. `AutoModel` passes further ones, which change nothing.
         """
         dtype = options.get("torch_dtype") or dtype
         if into is not None:
             return cls.pair(str(path), into, device, dtype)
-        name, suffix = str(path), Path(path).suffix
-        if HUB_NAME.fullmatch(name) and suffix not in (".safetensors", ".pth") and not os.path.lexists(path):
-            path = _download(name, {option: options[option] for option in HUB_OPTIONS if options.get(option) is not None})
-        return cls.from_checkpoint(path, device=device, dtype=dtype)
+        if pair := pair_named(path):
+            return cls.pair(*pair, device, dtype)
+        return cls.from_checkpoint(or_from_hub(path, options), device=device, dtype=dtype)
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls, path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | str = torch.float32
     ) -> AlignPipeline:
         """The pipeline of a .safetensors file, or of the `model.safetensors` in a folder; never from the hub. `device` and
         `dtype`: see `from_pretrained`. Executes no code from the file."""
@@ -724,33 +767,33 @@ class AlignPipeline:
         path = path / PRETRAINED_NAME if os.path.isdir(path) else path  # `Path.is_dir` fails for too long a name
         content = read_safetensors(path)
         spaces = (LatentSpace.from_dict(content[name]) for name in ("space1", "space2"))
+        dtype = content["state_dict"]["out.weight"].dtype if dtype == "auto" else dtype
         return cls(module_of(content), *spaces, content["figures"]).to(device, dtype)
 
     @classmethod
     def pair(
-        cls, source: str, target: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls, source: str, target: str, device: str | torch.device = "cpu", dtype: torch.dtype | str = torch.float32
     ) -> AlignPipeline:
         """The pipeline between two latent spaces by their names, from the zoo beside this file; `zoo_pairs` lists the names.
 
         Args:
             source: VAE1's latent space, such as "sd15", or "image" for a module that takes the image instead.
-            target: VAE2's latent space, such as "flux1".
+            target: VAE2's latent space, such as "flux1". Both also by another name, such as "SD1.5", see `space_in_zoo`.
             device, dtype: see `from_pretrained`.
 
-        AlignError where the zoo has no such pair.
+        AlignError where the zoo has no such pair, or another file than its manifest describes.
         """
         manifest = read_zoo()
-        entry = manifest["pairs"].get(source, {}).get(target)
+        one, into = (space_in_zoo(name, manifest) for name in (source, target))
+        entry = manifest["pairs"].get(one, {}).get(into)
         if entry is None:
-            known = ", ".join(f"{one} to {into}" for one, into in zoo_pairs())
-            raise AlignError(f"{_shown(source)} to {_shown(target)}: no such pair; there are {known}")
-        first, second = (
-            None if name == IMAGE else AlignPipeline.from_checkpoint(ZOO / manifest["spaces"][name]["file"])
-            for name in (source, target)
-        )
+            known = ", ".join(f"{one} to {target}" for target in manifest["pairs"].get(one, ()))
+            known = known or f"pairs of {', '.join((IMAGE, *manifest['spaces']))}"
+            raise AlignError(f"{shown(source)} to {shown(target)}: no such pair; there are {known}")
+        first, second = (None if name == IMAGE else _from_zoo(manifest["spaces"][name], dtype) for name in (one, into))
         pipeline = cls.compose(first, second)
         pipeline.figures = entry.get("figures", {})
-        return pipeline.to(device, dtype)
+        return pipeline.to(device, second.module.out.weight.dtype)
 
     @classmethod
     def compose(cls, first: AlignPipeline | None, second: AlignPipeline) -> AlignPipeline:
@@ -783,6 +826,17 @@ class AlignPipeline:
         module.load_state_dict(weights | zeros)
         return cls(module, first.space1 if first else second.space1, second.space2)
 
+    def description(self) -> dict:
+        """Everything but the weights, as plain JSON values."""
+        return {
+            "format": CHECKPOINT_FORMAT,
+            "format_number": FORMAT_NUMBER,
+            "align_config": self.config.to_dict(),
+            "space1": self.space1.to_dict(),
+            "space2": self.space2.to_dict(),
+            "figures": self.figures,
+        }
+
     def save_pretrained(self, path: str | os.PathLike, **more) -> Path:
         """Write the module, both spaces and the figures as one .safetensors file, and return its path.
 
@@ -796,15 +850,7 @@ class AlignPipeline:
         """
         path = Path(path)
         file = path if path.suffix == ".safetensors" else path / PRETRAINED_NAME
-        description = {
-            "format": CHECKPOINT_FORMAT,
-            "format_number": FORMAT_NUMBER,
-            "align_config": self.config.to_dict(),
-            "space1": self.space1.to_dict(),
-            "space2": self.space2.to_dict(),
-            "figures": self.figures,
-            **more,
-        }
+        description = self.description() | more
         try:
             content = _safetensors_bytes(self.module.state_dict(), description)
             if file != path:
@@ -847,16 +893,21 @@ IMAGE = "image"  # in place of VAE1's space, for a module that takes the image
 
 
 def read_zoo(folder: str | os.PathLike = ZOO) -> dict:
-    """The manifest of a zoo. `spaces`: {name: {"file", "sha256", …}}; `pairs`: {VAE1's: {VAE2's: {"figures", …}}}.
-    AlignError where there is none."""
+    """The manifest of a zoo. `spaces`: {name: {"file", "sha256", "aliases", …}}; `pairs`: {VAE1's: {VAE2's: {"figures", …}}}.
+    AlignError where there is none, or one with a file outside the folder."""
     path = Path(folder) / ZOO_NAME
     try:
+        require_regular(path)
         manifest = json.loads(path.read_text("utf-8"))
-        if not (isinstance(manifest["spaces"], dict) and isinstance(manifest["pairs"], dict)):
-            raise ValueError("no spaces or no pairs in it")
+        spaces, pairs = manifest["spaces"], manifest["pairs"]
+        if not all(re.fullmatch(r"\w[\w.-]*", entry["file"]) and entry["sha256"] for entry in spaces.values()):
+            raise ValueError("a file in another folder, or without its sha256")
+        for one, targets in pairs.items():
+            if not {one, *targets} <= {IMAGE, *spaces} or not all(isinstance(entry, dict) for entry in targets.values()):
+                raise ValueError("a pair of spaces that are not in it")
     except FileNotFoundError:
         raise AlignError(f"{path}: no such file, so no module is known by its spaces' names; name a module's file") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (AttributeError, OSError, ValueError, KeyError, RecursionError, TypeError) as error:
         raise AlignError(f"{path}: cannot be read ({_one_line(error)}); fetch it anew") from None
     return manifest
 
@@ -865,7 +916,40 @@ def zoo_pairs(folder: str | os.PathLike = ZOO) -> list[tuple[str, str]]:
     """The names that `AlignPipeline.pair` takes, [(VAE1's, VAE2's)]; [] where there is no zoo."""
     if not (Path(folder) / ZOO_NAME).is_file():
         return []
-    return [(one, into) for one, pairs in read_zoo(folder)["pairs"].items() for into in pairs]
+    return [(one, into) for one, targets in read_zoo(folder)["pairs"].items() for into in targets]
+
+
+def space_in_zoo(name: str, manifest: dict) -> str | None:
+    """The name in a zoo of the space with that name or alias; None if it has no such space. Only letters and digits count."""
+    names = {space: (space, *entry.get("aliases", ())) for space, entry in manifest["spaces"].items()} | {IMAGE: (IMAGE,)}
+    return next((space for space, known in names.items() if letters_of(name) in map(letters_of, known)), None)
+
+
+def pair_named(name: str | os.PathLike) -> tuple[str, str] | None:
+    """The two spaces that a text such as "sd15:flux1" or "sd15 to flux1" names; None if it is a file or folder, or names no
+    space of the zoo. AlignError for one space alone."""
+    spaces = re.split(" to |:", str(name))
+    if os.path.lexists(name) or len(spaces) > 2 or re.search(r"[/\\]", str(name)) or not (ZOO / ZOO_NAME).is_file():
+        return None
+    if not any(space_in_zoo(space, read_zoo()) for space in spaces):
+        return None
+    if len(spaces) == 1:
+        raise AlignError(f"{name}: a latent space, and no file; name a pair, such as sd15:flux1")
+    return tuple(spaces)
+
+
+def letters_of(name: str) -> str:
+    """The letters and digits of a name, in lower case: what counts of the names of latent spaces."""
+    return "".join(letter for letter in str(name).lower() if letter.isalnum())
+
+
+def _from_zoo(entry: dict, dtype: torch.dtype | str) -> AlignPipeline:
+    """The module of one of a zoo's spaces. AlignError unless its file is the one that the manifest's figures are about."""
+    path = ZOO / entry["file"]
+    pipeline = AlignPipeline.from_checkpoint(path, dtype=dtype)
+    if hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
+        raise AlignError(f"checkpoint {path}: not the file that {ZOO_NAME} describes; fetch both anew")
+    return pipeline
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -884,8 +968,7 @@ def read_safetensors(path: Path) -> dict:
     except ImportError:
         raise AlignError(f"checkpoint {path}: reading a .safetensors file needs the package safetensors; install it") from None
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe waits for a writer, a device may never end
-            raise OSError("a pipe, socket or device, not a file")
+        require_regular(path)
         with safe_open(path, "pt") as file:
             description = json.loads((file.metadata() or {}).get("vae_align", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -895,9 +978,6 @@ def read_safetensors(path: Path) -> dict:
     except Exception as error:  # whatever is wrong with the file, safetensors and json have errors of their own for it
         of_training = "; PipelineWithVAEs.from_checkpoint(path).save_pretrained(output) of vaes/pipeline.py makes one"
         remedy = of_training if path.suffix == ".pth" else ""
-        with contextlib.suppress(OSError):
-            if path.is_file() and path.stat().st_size < 1024 and b"//git-lfs" in path.read_bytes():
-                remedy = "; a git-lfs pointer in place of the file; fetch the file with `git lfs pull`"
         raise AlignError(f"checkpoint {path}: damaged or no .safetensors checkpoint ({_one_line(error)}){remedy}") from None
     with errors_naming(path):
         require_format(description)
@@ -939,11 +1019,15 @@ def require_format(content) -> None:
         raise AlignError("not a checkpoint of this tool; give a file that its training or export wrote")
     number = content.get("format_number", 0)
     if not isinstance(number, int) or number > FORMAT_NUMBER:
-        raise AlignError(f"format_number {_shown(number)}: this code knows up to {FORMAT_NUMBER}; use a newer version of it")
+        raise AlignError(f"format_number {shown(number)}: this code knows up to {FORMAT_NUMBER}; use a newer version of it")
 
 
 def check_weights(weights: dict[str, torch.Tensor], config: AlignConfig) -> None:
-    """AlignError unless these are a module's weights and buffers, of its shapes and finite."""
+    """AlignError unless these are a module's weights and buffers, of its shapes and finite. Views that claim more numbers than
+    their storages hold are refused before memory is taken for them."""
+    held = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in weights.values()}
+    if sum(weight.numel() * weight.element_size() for weight in weights.values()) > sum(held.values()):
+        raise AlignError("its weights claim more numbers than it holds; it was not written by this tool")
     with torch.device("meta"):  # shapes without memory
         expected = align_module(config).state_dict()
     for name in [*expected, *weights]:
@@ -971,9 +1055,9 @@ def _crc_of_tensors(file: bytes) -> int:
 def _write_atomically(path: Path, content: bytes) -> None:
     """A reader sees the old file or the whole new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:  # never through a link that lies there
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -982,8 +1066,14 @@ def _write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _download(name: str, options: dict) -> Path:
-    """The weights of a model on the hub, from the hub client's cache where they are in it."""
+def or_from_hub(path: str | os.PathLike, options: dict) -> str | os.PathLike:
+    """`path`, or the weights of the model on the hub that it names, owner/name, if there is no such file or folder: from the
+    hub client's cache where they are in it. Of `options`, those in `HUB_OPTIONS` count."""
+    name = str(path)
+    if not HUB_NAME.fullmatch(name) or Path(path).suffix in (".safetensors", ".pth") or os.path.lexists(path):
+        return path
+    log.warning("%s: no such file or folder here; looking for a model of that name on the hub", name)
+    options = {option: options[option] for option in HUB_OPTIONS if options.get(option) is not None}
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
@@ -1002,7 +1092,7 @@ def _from_dict(cls, values: dict, what: str):
     """`cls(**values)`; AlignError names a key that `cls` does not know."""
     unknown = sorted(map(str, values.keys() - {field.name for field in fields(cls)}))
     if unknown:
-        raise AlignError(f"unknown key {_shown(unknown[0])} in its {what}: written by a newer version, or by another tool")
+        raise AlignError(f"unknown key {shown(unknown[0])} in its {what}: written by a newer version, or by another tool")
     return cls(**values)
 
 
@@ -1017,7 +1107,7 @@ def _require_whole_numbers(record, owner: str = "") -> None:
 def require_whole(name: str, value, low: int, high: int) -> None:
     """AlignError unless a value is a whole number from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise AlignError(f"{name} {_shown(value)}: must be a whole number from {low} to {high}")
+        raise AlignError(f"{name} {shown(value)}: must be a whole number from {low} to {high}")
 
 
 def is_finite(value) -> bool:
@@ -1025,7 +1115,29 @@ def is_finite(value) -> bool:
     return not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) < 1e30 and math.isfinite(value)
 
 
-def _shown(value) -> str:
+def _dtype_named(value):
+    """The torch dtype of a name such as "bfloat16"; what is no dtype unchanged. AlignError for one that computes nothing."""
+    dtype = getattr(torch, str(value).removeprefix("torch."), None)
+    if isinstance(dtype, torch.dtype) and dtype not in COMPUTE_DTYPES:
+        raise AlignError(f"dtype {value}: the module computes in {', '.join(map(str, COMPUTE_DTYPES))}")
+    return dtype if isinstance(dtype, torch.dtype) else value
+
+
+def require_regular(path: str | os.PathLike) -> None:
+    """OSError unless `path` is a regular file with its own content: opening a pipe waits for a writer, reading a device may
+    never end, and git leaves a pointer in place of a large file where git-lfs is not installed."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError("a folder, not a file")
+    if not stat.S_ISREG(status.st_mode):
+        raise io.UnsupportedOperation("a pipe, socket or device, not a file")  # an OSError
+    if 0 < status.st_size < 1024:  # as long as a pointer may be
+        with open(path, "rb") as file:
+            if file.read(len(GIT_LFS)) == GIT_LFS:
+                raise OSError("a git-lfs pointer in place of the file; fetch the file with `git lfs pull`")
+
+
+def shown(value) -> str:
     """`value` as an error message shows it: its repr, of at most a few hundred characters."""
     short = reprlib.Repr()
     short.maxstring = short.maxlong = short.maxother = 100

@@ -41,8 +41,8 @@ def image_endings() -> set[str]:
     return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
-def list_images(folder: str | os.PathLike, within: Iterable[str | os.PathLike] = ()) -> list[str]:
-    """The sorted paths of all files below `folder` whose name ending is that of a format that Pillow reads.
+def list_images(folder: str | os.PathLike, within: Iterable[str | os.PathLike] = (), further: Iterable[str] = ()) -> list[str]:
+    """The sorted paths of all files below `folder` whose name ending is one of `further`, or of a format that Pillow reads.
 
     Hidden files and folders are left out, and with a warning `SYSTEM_FOLDERS` and folders that cannot be read. Links are
     followed, and each folder is visited once.
@@ -50,7 +50,7 @@ def list_images(folder: str | os.PathLike, within: Iterable[str | os.PathLike] =
     Args:
         within: the folders in `folder` to look into; by default all.
     """
-    endings = image_endings()
+    endings = image_endings().union(further)
     found = []
     others, left_out = Counter(), Counter()
     visited = set()

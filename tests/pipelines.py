@@ -4,7 +4,7 @@ import shutil
 
 import torch
 
-from utils import write_json
+from utils import file_digest, write_json
 from vae_align import ZOO_NAME, AlignConfig, AlignPipeline, align_module
 from vaes.codec import SPACES, Codec
 from vaes.loading import load_vae_model
@@ -49,9 +49,8 @@ def make_zoo(folder, one, into):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     pipelines = {name: of_itself(name, seed) for seed, name in enumerate((one, into))}
-    for name, pipeline in pipelines.items():
-        pipeline.save_pretrained(folder / f"{name}.safetensors")
-    spaces = {name: {"file": f"{name}.safetensors"} for name in pipelines}
+    files = {name: pipeline.save_pretrained(folder / f"{name}.safetensors") for name, pipeline in pipelines.items()}
+    spaces = {name: {"file": file.name, "sha256": file_digest(file).hex()} for name, file in files.items()}
     write_json(folder / ZOO_NAME, {"spaces": spaces, "pairs": {one: {into: {"figures": {"aligned": {}}}}}})
     return AlignPipeline.compose(*pipelines.values())
 

@@ -13,7 +13,7 @@ from conftest import ROOT
 from hostile import refusal
 from safetensors.torch import load_file, save_file
 
-from vae_align import AlignConfig, AlignPipeline, LatentSpace, _crc_of_tensors, align_module
+from vae_align import AlignConfig, AlignPipeline, LatentSpace, _crc_of_tensors, align_module, check_weights
 from vaes.pipeline import PipelineWithVAEs, read_checkpoint
 
 SHIPPED = ROOT / "assets" / "pretrained" / "taesd_to_taef1_latent.safetensors"
@@ -141,6 +141,30 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
     """An OSError's traceback where the folder is a file."""
     (tmp_path / "taken").write_text("")
     refusal(lambda: make_pipeline().save_pretrained(tmp_path / "taken" / "module.safetensors"), "cannot be written")
+
+
+def test_a_planted_link_is_not_written_through(tmp_path, monkeypatch):
+    """A temporary file whose name can be guessed, planted as a link to a file of the user's, which is then overwritten."""
+    (tmp_path / "victim").write_text("precious")
+    monkeypatch.setattr(os, "urandom", bytes)
+    for name in (f".module.safetensors.{os.getpid()}.tmp", ".module.safetensors.00000000.tmp"):
+        (tmp_path / name).symlink_to(tmp_path / "victim")
+    refusal(lambda: make_pipeline().save_pretrained(tmp_path / "module.safetensors"), "cannot be written")
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_weights_that_claim_more_than_they_hold_take_no_memory(tmp_path):
+    """Views of one number that stand for gigabytes, in a file of a few kilobytes; one storage that serves all weights."""
+    config = AlignConfig(("latent",), hidden_channels=8192, num_blocks=3)
+    with torch.device("meta"):
+        shapes = align_module(config).state_dict()
+    weights = {name: torch.zeros(1).expand(tensor.shape) for name, tensor in shapes.items()}
+    refusal(lambda: check_weights(weights, config), "claim more numbers than it holds")
+    config = make_pipeline().config
+    one = torch.zeros(100_000)
+    shared = {name: one[: tensor.numel()].view(tensor.shape) for name, tensor in make_pipeline().module.state_dict().items()}
+    shared |= {f"{name}.again": one for name in shared}
+    refusal(lambda: check_weights(shared, config), "claim more numbers than it holds")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hostile import refusal
 
+import vae_align
 from runtime.cli import MISTAKES
 from train_align_with_args import create_align_pipeline, load_vae_model, parse_args
 from vae_align import AlignConfig, AlignPipeline, LatentSpace, _per_channel, align_module
@@ -222,6 +223,40 @@ def test_a_dtype_that_computes_nothing_is_refused():
     """A module in whole numbers, which fails inside a convolution."""
     with pytest.raises(MISTAKES, match=r"torch\.int8"):
         bare_pipeline().to(torch.int8)
+
+
+def test_a_dtype_may_be_a_name_and_a_missing_device_is_one_line(tmp_path):
+    """diffusers' `torch_dtype="float16"` as torch's traceback, a device that is not there likewise; "auto" taken for a name."""
+    path = bare_pipeline(input_types=("latent",)).to("cpu", "bfloat16").save_pretrained(tmp_path / "module.safetensors")
+    for given, expected in (("float16", torch.float16), ("torch.float64", torch.float64), ("auto", torch.bfloat16)):
+        assert AlignPipeline.from_pretrained(path, torch_dtype=given).module.out.weight.dtype == expected
+    refusal(lambda: AlignPipeline.from_pretrained(path, dtype="int8"), "dtype int8", "torch.bfloat16")
+    refusal(lambda: AlignPipeline.from_pretrained(path, dtype="half precision"), "half precision")
+    refusal(lambda: AlignPipeline.from_pretrained(path, device="cuda:77"), "cuda:77")
+    refusal(lambda: AlignPipeline.from_pretrained(path, device="gpu"), "gpu")
+
+
+@pytest.mark.parametrize("input_types", INPUT_TYPES, ids=IDS)
+def test_a_batch_is_translated_in_pieces(input_types, monkeypatch):
+    """Memory for all frames of a video at once; memory that runs out though half the pictures would fit; pictures mixed up; an
+    error of another kind that is tried for ever."""
+    pipeline, sizes, most = bare_pipeline(input_types=input_types), [], 3
+    inputs = make_inputs(pipeline.config, batch=7)
+    whole = pipeline.module(**inputs)
+
+    def limited(module, args, given):
+        sizes.append(len(next(iter(given.values()))))
+        if sizes[-1] > most:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    pipeline.module.register_forward_pre_hook(limited, with_kwargs=True)
+    monkeypatch.setitem(vae_align.PIXELS_AT_ONCE, "cpu", 5 * 72 * 40)
+    torch.testing.assert_close(pipeline.translate(inputs.get("latents"), inputs.get("image")), whole)
+    assert sizes == [5, 2, 2, 2, 1]
+    most, sizes[:] = 0, []
+    with pytest.raises(RuntimeError, match="allocate"):
+        pipeline.translate(inputs.get("latents"), inputs.get("image"))
+    assert sizes == [5, 2, 1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The zoo: modules of a space into itself joined to pairs, what is shipped of it, and the tool that makes it."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -14,12 +15,15 @@ import pytest
 import torch
 from conftest import ROOT, as_argv, child_environment, make_photo
 from diffusers import AutoencoderTiny
+from hostile import refusal
 from pipelines import make_zoo, of_itself
 
 from tools.make.zoo import embedded_psnr, results_page
 from utils import read_json
 from vae_align import IMAGE, ZOO, AlignError, AlignPipeline, read_zoo, zoo_pairs
 from vaes.codec import SPACES
+from vaes.families import family_of
+from vaes.pipeline import PipelineWithVAEs, read_checkpoint
 
 SPACE_NAMES = ("sd15", "sdxl", "sd3", "flux1", "flux2")  # that are shipped
 
@@ -77,6 +81,60 @@ def test_names_lead_to_the_pair_with_its_figures(tmp_path):
     assert ended.stderr.endswith("AlignError: 'sd15' to 'flux9': no such pair; there are sd15 to flux1\n")
     expected = pair.translate(torch.load(tmp_path / "latents.pt"))
     torch.testing.assert_close(torch.load(tmp_path / "carried.pt").float(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_pair_is_known_by_every_name_of_its_spaces(monkeypatch):
+    """Names that the README's table lists, or capital letters, refused; a space alone taken for a file that is missing."""
+    for name, of in read_zoo()["spaces"].items():
+        assert tuple(of["aliases"]) == family_of(name).aliases
+    pair = AlignPipeline.from_pretrained("sd1.5", "FLUX")
+    assert (pair.space1.name, pair.space2.name) == ("sd15", "flux1")
+    assert AlignPipeline.from_pretrained("SD1:z-image").space2.name == "flux1"
+    content = read_checkpoint("sd15 to flux1")
+    assert PipelineWithVAEs.from_checkpoint(content).translate(torch.zeros(1, 4, 4, 4)).shape == (1, 16, 4, 4)
+    refusal(lambda: AlignPipeline.from_pretrained("sd15", "flux9"), "there are sd15 to flux1")
+    refusal(lambda: read_checkpoint("SD15"), "name a pair", "sd15:flux1")
+    refusal(lambda: read_checkpoint("nothing:here"), "no such file")
+
+
+def test_a_mistyped_path_that_the_hub_may_know_is_said(tmp_path, monkeypatch, caplog):
+    """`ckpt/final` that is not here, loaded from a stranger called ckpt without a word."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    refusal(lambda: AlignPipeline.from_pretrained("ckpt/final", local_files_only=True, cache_dir=tmp_path), "ckpt/final")
+    assert "ckpt/final: no such file or folder here" in caplog.text and "on the hub" in caplog.text
+
+
+HOSTILE = {  # what the manifest says, and what is said of it
+    "a file elsewhere": ({"spaces": {"sd15": {"file": "../x.safetensors", "sha256": "0"}}, "pairs": {}}, "another folder"),
+    "an absolute path": ({"spaces": {"sd15": {"file": "/x.safetensors", "sha256": "0"}}, "pairs": {}}, "another folder"),
+    "no digest": ({"spaces": {"sd15": {"file": "x.safetensors"}}, "pairs": {}}, "sha256"),
+    "a space that is missing": ({"spaces": {}, "pairs": {"sd15": {"flux1": {}}}}, "not in it"),
+    "a list of pairs": ({"spaces": {}, "pairs": {"sd15": ["flux1"]}}, "cannot be read"),
+    "nesting": ("[" * 200_000, "cannot be read"),
+    "a pipe": (None, "a pipe"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_manifest_is_one_line(kind, tmp_path):
+    """A file outside the zoo's folder that is loaded, a wait for a pipe's writer, a traceback."""
+    manifest, said = HOSTILE[kind]
+    path = tmp_path / "zoo.json"
+    if manifest is None:
+        os.mkfifo(path)
+    else:
+        path.write_text(manifest if isinstance(manifest, str) else json.dumps(manifest))
+    refusal(lambda: read_zoo(tmp_path), path, said)
+
+
+def test_another_file_than_the_manifest_describes_is_refused(tmp_path, monkeypatch):
+    """Weights that somebody has swapped, beside the figures of the old ones."""
+    make_zoo(tmp_path, "sd15", "flux1")
+    monkeypatch.setattr("vae_align.ZOO", tmp_path)
+    monkeypatch.setattr(read_zoo, "__defaults__", (tmp_path,))
+    AlignPipeline.pair("sd15", "flux1")
+    of_itself("sd15", seed=9).save_pretrained(tmp_path / "sd15.safetensors")
+    refusal(lambda: AlignPipeline.pair("sd15", "flux1"), tmp_path / "sd15.safetensors", "not the file that zoo.json describes")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

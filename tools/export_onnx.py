@@ -22,7 +22,7 @@ import torch
 
 from runtime.cli import run
 from utils import UserError, one_line
-from vae_align import AlignModule, AlignPipeline
+from vae_align import AlignConfig, AlignModule, AlignPipeline
 from vaes.pipeline import PipelineWithVAEs
 
 OPSET = 20
@@ -30,30 +30,28 @@ TOLERANCE = 1e-4  # of scaled latents
 DEVIATION = 0.7  # of a photo's scaled latents; a module's rounding errors on stronger ones say nothing
 
 
+def grids(config: AlignConfig) -> list[tuple[str, int, int]]:
+    """(input, its channels, its places along one latent of the coarser of both spaces' grids) of each input."""
+    unit = max(config.latent_stride, config.out_stride)
+    latents = ("latents", config.latent_channels, unit // config.latent_stride)
+    return [latents] * config.uses_latents + [("image", 3, unit)] * config.uses_image
+
+
 def example_inputs(module: AlignModule, rows: int, columns: int, batch: int = 2) -> dict[str, torch.Tensor]:
     """Random inputs of `forward`; one row and column of them is a latent of the coarser of the two grids."""
-    config = module.config
-    unit = max(config.latent_stride, config.out_stride)
-    height, width = rows * unit, columns * unit
-    inputs = {}
-    if "latent" in config.input_types:
-        grid = (height // config.latent_stride, width // config.latent_stride)
-        inputs["latents"] = torch.randn(batch, config.latent_channels, *grid) * DEVIATION
-    if "image" in config.input_types:
-        inputs["image"] = torch.rand(batch, 3, height, width) * 2 - 1
-    return inputs
+    sizes = {name: (batch, channels, factor * rows, factor * columns) for name, channels, factor in grids(module.config)}
+    return {
+        name: torch.rand(size) * 2 - 1 if name == "image" else torch.randn(size) * DEVIATION for name, size in sizes.items()
+    }
 
 
 def open_sizes(module: AlignModule) -> dict[str, dict]:
     """{input: its open sizes, as multiples of the sizes that both inputs share}."""
-    config = module.config
-    unit = max(config.latent_stride, config.out_stride)
     batch, rows, columns = (torch.export.Dim(name, min=1, max=1 << 14) for name in ("batch", "rows", "columns"))
     sizes = {}
-    for kind, name, factor in (("latent", "latents", unit // config.latent_stride), ("image", "image", unit)):
-        if kind in config.input_types:
-            height, width = (rows, columns) if factor == 1 else (factor * rows, factor * columns)
-            sizes[name] = {0: batch, 2: height, 3: width}
+    for name, _, factor in grids(module.config):
+        height, width = (rows, columns) if factor == 1 else (factor * rows, factor * columns)
+        sizes[name] = {0: batch, 2: height, 3: width}
     return sizes
 
 
@@ -101,7 +99,9 @@ def largest_difference(module: AlignModule, session, rows: int, columns: int, ba
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="file (.safetensors or .pth), or a folder: its newest")
+    parser.add_argument(
+        "checkpoint", help="file (.safetensors or .pth), folder (its newest checkpoint), pair such as sd15:flux1"
+    )
     parser.add_argument("output", help="the .onnx file to write; one that is there is replaced")
     args = parser.parse_args()
     output = Path(args.output)

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from utils import UserError, read_json, shown
-from vae_align import LatentSpace
+from vae_align import LatentSpace, letters_of
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ SPACES = {family.name: family.space for family in FAMILIES if family.space}
 
 def family_of(name: str) -> Family:
     """The row of a space's name or alias; UserError lists the names."""
-    wanted = _letters(name)
+    wanted = letters_of(name)
     for family in FAMILIES:
-        if wanted in map(_letters, (family.name, *family.aliases)):
+        if wanted in map(letters_of, (family.name, *family.aliases)):
             return family
     raise UserError(f"latent space {shown(name)}: unknown; choose from {', '.join(family.name for family in FAMILIES)}")
 
@@ -92,7 +92,3 @@ def space_of_file(stem: str, kind: str) -> str | None:
 def spaces_with(channels: int, stride: int) -> list[Family]:
     """The rows with this number of channels and this stride."""
     return [family for family in FAMILIES if (family.channels, family.stride) == (channels, stride)]
-
-
-def _letters(name: str) -> str:
-    return "".join(letter for letter in str(name).lower() if letter.isalnum())

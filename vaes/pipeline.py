@@ -29,6 +29,7 @@ from vae_align import (
     errors_naming,
     is_finite,
     module_of,
+    pair_named,
     read_safetensors,
     require_format,
     require_own_spaces,
@@ -296,7 +297,8 @@ def weights_digest(module: AlignModule) -> str:
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
-    """The content of a checkpoint as plain values and tensors on the CPU; of a folder, its newest undamaged one.
+    """The content of a checkpoint as plain values and tensors on the CPU; of a folder, its newest undamaged one; of a pair of
+    the zoo, such as "sd15:flux1", that pair's.
 
     A .pth file gives the keys that `PipelineWithVAEs.save_checkpoint` wrote. A .safetensors file gives the same keys without
     the training: `config` is empty, `step` and `epoch` are 0, `metrics` are its figures. In both, `align_config` and
@@ -307,6 +309,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     """
     if os.path.isdir(path):  # `Path.is_dir` fails for too long a name
         return newest_checkpoint(path)[1]
+    if pair := pair_named(path):
+        pipeline = AlignPipeline.pair(*pair)
+        weights = {"state_dict": pipeline.module.state_dict(), "vaes": [None, None]}
+        return _with_training_keys(pipeline.description() | weights)
     path = Path(path)
     start = _first_bytes(path)
     if path.suffix == ".safetensors" or start[8:] == b"{":

@@ -8,14 +8,6 @@ import torch
 from .vae_align import AlignError, AlignPipeline, LatentSpace
 
 TITLES = {"sd15": "SD1.5", "sdxl": "SDXL", "sd3": "SD3", "flux1": "FLUX.1", "flux2": "FLUX.2", "playground25": "Playground 2.5"}
-CHANNELS = {
-    4: "SD1.5 or SDXL", 12: "Mochi", 16: "FLUX.1, SD3, Wan or Qwen-Image", 32: "DC-AE", 48: "Wan 2.2", 128: "FLUX.2 or LTX",
-}  # fmt: skip
-NORMALISED_BY_HOST = {"flux2", "ltx", "ltx2"}  # ComfyUI's VAEs of these give scaled latents, folded where the family folds
-OF_VIDEO = {  # spaces whose LATENT has an axis of frames
-    "wan21", "wan22", "qwen-image-2.1", "hunyuan-video", "hunyuan-video-1.5", "ltx", "ltx2", "mochi", "cosmos1", "cogvideox",
-    "cogvideox-5b", "easyanimate",
-}  # fmt: skip
 OLD_GRID = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # of the VAE, in ComfyUI's empty latents
 
 
@@ -26,29 +18,14 @@ def align_latent(pipeline: AlignPipeline, latent: dict, image: torch.Tensor | No
         image: ComfyUI's IMAGE (B, H, W, 3) in [0, 1], for modules that take it: the source of the latents.
 
     Each frame is translated alone. If VAE2 is a video VAE, frames stay frames of their video; otherwise each becomes a picture
-    of the batch. An all-zero LATENT is ComfyUI's empty one and stays empty. AlignError for latents of another space.
+    of the batch. AlignError for latents of another space.
     """
     samples = latent["samples"]
     if getattr(samples, "is_nested", False) or not isinstance(samples, torch.Tensor) or samples.ndim not in (4, 5):
         raise AlignError("these latents are no pictures' latents (sound, or several parts in one): no module takes them")
-    for space in (pipeline.space1, pipeline.space2)[not pipeline.uses_latents :]:
-        if not space.map_is_known:
-            raise AlignError("the module's file does not name its latent spaces, so ComfyUI's raw latents are unknown to it")
-    frames = samples.shape[2] if samples.ndim == 5 else 1
-    flat = samples.movedim(2, 1).flatten(0, 1) if samples.ndim == 5 else samples
-    _require_space(pipeline, flat)
     if pipeline.uses_image:
-        image = _pixels(pipeline, image, len(flat))
-    latents = None
-    if pipeline.uses_latents:
-        latents = flat.float() if pipeline.space1.name in NORMALISED_BY_HOST else pipeline.space1.to_scaled(flat.float())
-    scaled = pipeline.translate(latents, image).to(samples.device)
-    aligned = scaled if pipeline.space2.name in NORMALISED_BY_HOST else pipeline.space2.to_raw(scaled)
-    aligned = aligned.to(samples.dtype)
-    if pipeline.uses_latents and not samples.any():
-        aligned = torch.zeros_like(aligned)
-    if pipeline.space2.name in OF_VIDEO:
-        aligned = aligned.unflatten(0, (-1, frames)).movedim(1, 2)
+        image = _pixels(pipeline, image, len(samples) * (samples.shape[2] if samples.ndim == 5 else 1))
+    aligned = pipeline.translate(samples, image, raw="comfyui")
     lost = OLD_GRID if len(aligned) == len(samples) else (*OLD_GRID, "batch_index")  # it counts videos, not frames
     kept = {name: value for name, value in latent.items() if name not in lost}
     return kept | {"samples": aligned.contiguous()}
@@ -62,18 +39,6 @@ def describe(pipeline: AlignPipeline) -> str:
 
 def _title(space: LatentSpace) -> str:
     return TITLES.get(space.name, space.name or f"a space of {space.channels} channels")
-
-
-def _require_space(pipeline: AlignPipeline, samples: torch.Tensor) -> None:
-    channels, own = samples.shape[1], pipeline.space1
-    if not pipeline.uses_latents or channels == own.channels:
-        return
-    look = _title(pipeline.space2) if channels == pipeline.space2.channels else CHANNELS.get(channels)
-    raise AlignError(
-        f"this module takes {_title(own)} latents ({own.channels} channels); these have {channels} channels"
-        + (f" and look like {look} latents" if look else "")
-        + ". Choose a module from their space"
-    )
 
 
 def _pixels(pipeline: AlignPipeline, image: torch.Tensor | None, count: int) -> torch.Tensor:

@@ -221,13 +221,13 @@ BOTH = ("image", "latent")
 @pytest.mark.parametrize(
     "samples, inputs, space2, image, said",
     [
-        (torch.randn(1, 16, 8, 8), ("latent",), "flux1", None, "SD1.5 latents .*look like FLUX.1 latents"),
-        (torch.randn(1, 128, 8, 8), ("latent",), "flux1", None, "look like FLUX.2 or LTX latents"),
-        (torch.randn(1, 5, 8, 8), ("latent",), "flux1", None, "5 channels. Choose"),
+        (torch.randn(1, 16, 8, 8), ("latent",), "flux1", None, "takes 4: sd15 .*look like latents of flux1 "),
+        (torch.randn(1, 128, 8, 8), ("latent",), "flux1", None, "latents of flux2, ltx, ltx2 have 128"),
+        (torch.randn(1, 5, 8, 8), ("latent",), "flux1", None, "5 channels; this module takes 4: sd15"),
         (torch.randn(1, 8, 100), ("latent",), "flux1", None, "no pictures' latents"),
         (SMALL, BOTH, "flux1", None, "connect the image"),
         (SMALL, BOTH, "flux1", torch.rand(1, 128, 128, 3), "does not belong"),
-        (SMALL, ("latent",), LatentSpace.from_scale(None, 16, 8), None, "does not name its latent spaces"),
+        (SMALL, ("latent",), LatentSpace.from_scale(None, 16, 8), None, "does not name VAE2's latent space"),
     ],
     ids=("FLUX.1", "FLUX.2", "no known space", "sound", "no image", "another image", "no name"),
 )

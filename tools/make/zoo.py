@@ -150,6 +150,7 @@ class Zoo:
         self.manifest["spaces"][space] = {
             "file": file.name, "sha256": file_digest(file).hex(), "steps": content["step"],
             "minutes": content["config"]["minutes"], "seen_through": others, "own_flags": own_flags, "why": why,
+            "aliases": family_of(space).aliases,
         }  # fmt: skip
         self._write()
 
