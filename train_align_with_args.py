@@ -843,7 +843,9 @@ def training_loop(
         stop.raise_if_asked()
         return next(batches)
 
-    train_loader.check = eval_loader.check = stop.raise_if_asked
+    for loader in (train_loader, eval_loader):
+        if loader is not None:
+            loader.check = stop.raise_if_asked
     bar = tqdm(initial=run.step, desc="train", unit="step", disable=not accelerator.is_main_process)
     with memory_advice("training", **memory_flags(args)), profile, bar:
         budget.start(run.step)

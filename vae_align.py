@@ -669,7 +669,7 @@ class AlignPipeline:
             if tensor is not None and not (isinstance(tensor, torch.Tensor) and tensor.is_floating_point()):
                 kind = getattr(tensor, "dtype", type(tensor).__name__)
                 raise AlignError(f"{name} of type {kind}: pass a tensor of floating-point numbers")
-        if image is not None and image.numel() and (largest := max(map(abs, map(float, image.aminmax())))) > LARGEST_PIXEL:
+        if image is not None and image.numel() and (largest := image.abs().max().item()) > LARGEST_PIXEL:
             raise AlignError(f"image values up to {largest:g}: pass values in [-1, 1]; 8-bit levels become them by / 127.5 - 1")
         if latents is not None:
             if latents.ndim == 5:

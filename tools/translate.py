@@ -174,7 +174,7 @@ def planned(inputs: list[str], output_dir: Path) -> tuple[dict[Path, Path], list
     for given in map(Path, inputs):
         found, above = [given] * os.path.lexists(given), given.parent
         if os.path.isdir(given):
-            found, above = list(map(Path, list_images(given, LATENT_FILES))), given
+            found, above = list(map(Path, list_images(given, further=LATENT_FILES))), given
             if results != given.absolute():  # earlier results are no inputs
                 found = [file for file in found if results not in file.absolute().parents]
         if not found:

@@ -311,7 +311,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         return newest_checkpoint(path)[1]
     if pair := pair_named(path):
         pipeline = AlignPipeline.pair(*pair)
-        weights = {"state_dict": pipeline.module.state_dict(), "vaes": [None, None]}
+        weights = {"state_dict": pipeline.module.state_dict(), "vaes": [None, None], "vae_digests": [None, None]}
         return _with_training_keys(pipeline.description() | weights)
     path = Path(path)
     start = _first_bytes(path)

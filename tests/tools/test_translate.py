@@ -198,8 +198,8 @@ def test_trainers_caches_are_read(tmp_path):
 
 UNUSABLE = {  # file: (what makes it, what is said)
     "a.npy": (os.mkfifo, "a pipe"),
-    "b.pt": (lambda path: torch.save(torch.zeros(1).expand(1, 4, 60000, 60000), path), "claims 57.6 GB"),
-    "c.npz": (lambda path: np.savez_compressed(path, latents=np.zeros((4, 4096, 4096), np.float32)), "claims 0.3 GB"),
+    "b.pt": (lambda path: torch.save(torch.zeros(1).expand(1, 4, 60000, 60000), path), "claim 57.6 GB"),
+    "c.npz": (lambda path: np.savez_compressed(path, latents=np.zeros((4, 4096, 4096), np.float32)), "claim 0.3 GB"),
     "d.pt": (lambda path: torch.save(Payload("ran"), path), "asks to run code, which is refused"),
     "e.npy": (lambda path: np.save(path, np.array([Payload("ran")], dtype=object)), "asks to run code, which is refused"),
     "f.pt": (lambda path: torch.save(torch.full((1, 4, 2, 2), torch.nan), path), "not finite"),

@@ -166,7 +166,7 @@ def prepare_programs(hub, proxy, photo_folders, home):
     pipeline = PipelineWithVAEs(
         align_module(AlignConfig(hidden_channels=8)),
         Codec(make_kl_vae(4), "owner/flat", "vae"),
-        Codec(make_kl_vae(16), "owner/nested", "vae"),
+        Codec(make_kl_vae(16, scaling_factor=0.3611, shift_factor=0.1159), "owner/nested", "vae"),
     )
     config = {"image_size": 32, "precision": "float32"}
     judging = {

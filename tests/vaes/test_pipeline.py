@@ -328,11 +328,11 @@ KINDS = {  # kind: (what makes it of a good one, what the message says)
     "a config that is text": (top(config="{}"), "incomplete"),
     "a number as a tensor of any shape": (
         top(metrics={"psnr": torch.zeros(1).expand(10**5, 10**6)}),
-        "claim more than the file",
+        "far more than the file holds",
     ),
     "parts of one tensor, each a whole": (
         top(metrics=dict.fromkeys(range(10**5), torch.zeros(10**4))),
-        "claim more than the file",
+        "far more than the file holds",
     ),
     "lists in lists": (top(metrics={"psnr": nested(300)}), "nested too deep"),
     "a pickle without a zip": (
