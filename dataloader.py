@@ -819,12 +819,13 @@ class StreamSampler(Sampler):
         UserError for a place in another stream. Shards that the run had left out may be gone."""
         from datasets.distributed import split_dataset_by_node
 
+        left_out = {shard: index for each in (place, *places) for shard, index in each.get("left_out", {}).items()}
         if place["stream"] != self._stream.digest:
-            left_out = [each.get("left_out", {}) for each in (place, *places)]
-            self._stream.put_back({shard: index for part in left_out for shard, index in part.items()})
+            self._stream.put_back(left_out)
             self._stream.data = split_dataset_by_node(self._stream.data, self.rank, self.world)
         if place["stream"] != self._stream.digest:
             raise UserError(f"train_data_dir {self._stream.name}: not the shards that the run to resume had; name the same")
+        self._stream.left_out |= left_out  # a later resume needs them too
         self.first_step, self._start = step, place
 
     def __iter__(self):

@@ -191,6 +191,7 @@ def test_a_broken_shard_is_named_and_left_out_and_may_be_gone_at_a_resume(shards
     resumed.go_on(20, place)
     assert list(itertools.islice(iter(resumed), 20)) == batches[20:]
     (tmp_path / "1.tar").unlink()
+    sampler_of(tmp_path).go_on(21, resumed.state_after(21))  # before it has come to the shard itself
     without = sampler_of(tmp_path)
     without.go_on(20, place)
     assert all("1.tar" not in name for name in in_one_row(draw(without, 20)))
