@@ -19,21 +19,22 @@ in float32, which --precision float32 judges.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-import re
-import shlex
 import sys
-from datetime import datetime
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # which some Pythons leave out, such as an embedded one
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # some Pythons leave it out, such as an embedded one
 
 from runtime.before_imports import before_imports
 
 if __name__ == "__main__":
     before_imports()
+
+import contextlib
+import logging
+import re
+import shlex
+from datetime import datetime
+from pathlib import Path
 
 import torch
 

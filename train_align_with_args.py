@@ -18,25 +18,26 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import copy
-import logging
-import math
 import os
-import re
 import sys
-import tempfile
-import time
-from functools import partial
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # some Pythons leave it out, such as an embedded one
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # some Pythons leave it out, such as an embedded one
 
 from runtime.before_imports import before_imports
 
 if __name__ == "__main__":
     before_imports()
+
+import argparse
+import contextlib
+import copy
+import logging
+import math
+import re
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch

@@ -1,8 +1,11 @@
 """The first lines of a program, before its imports: those take seconds, and read variables of the environment."""
 
-import signal
 import sys
-import traceback
+
+try:
+    import signal
+except KeyboardInterrupt:  # it imports others itself
+    raise SystemExit(130) from None
 
 
 def before_imports() -> None:
@@ -13,6 +16,8 @@ def before_imports() -> None:
 
 
 def _import_failed(kind, error, trace) -> None:
+    import traceback  # not before the signals are dealt with: it takes time
+
     last = [frame for frame in traceback.extract_tb(trace) if not frame.filename.startswith("<")][-1]
     said = f"{kind.__name__}: {' '.join(str(error).split())}; {last.filename}, line {last.lineno}"
     remedy = "install requirements.txt into this Python, or unset the variable of the environment that this is about"
