@@ -92,6 +92,7 @@ class Waits(TorchDispatchMode):
         frame, before, self._reading = sys._getframe(), self._reading, None
         while frame and (
             not frame.f_code.co_filename.startswith(str(ROOT))
+            or "site-packages" in frame.f_code.co_filename  # of a virtual environment in the repository
             or frame.f_code.co_filename == __file__
             or frame.f_code.co_name.startswith("<")  # a comprehension, which some Pythons inline
         ):

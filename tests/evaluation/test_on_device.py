@@ -38,7 +38,11 @@ class Waits(TorchDispatchMode):
         )
         if "cuda" in before if read else before and after and before != after:
             frame = sys._getframe()
-            while not frame.f_code.co_filename.startswith(str(ROOT)) or frame.f_code.co_filename == __file__:
+            while (
+                not frame.f_code.co_filename.startswith(str(ROOT))
+                or "site-packages" in frame.f_code.co_filename  # of a virtual environment in the repository
+                or frame.f_code.co_filename == __file__
+            ):
                 frame = frame.f_back
             self.found[f"{frame.f_code.co_name}: {'a number' if read else ' to '.join([*before, *after])}"] += 1
         return made

@@ -260,12 +260,14 @@ def kill_a_worker(situation, flags, folder, draw):
     worker = until(lambda: below(process.pid)[number:], process, log)[0]
     until(lambda: situation in ("cache", "evaluation") or b"train: " in log.read_bytes(), process, log)
     time.sleep(draw.random() * 0.5)
-    os.kill(worker, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # the program was faster
+        os.kill(worker, signal.SIGKILL)
     process.join(100)
     assert not process.is_alive(), log.read_text()
     return process.exitcode, log.read_text()
 
 
+@pytest.mark.skipif(not KILLS, reason="part of make test-faults; test_workers.py has the moments that matter")
 @pytest.mark.parametrize("situation", PROGRAMS)
 def test_a_worker_that_is_killed_at_any_moment_ends_the_run(work_for_workers, tmp_path, situation):
     """A wait for ever for the rest of a batch, a lock or memory that the killed worker held; a run that ends unsaved."""
