@@ -1081,6 +1081,10 @@ def or_from_hub(path: str | os.PathLike, options: dict) -> str | os.PathLike:
     try:
         return Path(hf_hub_download(name, PRETRAINED_NAME, **options))
     except Exception as error:  # no network, no such model, no rights, a full disk: the client has no common base for them
+        with contextlib.suppress(Exception):
+            found = Path(hf_hub_download(name, PRETRAINED_NAME, **options | {"local_files_only": True}))
+            log.warning("%s: an earlier download is used; the hub gives none (%s)", name, _one_line(error))
+            return found
         raise AlignError(f"{name}: no such folder here, and not to be had from the hub ({_one_line(error)})") from None
 
 

@@ -104,6 +104,21 @@ def test_a_mistyped_path_that_the_hub_may_know_is_said(tmp_path, monkeypatch, ca
     assert "ckpt/final: no such file or folder here" in caplog.text and "on the hub" in caplog.text
 
 
+def test_a_downloaded_module_is_used_whatever_keeps_the_hub_away(tmp_path, monkeypatch, caplog):
+    """A module of the cache refused for a proxy that cannot work; an old one in place of what was to be fetched anew."""
+
+    def download(name, file, local_files_only=False, force_download=False, **_):
+        if not local_files_only or force_download:
+            raise ValueError("Unknown scheme for proxy URL")
+        return tmp_path / file
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    AlignPipeline.from_pretrained("sd15", "flux1").save_pretrained(tmp_path)
+    assert AlignPipeline.from_pretrained("owner/module").space2.name == "flux1"
+    assert "an earlier download is used; the hub gives none (Unknown scheme" in caplog.text
+    refusal(lambda: AlignPipeline.from_pretrained("owner/module", force_download=True), "Unknown scheme")
+
+
 HOSTILE = {  # what the manifest says, and what is said of it
     "a file elsewhere": ({"spaces": {"sd15": {"file": "../x.safetensors", "sha256": "0"}}, "pairs": {}}, "another folder"),
     "an absolute path": ({"spaces": {"sd15": {"file": "/x.safetensors", "sha256": "0"}}, "pairs": {}}, "another folder"),
