@@ -57,6 +57,7 @@ from utils import STOP_SIGNALS, UserError, count_of, hub_token, one_line, physic
 
 log = logging.getLogger(__name__)
 
+MOST_HELD_OUT = 32  # images: an evaluation of more takes too long beside a short training
 SAMPLED = 32  # images whose size is looked at before a run begins
 ZOOM = 1.25  # training draws the short side between image_size and this multiple of it (at most the image's own)
 PREPROCESSING = 3  # raised with every change to the pixels that `ImageDataset.crop` returns, so that no older cache is read
@@ -674,6 +675,16 @@ class StreamDataset(ImageDataset):
             raise UserError(f"{label}: " + (f"none of {len(shards)} shards can be read" if shards else "no image there"))
         first.require_readable(label)
         first.warn_of_small(label)
+
+
+def hold_out(source, share: float, seed: int, label: str) -> tuple[SomeImages, SomeImages]:
+    """(the images to train on, those to judge by): a random `share` of a source's, at least one and at most `MOST_HELD_OUT`.
+    UserError, which begins with `label`, if there is only one image."""
+    if len(source) < 2:
+        raise UserError(f"{label}: one image cannot be held out and trained on; add images")
+    held = min(max(1, round(share * len(source))), MOST_HELD_OUT)
+    order = np.random.default_rng(seed).permutation(len(source))
+    return SomeImages(source, np.sort(order[held:])), SomeImages(source, np.sort(order[:held]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

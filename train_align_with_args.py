@@ -66,7 +66,7 @@ from training.log import (
     visualize_results,
 )
 from training.optimizer import BadSteps, Muon, update_average
-from training.starts import fit_ridge, grids_of, start_from_vaes
+from training.starts import fit_ridge, grids_of, start_from_shipped, start_from_vaes
 from utils import (
     PRECISIONS,
     StopRequest,
@@ -144,9 +144,10 @@ def build_parser() -> Parser:
     group.add_argument("--architecture", choices=ARCHITECTURES, default="plain",
                        help="plain: residual blocks on VAE2's grid; tiny: the stages of tiny autoencoders, the finest cut "
                        "down; whole: all of them")  # fmt: skip
-    group.add_argument("--init", choices=("ridge", "vaes", "random"), default="ridge",
+    group.add_argument("--init", choices=("ridge", "vaes", "random", "shipped"), default="ridge",
                        help="ridge: start at the closed-form linear map (latent inputs only); vaes: at VAE1's decoder and "
-                       "VAE2's encoder (tiny autoencoders, --architecture tiny or whole); random: anywhere")  # fmt: skip
+                       "VAE2's encoder (tiny autoencoders, --architecture tiny or whole); random: anywhere; shipped: at the "
+                       "shipped module of these spaces and this architecture, else as vaes, or as ridge if plain")  # fmt: skip
     group.add_argument("--init_module", help="with --init vaes: then take the trained layers of the module in this file, which "
                        "has the same width and the image among its inputs")  # fmt: skip
     group.add_argument("--load_checkpoint", help="start from this checkpoint's weights; the architecture comes with them")
@@ -154,6 +155,9 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("data")
     group.add_argument("--train_data_dir", default="train_images", help="folder of training images, searched recursively")
     group.add_argument("--eval_data_dir", default="eval_images", help="folder of evaluation images, searched recursively")
+    group.add_argument("--hold_out", type=real(0, 0.9), default=0.0,
+                       help=f"share of the training images, at most {dataloader.MOST_HELD_OUT}, to judge by and not to train "
+                       "on, in place of --eval_data_dir, which switches it off when typed; 0: none")  # fmt: skip
     group.add_argument("--dataset_type", choices=("default", "imagenet"), default="default",
                        help="default: any folder; imagenet: train/nXXXXXXXX/*.JPEG or a hub data set id")  # fmt: skip
     group.add_argument("--train_batch_size", type=integer(1, 65536), default=4, help="images per step and process")
@@ -240,7 +244,10 @@ def build_parser() -> Parser:
     group.add_argument("--save_frequency", type=integer(0), default=1, help="epochs between checkpoints; 0: only at the end")
     group.add_argument("--save_steps", type=integer(0), default=0, help="also a checkpoint every so many steps; 0: none")
     group.add_argument("--keep_last", type=integer(0), default=0, help="checkpoints of this run to keep; 0: all")
-    group.add_argument("--best_metric", choices=BEST_METRICS, default="psnr", help="by which the best checkpoint is kept")
+    group.add_argument("--best_metric", choices=BEST_METRICS, default="psnr",
+                       help="by which the best checkpoint is kept; both: PSNR and ST-LPIPS (VGG)")  # fmt: skip
+    group.add_argument("--patience", type=integer(0), default=0,
+                       help="evaluations without a new best after which the run ends; 0: never")  # fmt: skip
     group.add_argument("--visualize_frequency", type=integer(0), default=1, help="epochs between pictures; 0: never")
     group.add_argument("--num_visualize_samples", type=integer(0, 256), default=4, help="evaluation images to show; 0: none")
     return parser
@@ -262,7 +269,7 @@ MAY_CHANGE = NEVER_TAKEN | {
     "epochs", "max_train_steps", "minutes", "compile", "max_bad_steps", "train_data_dir", "eval_data_dir", "vae1_path",
     "vae1_subfolder", "vae2_path", "vae2_subfolder", "decoder_loss_path", "decoder_loss_subfolder", "seen_through",
     "init_module", "load_checkpoint", "log_frequency", "eval_frequency", "visualize_frequency", "save_frequency", "save_steps",
-    "best_metric", "eval_batch_size", "num_visualize_samples",
+    "best_metric", "patience", "eval_batch_size", "num_visualize_samples",
 }  # fmt: skip
 
 
@@ -327,9 +334,12 @@ def resolve(args: argparse.Namespace) -> tuple[Settings, tuple[Path, dict] | Non
     if values["streaming"] and values["cache_latents"]:
         log.info("--streaming: images are encoded as they come, there is no latent cache")
         values["cache_latents"] = False
+    if not values["resume"] and ("eval_data_dir" in args.typed_flags or values["streaming"]):
+        values["hold_out"] = 0.0
     settings = Settings(values)
     check_flags(settings, fresh=start is None)
-    for name in ("train_data_dir", "eval_data_dir")[settings.streaming :]:  # before the hub is asked for a VAE
+    folders = [name for name, read in (("train", not settings.streaming), ("eval", not settings.hold_out)) if read]
+    for name in (f"{folder}_data_dir" for folder in folders):  # before the hub is asked for a VAE
         dataloader.require_place(getattr(settings, name), settings.dataset_type, f"--{name}")
     vaes = load_vaes(settings)
     settings = settings.but(out_channels=out_channels(settings, Codec(vaes[1])))
@@ -417,7 +427,7 @@ def check_flags(settings: Settings, fresh: bool) -> None:
         raise UserError("--cache_only: with --no_cache_latents there is no cache to build; leave one of them out")
     if settings.init_module and settings.init != "vaes":
         raise UserError(f"--init_module {settings.init_module}: add --init vaes, whose start it goes on from")
-    if draws_pictures(settings) and settings.init != "vaes" and fresh:
+    if draws_pictures(settings) and settings.init not in ("vaes", "shipped") and fresh:
         raise UserError(
             f"--architecture {settings.architecture}: from latents alone it looks at the picture that VAE1 decodes; add "
             "--init vaes"
@@ -597,7 +607,7 @@ def open_datasets(args: argparse.Namespace) -> tuple[dataloader.ImageDataset, da
     dataloader.require_memory(args.eval_batch_size, args.image_size, "--eval_batch_size")
     if needs_pixels(args) or not args.cache_latents:
         dataloader.require_memory(args.train_batch_size, args.image_size, "--train_batch_size")
-    datasets = []
+    datasets, held_out = [], None
     for name, train in (("train_data_dir", True), ("eval_data_dir", False)):
         folder = getattr(args, name)
         label = f"--{name} {folder}"
@@ -607,7 +617,9 @@ def open_datasets(args: argparse.Namespace) -> tuple[dataloader.ImageDataset, da
                 dataset = dataloader.StreamDataset(stream, args.image_size, args.random_flip, args.seed, args.epoch_images)
                 dataset.look_at_first(label)
         else:
-            source = dataloader.find_images(folder, args.dataset_type, train, f"--{name}", args.cache_dir)
+            source = held_out or dataloader.find_images(folder, args.dataset_type, train, f"--{name}", args.cache_dir)
+            if train and args.hold_out:
+                source, held_out = dataloader.hold_out(source, args.hold_out, args.seed, label)
             options = {"random_crop": True, "random_flip": args.random_flip, "seed": args.seed} if train else {}
             dataset = dataloader.ImageDataset(source, args.image_size, **options)
             dataset.require_readable(label)
@@ -708,12 +720,7 @@ def prepare_run(
             train_loader.batch_sampler.go_on(resumed["step"], places and places[accelerator.process_index], places)
     else:
         with memory_advice("looking at the first images", **memory_flags(args)):
-            if pipeline.uses_latents and not start:
-                fit_ridge(pipeline, train_loader, accelerator)
-                if args.init == "ridge":
-                    pipeline.module.start_from_ridge()
-            if args.init == "vaes" and not start:
-                log.info(start_from_vaes(pipeline, args.init_module))
+            start_module(pipeline, args, train_loader, accelerator, start)
             objective.before_first_step(train_loader, accelerator)
 
     optimizer = setup_optimizer(pipeline, args)
@@ -743,6 +750,25 @@ def prepare_run(
         if resumed["config"].get("eval_data_dir") != args.eval_data_dir:
             run.metrics = {}
     return run
+
+
+def start_module(pipeline: PipelineWithVAEs, args: argparse.Namespace, train_loader, accelerator, start=None) -> None:
+    """Give the module of a new run the weights of --init, unless it has those of the checkpoint `start`."""
+    shipped = start_from_shipped(pipeline) if args.init == "shipped" and not start else None
+    if pipeline.uses_latents and not pipeline.module.has_ridge:
+        fit_ridge(pipeline, train_loader, accelerator)
+    if shipped:
+        return log.info("%s; --init and --load_checkpoint name another start", shipped)
+    if start:
+        return
+    init = args.init
+    if init == "shipped":
+        init = "ridge" if args.architecture == "plain" else "vaes"
+        log.info("no shipped module has these latent spaces and this architecture: training starts as with --init %s", init)
+    if init == "ridge":
+        pipeline.module.start_from_ridge()
+    elif init == "vaes":
+        log.info(start_from_vaes(pipeline, args.init_module))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -864,8 +890,14 @@ def training_loop(
                 due = partial(is_due, epoch, last)
                 if due(args.eval_frequency):
                     run.metrics = evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype, accelerator, run.fixed)
+                    best = run.note_if_best()
+                    if args.patience and run.without_gain >= args.patience and not last:
+                        budget.stop(run.step)
+                        last = True
+                        log.info("no gain in %s: the run ends", count_of(run.without_gain, "evaluation"))
                     if writer:
-                        run.save_if_best()
+                        if best:
+                            run.save_best()
                         log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype)
                 if writer and due(args.visualize_frequency):
                     visualize_results(pipeline, eval_loader, writer, epoch, args, dtype)

@@ -321,8 +321,16 @@ class FixedRungs:
     figures: dict = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
 
-    def evaluate(self, pipeline: PipelineWithVAEs, loader, dtype: torch.dtype, accelerator=None) -> dict:
-        """{rung: {metric: value}} of the whole ladder (see `evaluate`) on the images of `loader`.
+    def evaluate(
+        self,
+        pipeline: PipelineWithVAEs,
+        loader,
+        dtype: torch.dtype,
+        accelerator=None,
+        choices: tuple[str, ...] = ("ssim",),
+        image_size: int = 256,
+    ) -> dict:
+        """{rung: {metric: value}} of the whole ladder (see `evaluate`) on the images of `loader`; for `choices` see `Measures`.
 
         The first call measures every rung; the next ones only the module, as long as pixels and VAEs are the same. With an
         `accelerator` its processes do so together, each on its share of the images.
@@ -331,7 +339,8 @@ class FixedRungs:
 
         def judge(only):
             seen = _PixelDigest()
-            results = evaluate(Ladder(pipeline, dtype, only=only), loader, visit=seen, accelerator=accelerator)
+            measures = Measures(choices, image_size, pipeline.device)
+            results = evaluate(Ladder(pipeline, dtype, only=only), loader, measures, seen, accelerator=accelerator)
             self.unreadable = results["unreadable"]
             return results["ladder"], seen.hexdigest(accelerator)
 

@@ -178,6 +178,11 @@ class SomeImages:
     def __len__(self):
         return len(self.indices)
 
+    @property
+    def paths(self):
+        paths = self.source.paths
+        return [paths[index] for index in self.indices] if isinstance(paths, list) else paths
+
     def open(self, index: int) -> Image.Image:
         return self.source.open(int(self.indices[index]))
 

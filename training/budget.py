@@ -83,6 +83,10 @@ class Budget:
             self._look_at = step + 1
         self._kind = kind
 
+    def stop(self, step: int) -> None:
+        """End the run after `step` steps."""
+        self.end = step
+
     def look(self, step: int, accelerator) -> None:
         """With limited time and a look due: measure the pace and move the end. All processes find the same end."""
         if not self.minutes or step < self._look_at:
@@ -127,6 +131,8 @@ class Budget:
         self._pace, self.reserve = float(state["pace"]), float(state["reserve"])
         step, position = state["anchor"]
         if not self.minutes:
+            if self.steps == state["steps"]:
+                self.end = state["end"]
             return
         if (self.minutes, self.steps) == (state["minutes"], state["steps"]):
             self._anchor, self.end = (step, float(position)), state["end"]

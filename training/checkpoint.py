@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from evaluation.ladder import FixedRungs
+from evaluation.verdict import PERCEPTION_NOISE, PSNR_NOISE
 from losses import Objective
 from runtime.processes import gathered
 from training.budget import Budget
@@ -35,7 +36,8 @@ log = logging.getLogger(__name__)
 
 OWN_NAME = re.compile(r"align_pipeline_\d{8}_\d{6}\.pth")  # of a checkpoint as a run writes it
 ABANDONED = 3600  # seconds since a temporary file last grew, after which its writer is no longer alive
-BEST_METRICS = {"psnr": 1, "ssim": 1, "psnr_vs_vae2": 1, "latent_mse": -1}  # for --best_metric; -1: less is better
+BEST_METRICS = {"psnr": 1, "ssim": 1, "psnr_vs_vae2": 1, "latent_mse": -1, "both": 1}  # for --best_metric; -1: less is better
+AXES = (("psnr", PSNR_NOISE), ("st_lpips_vgg", -PERCEPTION_NOISE))  # of "both": (metric, a gain that is just seen)
 SAME = {  # beside settings, what a run must find again when it goes on: {what: (the flag that names it, its noun)}
     "processes": ("resume", ""),
     "machines": ("resume", ""),
@@ -67,7 +69,8 @@ class Run:
         metrics: the newest evaluation, {rung: {metric: value}}. fixed: the rungs that training cannot move.
         places: each process's place in a stream of images; None where the step alone tells it.
         last: path of the newest checkpoint. best: {"value", "step", "by": its metric, "images": a digest of those that it was
-            measured on} of the best one. own: names of the checkpoints in `folder` that this run wrote and may delete, oldest
+            measured on, "first": the figures of `AXES` at the first evaluation} of the best one. without_gain: evaluations
+            since then. own: names of the checkpoints in `folder` that this run wrote and may delete, oldest
             first.
         last_inputs: the module's inputs in the last step.
     """
@@ -94,6 +97,7 @@ class Run:
     places: list | None = None
     last: Path | None = None
     best: dict | None = None
+    without_gain: int = 0
     own: list[str] = field(default_factory=list)
     last_inputs: dict | None = None
 
@@ -141,6 +145,7 @@ class Run:
             "places": self.places,
             "fixed": self.fixed.state_dict(),
             "best": self.best,
+            "without_gain": self.without_gain,
             "own": list(self.own),
         }
 
@@ -168,6 +173,7 @@ class Run:
         if training["best"]:  # older ones do not say what they were measured on
             told = {"by": content["config"].get("best_metric"), "images": self.fixed.images}
             self.best = told | training["best"]
+        self.without_gain = 0 if self.budget.is_over(self.step) else training.get("without_gain", 0)
         if path.parent.resolve() == self.folder.resolve():  # in another folder these names are another run's
             self.own = [*training["own"], *([path.name] if OWN_NAME.fullmatch(path.name) else [])]  # not the user's copy
 
@@ -185,18 +191,35 @@ class Run:
                     os.unlink(file)
         return self.last
 
-    def save_if_best(self) -> None:
-        """Keep this module as the run's best if its `best_metric` is better than any before."""
-        value = self.metrics["aligned"][self.best_metric]
+    def note_if_best(self) -> bool:
+        """Whether this module is the run's best so far, by its `best_metric`. All processes call this together.
+
+        Under "both" the value is the sum of the gains over the first evaluation in PSNR and in ST-LPIPS (VGG), each in units
+        of the smallest difference that counts. A module that lost more than one unit in either is never the best.
+        """
+        aligned = self.metrics["aligned"]
         sign = BEST_METRICS[self.best_metric]
         on = {"by": self.best_metric, "images": self.fixed.images}
         if self.best and self.best != self.best | on:
             log.info("the best checkpoint is counted anew: evaluation images or metric are not those of step %d, until now the "
                      "best", self.best["step"])  # fmt: skip
             self.best = None
+        first = (self.best or {}).get("first") or {metric: aligned.get(metric) for metric, _ in AXES}
+        if self.best_metric == "both":
+            measured = [(metric, unit) for metric, unit in AXES if None not in (aligned.get(metric), first[metric])]
+            gains = [(aligned[metric] - first[metric]) / unit for metric, unit in measured]
+            value = sum(gains) if gains and min(gains) >= -1 else None
+        else:
+            value = aligned[self.best_metric]
         if value is None or (self.best and sign * value <= sign * self.best["value"]):
-            return
-        self.best = {"value": value, "step": self.step} | on
+            self.without_gain += 1
+            return False
+        self.best = {"value": value, "step": self.step, "first": first} | on
+        self.without_gain = 0
+        return True
+
+    def save_best(self) -> None:
+        """Keep this module beside the checkpoints as the run's best."""
         self._write(name=self.best_path.name)
 
     def _write(self, **more) -> Path:
@@ -314,6 +337,7 @@ def require_training(content: dict, path) -> None:
             and (best is None or (isinstance(best["value"], float) and number(best["step"])))
             and all(number(order[name]) and order[name] for name in ("images", "steps_per_epoch", "processes"))
             and number(training["bad_steps"])
+            and number(training.get("without_gain", 0))
             and number(training["bad_steps_in_a_row"])
             and isinstance(training["files"], str)
             and isinstance(training.get("vaes", {}), dict)

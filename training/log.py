@@ -256,7 +256,9 @@ def evaluate_and_log(pipeline, eval_loader, writer: RunLog | None, epoch, args, 
     Several processes evaluate together: each calls this with its `accelerator` and its share of the images. One that has no
     writer gives the run's `fixed` in its place, and logs nothing.
     """
-    ladder = (writer.fixed if writer else fixed).evaluate(pipeline, eval_loader, dtype, accelerator)
+    choices = ("ssim", "st_lpips") if args.best_metric == "both" else ("ssim",)
+    fixed = writer.fixed if writer else fixed
+    ladder = fixed.evaluate(pipeline, eval_loader, dtype, accelerator, choices, args.image_size)
     ladder["aligned"]["weights"] = weights_digest(pipeline.module)  # of these figures; a checkpoint may be of a later step
     if not writer:
         return ladder

@@ -1,4 +1,5 @@
-"""Where training starts: at the best linear map between two latent spaces, or at the layers of two tiny autoencoders.
+"""Where training starts: at a shipped module, at the best linear map between two latent spaces, or at the layers of two tiny
+autoencoders.
 
 The linear map is in closed form, and it is also a rung that training must beat. The last stages of a tiny autoencoder's encoder
 hold how VAE2's latents describe an image, its decoder how VAE1's latents look. A module with these layers need not learn them.
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils import UserError, count_of
-from vae_align import GRID_KEYS, STAGE_BLOCKS, AlignConfig, StageBlock, module_of
+from vae_align import GRID_KEYS, IMAGE, STAGE_BLOCKS, ZOO, AlignConfig, AlignPipeline, StageBlock, module_of, zoo_pairs
 from vaes.codec import Codec
 from vaes.pipeline import PipelineWithVAEs, encoded_batches, read_checkpoint
 
@@ -62,6 +63,32 @@ def fit_ridge(pipeline: PipelineWithVAEs, loader, accelerator) -> None:
             setattr(regression, name, accelerator.reduce(getattr(regression, name).to(accelerator.device), "sum").cpu())
     if regression.xx.any():
         pipeline.module.remember_ridge(*regression.solve())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shipped modules
+
+SHIPPED = ZOO.parent / "pretrained"
+
+
+def start_from_shipped(pipeline: PipelineWithVAEs) -> str | None:
+    """Copy the weights of the shipped module that translates between the pipeline's two latent spaces.
+
+    Returns a line that names it; None, with the module unchanged, if none has these spaces and this architecture.
+    """
+    one, into = pipeline.space1.name, pipeline.space2.name
+    pair = (one if pipeline.uses_latents else IMAGE, into)
+    for file in sorted(SHIPPED.glob("*.safetensors")):
+        found = AlignPipeline.from_checkpoint(file)
+        if (found.space1.name, found.space2.name, found.config) == (one, into, pipeline.config):
+            pipeline.module.load_state_dict(found.module.state_dict())
+            return f"the module starts as {file.name}, which is shipped for {one} to {into}"
+    if pair in zoo_pairs():
+        found = AlignPipeline.pair(*pair)
+        if found.config == pipeline.config:
+            pipeline.module.load_state_dict(found.module.state_dict())
+            return f"the module starts as the shipped pair {':'.join(pair)}"
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
