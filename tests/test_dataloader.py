@@ -8,13 +8,23 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import as_argv
 from drawn import BLUE, PNG, RED, levels
 from hostile import refusal
 from PIL import Image
 
-from dataloader import EpochSampler, ImageDataset, eval_loader, find_images, open_stream, train_loader
+from dataloader import (
+    MOST_HELD_OUT,
+    EpochSampler,
+    ImageDataset,
+    eval_loader,
+    find_images,
+    hold_out,
+    open_stream,
+    train_loader,
+)
 from images.files import list_images
-from train_align_with_args import create_data_loaders, parse_args
+from train_align_with_args import create_data_loaders, open_datasets, parse_args, resolve
 from utils import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -318,3 +328,24 @@ def test_images_that_must_be_enlarged_are_counted(tmp_path, caplog):
     with caplog.at_level("WARNING"):
         ImageDataset(list_images(tmp_path), 64).warn_of_small("--flag")
     assert "--flag: 2 of the 3 images looked at are smaller than 64 px" in caplog.text
+
+
+def test_held_out_images_are_not_trained_on(flags, photo_folders):
+    """Catches a module that is judged by what it was trained on, a draw that a resumed run does not make again, and a typed
+    --eval_data_dir that is not looked at."""
+    flags |= {"hold_out": 0.4}
+    typed, *_ = resolve(parse_args(as_argv(flags)))
+    assert typed.hold_out == 0
+    del flags["eval_data_dir"]
+    settings, *_ = resolve(parse_args(as_argv(flags)))
+    sets = open_datasets(settings)
+    names = [{dataset.name(index) for index in range(len(dataset))} for dataset in sets]
+    whole = {str(path) for path in list_images(photo_folders[0])}
+    assert not names[0] & names[1] and names[0] | names[1] == whole and len(names[1]) == round(0.4 * len(whole))
+    assert [dataset.source.paths for dataset in open_datasets(settings)] == [dataset.source.paths for dataset in sets]
+    assert [dataset.random_crop for dataset in sets] == [True, False]
+    many = find_images(photo_folders[0], "default", True, "--train_data_dir")
+    many.paths = many.paths * 40
+    assert len(hold_out(many, 0.5, 0, "")[1]) == MOST_HELD_OUT
+    many.paths = many.paths[:1]
+    assert "one image" in refusal(lambda: hold_out(many, 0.5, 0, "--train_data_dir x"), "--train_data_dir x")

@@ -173,7 +173,8 @@ class Run:
         if training["best"]:  # older ones do not say what they were measured on
             told = {"by": content["config"].get("best_metric"), "images": self.fixed.images}
             self.best = told | training["best"]
-        self.without_gain = 0 if self.budget.is_over(self.step) else training.get("without_gain", 0)
+        ended = training["budget"]["end"] <= self.step  # and is now to train on
+        self.without_gain = 0 if ended else training.get("without_gain", 0)
         if path.parent.resolve() == self.folder.resolve():  # in another folder these names are another run's
             self.own = [*training["own"], *([path.name] if OWN_NAME.fullmatch(path.name) else [])]  # not the user's copy
 

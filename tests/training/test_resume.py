@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 import unicodedata
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,6 +171,28 @@ def test_best_checkpoint_is_that_of_the_best_evaluation(flags, tmp_path):
         content = torch.load(kept, weights_only=True)
         assert values[content["step"]] == best(values.values())
         assert content["metrics"]["aligned"][metric] == pytest.approx(values[content["step"]])
+
+
+def test_best_by_both_axes_gives_neither_up():
+    """Catches a blurred module that is kept for its PSNR, and gains that are not counted from the start."""
+    run = SimpleNamespace(best=None, best_metric="both", fixed=SimpleNamespace(images=""), step=0, without_gain=0)
+    kept = []
+    for psnr, distance in ((24.0, 0.1), (26.0, 0.103), (24.3, 0.099), (24.1, 0.1), (24.0, 0.094), (23.94, 0.01)):
+        run.metrics, run.step = {"aligned": {"psnr": psnr, "st_lpips_vgg": distance}}, run.step + 1
+        kept.append(checkpoint.Run.note_if_best(run))
+    assert kept == [True, False, True, False, False, False] and run.without_gain == 3
+    assert run.best["step"] == 3 and run.best["value"] == pytest.approx(6.5)
+
+
+def test_a_run_that_gains_nothing_ends(flags, tmp_path, capsys):
+    """Catches a run that goes on for nothing, one that counts anew at each resume, and one that cannot be trained on."""
+    flags |= {"best_metric": "both", "patience": 3, "learning_rate": 0, "visualize_frequency": 0, "epochs": 9}
+    run = train(flags, tmp_path)
+    assert run.last["epoch"] == 3 and run.last["training"]["without_gain"] == 3
+    capsys.readouterr()
+    train(flags, tmp_path, resume=True)
+    assert "already finished" in capsys.readouterr().out
+    assert train(flags, tmp_path, epochs=12, resume=True).last["epoch"] == 6
 
 
 STOPPED = {**QUIET, "epochs": 40, "num_workers": 1, "no_cache_latents": True}

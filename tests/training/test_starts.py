@@ -1,5 +1,6 @@
 """The closed-form start: the linear map, and the training images that it is fitted on."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
 from runs import QUIET, same_weights, train
 
-from training.starts import RidgeRegression, fit_ridge, grids_of, start_from_vaes
+from training.starts import SHIPPED, RidgeRegression, fit_ridge, grids_of, start_from_shipped, start_from_vaes
 from utils import UserError
 from vae_align import PRETRAINED_NAME, AlignConfig, AlignPipeline, align_module
 from vaes.pipeline import PipelineWithVAEs, encoded_batches
@@ -258,6 +259,32 @@ def test_a_picture_that_the_cache_holds_is_not_drawn_again():
     inputs, target, images = pipeline.encode_batch(batch)
     assert torch.equal(inputs["image"], batch["decoded"]) and torch.equal(target, batch["latents2"])
     assert images is None
+
+
+@pytest.mark.parametrize(
+    "shipped",
+    [
+        lambda: AlignPipeline.from_pretrained(SHIPPED / "taesd_to_taef1.safetensors"),
+        lambda: AlignPipeline.pair("flux2", "sdxl"),
+        lambda: AlignPipeline.pair("image", "sd3"),
+    ],
+)
+def test_training_starts_at_what_is_shipped(shipped):
+    """Catches a shipped module that is not found by its spaces, and one that is taken for another architecture or space."""
+    shipped = shipped()
+    started = AlignPipeline(align_module(shipped.config), shipped.space1, shipped.space2)
+    assert start_from_shipped(started)
+    assert same_weights({"state_dict": started.module.state_dict()}, {"state_dict": shipped.module.state_dict()})
+    other = AlignPipeline(align_module(replace(shipped.config, num_blocks=1)), shipped.space1, shipped.space2)
+    unnamed = AlignPipeline(align_module(shipped.config))
+    assert start_from_shipped(other) is None and start_from_shipped(unnamed) is None
+
+
+def test_a_run_without_a_shipped_module_starts_as_usual(flags, tmp_path, caplog):
+    """Catches a recipe that fails, or starts at random, between VAEs for which nothing is shipped."""
+    usual = train(flags, tmp_path / "usual", **QUIET, max_train_steps=2)
+    assert same_weights(train(flags, tmp_path / "shipped", **QUIET, max_train_steps=2, init="shipped").last, usual.last)
+    assert "as with --init ridge" in caplog.text
 
 
 def test_a_run_starts_there_resumes_and_is_given_away(flags, tmp_path):
