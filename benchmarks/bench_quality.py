@@ -3,8 +3,9 @@
     python benchmarks/bench_quality.py --vae1 PATH --vae2 PATH --train_data_dir FOLDER --eval_data_dir FOLDER \\
         --input_types latent --minutes 20
 
-Trains the recipe that config/ ships for those inputs, on a latent cache that is built first, and judges the checkpoint with
-`eval_align.py`. Prints its ladder, and one JSON line last. `--set flag=value` changes the recipe.
+Trains the recipe that config/ ships for those inputs from the VAEs' layers (`--init vaes`), on a latent cache that is built
+first, and judges the checkpoint with `eval_align.py`. Prints its ladder, and one JSON line last. `--set flag=value` changes the
+recipe.
 
 With `--until better_than_reencode` every tenth of the training photos is held out and no other photos are looked at. After the
 training its checkpoints, one every --check_steps steps, are judged on them. The result has the minutes of training up to the
@@ -35,7 +36,7 @@ def measure(options) -> dict:
         same = {"eval_data_dir": options.eval_data_dir, "eval_batch_size": 10, "num_workers": 2}
         training = common.recipe_flags(options.input_types) | same | {
             "vae1_path": options.vae1, "vae2_path": options.vae2, "train_data_dir": options.train_data_dir,
-            "latent_cache_dir": options.latent_cache_dir, "log_dir": f"{folder}/runs", "save_dir": save_dir,
+            "latent_cache_dir": options.latent_cache_dir, "log_dir": f"{folder}/runs", "save_dir": save_dir, "init": "vaes",
             "minutes": options.minutes, "eval_frequency": 0, "visualize_frequency": 0, "save_frequency": 0,
             "save_steps": options.check_steps if options.until else 0,
         } | dict(options.set)  # fmt: skip

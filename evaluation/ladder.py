@@ -30,6 +30,7 @@ from vaes.codec import Codec, reencode
 from vaes.pipeline import PipelineWithVAEs
 
 MOVED = ("aligned",)  # the rungs that training moves
+KEPT_BYTES = 256e6  # of pictures that an evaluation keeps for the next one
 
 log = logging.getLogger(__name__)
 
@@ -132,14 +133,21 @@ class Ladder:
         return {name: rung.caption for name, rung in self.rungs.items() if rung.caption}
 
     @torch.inference_mode()
-    def reconstruct(self, images: torch.Tensor, only=None) -> dict[str, Reconstruction]:
-        """{rung: its `Reconstruction` of `images` (B, 3, H, W) in [-1, 1]}: every rung and VAE2, or those named in `only`."""
-        latents1 = self.pipeline.codec1.encode(images)
+    def reconstruct(self, images: torch.Tensor, only=None, kept: dict | None = None) -> dict[str, Reconstruction]:
+        """{rung: its `Reconstruction` of `images` (B, 3, H, W) in [-1, 1]}: every rung and VAE2, or those named in `only`.
+
+        `kept`: an empty dict, which then holds VAE1's latents and VAE2's reconstruction for the next call with these images.
+        """
+        kept = {} if kept is None else kept
+        latents1 = kept["latents1"] if kept else self.pipeline.codec1.encode(images)
         made = {}
         for name, rung in {"vae2": self.vae2, **self.rungs}.items():
-            if only is None or name in only:
+            if name == "vae2" and kept:
+                made[name] = kept[name]
+            elif only is None or name in only:
                 latents = rung(latents1, images)
                 made[name] = Reconstruction(latents, rung.codec.decode(latents))
+        kept |= {"latents1": latents1, "vae2": made.get("vae2")}
         return made
 
     @torch.inference_mode()
@@ -207,6 +215,7 @@ def evaluate(
     visit: Callable[[dict, dict[str, Reconstruction]], None] | None = None,
     show_progress: bool = True,
     accelerator=None,
+    kept: dict | None = None,
 ) -> dict:
     """Judge every rung of `ladder` on every image of `loader`. UserError when not one image could be read.
 
@@ -217,6 +226,7 @@ def evaluate(
         loader: batches {pixel_values (B, 3, H, W) in [-1, 1], index, path, unreadable}, see `dataloader.eval_loader`.
         measures: which metrics beyond the plain ones; by default SSIM alone. Good for one evaluation.
         visit: called with (batch, the result of `Ladder.reconstruct`) for each batch, for pictures and further sums.
+        kept: a dict that keeps of each batch what `Ladder.reconstruct` keeps, for the next evaluation of the same images.
 
     Returns a dict of plain values:
         images: how many were judged; unreadable: the messages of those that could not be.
@@ -235,7 +245,7 @@ def evaluate(
     module.eval()
     show_progress = show_progress and is_main(accelerator)
     batches = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not show_progress)
-    judged = together(lambda: [_judge_batch(ladder, batch, measures, visit) for batch in batches], accelerator)
+    judged = together(lambda: [_judge_batch(ladder, batch, measures, visit, kept) for batch in batches], accelerator)
     judged = gathered(judged, accelerator)
     # of P processes, number r has the batches r, r + P, …
     judged = [batch for turn in itertools.zip_longest(*judged) for batch in turn if batch is not None]
@@ -261,18 +271,18 @@ def evaluate(
     }
 
 
-def _judge_batch(ladder: Ladder, batch: dict, measures: Measures, visit) -> dict:
+def _judge_batch(ladder: Ladder, batch: dict, measures: Measures, visit, kept: dict | None) -> dict:
     """The plain values of a batch, which processes exchange: {path, index, unreadable, values: {rung: {metric: [value per
     image]}}}."""
     index, values = batch["index"].tolist(), {}
     if batch["path"]:
         images = batch["pixel_values"] = batch["pixel_values"].to(ladder.pipeline.device)  # once, also for `visit`
-        made = ladder.reconstruct(images)
+        made = ladder.reconstruct(images, kept=None if kept is None else kept.setdefault(tuple(index), {}))
         target = made["vae2"]
         for name, rung in ladder.rungs.items():
             latents = None if rung.kind == "vae1" else made[name].latents
             sample = Sample(images, made[name].picture, latents, target.picture, target.latents, tuple(index))
-            values[name] = measures.of_each_image(sample)
+            values[name] = measures.of_each_image(sample, name)
             measures.add(name, sample)
         moved = iter(on_cpu([numbers for of_rung in values.values() for numbers in of_rung.values()]))
         values = {name: {metric: next(moved).tolist() for metric in of_rung} for name, of_rung in values.items()}
@@ -320,6 +330,7 @@ class FixedRungs:
     vaes: list[str] = field(default_factory=list)
     figures: dict = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
+    _kept: dict = field(default_factory=dict)
 
     def evaluate(
         self,
@@ -331,6 +342,7 @@ class FixedRungs:
         image_size: int = 256,
     ) -> dict:
         """{rung: {metric: value}} of the whole ladder (see `evaluate`) on the images of `loader`; for `choices` see `Measures`.
+        ST-LPIPS is measured of the module alone.
 
         The first call measures every rung; the next ones only the module, as long as pixels and VAEs are the same. With an
         `accelerator` its processes do so together, each on its share of the images.
@@ -339,8 +351,10 @@ class FixedRungs:
 
         def judge(only):
             seen = _PixelDigest()
-            measures = Measures(choices, image_size, pipeline.device)
-            results = evaluate(Ladder(pipeline, dtype, only=only), loader, measures, seen, accelerator=accelerator)
+            measures = Measures(choices, image_size, pipeline.device, st_lpips_of=MOVED)
+            fits = 12 * image_size**2 * len(loader.dataset) < KEPT_BYTES
+            options = {"accelerator": accelerator, "kept": self._kept if fits else None}
+            results = evaluate(Ladder(pipeline, dtype, only=only), loader, measures, seen, **options)
             self.unreadable = results["unreadable"]
             return results["ladder"], seen.hexdigest(accelerator)
 
@@ -348,7 +362,7 @@ class FixedRungs:
             moved, images = judge(MOVED)
             if images == self.images:
                 return self.figures | moved
-        self.vaes = vaes
+        self.vaes, self._kept = vaes, {}
         ladder, self.images = judge(None)
         self.figures = {rung: figures for rung, figures in ladder.items() if rung not in MOVED}
         return ladder

@@ -264,6 +264,7 @@ class Measures:
     Args:
         choices: words of `CHOICES`; the metrics that need no choice are always measured.
         image_size: side of the images, px. device: where networks are put. dtype: the precision of ST-LPIPS' networks.
+        st_lpips_of: the rungs whose ST-LPIPS is measured; None: all.
 
     Attributes:
         left_out: {metric: the reason, in a phrase}. Only LPIPS downloads weights.
@@ -275,7 +276,9 @@ class Measures:
         image_size: int = 256,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        st_lpips_of: tuple[str, ...] | None = None,
     ):
+        self.st_lpips_of = st_lpips_of
         self.image_size = image_size
         self.device = device
         self.dtype = dtype
@@ -313,9 +316,11 @@ class Measures:
             if METRICS[name].scope == scope and not (without_latents and METRICS[name].of_latents)
         }
 
-    def of_each_image(self, sample: Sample) -> dict[str, torch.Tensor]:
+    def of_each_image(self, sample: Sample, rung: str = "") -> dict[str, torch.Tensor]:
         """{metric: its values (B) or (B, N)} for one rung and a batch, on the sample's device."""
-        return {name: measure(sample) for name, measure in self._wanted("image", sample).items()}
+        without = self.st_lpips_of is not None and rung not in self.st_lpips_of
+        wanted = self._wanted("image", sample).items()
+        return {name: measure(sample) for name, measure in wanted if not (without and METRICS[name].choice == "st_lpips")}
 
     def add(self, rung: str, sample: Sample) -> None:
         """Add a rung's batch to the metrics of the set."""

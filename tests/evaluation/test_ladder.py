@@ -167,8 +167,9 @@ def judged_rungs(monkeypatch):
     return calls
 
 
-def test_fixed_rungs_are_measured_once_and_survive_a_resume(pipeline, photo_folders, judged_rungs):
-    """Baselines that are measured at every evaluation, or again after each resume, also with another batch size."""
+def test_fixed_rungs_are_measured_once_and_survive_a_resume(pipeline, photo_folders, judged_rungs, monkeypatch):
+    """Baselines that are measured at every evaluation, or again after each resume, also with another batch size; images that
+    are encoded again for each."""
     fixed = FixedRungs()
     first = fixed.evaluate(pipeline, loader_of(photo_folders[1]), torch.float32)
     resumed = FixedRungs()
@@ -178,6 +179,8 @@ def test_fixed_rungs_are_measured_once_and_survive_a_resume(pipeline, photo_fold
     assert list(first) == list(again)
     assert {name: again[name] for name in fixed.figures} == {name: first[name] for name in fixed.figures}
     assert again["aligned"]["psnr"] == pytest.approx(first["aligned"]["psnr"], rel=1e-5)
+    monkeypatch.setattr(Codec, "encode", None)
+    assert fixed.evaluate(pipeline, loader_of(photo_folders[1]), torch.float32) == first
 
 
 def test_other_pictures_of_the_same_names_are_measured_anew(pipeline, photo_folders, judged_rungs, tmp_path):
