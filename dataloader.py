@@ -57,7 +57,7 @@ from utils import STOP_SIGNALS, UserError, count_of, hub_token, one_line, physic
 
 log = logging.getLogger(__name__)
 
-MOST_HELD_OUT = 16  # images: an evaluation of more takes too long beside a short training
+MOST_HELD_OUT = 8  # images: an evaluation of more takes too long beside a short training
 SAMPLED = 32  # images whose size is looked at before a run begins
 ZOOM = 1.25  # training draws the short side between image_size and this multiple of it (at most the image's own)
 PREPROCESSING = 3  # raised with every change to the pixels that `ImageDataset.crop` returns, so that no older cache is read
