@@ -323,20 +323,18 @@ def resolve(args: argparse.Namespace) -> tuple[Settings, tuple[Path, dict] | Non
     values = dict(vars(args))
     with naming("--device"):
         device = resolve_device(args.device, "device" in args.typed_flags)
-    start = find_start(args, device)
-    if start and args.resume:
+    resumed, start = find_start(args, device)
+    if resumed:
         values |= settings_of_run(args, *start)
     elif start:
         values |= architecture_of(args, start[1])
-    values["resume"] = args.resume if start else None
+    values["resume"] = args.resume if resumed else None
     values["asked"] = {name: values[name] for name in ("device", "precision", "out_channels", "cache_latents")}
     values["device"] = str(device)
-    trained_on = start[1].get("trained_on", {}) if values["resume"] else {}
-    goes_on = trained_on.get("device") == device.type
-    if goes_on and values["precision"] != trained_on["precision"]:
-        values["precision"] = trained_on["precision"]
-        log.info("--resume: precision %s, as before on this kind of device", values["precision"])
-    values["precision"] = resolve_precision(values["precision"], device, goes_on or "precision" in args.typed_flags)
+    trained_on = start[1].get("trained_on", {}) if resumed else {}
+    same_device = trained_on.get("device") == device.type
+    precision = trained_on["precision"] if same_device else values["precision"]
+    values["precision"] = resolve_precision(precision, device, same_device or "precision" in args.typed_flags)
     if values["streaming"] and values["cache_latents"]:
         log.info("--streaming: images are encoded as they come, there is no latent cache")
         values["cache_latents"] = False
@@ -349,8 +347,8 @@ def resolve(args: argparse.Namespace) -> tuple[Settings, tuple[Path, dict] | Non
     return settings, start, vaes
 
 
-def find_start(args: argparse.Namespace, device: torch.device) -> tuple[Path, dict] | None:
-    """The checkpoint that --resume or --load_checkpoint means, as (path, content).
+def find_start(args: argparse.Namespace, device: torch.device) -> tuple[bool, tuple[Path, dict] | None]:
+    """(whether --resume found it, the checkpoint that --resume or --load_checkpoint means: (path, content) or None).
 
     The first process reads it for all: another machine may have another disk.
     """
@@ -358,16 +356,16 @@ def find_start(args: argparse.Namespace, device: torch.device) -> tuple[Path, di
         if getattr(args, name) == "":  # an unset variable in a job's script
             raise UserError(f"--{name} '': names nothing; leave the flag out to start anew")
     if not (args.resume or args.load_checkpoint):
-        return None
+        return False, None
     everyone = machine_of(create_accelerator(device, "float32"), separate=False)
     if args.resume:
         start = everyone.of_first(lambda: checkpoint.find_checkpoint(args.resume, args.save_dir))
         if start:
-            return start
+            return True, start
         log.warning("--resume: no checkpoint in %s that can be resumed, starting fresh", args.save_dir)
     if args.load_checkpoint:
-        return everyone.of_first(lambda: (Path(args.load_checkpoint), read_checkpoint(args.load_checkpoint)))
-    return None
+        return False, everyone.of_first(lambda: (Path(args.load_checkpoint), read_checkpoint(args.load_checkpoint)))
+    return False, None
 
 
 def settings_of_run(args: argparse.Namespace, path: Path, content: dict) -> dict:
@@ -643,11 +641,9 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
     place = {"rank": accelerator.process_index, "world": accelerator.num_processes} if accelerator else {}
     place["device"] = accelerator and accelerator.device
     judged_images = dataloader.eval_loader(eval_set, args.eval_batch_size, args.num_workers, **place)
-    place |= {"device": accelerator.device} if accelerator else {}
-    if args.streaming:
-        options = (args.train_batch_size, args.num_workers, args.seed, args.shuffle_buffer)
-        return dataloader.stream_loader(train_set, *options, **place), judged_images
     options = (args.train_batch_size, args.num_workers, args.seed)
+    if args.streaming:
+        return dataloader.stream_loader(train_set, *options, args.shuffle_buffer, **place), judged_images
     if args.cache_latents and vae1 is not None and vae2 is not None:
         kept = CacheOptions(
             args.latent_cache_dir,
@@ -689,9 +685,8 @@ def setup_scheduler(
     Without, it is to be stepped after each epoch, as torch's own are, and the warm-up follows `optimizer.step()` by itself;
     stepped after each optimizer step, it would decay after `step_size` steps.
 
-    Under `--scheduler cosine` the last factor is (1 + cos(pi · step / steps)) / 2 instead, or by epochs of --epochs. Under
-    `--minutes` the schedule of --epochs epochs is spread over the time: step / steps and epoch / epochs are the `position` of
-    `budget`.
+    Under `--scheduler cosine` the last factor is (1 + cos(pi · step / steps)) / 2 instead, or that of epoch / epochs. Under
+    `--minutes` the schedule of --epochs epochs is spread over the time: both quotients are the `position` of `budget`.
     """
     scheduler = None
 
@@ -700,8 +695,7 @@ def setup_scheduler(
         warmup = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
         by_time = args.minutes and budget
         if args.scheduler == "cosine":
-            steps = steps_of(args, steps_per_epoch) if steps_per_epoch else args.epochs
-            position = budget.position(count) if by_time else min(1.0, count / steps)
+            position = budget.position(count) if by_time else min(1.0, count / steps_of(args, steps_per_epoch or 1))
             return warmup * (1 + math.cos(math.pi * position)) / 2
         epoch = int(budget.position(count) * args.epochs) if by_time else count // (steps_per_epoch or 1)
         return warmup * args.scheduler_gamma ** (epoch // args.scheduler_step_size)

@@ -32,8 +32,7 @@ class JudgedCheckpoint:
     pipeline: PipelineWithVAEs
 
     def description(self) -> dict:
-        """Its entry in metrics.json, with the device and the precision of the training, and without the URL of a proxy, which
-        may hold a password."""
+        """Its entry in metrics.json: the config as trained, without the URL of a proxy, which may hold a password."""
         config = self.content["config"] | self.content.get("trained_on", {})
         config = {name: value for name, value in config.items() if name != "proxy"}
         return {

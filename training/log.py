@@ -342,8 +342,6 @@ def print_results(run, log_dir: str, *speed: str) -> None:
 def psnr_at_the_start(run, log_dir: str) -> float | None:
     """PSNR, dB, from which training started; None where the log lacks it or has it of other images."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # the log of a resumed run may be elsewhere, or old
-        with open(Path(log_dir) / run.name / METRICS_FILE, encoding="utf-8") as file:
-            first = json.loads(file.readline())
+        first = json.loads((Path(log_dir) / run.name / METRICS_FILE).read_text(encoding="utf-8").partition("\n")[0])
         if first["step"] == 0 and first["ladder"]["vae2"]["psnr"] == run.metrics["vae2"]["psnr"]:
             return first["ladder"]["aligned"]["psnr"]
-    return None

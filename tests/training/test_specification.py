@@ -1,51 +1,29 @@
 """The functions of the specification, called as it writes them: with the plain result of `parse_args` and a `SummaryWriter`."""
+# ruff: noqa: F403, F405  `__all__` names the fifteen functions
 
 import json
 
 import pytest
 import torch
 from conftest import as_argv, read_scalars
-from runs import QUIET, assert_same_tensors, event_tags, specified, train
+from runs import QUIET, assert_same_tensors, event_tags, train
 from torch.utils.tensorboard import SummaryWriter
 
 import train_align_with_args as train_script
-from train_align_with_args import (
-    create_align_pipeline,
-    create_data_loaders,
-    evaluate_and_log,
-    get_dtype,
-    get_loss_function,
-    load_config,
-    load_vae_model,
-    log_model_stats,
-    main,
-    parse_args,
-    save_config,
-    setup_optimizer,
-    setup_scheduler,
-    train_align_pipeline,
-    visualize_results,
-)
-from training.optimizer import ADAMW_SHARE
+from train_align_with_args import *
 
 
-@pytest.fixture
-def parts(flags, tmp_path, monkeypatch):
-    """(args, VAE1, VAE2, pipeline, both loaders) as a reader of the specification makes them."""
-    monkeypatch.chdir(tmp_path)
-    args = parse_args(as_argv(flags | {"epochs": 1, "device": None}))  # the default, cuda, which a machine may lack
-    dtype = get_dtype(args.precision)
-    vae1 = load_vae_model(args.vae1_path, args.vae1_subfolder, args.cache_dir, args.device, dtype)
-    vae2 = load_vae_model(args.vae2_path, args.vae2_subfolder, args.cache_dir, args.device, dtype)
-    return args, vae1, vae2, create_align_pipeline(vae1, vae2, args), *create_data_loaders(args)
-
-
-def test_the_fifteen_functions_run_from_flags_to_pictures_as_the_specification_calls_them(parts, tmp_path):
+def test_the_fifteen_functions_run_from_flags_to_pictures_as_the_specification_calls_them(flags, tmp_path, monkeypatch, caplog):
     """A function that takes this project's own writer alone, or is missing; points under another x-axis than `epoch`; a
     scheduler that does not go with the optimizer; differences and latents that have no pictures of their own."""
     assert all(callable(globals()[name]) for name in train_script.__all__) and len(set(train_script.__all__)) == 15
-    args, vae1, vae2, pipeline, train_loader, eval_loader = parts
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO")
+    args = parse_args(as_argv(flags | {"epochs": 1, "device": None}))  # the default, cuda, which a machine may lack
     dtype, writer = get_dtype(args.precision), SummaryWriter(tmp_path / "own")
+    vae1 = load_vae_model(args.vae1_path, args.vae1_subfolder, args.cache_dir, args.device, dtype)
+    vae2 = load_vae_model(args.vae2_path, args.vae2_subfolder, args.cache_dir, args.device, dtype)
+    pipeline, (train_loader, eval_loader) = create_align_pipeline(vae1, vae2, args), create_data_loaders(args)
     optimizer = setup_optimizer(pipeline, args)
     scheduler, loss_function = setup_scheduler(optimizer, args), get_loss_function(args.loss_type)
     for epoch in (3, 4):
@@ -70,31 +48,9 @@ def test_the_fifteen_functions_run_from_flags_to_pictures_as_the_specification_c
 
     path = train_align_pipeline(args, vae1, vae2, train_loader, eval_loader, torch.Generator())
     assert torch.load(path, weights_only=True)["step"] == len(train_loader)
+    said = [record.message.partition(":")[0] for record in caplog.records if ": aligned PSNR" in record.message]
+    assert said == ["epoch 3", "epoch 4", "at the start", "epoch 1"]
     main(["--load_config", str(tmp_path / "config.json"), "--max_train_steps", "1"])
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-@pytest.mark.parametrize("warmup_steps", [0, 4, 20])
-def test_a_scheduler_that_is_stepped_by_epochs_warms_up_by_steps(parts, name, warmup_steps):
-    """A warm-up of a hundred epochs in place of a hundred steps; one that only AdamW follows, or that a resumed run begins
-    anew; a decay by steps."""
-    args, _, _, pipeline, *_ = parts
-    args.optimizer, args.warmup_steps, args.scheduler_step_size = name, warmup_steps, 2
-    optimizer = setup_optimizer(pipeline, args)
-    scheduler, rates = setup_scheduler(optimizer, args), [args.learning_rate, args.learning_rate * ADAMW_SHARE]
-    for parameter in pipeline.module.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    for step in range(15):
-        for group, rate in zip(optimizer.param_groups, rates):
-            assert group["lr"] == pytest.approx(specified(step, 3, rate, warmup_steps, 2, 0.5), rel=1e-9), step
-        optimizer.step()
-        if step % 3 == 2:  # an epoch's end
-            scheduler.step()
-        if step == 7:
-            state = optimizer.state_dict(), scheduler.state_dict()
-            optimizer = setup_optimizer(pipeline, args)
-            scheduler = setup_scheduler(optimizer, args)
-            optimizer.load_state_dict(state[0]), scheduler.load_state_dict(state[1])
 
 
 def test_a_saved_config_holds_what_was_asked_for_and_a_resumed_run_goes_on_as_before(flags, tmp_path, vae_folders, monkeypatch):
