@@ -9,6 +9,7 @@ from conftest import as_argv, read_scalars
 from runs import QUIET, assert_same_tensors, event_tags, train
 from torch.utils.tensorboard import SummaryWriter
 
+import eval_align
 import train_align_with_args as train_script
 from train_align_with_args import *
 
@@ -54,8 +55,9 @@ def test_the_fifteen_functions_run_from_flags_to_pictures_as_the_specification_c
 
 
 def test_a_saved_config_holds_what_was_asked_for_and_a_resumed_run_goes_on_as_before(flags, tmp_path, vae_folders, monkeypatch):
-    """A config from a machine without a GPU that keeps every other machine off its own; a run that goes on in another precision
-    than it began in; a checkpoint judged in another; a run refused for a flag that says how it was trained."""
+    """A config of a machine without a GPU by which others do not use theirs; a run that goes on in another precision than it
+    began in, or is judged in another; a run refused for a flag that says how it was trained."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("utils.cpu_has_bfloat16", lambda: False)
     flags |= {"device": None, "precision": None, "vae2_path": vae_folders["kl4"], "max_train_steps": 2, **QUIET}
     whole = train(flags, tmp_path / "whole")
@@ -67,3 +69,5 @@ def test_a_saved_config_holds_what_was_asked_for_and_a_resumed_run_goes_on_as_be
     monkeypatch.setattr("utils.cpu_has_bfloat16", lambda: True)  # another CPU
     resumed = train(flags | {"precision": "float32", "out_channels": 4}, tmp_path / "run", resume=True)
     assert_same_tensors(resumed.last, whole.last)
+    judging = {"checkpoint": first.checkpoints[-1], "eval_data_dir": flags["eval_data_dir"], "output_dir": tmp_path / "judged"}
+    assert eval_align.main(as_argv(judging | {"metrics": "ssim", "num_samples": 0}))["settings"]["precision"] == "float32"
