@@ -109,7 +109,7 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("general")
     group.add_argument("--load_config", help="JSON file of flags; what is typed on the command line wins over it")
     group.add_argument(
-        "--config_save_path", default="", help="where to write the resolved config (default: beside each checkpoint)"
+        "--config_save_path", default="", help="where to write the flags as a config (default: beside each checkpoint)"
     )
     group.add_argument("--seed", type=integer(0, 2**32 - 1), default=42, help="of weights, order and crops")
     group.add_argument("--resume", nargs="?", const="latest", metavar="PATH",

@@ -16,8 +16,7 @@ def test_the_schedule_matches_the_formula_at_every_step(warmup_steps, stepped, n
     epochs, a warm-up of 100 epochs in place of 100 steps, which AdamW alone follows, or which a resumed run begins anew."""
     args = parse_args(["--learning_rate", "2e-4", "--warmup_steps", str(warmup_steps), "--scheduler_step_size", "3"])
     weights, rates = [torch.nn.Parameter(torch.zeros(2, 2, 1, 1)) for _ in range(2)], [2e-4, 2e-4 * ADAMW_SHARE]
-    for weight in weights:
-        weight.grad = torch.zeros_like(weight)
+    sum(weight.sum() for weight in weights).backward()
 
     def started():
         optimizer = torch.optim.AdamW(weights, lr=2e-4) if name == "adamw" else Muon(weights[:1], weights[1:], 2e-4, 0.0)
