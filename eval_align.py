@@ -43,7 +43,7 @@ from evaluation import report, tables
 from evaluation.figures import finite
 from evaluation.judge import PLACES, judge, ladder_of, open_checkpoints, read_checkpoints
 from evaluation.metrics import CHOICES, DEFAULT_CHOICES, Measures
-from evaluation.pictures import comparison_sheets, is_sheet, save_sheet
+from evaluation.pictures import comparison_picture, comparisons, is_sheet, save_sheet
 from evaluation.verdict import verdict
 from runtime.cli import Parser, alone_in, claim_writable_folder, integer, naming, run, use_proxy
 from runtime.processes import create_accelerator, gathered, place_of
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> dict:
     # ---- load
     contents = read_checkpoints(args.checkpoint)
     trained = contents[0][1]["config"]
-    wanted = args.precision or trained.get("precision", "bfloat16")
+    wanted = args.precision or (trained | contents[0][1].get("trained_on", {})).get("precision", "bfloat16")
     precision = resolve_precision(wanted, device, args.precision is not None)
     accelerator = create_accelerator(device, precision)
     with alone_in(output_dir, "--output_dir", "evaluation") if accelerator.is_main_process else contextlib.nullcontext():
@@ -206,9 +206,9 @@ def evaluate_into(output_dir: Path, args, argv: list[str], contents: list, preci
     def visit(batch, made):  # each process its own images
         enlarged.extend(batch["enlarged"])
         if args.save_visualizations:
-            sheets = comparison_sheets(batch["pixel_values"].to(device), made, ladder.captions, size)
-            for sheet, path, index in zip(sheets, batch["path"], batch["index"].tolist()):
-                save_sheet(sheet, output_dir / picture_name(index, path))
+            of_each = comparisons(batch["pixel_values"].to(device), made, ladder.captions)
+            for rows, path, index in zip(of_each, batch["path"], batch["index"].tolist()):
+                save_sheet(comparison_picture(rows, size), output_dir / picture_name(index, path))
 
     with (
         naming("--num_workers"),

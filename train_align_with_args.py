@@ -90,7 +90,11 @@ from vaes.codec import Codec, SeenThrough, good_image_size
 from vaes.loading import load_vae_model
 from vaes.pipeline import PipelineWithVAEs, read_checkpoint, require_memory_for, spaces_of
 
-__all__ = ["get_dtype", "get_loss_function", "load_config", "load_vae_model"]  # part of this script's interface
+__all__ = [  # the functions of the specification
+    "create_align_pipeline", "create_data_loaders", "evaluate_and_log", "get_dtype", "get_loss_function", "load_config",
+    "load_vae_model", "log_model_stats", "main", "parse_args", "save_config", "setup_optimizer", "setup_scheduler",
+    "train_align_pipeline", "visualize_results",
+]  # fmt: skip
 
 log = logging.getLogger("train_align")
 
@@ -105,7 +109,7 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("general")
     group.add_argument("--load_config", help="JSON file of flags; what is typed on the command line wins over it")
     group.add_argument(
-        "--config_save_path", default="", help="where to write the resolved config (default: beside each checkpoint)"
+        "--config_save_path", default="", help="where to write the flags as a config (default: beside each checkpoint)"
     )
     group.add_argument("--seed", type=integer(0, 2**32 - 1), default=42, help="of weights, order and crops")
     group.add_argument("--resume", nargs="?", const="latest", metavar="PATH",
@@ -279,13 +283,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def save_config(args: argparse.Namespace, save_path) -> None:
-    """Write the settings as JSON that --load_config reads back; a proxy's password stays out."""
+    """Write the settings as JSON that --load_config reads back, as they were asked for; a proxy's password stays out."""
     write_json(save_path, config_dict(args))
 
 
 def config_dict(args: argparse.Namespace) -> dict:
-    """The settings as plain values that a checkpoint or a config may hold."""
-    config = {name: value for name, value in vars(args).items() if name in SETTINGS}
+    """The settings as plain values that a checkpoint or a config may hold, as they were asked for: on another machine they
+    mean what that machine has."""
+    config = {name: value for name, value in (vars(args) | getattr(args, "asked", {})).items() if name in SETTINGS}
     if config.get("proxy"):
         config["proxy"] = re.sub(r"^([\w+.-]+://)?.*@", r"\1", config["proxy"])
     return config
@@ -298,7 +303,8 @@ def config_dict(args: argparse.Namespace) -> dict:
 class Settings(argparse.Namespace):
     """The settings of a run, one attribute for each flag; AttributeError for code that tries to change one.
 
-    Functions that are part of this script's interface take them as `args`, or the plain result of `parse_args`.
+    Functions that are part of this script's interface take them as `args`, or the plain result of `parse_args`. `asked` keeps
+    what was asked for where the machine, VAE2 or another flag decides.
     """
 
     def __init__(self, values: dict):
@@ -316,21 +322,26 @@ def resolve(args: argparse.Namespace) -> tuple[Settings, tuple[Path, dict] | Non
     """What the flags mean on this machine: (the settings, the checkpoint to start from, [VAE1, VAE2]).
 
     In this order: flags as parsed; the device; with --resume the checkpoint's settings, with --load_checkpoint its
-    architecture; the precision; VAE2's channels. The checkpoint is (path, content), or None for a fresh start. The weights of
-    the VAEs are read when something first needs them. UserError names a flag that contradicts another or the machine.
+    architecture; the precision, which on the same kind of device is that of the run to resume; VAE2's channels. The checkpoint
+    is (path, content), or None for a fresh start. The weights of the VAEs are read when something first needs them. UserError
+    names a flag that contradicts another or the machine.
     """
     use_proxy(args.proxy)
     values = dict(vars(args))
     with naming("--device"):
         device = resolve_device(args.device, "device" in args.typed_flags)
-    values["device"] = str(device)
-    start = find_start(args, device)
-    if start and args.resume:
+    resumed, start = find_start(args, device)
+    if resumed:
         values |= settings_of_run(args, *start)
     elif start:
         values |= architecture_of(args, start[1])
-    values["resume"] = args.resume if start else None
-    values["precision"] = resolve_precision(values["precision"], device, "precision" in args.typed_flags)
+    values["resume"] = args.resume if resumed else None
+    values["asked"] = {name: values[name] for name in ("device", "precision", "out_channels", "cache_latents")}
+    values["device"] = str(device)
+    trained_on = start[1].get("trained_on", {}) if resumed else {}
+    same_device = trained_on.get("device") == device.type
+    precision = trained_on["precision"] if same_device else values["precision"]
+    values["precision"] = resolve_precision(precision, device, same_device or "precision" in args.typed_flags)
     if values["streaming"] and values["cache_latents"]:
         log.info("--streaming: images are encoded as they come, there is no latent cache")
         values["cache_latents"] = False
@@ -346,8 +357,8 @@ def resolve(args: argparse.Namespace) -> tuple[Settings, tuple[Path, dict] | Non
     return settings, start, vaes
 
 
-def find_start(args: argparse.Namespace, device: torch.device) -> tuple[Path, dict] | None:
-    """The checkpoint that --resume or --load_checkpoint means, as (path, content).
+def find_start(args: argparse.Namespace, device: torch.device) -> tuple[bool, tuple[Path, dict] | None]:
+    """(whether --resume found it, the checkpoint that --resume or --load_checkpoint means: (path, content) or None).
 
     The first process reads it for all: another machine may have another disk.
     """
@@ -355,22 +366,22 @@ def find_start(args: argparse.Namespace, device: torch.device) -> tuple[Path, di
         if getattr(args, name) == "":  # an unset variable in a job's script
             raise UserError(f"--{name} '': names nothing; leave the flag out to start anew")
     if not (args.resume or args.load_checkpoint):
-        return None
+        return False, None
     everyone = machine_of(create_accelerator(device, "float32"), separate=False)
     if args.resume:
         start = everyone.of_first(lambda: checkpoint.find_checkpoint(args.resume, args.save_dir))
         if start:
-            return start
+            return True, start
         log.warning("--resume: no checkpoint in %s that can be resumed, starting fresh", args.save_dir)
     if args.load_checkpoint:
-        return everyone.of_first(lambda: (Path(args.load_checkpoint), read_checkpoint(args.load_checkpoint)))
-    return None
+        return False, everyone.of_first(lambda: (Path(args.load_checkpoint), read_checkpoint(args.load_checkpoint)))
+    return False, None
 
 
 def settings_of_run(args: argparse.Namespace, path: Path, content: dict) -> dict:
     """The settings that a resumed run takes from its checkpoint; UserError names a given flag that contradicts them."""
     config = {name: value for name, value in content["config"].items() if name in SETTINGS | PARSER.retired.keys()}
-    found, others = {}, []
+    found, others, trained_on = {}, [], content.get("trained_on", {})
     for name, value in PARSER.check_config(config, f"--resume {path}").items():
         given = name in args.given_flags
         if name in NEVER_TAKEN:
@@ -379,6 +390,8 @@ def settings_of_run(args: argparse.Namespace, path: Path, content: dict) -> dict
         elif name in MAY_CHANGE:
             if not given:
                 found[name] = value
+        elif given and (name == "out_channels" or (name == "precision" and args.precision == trained_on.get("precision"))):
+            continue  # VAE2 tells its channels; the precision may be that of the training instead of the one asked for
         elif given and _comparable(getattr(args, name)) != _comparable(value):
             raise UserError(
                 f"--{name} {getattr(args, name)}: the run to resume has {value}; leave the flag out, or start a new run "
@@ -514,7 +527,7 @@ def is_typed(args: argparse.Namespace, flag: str) -> bool:
 def create_align_pipeline(vae1, vae2, args: argparse.Namespace, start: tuple[Path, dict] | None = None) -> PipelineWithVAEs:
     """The pipeline between two frozen VAEs, with the architecture of `args` and fresh weights, or those of `start`.
 
-    Channels and strides are the VAEs'. `start` is (path, content) of a checkpoint, by default that of --load_checkpoint.
+    Channels, strides and device are the VAEs'. `start`: (path, content) of a checkpoint, by default that of --load_checkpoint.
     """
     if start is None and args.load_checkpoint:
         start = Path(args.load_checkpoint), read_checkpoint(args.load_checkpoint)
@@ -553,7 +566,7 @@ def create_align_pipeline(vae1, vae2, args: argparse.Namespace, start: tuple[Pat
                     f"these have {getattr(config, name)}"
                 )
         module.load_state_dict(start[1]["state_dict"])
-    return PipelineWithVAEs(module, codec1, codec2)
+    return PipelineWithVAEs(module, codec1, codec2).to(resolve_device(str(codec2.vae.device), typed=False))
 
 
 def create_objective(pipeline: PipelineWithVAEs, args: argparse.Namespace) -> Objective:
@@ -640,11 +653,9 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
     place = {"rank": accelerator.process_index, "world": accelerator.num_processes} if accelerator else {}
     place["device"] = accelerator and accelerator.device
     judged_images = dataloader.eval_loader(eval_set, args.eval_batch_size, args.num_workers, **place)
-    place |= {"device": accelerator.device} if accelerator else {}
-    if args.streaming:
-        options = (args.train_batch_size, args.num_workers, args.seed, args.shuffle_buffer)
-        return dataloader.stream_loader(train_set, *options, **place), judged_images
     options = (args.train_batch_size, args.num_workers, args.seed)
+    if args.streaming:
+        return dataloader.stream_loader(train_set, *options, args.shuffle_buffer, **place), judged_images
     if args.cache_latents and vae1 is not None and vae2 is not None:
         kept = CacheOptions(
             args.latent_cache_dir,
@@ -676,27 +687,42 @@ def setup_optimizer(pipeline: PipelineWithVAEs, args: argparse.Namespace) -> tor
 
 
 def setup_scheduler(
-    optimizer: torch.optim.Optimizer, args: argparse.Namespace, steps_per_epoch: int = 1, budget: Budget | None = None
+    optimizer: torch.optim.Optimizer, args: argparse.Namespace, steps_per_epoch: int | None = None, budget: Budget | None = None
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Warm-up by steps times StepLR by epochs; to be stepped once per optimizer step, on one process or many.
+    """Warm-up by optimizer steps times StepLR by epochs, on one process or many:
 
         lr(step) = learning_rate · min(1, (step + 1) / warmup_steps) · gamma^(epoch // step_size)
 
-    with epoch = step // steps_per_epoch; at the default of 1 the scheduler is to be stepped once per epoch, as torch's own are.
-    Under `--scheduler cosine` the last factor is (1 + cos(pi · step / steps)) / 2 instead. Under `--minutes` the schedule of
-    --epochs epochs is spread over the time: step / steps and epoch / epochs are the `position` of `budget`.
-    """
+    With `steps_per_epoch` the scheduler is to be stepped after each optimizer step, and epoch = step // steps_per_epoch.
+    Without, it is to be stepped after each epoch, as torch's own are, and the warm-up follows `optimizer.step()` by itself;
+    stepped after each optimizer step, it would decay after `step_size` steps.
 
-    def factor(step):
+    Under `--scheduler cosine` the last factor is (1 + cos(pi · step / steps)) / 2 instead, or that of epoch / epochs. Under
+    `--minutes` the schedule of --epochs epochs is spread over the time: both quotients are the `position` of `budget`.
+    """
+    scheduler = None
+
+    def factor(count):
+        step = count if steps_per_epoch else getattr(scheduler, "optimizer_steps", 0)
         warmup = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
         by_time = args.minutes and budget
         if args.scheduler == "cosine":
-            position = budget.position(step) if by_time else min(1.0, step / steps_of(args, steps_per_epoch))
+            position = budget.position(count) if by_time else min(1.0, count / steps_of(args, steps_per_epoch or 1))
             return warmup * (1 + math.cos(math.pi * position)) / 2
-        epoch = int(budget.position(step) * args.epochs) if by_time else step // steps_per_epoch
+        epoch = int(budget.position(count) * args.epochs) if by_time else count // (steps_per_epoch or 1)
         return warmup * args.scheduler_gamma ** (epoch // args.scheduler_step_size)
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    def warm_up(*_):
+        scheduler.optimizer_steps += 1
+        if scheduler.optimizer_steps < args.warmup_steps:
+            for group, rate in zip(optimizer.param_groups, scheduler.base_lrs):
+                group["lr"] = rate * factor(scheduler.last_epoch)
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    if not steps_per_epoch:
+        scheduler.optimizer_steps = 0  # a part of its `state_dict`
+        optimizer.register_step_post_hook(warm_up)
+    return scheduler
 
 
 def prepare_run(
@@ -744,6 +770,7 @@ def prepare_run(
         folder=Path(args.save_dir),
         keep_last=args.keep_last,
         best_metric=args.best_metric,
+        trained_on={"device": accelerator.device.type, "precision": args.precision},
     )
     if resumed:
         run.load_state_dict(resumed, start[0])
@@ -810,7 +837,7 @@ def train_align_pipeline(
     if accelerator.is_main_process:
         resumed = start[1]["run"] if start and args.resume else None
         run.name, claim = checkpoint.claim_name(Path(args.log_dir), Path(args.save_dir), resumed)
-        writer = RunLog(Path(args.log_dir) / run.name, run.step, run.fixed)
+        writer = RunLog(Path(args.log_dir) / run.name, run.step)
         log.info("%s", description_of(args, run, train_loader))
     speed = Speed(train_loader.batch_sampler.batch_size * accelerator.num_processes, run.step)
     profile = StepProfile(args.profile, accelerator.device, writer and writer.folder)
@@ -824,7 +851,7 @@ def train_align_pipeline(
                 save_now(args, run, train_loader, writer)
             accelerator.wait_for_everyone()  # a launcher ends the others when the first one leaves
         if writer and not stopped and run.metrics:
-            log_hparams(writer, run.config, run.metrics)
+            log_hparams(writer, run.config | run.trained_on, run.metrics)
     finally:
         if writer:
             for part, share in profile.shares.items():
@@ -1069,7 +1096,7 @@ def dry_run(
         cached = sum(file.stat().st_size for file in Path(folder, "cache").rglob("*")) / len(few[0])  # bytes a view
         run = prepare_run(tried, pipeline, objective, accelerator, loaders[0])
         run.name = "align_dry_run"
-        writer = RunLog(Path(folder), 0, run.fixed) if accelerator.is_main_process else None
+        writer = RunLog(Path(folder)) if accelerator.is_main_process else None
         ending.callback(writer.close if writer else lambda: None)
         speed, profile = Speed(batch_size, 0), StepProfile(0, accelerator.device, None)
         with StopRequest() as stop:

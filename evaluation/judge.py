@@ -32,8 +32,9 @@ class JudgedCheckpoint:
     pipeline: PipelineWithVAEs
 
     def description(self) -> dict:
-        """Its entry in metrics.json, without the URL of a proxy, which may hold a password."""
-        config = {name: value for name, value in self.content["config"].items() if name != "proxy"}
+        """Its entry in metrics.json: the config as trained, without the URL of a proxy, which may hold a password."""
+        config = self.content["config"] | self.content.get("trained_on", {})
+        config = {name: value for name, value in config.items() if name != "proxy"}
         return {
             "row": self.rung,
             "name": self.path.stem,

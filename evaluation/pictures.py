@@ -70,11 +70,11 @@ def comparison_rows(original: torch.Tensor, made: dict, captions: dict) -> list[
     return rows
 
 
-def comparison_sheets(images: torch.Tensor, made: dict, captions: dict, size: int):
-    """One captioned sheet of `size` px panels for each of `images` (B, 3, S, S); `made`: by `Ladder.reconstruct`."""
+def comparisons(images: torch.Tensor, made: dict, captions: dict):
+    """The `comparison_rows` of each of `images` (B, 3, S, S); `made`: by `Ladder.reconstruct`."""
     for index, original in enumerate(images.cpu()):
         of_image = {rung: (made[rung][0][index].cpu(), made[rung][1][index].cpu()) for rung in captions}
-        yield comparison_picture(comparison_rows(original, of_image, captions), size)
+        yield comparison_rows(original, of_image, captions)
 
 
 def comparison_picture(rows: list[list[tuple[str, torch.Tensor | None]]], size: int) -> Image.Image:

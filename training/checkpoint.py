@@ -61,7 +61,8 @@ class Run:
         module, optimizer: the trained module and its optimizer as Accelerate prepared them.
         data: what a run finds again when it goes on from a checkpoint: {"order": see `data_order`, "files": see
             `names_digest`, "vaes": see `vaes_of`}.
-        config: the settings, as each checkpoint carries them.
+        config: the settings as they were asked for, as each checkpoint carries them. trained_on: {"device": its kind,
+            "precision"} of this machine.
         folder: of the checkpoints. name: of the run, such as "align_20251231_034701".
         keep_last: number of this run's checkpoints to keep; 0: all. best_metric: key of `BEST_METRICS`.
         loss: mean training loss since the last log entry.
@@ -89,6 +90,7 @@ class Run:
     name: str = ""
     keep_last: int = 0
     best_metric: str = "psnr"
+    trained_on: dict = field(default_factory=dict)
     loss: Meter | None = None
     step: int = 0
     saved_at: int = -1
@@ -225,7 +227,7 @@ class Run:
 
     def _write(self, **more) -> Path:
         return self.pipeline.save_checkpoint(
-            self.folder, self.config, self.step, self.epoch, self.metrics, run=self.name, **more
+            self.folder, self.config, self.step, self.epoch, self.metrics, run=self.name, trained_on=self.trained_on, **more
         )
 
     def require_sound(self) -> None:

@@ -3,16 +3,18 @@
 Points carry the number of optimizer steps done, so that a run resumed at step N keeps every point up to N and repeats none.
 The training loop sets `writer.step` before it calls anything here:
 
-    writer = RunLog(folder, step, fixed)            # fixed: a `FixedRungs` of the run's state, which a checkpoint keeps
+    writer = RunLog(folder, step)
     writer.step = state.step
     metrics = evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype)
     writer.log_training(loss=loss, learning_rate=learning_rate, images_per_second=rate)
 
-`evaluation.tables` describes the lines; `evaluation.report` reads them back.
+`evaluate_and_log`, `log_model_stats` and `visualize_results` take TensorBoard's own `SummaryWriter` too; then the x-axis is
+`epoch`, and there are no lines. `evaluation.tables` describes the lines; `evaluation.report` reads them back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -25,7 +27,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataloader import eval_loader as whole_set
 from evaluation.ladder import FixedRungs, Ladder
-from evaluation.pictures import comparison_sheets
+from evaluation.pictures import comparison_picture, comparisons
 from evaluation.tables import METRICS_FILE, TRAINING_FILE, decibels
 from utils import UserError, atomic_file, printable, require_regular
 from vaes.pipeline import weights_digest
@@ -44,49 +46,26 @@ class RunLog:
 
     Args:
         folder: of the run's logs; step: optimizer steps done. What the logs hold beyond that step is dropped.
-        fixed: the memory of the rungs that training cannot move; by default an empty one.
 
     Attributes:
         step: under which everything is written; the training loop moves it.
-        fixed: see above. It belongs to the state of the run: a checkpoint keeps its `state_dict`.
+        events: TensorBoard's `SummaryWriter`.
     """
 
-    def __init__(self, folder: Path, step: int = 0, fixed: FixedRungs | None = None):
+    def __init__(self, folder: Path, step: int = 0):
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = Path(folder)
         self.step = step
-        self.fixed = FixedRungs() if fixed is None else fixed
-        self._named = set()
         for name in (METRICS_FILE, TRAINING_FILE):
             drop_lines_after(self.folder / name, step)
         wait_for_a_new_second(self.folder)
-        self._events = SummaryWriter(self.folder, purge_step=step + 1 if step else None)
+        self.events = SummaryWriter(self.folder, purge_step=step + 1 if step else None)
         charts = {title: ["Multiline", [rf"eval_{metric}/({'|'.join(CHARTED)})"]] for title, metric in CHARTS.items()}
-        self._events.add_custom_scalars({"ladder": charts})  # each draws the running curve among the level lines
-
-    def name_unreadable(self, messages: list[str]) -> None:
-        """Name each image that could not be decoded, once."""
-        for message in messages:
-            if message not in self._named:
-                self._named.add(message)
-                with logging_redirect_tqdm():
-                    log.warning("left out of the evaluation: %s", message)
+        self.events.add_custom_scalars({"ladder": charts})  # each draws the running curve among the level lines
 
     def add_scalar(self, tag: str, value: float) -> None:
-        self._events.add_scalar(tag, value, self.step)
-
-    def add_histogram(self, tag: str, values) -> None:
-        """The distribution of a tensor's values."""
-        self._events.add_histogram(tag, values, self.step)
-
-    def add_image(self, tag: str, pixels: np.ndarray) -> None:
-        """Pixels (H, W, 3), uint8."""
-        self._events.add_image(tag, pixels, self.step, dataformats="HWC")
-
-    def add_summary(self, summary) -> None:
-        """A protocol buffer that is no point on a curve."""
-        self._events.file_writer.add_summary(summary)
+        self.events.add_scalar(tag, value, self.step)
 
     def add_line(self, name: str, **values) -> None:
         """Append a line to the file of that name: the step, and `values`."""
@@ -101,10 +80,10 @@ class RunLog:
         self.add_line(TRAINING_FILE, loss=loss if math.isfinite(loss) else None, learning_rate=learning_rate)
 
     def flush(self) -> None:
-        self._events.flush()
+        self.events.flush()
 
     def close(self) -> None:
-        self._events.close()
+        self.events.close()
 
 
 class Meter:
@@ -247,57 +226,75 @@ def drop_lines_after(path: Path, step: int) -> None:
         file.writelines(kept)
 
 
-def evaluate_and_log(pipeline, eval_loader, writer: RunLog | None, epoch, args, dtype, accelerator=None, fixed=None) -> dict:
-    """Evaluate the whole set; scalars to TensorBoard and a line to metrics.jsonl; returns {rung: metrics} of the ladder.
+def curves_of(writer, epoch: float) -> tuple:
+    """(the `SummaryWriter` behind a writer, the x-axis of its points): a `RunLog`'s step, otherwise the epoch."""
+    return (writer.events, writer.step) if isinstance(writer, RunLog) else (writer, epoch)
 
-    The rungs that training cannot move are measured once, remembered in `writer.fixed`, and drawn again as level lines. They
-    are measured anew when the evaluation images have changed. UserError when the module's output is not finite.
 
-    Several processes evaluate together: each calls this with its `accelerator` and its share of the images. One that has no
-    writer gives the run's `fixed` in its place, and logs nothing.
+def evaluate_and_log(pipeline, eval_loader, writer, epoch: float, args, dtype, accelerator=None, fixed=None) -> dict:
+    """Evaluate the whole set; scalars to TensorBoard; returns {rung: metrics} of the ladder. A `RunLog` gets a line in
+    metrics.jsonl too.
+
+    `fixed`, a `FixedRungs`, remembers the rungs that training cannot move from one call to the next. They are measured once and
+    drawn again as level lines, and measured anew when the evaluation images have changed; without `fixed`, in each call.
+    UserError when the module's output is not finite.
+
+    Several processes evaluate together: each calls this with its `accelerator` and its share of the images. One whose `writer`
+    is None logs nothing.
     """
+    fixed = fixed or FixedRungs()
+    named = set(fixed.unreadable)
     choices = ("ssim", "st_lpips") if args.best_metric == "both" else ("ssim",)
-    fixed = writer.fixed if writer else fixed
     ladder = fixed.evaluate(pipeline, eval_loader, dtype, accelerator, choices, args.image_size)
     ladder["aligned"]["weights"] = weights_digest(pipeline.module)  # of these figures; a checkpoint may be of a later step
     if not writer:
         return ladder
-    writer.name_unreadable(writer.fixed.unreadable)
+    in_a_run, (curves, place) = isinstance(writer, RunLog), curves_of(writer, epoch)
+    for message in fixed.unreadable:
+        if message not in named:
+            with logging_redirect_tqdm():
+                log.warning("left out of the evaluation: %s", message)
     for rung, figures in ladder.items():
         for name in CHARTS.values():
             if figures[name] is not None:
-                writer.add_scalar(f"eval_{name}/{rung}", figures[name])
+                curves.add_scalar(f"eval_{name}/{rung}", figures[name], place)
     aligned = ladder["aligned"]
     if aligned["latent_mse"] is None:
-        raise UserError(f"the module's output is not finite at step {writer.step}: lower --learning_rate or set --grad_clip 1")
-    writer.add_line(METRICS_FILE, epoch=epoch, ladder=ladder)
+        where = f"{'step' if in_a_run else 'epoch'} {place}"
+        raise UserError(f"the module's output is not finite at {where}: lower --learning_rate or set --grad_clip 1")
+    if in_a_run:
+        writer.add_line(METRICS_FILE, epoch=epoch, ladder=ladder)
     with logging_redirect_tqdm():
         log.info(
-            "epoch %g: aligned PSNR %s dB (VAE2 itself %s, re-encoding %s), SSIM %.4f, latent MSE %.4f",
-            round(epoch, 2), *(decibels(ladder[rung]["psnr"]) for rung in ("aligned", "vae2", "reencode")),
+            "%s: aligned PSNR %s dB (VAE2 itself %s, re-encoding %s), SSIM %.4f, latent MSE %.4f",
+            "at the start" if in_a_run and not place else f"epoch {round(epoch, 2):g}",
+            *(decibels(ladder[rung]["psnr"]) for rung in ("aligned", "vae2", "reencode")),
             aligned["ssim"], aligned["latent_mse"],
         )  # fmt: skip
     return ladder
 
 
-def log_model_stats(pipeline, eval_loader, writer: RunLog, epoch, args, dtype) -> None:
+def log_model_stats(pipeline, eval_loader, writer, epoch: float, args, dtype) -> None:
     """Histograms of weights and of the last step's gradients per layer; mean and spread of the latents of one batch."""
+    curves, place = curves_of(writer, epoch)
     for name, parameter in pipeline.training_module.named_parameters():
-        writer.add_histogram(f"weights/{name}", parameter.detach().float().cpu())
+        curves.add_histogram(f"weights/{name}", parameter.detach().float().cpu(), place)
         if parameter.grad is not None and parameter.grad.isfinite().all():
-            writer.add_histogram(f"gradients/{name}", parameter.grad.float().cpu())
+            curves.add_histogram(f"gradients/{name}", parameter.grad.float().cpu(), place)
     images = next(iter(whole_set(eval_loader.dataset, args.eval_batch_size, 0, device=pipeline.device)))["pixel_values"]
     if len(images):
         made = Ladder(pipeline, dtype, only=("aligned",)).reconstruct(images)
         for name, rung in (("aligned", "aligned"), ("target", "vae2")):
             latents = made[rung].latents
-            writer.add_scalar(f"latents_mean/{name}", latents.mean().item())
-            writer.add_scalar(f"latents_std/{name}", latents.std().item())
-            writer.add_histogram(f"latents/{name}", latents.cpu())
+            curves.add_scalar(f"latents_mean/{name}", latents.mean().item(), place)
+            curves.add_scalar(f"latents_std/{name}", latents.std().item(), place)
+            curves.add_histogram(f"latents/{name}", latents.cpu(), place)
 
 
-def visualize_results(pipeline, eval_loader, writer: RunLog, epoch, args, dtype) -> None:
-    """The first `args.num_visualize_samples` evaluation images as captioned sheets: reconstructions, differences, latents."""
+def visualize_results(pipeline, eval_loader, writer, epoch: float, args, dtype) -> None:
+    """The first `args.num_visualize_samples` evaluation images, each as three captioned sheets: original and reconstructions,
+    their differences, their latents."""
+    curves, place = curves_of(writer, epoch)
     ladder = Ladder(pipeline, dtype)
     captions = ladder.captions
     shown = 0
@@ -305,9 +302,10 @@ def visualize_results(pipeline, eval_loader, writer: RunLog, epoch, args, dtype)
         images = batch["pixel_values"][: args.num_visualize_samples - shown].to(pipeline.device)
         if not len(images):
             continue
-        sheets = comparison_sheets(images, ladder.reconstruct(images, only=captions), captions, args.image_size)
-        for number, sheet in enumerate(sheets, shown):
-            writer.add_image(f"samples/{number}", np.asarray(sheet))
+        for number, rows in enumerate(comparisons(images, ladder.reconstruct(images, only=captions), captions), shown):
+            for tag, row in zip(("samples", "differences", "latents"), rows):
+                sheet = np.asarray(comparison_picture([row], args.image_size))
+                curves.add_image(f"{tag}/{number}", sheet, place, dataformats="HWC")
         shown += len(images)
         if shown >= args.num_visualize_samples:
             break
@@ -320,7 +318,7 @@ def log_hparams(writer: RunLog, config: dict, ladder: dict) -> None:
     flags = {name: value if isinstance(value, (bool, int, float)) else printable(str(value)) for name, value in config.items()}
     final = {f"final/{name}": ladder["aligned"][name] for name in CHARTS.values() if ladder["aligned"][name] is not None}
     for summary in hparams(flags, final):
-        writer.add_summary(summary)
+        writer.events.file_writer.add_summary(summary)
     for name, value in final.items():
         writer.add_scalar(name, value)
 
@@ -331,8 +329,8 @@ def print_results(run, log_dir: str, *speed: str) -> None:
         rungs = ("untrained", "aligned", "reencode", "vae2")
         untrained, aligned, reencode, vae2 = (decibels(run.metrics.get(rung, {}).get("psnr")) for rung in rungs)
         print(
-            f"PSNR of the decoded image: untrained module {untrained} dB -> aligned {aligned} dB "
-            f"(decode + re-encode {reencode} dB, VAE2's own reconstruction {vae2} dB)"
+            f"PSNR of the decoded image: at the start {decibels(psnr_at_the_start(run, log_dir))} dB -> aligned {aligned} dB "
+            f"(random weights {untrained} dB, decode + re-encode {reencode} dB, VAE2's own reconstruction {vae2} dB)"
         )
     for line in filter(None, speed):
         print(line)
@@ -340,3 +338,11 @@ def print_results(run, log_dir: str, *speed: str) -> None:
     if run.best and run.best["step"] != run.step:
         print(f"best by {run.best_metric} (step {run.best['step']}): {run.best_path}")
     print(f"TensorBoard: tensorboard --logdir {log_dir}")
+
+
+def psnr_at_the_start(run, log_dir: str) -> float | None:
+    """PSNR, dB, from which training started; None where the log lacks it or has it of other images."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # the log of a resumed run may be elsewhere, or old
+        first = json.loads((Path(log_dir) / run.name / METRICS_FILE).read_text(encoding="utf-8").partition("\n")[0])
+        if first["step"] == 0 and first["ladder"]["vae2"]["psnr"] == run.metrics["vae2"]["psnr"]:
+            return first["ladder"]["aligned"]["psnr"]

@@ -411,7 +411,9 @@ def _check_content(content: dict) -> None:
     require_whole("its step", content["step"], 0, 1 << 40)
     for name in ("seed", "image_size"):
         require_whole(f"its {name}", content["config"].get(name, 0), 0, 1 << 40)
-    if not isinstance(content["epoch"], (int, float)) or not isinstance(content["config"].get("precision", ""), str):
+    trained_on = content.get("trained_on", {"device": "", "precision": ""})
+    words = (content["config"].get("precision", ""), trained_on["device"], trained_on["precision"])
+    if not isinstance(content["epoch"], (int, float)) or not all(isinstance(word, str) for word in words):
         raise TypeError
     for name, tensor in weights.items():
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:

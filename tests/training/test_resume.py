@@ -418,7 +418,7 @@ def test_what_ends_before_training_ends_properly(flags, tmp_path, monkeypatch, m
     """An event file that is never closed, or processes that a launcher waits for; also after a mistake."""
     ended, closed = [], []
     monkeypatch.setattr("accelerate.Accelerator.end_training", lambda _: ended.append(1))
-    monkeypatch.setattr(train_script.RunLog, "close", lambda writer: closed.append(writer._events.close()))
+    monkeypatch.setattr(train_script.RunLog, "close", lambda writer: closed.append(writer.events.close()))
     train(flags, tmp_path, **QUIET, **{mode: True})
     assert len(ended) == 1 and len(closed) == (mode == "dry_run")
     fails = {"dry_run": "training_loop", "cache_only": "cache_latents"}[mode]

@@ -8,16 +8,30 @@ from train_align_with_args import create_align_pipeline, load_vae_model, parse_a
 from training.optimizer import ADAMW_SHARE, Muon
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("stepped", [(5,), ()], ids=["by steps", "by epochs"])
 @pytest.mark.parametrize("warmup_steps", [0, 7, 20])
-def test_the_schedule_matches_the_formula_at_every_step(warmup_steps):
-    """Stepping twice per call, or rounding the epoch up; a warm-up that ends when the decay starts (after 15 steps)."""
+def test_the_schedule_matches_the_formula_at_every_step(warmup_steps, stepped, name):
+    """Stepping twice per call, or rounding the epoch up; a warm-up that ends when the decay starts (after 15 steps); stepped by
+    epochs, a warm-up of 100 epochs in place of 100 steps, which AdamW alone follows, or which a resumed run begins anew."""
     args = parse_args(["--learning_rate", "2e-4", "--warmup_steps", str(warmup_steps), "--scheduler_step_size", "3"])
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-    scheduler = setup_scheduler(optimizer, args, steps_per_epoch=5)
+    weights, rates = [torch.nn.Parameter(torch.zeros(2, 2, 1, 1)) for _ in range(2)], [2e-4, 2e-4 * ADAMW_SHARE]
+    sum(weight.sum() for weight in weights).backward()
+
+    def started():
+        optimizer = torch.optim.AdamW(weights, lr=2e-4) if name == "adamw" else Muon(weights[:1], weights[1:], 2e-4, 0.0)
+        return optimizer, setup_scheduler(optimizer, args, *stepped)
+
+    optimizer, scheduler = started()
     for step in range(50):
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(specified(step, 5, 2e-4, warmup_steps, 3, 0.5), rel=1e-9), step
+        for group, rate in zip(optimizer.param_groups, rates):
+            assert group["lr"] == pytest.approx(specified(step, 5, rate, warmup_steps, 3, 0.5), rel=1e-9), step
         optimizer.step()
-        scheduler.step()
+        if stepped or step % 5 == 4:
+            scheduler.step()
+        if step == 11:
+            saved, (optimizer, scheduler) = (optimizer.state_dict(), scheduler.state_dict()), started()
+            optimizer.load_state_dict(saved[0]), scheduler.load_state_dict(saved[1])
 
 
 @pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("muon", Muon)])

@@ -27,7 +27,7 @@ def test_a_resumed_runs_precision_is_one_that_the_device_has(flags, tmp_path, ca
     """A float16 run that is resumed on the CPU and trains in float16 there, without a scaler and without a word."""
     path = train(flags, tmp_path, **QUIET, max_train_steps=1).checkpoints[-1]
     content = torch.load(path, weights_only=True)
-    content["config"]["precision"] = "float16"
+    content["config"]["precision"], content["trained_on"] = "float16", {"device": "cuda", "precision": "float16"}
     torch.save(content, path)
     asked = flags | {"save_dir": tmp_path / "ckpt", "resume": True, "precision": None}
     settings, start, _ = resolve(parse_args(as_argv(asked)))

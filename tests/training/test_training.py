@@ -52,7 +52,7 @@ def user_run(vae_folders, photo_folders, tmp_path_factory):
 
 def test_checkpoints_are_named_by_time_and_say_where_they_stand(user_run):
     """Two saves within one second that share a name; a last checkpoint that is not the last step's; a config that its own
-    parser refuses, or that forgets what was typed."""
+    parser refuses, or that forgets what was typed; a start that is told as the random module's figure."""
     flags, results, _, stdout, _ = user_run
     assert len(results.checkpoints) == 2  # one an epoch; the end does not save twice
     for checkpoint in results.checkpoints:
@@ -60,6 +60,8 @@ def test_checkpoints_are_named_by_time_and_say_where_they_stand(user_run):
     assert [torch.load(path, weights_only=True)["step"] for path in results.checkpoints] == [3, 6]
     assert results.last["epoch"] == 2
     assert str(results.checkpoints[-1]) in stdout
+    start, *_, end = (value for _, value in results.scalars["eval_psnr/aligned"])
+    assert f"at the start {start:.2f} dB -> aligned {end:.2f} dB (random weights " in stdout
     saved = results.checkpoints[-1].with_suffix(".json")
     again = parse_args(["--load_config", str(saved)])
     for name, value in flags.items():
@@ -85,7 +87,7 @@ def test_event_file_holds_every_promised_tag_the_ladder_in_one_chart_and_the_fla
     assert {f"latents_{what}/{which}" for what in ("mean", "std") for which in ("aligned", "target")} <= set(tags["scalars"])
     layers = {f"gradients/{name}" for name in trainable(results.last)}
     assert layers <= set(tags["histograms"])
-    assert set(tags["images"]) == {"samples/0", "samples/1", "samples/2"}
+    assert set(tags["images"]) == {f"{kind}/{number}" for kind in ("samples", "differences", "latents") for number in range(3)}
     assert [step for step, _ in results.scalars["train/loss"]] == list(range(1, 7))
     assert [step for step, _ in results.scalars["eval_psnr/aligned"]] == [0, 3, 6]
     events = EventAccumulator(str(results.event_files[0]))
@@ -170,12 +172,14 @@ def test_loss_falls_on_a_problem_that_is_nearly_the_identity(flags, tmp_path, va
 
 
 def test_load_checkpoint_starts_from_the_other_runs_weights_and_architecture(flags, tmp_path):
-    """Weights of a fresh module, or this run's own architecture flags."""
+    """Weights of a fresh module, or this run's own architecture flags; with --resume, where there is nothing to resume yet, the
+    other run itself."""
     judged = {**SHORT, "eval_frequency": 1}
     shape = {"input_types": ["latent"], "num_blocks": 3, "hidden_channels": 12}
     first = train(flags, tmp_path / "first", **judged, **shape)
     flags |= {"num_blocks": None, "hidden_channels": None}  # not typed: the parser's defaults are others
-    second = train(flags, tmp_path / "second", **judged, load_checkpoint=first.checkpoints[-1], seed=7)
+    second = train(flags, tmp_path / "second", **judged, load_checkpoint=first.checkpoints[-1], seed=7, resume=True)
+    assert second.last["run"] != first.last["run"]
     assert second.last["align_config"] == first.last["align_config"]
     for name, value in shape.items():
         assert second.last["config"][name] == value

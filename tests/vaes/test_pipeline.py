@@ -341,6 +341,7 @@ KINDS = {  # kind: (what makes it of a good one, what the message says)
     ),
     "a seed in words": (setting("config", seed="one"), "seed"),
     "a precision that is a list": (setting("config", precision=["float32"]), "incomplete"),
+    "a device that is a list": (top(trained_on={"device": ["cpu"], "precision": "float32"}), "incomplete"),
 }
 
 
