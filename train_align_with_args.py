@@ -48,6 +48,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import dataloader
 from cache.build import CacheOptions, cache_latents
 from cache.read import cached_loader
+from evaluation.pictures import save_sheet
 from losses import KINDS, LOSSES, PERCEPTUAL_LOSSES, Encoded, Objective, decoded_image_loss, get_loss_function
 from runtime.cli import Parser, claim_writable_file, claim_writable_folder, integer, load_config, naming, real, use_proxy
 from runtime.cli import run as as_program
@@ -92,6 +93,8 @@ from vaes.pipeline import PipelineWithVAEs, read_checkpoint, require_memory_for,
 
 __all__ = ["get_dtype", "get_loss_function", "load_config", "load_vae_model"]  # part of this script's interface
 
+TRIED_SECONDS = 10.0  # for which a dry run measures steps, and evaluations
+
 log = logging.getLogger("train_align")
 
 
@@ -111,7 +114,7 @@ def build_parser() -> Parser:
     group.add_argument("--resume", nargs="?", const="latest", metavar="PATH",
                        help="go on with an interrupted run: the newest in --save_dir, or this checkpoint")  # fmt: skip
     group.add_argument(
-        "--dry_run", action="store_true", help="try one step and one evaluation batch, print the plan, write nothing"
+        "--dry_run", action="store_true", help="try some steps and evaluation batches, print the plan, write nothing"
     )
 
     group = parser.add_argument_group("VAEs (frozen)")
@@ -181,8 +184,8 @@ def build_parser() -> Parser:
         "--max_train_steps", type=integer(0), default=0, help="stop after this many optimizer steps; 0: no limit"
     )
     group.add_argument("--minutes", type=real(0), default=0.0,
-                       help="of training, with evaluations and saving, in place of --epochs, whose schedule is then "
-                       "laid out over them; 0: by --epochs")  # fmt: skip
+                       help="of training, with evaluations, pictures and saving; encoding the images comes before them. In "
+                       "place of --epochs, whose schedule is then laid out over them; 0: by --epochs")  # fmt: skip
     group.add_argument("--warmup_steps", type=integer(0), default=100, help="steps of linear learning-rate warm-up; 0: none")
     group.add_argument("--device", default="cuda", help="cuda, cuda:N, mps or cpu; the default falls back to what there is")
     group.add_argument(
@@ -461,6 +464,12 @@ def steps_of(args: argparse.Namespace, steps_per_epoch: int) -> int:
     return total_steps(steps_per_epoch, args.epochs, args.max_train_steps, args.minutes)
 
 
+def budget_of(args: argparse.Namespace, steps_per_epoch: int) -> Budget:
+    """The end of the whole run."""
+    frequencies = filter(None, (args.eval_frequency, args.visualize_frequency))
+    return Budget(steps_of(args, steps_per_epoch), args.minutes, min(frequencies, default=0) * steps_per_epoch)
+
+
 def decodes_pictures(args: argparse.Namespace) -> bool:
     """Whether a loss looks at decoded pictures."""
     return bool(args.decoder_loss_weight or args.perceptual_loss_weight)
@@ -642,6 +651,7 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
             decoded=needs_decoded(args),
             seen_through=seen_through(args, vae2),
             sample=args.sample_posterior,
+            note=f"--minutes {args.minutes:g} begin after the encoding, and its duration is not known yet" * bool(args.minutes),
         )
         machine = machine_of(accelerator, args.cache_per_machine)
         with naming("--latent_cache_dir", "--num_workers"):
@@ -720,7 +730,7 @@ def prepare_run(
     trained = pipeline.training_module
     if args.ema_decay:
         pipeline.module = copy.deepcopy(trained).requires_grad_(False)  # the average is judged and saved
-    budget = Budget(steps_of(args, len(train_loader)), args.minutes)
+    budget = budget_of(args, len(train_loader))
     scheduler = setup_scheduler(optimizer, args, len(train_loader), budget)  # first: both it and Accelerate wrap optimizer.step
     module, prepared_optimizer = accelerator.prepare(trained, optimizer)
     run = Run(
@@ -852,37 +862,43 @@ def training_loop(
         budget.start(run.step)
         while True:
             # ---- where we are: the clock is the step, epochs are counted from it
-            budget.look(run.step, accelerator)
+            budget.look(run.step, accelerator, objective.decodes_at(budget.position(run.step)))
             bar.total = budget.end if budget.known else None
             epoch, last = run.epoch, run.step == budget.end
-            paused = time.perf_counter()
+            paused = budget.paused
             if writer:
                 writer.step = run.step
 
             # ---- evaluate, visualise, save
             if run.step != done_at:
                 due = partial(is_due, epoch, last)
-                if due(args.eval_frequency):
-                    run.metrics = evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype, accelerator, run.fixed)
+                evaluates, draws = due(args.eval_frequency), due(args.visualize_frequency)
+                if (evaluates or draws) and not (last or budget.affords_evaluation(accelerator)):
+                    evaluates = draws = False
+                if evaluates:
+                    with budget.timed("evaluation", first=not run.fixed.figures):
+                        judged = pipeline, eval_loader, writer, epoch, args, dtype
+                        run.metrics = evaluate_and_log(*judged, accelerator, run.fixed)
                     if writer:
-                        run.save_if_best()
-                        log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype)
-                if writer and due(args.visualize_frequency):
-                    visualize_results(pipeline, eval_loader, writer, epoch, args, dtype)
-                by_steps = args.save_steps and run.step % args.save_steps == 0
+                        with budget.timed("statistics"):
+                            run.save_if_best()
+                            log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype)
+                if writer and draws:
+                    with budget.timed("pictures"):
+                        if sample := visualize_results(pipeline, eval_loader, writer, epoch, args, dtype):
+                            save_sheet(sample, run.sample_path)
+                by_steps = budget.save_is_due or (args.save_steps and run.step % args.save_steps == 0)
                 if last or (run.step and (by_steps or due(args.save_frequency))):
-                    save_now(args, run, train_loader, writer)
-                if due(args.eval_frequency) or due(args.visualize_frequency):
-                    budget.note_evaluation(time.perf_counter() - paused)
+                    with budget.timed("saving"):
+                        save_now(args, run, train_loader, writer)
             if last:
                 break
-            speed.pause(time.perf_counter() - paused)
+            speed.pause(budget.paused - paused)
 
             # ---- one step
             with record_function("waiting for data"):
                 batch = together(next_batch, accelerator)
             position = budget.position(run.step)
-            budget.note_kind(run.step, objective.decodes_at(position))
             with record_function("encoding"):
                 if args.sample_posterior:
                     of_this_step = np.random.SeedSequence((args.seed, run.step, accelerator.process_index))
@@ -917,8 +933,10 @@ def training_loop(
                             skipped_steps=run.bad_steps.total,
                             gradient_scale=accelerator.scaler.get_scale() if accelerator.scaler else math.nan,
                         )
-                        ends = time_of_day(budget.seconds_left(run.step, speed.seconds_per_step))
-                        bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{rate:.1f}", ends=ends)
+                        unit = " dB" if run.best and run.best["by"].startswith("psnr") else ""
+                        best = {"best": f"{run.best['value']:.4g}{unit}"} if run.best else {}
+                        ends = time_of_day(budget.seconds_left(run.step))
+                        bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{rate:.1f}", **best, ends=ends)
             bar.update()
             profile.step()
     if writer:
@@ -1007,7 +1025,7 @@ def is_finished(settings: Settings, path: Path, content: dict) -> bool:
         more = "--minutes" if settings.minutes else "--epochs"
         print(f"already finished: {path} stands at {where}; to train on, give more {more}")
         return True
-    left = f", {budget.seconds_left(step, 0) / 60:.1f} minutes left" if settings.minutes else ""
+    left = f", {budget.seconds_left(step) / 60:.1f} minutes left" if settings.minutes else ""
     log.info("going on from %s, %s%s", path, where, left)
     return False
 
@@ -1015,55 +1033,84 @@ def is_finished(settings: Settings, path: Path, content: dict) -> bool:
 def dry_run(
     settings: Settings, vaes: list, pipeline: PipelineWithVAEs, objective: Objective, accelerator, datasets, generator
 ) -> None:
-    """Train two steps on a few images into a temporary folder, evaluate one batch, and print what the whole run would take."""
+    """Train and evaluate for some seconds on a few images, into a temporary folder, and print what the whole run would take."""
     train_set, eval_set = datasets
-    batch_size = settings.train_batch_size * accelerator.num_processes
-    images, steps_per_epoch = len(train_set), -(-len(train_set) // batch_size)
+    batch_size, judged = (size * accelerator.num_processes for size in (settings.train_batch_size, settings.eval_batch_size))
+    images, steps_per_epoch, batches = len(train_set), -(-len(train_set) // batch_size), -(-len(eval_set) // judged)
     views = settings.cache_views if settings.cache_latents else 0
     if not settings.streaming:
         train_set = train_set.part(np.arange(min(images, 2 * batch_size)))
-    few = (train_set, eval_set.part(np.arange(min(len(eval_set), settings.eval_batch_size * accelerator.num_processes))))
     for vae in vaes:
         _ = vae.model  # read now, so that the clock does not count it
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ending:
         tried = settings.but(
-            max_train_steps=2, minutes=0.0, log_frequency=1, cache_views=1, eval_frequency=min(settings.eval_frequency, 1),
-            save_frequency=0, save_steps=0, save_dir=folder, config_save_path="", latent_cache_dir=f"{folder}/cache",
+            minutes=0.0, log_frequency=10**9, cache_views=1, save_frequency=0, save_steps=0, save_dir=folder,
+            config_save_path="", latent_cache_dir=f"{folder}/cache", eval_frequency=0, visualize_frequency=0,
         )  # fmt: skip
-        objective.decoded_start = 0.0
         started = time.perf_counter()
-        loaders = create_data_loaders(tried, *vaes, accelerator, few)
-        encoding = (time.perf_counter() - started) / len(few[0]) if views else 0.0  # seconds a view
-        cached = sum(file.stat().st_size for file in Path(folder, "cache").rglob("*")) / len(few[0])  # bytes a view
-        run = prepare_run(tried, pipeline, objective, accelerator, loaders[0])
+        train_loader, _ = create_data_loaders(tried, *vaes, accelerator, (train_set, eval_set))
+        encoding = (time.perf_counter() - started) / len(train_set) if views else 0.0  # seconds a view
+        cached = sum(file.stat().st_size for file in Path(folder, "cache").rglob("*")) / len(train_set)  # bytes a view
+        run = prepare_run(tried, pipeline, objective, accelerator, train_loader)
         run.name = "align_dry_run"
         writer = RunLog(Path(folder), 0, run.fixed) if accelerator.is_main_process else None
         ending.callback(writer.close if writer else lambda: None)
-        speed, profile = Speed(batch_size, 0), StepProfile(0, accelerator.device, None)
-        with StopRequest() as stop:
-            training_loop(tried, run, *loaders, writer, generator, speed, profile, stop)
+
+        def attempt(steps, batches=1, **changes):
+            """The budget of a run that makes these steps and evaluates on these batches."""
+            few = train_set, eval_set.part(np.arange(min(len(eval_set), batches * judged)))
+            loaders = create_data_loaders(tried, *vaes, accelerator, few)
+            run.step, run.saved_at, run.last, run.fixed.figures, run.budget = 0, -1, None, {}, Budget(steps)
+            given = writer, generator, Speed(batch_size, 0), StepProfile(0, accelerator.device, None)
+            with StopRequest() as stop:
+                training_loop(tried.but(**changes), run, *loaders, *given, stop)
+            return run.budget
+
+        def fitting(seconds, most):
+            """How often something that takes so long fits into `TRIED_SECONDS`; the same in all processes."""
+            return min(most, int(TRIED_SECONDS / max(1e-3, *gathered(seconds, accelerator))))
+
+        shares, begin = {}, settings.decoder_loss_start if objective.decoded else 0.0
+        for share, objective.decoded_start in ((begin, 1.0), (1 - begin, 0.0)):  # before these losses begin, and after
+            if share:  # the first attempt starts and compiles things
+                shares[attempt(2 + fitting(attempt(2).pace, 50)).pace] = share
+        frequencies = {name: min(1, getattr(settings, name)) for name in ("eval_frequency", "visualize_frequency")}
+        tried_batches, found = 1, attempt(1, **frequencies)
+        if more := fitting(found.paused, batches):  # without what starts at the first one
+            tried_batches, found = more, attempt(1, more, **frequencies)
         checkpoint_bytes = run.last.stat().st_size if writer else 0
     if not writer:
         return
-    batches = -(-len(eval_set) // len(few[1]))
-    evaluation = batches * run.budget.reserve
-    between = settings.eval_frequency * steps_per_epoch  # steps from one evaluation to the next
-    steps = steps_of(settings, steps_per_epoch)
-    if settings.minutes:
-        average = speed.seconds_per_step + (evaluation / between if between else 0.0)
-        steps = min(steps, max(1, int(60 * settings.minutes / average)))
-    evaluations = 1 + -(-steps // between) if between else 0
-    seconds = steps * speed.seconds_per_step + images * views * encoding + evaluations * evaluation
+    budget, scale = budget_of(settings, steps_per_epoch), batches / tried_batches
+    later, saving = found.took.get("evaluation", 0.0), found.took["saving"]
+    beside = found.reserve - later - saving  # pictures and statistics
+    first = scale * (found.paused - found.reserve - beside) + beside
+    budget.took, budget.paused = {"evaluation": scale * later + beside + saving}, first
+    if settings.minutes:  # then the shares are of the time
+        budget.pace = 1 / sum(share / pace for pace, share in shares.items())
+        budget.end = budget.plan(0, first, budget.reserve, first)
+    else:
+        budget.pace = sum(share * pace for pace, share in shares.items())
+    evaluations = budget.evaluations_left(0) + 2 if budget.between else 0
+    training, evaluating = budget.end * budget.pace, first + max(1, evaluations - 1) * budget.reserve
+    encoding_seconds = images * views * encoding
+    limit = f"; --minutes {settings.minutes:g} are those of training and evaluations" if settings.minutes else ""
     print(
-        f"dry run: two steps and an evaluation batch went well; nothing was written\n"
-        f"steps:            {steps} ({steps_per_epoch} in an epoch) of {count_of(batch_size, 'image')}\n"
+        f"dry run: some steps and evaluation batches went well; nothing was written\n"
+        f"steps:            {budget.end} ({steps_per_epoch} in an epoch) of {count_of(batch_size, 'image')}\n"
         f"images:           {images} to train on, {len(eval_set)} to judge by\n"
-        f"expected time:    {seconds / 60:.1f} minutes ({speed.seconds_per_step:.2f} s a step, "
-        f"{encoding * batch_size:.2f} s to encode a batch, {count_of(evaluations, 'evaluation')})\n"
+        f"encoding:         {encoding_seconds / 60:.1f} minutes ({encoding * batch_size:.2f} s a batch), before the training\n"
+        f"training:         {training / 60:.1f} minutes ({budget.pace:.2f} s a step)\n"
+        f"evaluations:      {evaluating / 60:.1f} minutes for {evaluations} ({first:.1f} s the first, "
+        f"{budget.reserve:.1f} s a later one, with pictures and saving)\n"
+        f"expected time:    {(encoding_seconds + training + evaluating) / 60:.1f} minutes{limit}\n"
         f"latent cache:     {images * views * cached / 1e6:.0f} MB for {count_of(views, 'view')} of each image\n"
         f"a checkpoint:     {checkpoint_bytes / 1e6:.1f} MB\n"
         f"peak memory:      {peak_memory(accelerator.device) / 1e9:.1f} GB"
     )
+    budget.warn_of_few_steps(evaluating)
+    if 2 * evaluating > training:
+        log.warning("evaluations take over a third of the time: raise --eval_frequency and --visualize_frequency")
 
 
 def main(argv: list[str] | None = None) -> None:

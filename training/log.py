@@ -164,11 +164,6 @@ class Speed:
         self.rate, self._clock, self._step = images / seconds, now, step
         return self.rate
 
-    @property
-    def seconds_per_step(self) -> float:
-        """At the rate since the last log entry."""
-        return self._batch_size / self.rate
-
     def text(self) -> str:
         """ "trained at 12.3 images/s", or "" after too few steps."""
         return f"trained at {self._images / self._seconds:.1f} images/s" if self._seconds else ""
@@ -294,21 +289,24 @@ def log_model_stats(pipeline, eval_loader, writer: RunLog, epoch, args, dtype) -
             writer.add_histogram(f"latents/{name}", latents.cpu())
 
 
-def visualize_results(pipeline, eval_loader, writer: RunLog, epoch, args, dtype) -> None:
-    """The first `args.num_visualize_samples` evaluation images as captioned sheets: reconstructions, differences, latents."""
+def visualize_results(pipeline, eval_loader, writer: RunLog, epoch, args, dtype):
+    """The first `args.num_visualize_samples` evaluation images as captioned sheets: reconstructions, differences, latents.
+    Returns the first sheet, or None without one."""
     ladder = Ladder(pipeline, dtype)
     captions = ladder.captions
-    shown = 0
+    shown, first = 0, None
     for batch in whole_set(eval_loader.dataset, args.eval_batch_size, 0, device=pipeline.device):
         images = batch["pixel_values"][: args.num_visualize_samples - shown].to(pipeline.device)
         if not len(images):
             continue
         sheets = comparison_sheets(images, ladder.reconstruct(images, only=captions), captions, args.image_size)
         for number, sheet in enumerate(sheets, shown):
+            first = first or sheet
             writer.add_image(f"samples/{number}", np.asarray(sheet))
         shown += len(images)
         if shown >= args.num_visualize_samples:
             break
+    return first
 
 
 def log_hparams(writer: RunLog, config: dict, ladder: dict) -> None:
@@ -337,4 +335,6 @@ def print_results(run, log_dir: str, *speed: str) -> None:
     print(f"checkpoint: {run.last}")
     if run.best and run.best["step"] != run.step:
         print(f"best by {run.best_metric} (step {run.best['step']}): {run.best_path}")
-    print(f"TensorBoard: tensorboard --logdir {log_dir}")
+    if run.sample_path.exists():
+        print(f"sample picture: {run.sample_path}")
+    print(f"TensorBoard: tensorboard --logdir {log_dir} (open CUSTOM SCALARS first: the curves beside the baselines)")
