@@ -54,11 +54,10 @@ from runtime.cli import Parser, claim_writable_file, claim_writable_folder, inte
 from runtime.cli import run as as_program
 from runtime.processes import create_accelerator, gathered, machine_of, machines_of, together
 from training import checkpoint
-from training.budget import Budget, is_due, time_of_day, total_steps
+from training.budget import UNKNOWN, Budget, is_due, time_of_day
 from training.checkpoint import BEST_METRICS, Run
 from training.log import (
     RunLog,
-    Speed,
     StepProfile,
     evaluate_and_log,
     log_hparams,
@@ -460,8 +459,9 @@ def warn_of_odd_flags(settings: Settings, images: int, processes: int) -> None:
 
 
 def steps_of(args: argparse.Namespace, steps_per_epoch: int) -> int:
-    """Optimizer steps in the whole run."""
-    return total_steps(steps_per_epoch, args.epochs, args.max_train_steps, args.minutes)
+    """Optimizer steps in the whole run; `UNKNOWN` where its time ends it."""
+    steps = UNKNOWN if args.minutes else args.epochs * steps_per_epoch
+    return min(steps, args.max_train_steps) if args.max_train_steps else steps
 
 
 def budget_of(args: argparse.Namespace, steps_per_epoch: int) -> Budget:
@@ -796,13 +796,12 @@ def train_align_pipeline(
         run.name, claim = checkpoint.claim_name(Path(args.log_dir), Path(args.save_dir), resumed)
         writer = RunLog(Path(args.log_dir) / run.name, run.step, run.fixed)
         log.info("%s", description_of(args, run, train_loader))
-    speed = Speed(train_loader.batch_sampler.batch_size * accelerator.num_processes, run.step)
     profile = StepProfile(args.profile, accelerator.device, writer and writer.folder)
     stopped = None
     try:
         with StopRequest() as stop:
             try:
-                training_loop(args, run, train_loader, eval_loader, writer, generator, speed, profile, stop)
+                training_loop(args, run, train_loader, eval_loader, writer, generator, profile, stop)
             except (StopWaiting, dataloader.WorkersLost) as error:  # all processes come here at the same step
                 stopped = error
                 save_now(args, run, train_loader, writer)
@@ -826,7 +825,9 @@ def train_align_pipeline(
             print("to go on: the same command with --resume")
         raise stopped
     if writer:
-        print_results(run, args.log_dir, speed.text(), profile.text())
+        images = train_loader.batch_sampler.batch_size * accelerator.num_processes
+        rate = f"trained at {images / run.budget.pace:.1f} images/s" if run.budget.pace else ""
+        print_results(run, args.log_dir, rate, profile.text())
     return run.last
 
 
@@ -837,7 +838,6 @@ def training_loop(
     eval_loader,
     writer: RunLog | None,
     generator: torch.Generator,
-    speed: Speed,
     profile: StepProfile,
     stop: StopRequest,
 ) -> None:
@@ -860,12 +860,12 @@ def training_loop(
     bar = tqdm(initial=run.step, desc="train", unit="step", disable=not accelerator.is_main_process)
     with memory_advice("training", **memory_flags(args)), profile, bar:
         budget.start(run.step)
+        logged, logged_at = run.step, budget.seconds - budget.paused
         while True:
             # ---- where we are: the clock is the step, epochs are counted from it
             budget.look(run.step, accelerator, objective.decodes_at(budget.position(run.step)))
             bar.total = budget.end if budget.known else None
             epoch, last = run.epoch, run.step == budget.end
-            paused = budget.paused
             if writer:
                 writer.step = run.step
 
@@ -886,14 +886,13 @@ def training_loop(
                 if writer and draws:
                     with budget.timed("pictures"):
                         if sample := visualize_results(pipeline, eval_loader, writer, epoch, args, dtype):
-                            save_sheet(sample, run.sample_path)
+                            save_sheet(sample, run.folder / f"{run.name}.png")
                 by_steps = budget.save_is_due or (args.save_steps and run.step % args.save_steps == 0)
                 if last or (run.step and (by_steps or due(args.save_frequency))):
                     with budget.timed("saving"):
                         save_now(args, run, train_loader, writer)
             if last:
                 break
-            speed.pause(budget.paused - paused)
 
             # ---- one step
             with record_function("waiting for data"):
@@ -918,7 +917,9 @@ def training_loop(
                 if run.step == 1 or run.step % args.log_frequency == 0 or run.step == budget.end:
                     skipped = run.bad_steps.read()
                     mean_loss = run.loss.read(accelerator)
-                    rate = speed.read(run.step)
+                    images = (run.step - logged) * train_loader.batch_sampler.batch_size * accelerator.num_processes
+                    rate = images / (budget.seconds - budget.paused - logged_at)
+                    logged, logged_at = run.step, budget.seconds - budget.paused
                     if writer:
                         if skipped:
                             with logging_redirect_tqdm():
@@ -1045,25 +1046,26 @@ def dry_run(
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ending:
         tried = settings.but(
             minutes=0.0, log_frequency=10**9, cache_views=1, save_frequency=0, save_steps=0, save_dir=folder,
-            config_save_path="", latent_cache_dir=f"{folder}/cache", eval_frequency=0, visualize_frequency=0,
+            config_save_path="", latent_cache_dir=f"{folder}/cache",
         )  # fmt: skip
         started = time.perf_counter()
         train_loader, _ = create_data_loaders(tried, *vaes, accelerator, (train_set, eval_set))
-        encoding = (time.perf_counter() - started) / len(train_set) if views else 0.0  # seconds a view
+        encoding = (time.perf_counter() - started) / len(train_set) * images * views  # seconds in the whole run
         cached = sum(file.stat().st_size for file in Path(folder, "cache").rglob("*")) / len(train_set)  # bytes a view
         run = prepare_run(tried, pipeline, objective, accelerator, train_loader)
         run.name = "align_dry_run"
         writer = RunLog(Path(folder), 0, run.fixed) if accelerator.is_main_process else None
         ending.callback(writer.close if writer else lambda: None)
 
-        def attempt(steps, batches=1, **changes):
-            """The budget of a run that makes these steps and evaluates on these batches."""
-            few = train_set, eval_set.part(np.arange(min(len(eval_set), batches * judged)))
+        def attempt(steps, batches):
+            """The budget of a run that makes these steps, and evaluates on these batches if there are any."""
+            few = train_set, eval_set.part(np.arange(min(len(eval_set), max(1, batches) * judged)))
             loaders = create_data_loaders(tried, *vaes, accelerator, few)
             run.step, run.saved_at, run.last, run.fixed.figures, run.budget = 0, -1, None, {}, Budget(steps)
-            given = writer, generator, Speed(batch_size, 0), StepProfile(0, accelerator.device, None)
+            names = ("eval_frequency", "visualize_frequency")
+            changed = tried.but(**{name: min(batches, getattr(settings, name), 1) for name in names})
             with StopRequest() as stop:
-                training_loop(tried.but(**changes), run, *loaders, *given, stop)
+                training_loop(changed, run, *loaders, writer, generator, StepProfile(0, accelerator.device, None), stop)
             return run.budget
 
         def fitting(seconds, most):
@@ -1072,12 +1074,13 @@ def dry_run(
 
         shares, begin = {}, settings.decoder_loss_start if objective.decoded else 0.0
         for share, objective.decoded_start in ((begin, 1.0), (1 - begin, 0.0)):  # before these losses begin, and after
-            if share:  # the first attempt starts and compiles things
-                shares[attempt(2 + fitting(attempt(2).pace, 50)).pace] = share
-        frequencies = {name: min(1, getattr(settings, name)) for name in ("eval_frequency", "visualize_frequency")}
-        tried_batches, found = 1, attempt(1, **frequencies)
-        if more := fitting(found.paused, batches):  # without what starts at the first one
-            tried_batches, found = more, attempt(1, more, **frequencies)
+            if share:
+                rough = attempt(2, 1)  # it starts and compiles things
+                tried_batches = fitting(rough.paused, batches)
+                found = attempt(2 + fitting(rough.pace, 50), tried_batches)
+                shares[found.pace] = share
+        if not tried_batches:
+            tried_batches, found = 1, rough
         checkpoint_bytes = run.last.stat().st_size if writer else 0
     if not writer:
         return
@@ -1086,29 +1089,26 @@ def dry_run(
     beside = found.reserve - later - saving  # pictures and statistics
     first = scale * (found.paused - found.reserve - beside) + beside
     budget.took, budget.paused = {"evaluation": scale * later + beside + saving}, first
-    if settings.minutes:  # then the shares are of the time
-        budget.pace = 1 / sum(share / pace for pace, share in shares.items())
-        budget.end = budget.plan(0, first, budget.reserve, first)
-    else:
-        budget.pace = sum(share * pace for pace, share in shares.items())
+    power = -1 if settings.minutes else 1  # the shares are of the time or of the steps
+    budget.pace = sum(share * pace**power for pace, share in shares.items()) ** power
+    if settings.minutes:
+        budget.end = max(1, budget.plan(0, first, budget.reserve, first))
     evaluations = budget.evaluations_left(0) + 2 if budget.between else 0
     training, evaluating = budget.end * budget.pace, first + max(1, evaluations - 1) * budget.reserve
-    encoding_seconds = images * views * encoding
     limit = f"; --minutes {settings.minutes:g} are those of training and evaluations" if settings.minutes else ""
     print(
         f"dry run: some steps and evaluation batches went well; nothing was written\n"
         f"steps:            {budget.end} ({steps_per_epoch} in an epoch) of {count_of(batch_size, 'image')}\n"
         f"images:           {images} to train on, {len(eval_set)} to judge by\n"
-        f"encoding:         {encoding_seconds / 60:.1f} minutes ({encoding * batch_size:.2f} s a batch), before the training\n"
+        f"encoding:         {encoding / 60:.1f} minutes, before the training\n"
         f"training:         {training / 60:.1f} minutes ({budget.pace:.2f} s a step)\n"
-        f"evaluations:      {evaluating / 60:.1f} minutes for {evaluations} ({first:.1f} s the first, "
-        f"{budget.reserve:.1f} s a later one, with pictures and saving)\n"
-        f"expected time:    {(encoding_seconds + training + evaluating) / 60:.1f} minutes{limit}\n"
+        f"evaluations:      {evaluating / 60:.1f} minutes ({evaluations} with pictures and saving: {first:.1f} s the first, "
+        f"{budget.reserve:.1f} s a later one)\n"
+        f"expected time:    {(encoding + training + evaluating) / 60:.1f} minutes{limit}\n"
         f"latent cache:     {images * views * cached / 1e6:.0f} MB for {count_of(views, 'view')} of each image\n"
         f"a checkpoint:     {checkpoint_bytes / 1e6:.1f} MB\n"
         f"peak memory:      {peak_memory(accelerator.device) / 1e9:.1f} GB"
     )
-    budget.warn_of_few_steps(evaluating)
     if 2 * evaluating > training:
         log.warning("evaluations take over a third of the time: raise --eval_frequency and --visualize_frequency")
 

@@ -19,7 +19,7 @@ LOOK_SECONDS = 10.0  # at most so long the measured pace is taken for that of th
 SAVE_SECONDS = 300.0  # between the checkpoints that a run with limited time writes besides those by epochs and steps
 FEW_STEPS = 10  # a run with limited time that makes fewer is probably a mistake
 LATER = 1 / 3  # of the first evaluation's time: it measures all six rungs of the ladder, later ones the module's and VAE2's
-clock = time.monotonic
+clock = time.perf_counter
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,6 @@ class Budget:
         budget.start(step)
         while True:
             budget.look(step, accelerator)
-            with budget.timed("evaluation"):
-                ...
             last = step == budget.end
 
     Args:
@@ -83,21 +81,23 @@ class Budget:
     def position(self, step: int) -> float:
         """The schedule's position after `step` steps, from 0 at the start to 1 at the end."""
         begun, position = self._anchor
-        if not self.known:
-            return position
         return 1.0 if step >= self.end else position + (1 - position) * (step - begun) / (self.end - begun)
 
     def seconds_left(self, step: int) -> float:
         """Seconds until the run ends, as the step `step` has just been made; infinite while nothing is measured that tells."""
         by_time = max(0.0, 60 * self.minutes - self.seconds) if self.minutes else math.inf
-        if not (self.pace and self.known):
+        if not self.pace:
             return by_time
         return min(by_time, (self.end - step) * self.pace + (1 + self.evaluations_left(step - 1)) * self.reserve)
 
     def evaluations_left(self, step: int) -> int:
         """The number of evaluations after `step` steps and before the last one."""
         due = (self.end - 1) // self.between - step // self.between if self.between else 0
-        return min(due, self._affordable(self.paused, self.reserve)) if self.minutes else due
+        return int(min(due, self._affordable(self.reserve, self.paused))) if self.minutes and self.reserve else due
+
+    def _affordable(self, reserve: float, paused: float) -> float:
+        """The number of evaluations in a third of the time that is left for them."""
+        return max(0.0, 20 * self.minutes - reserve / 3 - paused) // reserve
 
     def start(self, step: int) -> None:
         """The training loop begins, after `step` steps."""
@@ -118,10 +118,11 @@ class Budget:
         processes find the same."""
         if not self.minutes:
             return True
+        self._look_at = 0  # at the next step
         seconds, reserve, paused = self._agreed(accelerator)
         affords = 3 * (paused + reserve) <= seconds + reserve
         if not affords:
-            self._warn("evaluations would take more than a third of the time: some of them are left out")
+            self._warn("evaluations would take over a third of the time, so some are left out")
         return affords and seconds + 2 * reserve <= 60 * self.minutes
 
     def look(self, step: int, accelerator, kind=None) -> None:
@@ -141,39 +142,32 @@ class Budget:
         else:
             self._kind, self._mark = kind, (step, self._looked - paused)
         if self.minutes and step > self._first_step:
-            end = self.plan(step, self._looked, reserve, paused)
-            self._anchor, self.end = (step, self.position(step)), end
-            self.warn_of_few_steps(paused + reserve)
+            position = self.position(step)
+            self._anchor, self.end = (step, position), self.plan(step, self._looked, reserve, paused)
         ahead = LOOK_SECONDS / self.pace if self.pace else 1
         self._look_at = step + max(1, int(min(ahead, step - self._mark[0], (self.end - step) / 8)))
 
     def plan(self, step: int, seconds: float, reserve: float, paused: float) -> int:
         """The step that limited time reaches, seen after `step` steps in `seconds`, of which periodic work took `paused`."""
-        left = 60 * self.minutes - seconds - reserve
-        if left <= 0 or not self.pace:
-            return step if left <= 0 else self.end
-        due = (left + step % self.between * self.pace) / (self.between * self.pace + reserve) if self.between else 0
-        left -= reserve * min(int(due), self._affordable(paused, reserve))
-        return min(self.steps, step + math.floor(left / self.pace))
-
-    def _affordable(self, paused: float, reserve: float) -> int:
-        """The number of further evaluations in a third of the time."""
-        return int(max(0.0, 20 * self.minutes - paused) / reserve) if reserve else UNKNOWN
-
-    def warn_of_few_steps(self, evaluating: float) -> None:
-        """Warn if the time suffices for few steps alone; `evaluating`: seconds that evaluations take at least."""
-        if self.end < min(FEW_STEPS, self.steps):
-            self._warn(
-                f"--minutes {self.minutes:g}: time for {count_of(self.end, 'step')}, evaluations take {evaluating:.0f} of "
-                f"{60 * self.minutes:.0f} s: give more minutes, fewer evaluation images, or --visualize_frequency 0"
-            )
+        left, end, evaluations = 60 * self.minutes - seconds - reserve, self.end, 0.0
+        if left <= 0:
+            end = step
+        elif self.pace:
+            if self.between and reserve:
+                evaluations = (left + step % self.between * self.pace) // (self.between * self.pace + reserve)
+                evaluations = min(evaluations, self._affordable(reserve, paused))
+            end = min(self.steps, step + math.floor((left - evaluations * reserve) / self.pace))
+        if end < min(FEW_STEPS, self.steps):
+            evaluating = f"{paused + (evaluations + 1) * reserve:.0f} of {60 * self.minutes:.0f} s"
+            self._warn(f"time for {count_of(end, 'step')} beside evaluations, which take {evaluating}")
+        return end
 
     def _warn(self, warning: str) -> None:
-        """Log a warning about evaluations, the first time."""
+        """Warn of evaluations that take much of the time, once."""
         if not self._warned:
+            self._warned, advice = True, "give more minutes, fewer evaluation images, or --visualize_frequency 0"
             with logging_redirect_tqdm():
-                log.warning("%s", warning)
-        self._warned = True
+                log.warning("--minutes %g: %s; %s", self.minutes, warning, advice)
 
     def _agreed(self, accelerator) -> tuple[float, float, float]:
         """The run's seconds, the reserve and the seconds of periodic work, of the slowest process."""
@@ -219,12 +213,6 @@ def time_of_day(seconds: float) -> str:
     now = datetime.datetime.now()
     then = now + datetime.timedelta(seconds=seconds)
     return f"{then:%H:%M}" if then.date() == now.date() else f"{then:%d %b %H:%M}"
-
-
-def total_steps(steps_per_epoch: int, epochs: int, max_train_steps: int = 0, minutes: float = 0.0) -> int:
-    """Optimizer steps in the whole run; `UNKNOWN` where its time ends it."""
-    steps = UNKNOWN if minutes else epochs * steps_per_epoch
-    return min(steps, max_train_steps) if max_train_steps else steps
 
 
 def is_due(epoch: float, last: bool, frequency: int) -> bool:

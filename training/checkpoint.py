@@ -120,11 +120,6 @@ class Run:
         """Where the best module of this run is kept."""
         return self.folder / f"align_best_{self.name.removeprefix('align_')}.pth"
 
-    @property
-    def sample_path(self) -> Path:
-        """Where the newest sample picture is kept."""
-        return self.folder / f"{self.name}.png"
-
     # ---- what is remembered
 
     def state_dict(self) -> dict:

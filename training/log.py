@@ -137,38 +137,6 @@ class Meter:
         self._steps.copy_(state["summed_steps"])
 
 
-class Speed:
-    """Images a second over all processes. Evaluations and saving do not count.
-
-    Attributes:
-        rate: since the last log entry; 0.0 before the first.
-    """
-
-    def __init__(self, batch_size: int, step: int):
-        """`batch_size`: images of a step over all processes."""
-        self.rate = 0.0
-        self._batch_size, self._step, self._clock = batch_size, step, time.perf_counter()
-        self._images, self._seconds = 0, 0.0  # without the first log entry, in which things start
-
-    def pause(self, seconds: float) -> None:
-        """Leave out the last `seconds`."""
-        self._clock += seconds
-
-    def read(self, step: int) -> float:
-        """The rate since the last log entry, now after `step` steps."""
-        now = time.perf_counter()
-        images, seconds = (step - self._step) * self._batch_size, now - self._clock
-        if self.rate:
-            self._images += images
-            self._seconds += seconds
-        self.rate, self._clock, self._step = images / seconds, now, step
-        return self.rate
-
-    def text(self) -> str:
-        """ "trained at 12.3 images/s", or "" after too few steps."""
-        return f"trained at {self._images / self._seconds:.1f} images/s" if self._seconds else ""
-
-
 class StepProfile:
     """torch's profile of a few steps of a session, of this process; a context around the training loop.
 
@@ -335,6 +303,6 @@ def print_results(run, log_dir: str, *speed: str) -> None:
     print(f"checkpoint: {run.last}")
     if run.best and run.best["step"] != run.step:
         print(f"best by {run.best_metric} (step {run.best['step']}): {run.best_path}")
-    if run.sample_path.exists():
-        print(f"sample picture: {run.sample_path}")
+    if (sample := run.folder / f"{run.name}.png").exists():
+        print(f"sample picture: {sample}")
     print(f"TensorBoard: tensorboard --logdir {log_dir} (open CUSTOM SCALARS first: the curves beside the baselines)")

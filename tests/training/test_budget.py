@@ -1,6 +1,7 @@
 """Runs that end when their time is up. The clock is the test's own: it goes on by what a step is said to take."""
 
 import itertools
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -24,8 +25,8 @@ def time(monkeypatch):
 
 
 def steps_of(limit, time, seconds_of, step=0, until=None, accelerator=ALONE, kind_of=lambda step: None, evaluate=None):
-    """Go through a run: [(step, the schedule's position)]; `seconds_of` a step, which has a kind. It ends at the limit's end, or
-    at `until`. `evaluate(first)` is called where the limit has evaluations and affords one."""
+    """Go through a run: [(step, the schedule's position)]; `seconds_of` a step, which has a kind. It ends at the limit's end,
+    or at `until`. `evaluate(first)` is called where the limit has evaluations and affords one."""
     limit.start(step)
     positions = []
     while True:
@@ -107,8 +108,8 @@ def test_a_plan_without_time_for_steps_is_said_with_its_cause(time, caplog):
     assert not caplog.text
     limit = Budget(budget.UNKNOWN, 1.0, between=20)
     steps_of(limit, time, lambda step: 0.5, evaluate=lambda first: setattr(time, "now", time.now + (44 if first else 14)))
-    (said,) = caplog.messages
-    assert said.startswith("--minutes 1: time for 2 steps, evaluations take 59 of 60 s: ") and "--visualize_frequency 0" in said
+    (said,), cause = caplog.messages, "--minutes 1: time for 2 steps beside evaluations, which take 58 of 60 s; "
+    assert said.startswith(cause) and "--visualize_frequency 0" in said
 
 
 def test_steps_may_end_a_run_before_its_time_does(time):
@@ -136,8 +137,8 @@ def test_processes_end_together_by_the_slowest_one(time):
     """Processes that each read their own clock, and of which one waits for ever for the other's next step."""
     ends = []
     for more in (5.0, -5.0):  # seconds that the other process has spent more
-        behind = torch.tensor([[more, 0.0, 0.0]])
-        two = SimpleNamespace(num_processes=2, device="cpu", gather=lambda mine: torch.cat([mine, mine + behind]))
+        behind = partial(torch.add, torch.tensor([[more, 0.0, 0.0]]))
+        two = SimpleNamespace(num_processes=2, device="cpu", gather=lambda mine, of=behind: torch.cat([mine, of(mine)]))
         begun, limit = time.now, Budget(budget.UNKNOWN, 1.0)
         slow = {"seconds_of": lambda step: 0.5 if step < 40 else 2.0, "kind_of": lambda step: step >= 40}
         steps_of(limit, time, **slow, accelerator=two)
