@@ -54,7 +54,7 @@ from runtime.cli import Parser, claim_writable_file, claim_writable_folder, inte
 from runtime.cli import run as as_program
 from runtime.processes import create_accelerator, gathered, machine_of, machines_of, together
 from training import checkpoint
-from training.budget import UNKNOWN, Budget, is_due, time_of_day
+from training.budget import LOOK_SECONDS, UNKNOWN, Budget, is_due, time_of_day
 from training.checkpoint import BEST_METRICS, Run
 from training.log import (
     RunLog,
@@ -91,8 +91,6 @@ from vaes.loading import load_vae_model
 from vaes.pipeline import PipelineWithVAEs, read_checkpoint, require_memory_for, spaces_of
 
 __all__ = ["get_dtype", "get_loss_function", "load_config", "load_vae_model"]  # part of this script's interface
-
-TRIED_SECONDS = 10.0  # for which a dry run measures steps, and evaluations
 
 log = logging.getLogger("train_align")
 
@@ -934,8 +932,7 @@ def training_loop(
                             skipped_steps=run.bad_steps.total,
                             gradient_scale=accelerator.scaler.get_scale() if accelerator.scaler else math.nan,
                         )
-                        unit = " dB" if run.best and run.best["by"].startswith("psnr") else ""
-                        best = {"best": f"{run.best['value']:.4g}{unit}"} if run.best else {}
+                        best = {"best": f"{run.best['value']:.4g}" + " dB" * ("psnr" in run.best["by"])} if run.best else {}
                         ends = time_of_day(budget.seconds_left(run.step))
                         bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{rate:.1f}", **best, ends=ends)
             bar.update()
@@ -1062,15 +1059,15 @@ def dry_run(
             few = train_set, eval_set.part(np.arange(min(len(eval_set), max(1, batches) * judged)))
             loaders = create_data_loaders(tried, *vaes, accelerator, few)
             run.step, run.saved_at, run.last, run.fixed.figures, run.budget = 0, -1, None, {}, Budget(steps)
-            names = ("eval_frequency", "visualize_frequency")
-            changed = tried.but(**{name: min(batches, getattr(settings, name), 1) for name in names})
+            evaluates, draws = (min(1, batches, often) for often in (settings.eval_frequency, settings.visualize_frequency))
+            changed = tried.but(eval_frequency=evaluates, visualize_frequency=draws)
             with StopRequest() as stop:
                 training_loop(changed, run, *loaders, writer, generator, StepProfile(0, accelerator.device, None), stop)
             return run.budget
 
         def fitting(seconds, most):
-            """How often something that takes so long fits into `TRIED_SECONDS`; the same in all processes."""
-            return min(most, int(TRIED_SECONDS / max(1e-3, *gathered(seconds, accelerator))))
+            """How often something that takes so long fits into `LOOK_SECONDS`; the same in all processes."""
+            return min(most, int(LOOK_SECONDS / max(1e-3, *gathered(seconds, accelerator))))
 
         shares, begin = {}, settings.decoder_loss_start if objective.decoded else 0.0
         for share, objective.decoded_start in ((begin, 1.0), (1 - begin, 0.0)):  # before these losses begin, and after
@@ -1091,19 +1088,19 @@ def dry_run(
     budget.took, budget.paused = {"evaluation": scale * later + beside + saving}, first
     power = -1 if settings.minutes else 1  # the shares are of the time or of the steps
     budget.pace = sum(share * pace**power for pace, share in shares.items()) ** power
+    end, evaluations = budget.end, budget.evaluations_left(0)
     if settings.minutes:
-        budget.end = max(1, budget.plan(0, first, budget.reserve, first))
-    evaluations = budget.evaluations_left(0) + 2 if budget.between else 0
-    training, evaluating = budget.end * budget.pace, first + max(1, evaluations - 1) * budget.reserve
+        end, evaluations = budget.plan(0, first, budget.reserve, first)
+    training, evaluating = end * budget.pace, first + (evaluations + 1) * budget.reserve
     limit = f"; --minutes {settings.minutes:g} are those of training and evaluations" if settings.minutes else ""
     print(
         f"dry run: some steps and evaluation batches went well; nothing was written\n"
-        f"steps:            {budget.end} ({steps_per_epoch} in an epoch) of {count_of(batch_size, 'image')}\n"
+        f"steps:            {max(1, end)} ({steps_per_epoch} in an epoch) of {count_of(batch_size, 'image')}\n"
         f"images:           {images} to train on, {len(eval_set)} to judge by\n"
         f"encoding:         {encoding / 60:.1f} minutes, before the training\n"
         f"training:         {training / 60:.1f} minutes ({budget.pace:.2f} s a step)\n"
-        f"evaluations:      {evaluating / 60:.1f} minutes ({evaluations} with pictures and saving: {first:.1f} s the first, "
-        f"{budget.reserve:.1f} s a later one)\n"
+        f"evaluations:      {evaluating / 60:.1f} minutes ({first:.1f} s the first, {budget.reserve:.1f} s each of "
+        f"{evaluations + 1} later ones, with pictures and saving)\n"
         f"expected time:    {(encoding + training + evaluating) / 60:.1f} minutes{limit}\n"
         f"latent cache:     {images * views * cached / 1e6:.0f} MB for {count_of(views, 'view')} of each image\n"
         f"a checkpoint:     {checkpoint_bytes / 1e6:.1f} MB\n"

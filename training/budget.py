@@ -9,9 +9,9 @@ import math
 import sys
 import time
 
-import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from runtime.processes import gathered
 from utils import count_of
 
 UNKNOWN = sys.maxsize  # the end of a run whose pace is not measured yet
@@ -92,12 +92,7 @@ class Budget:
 
     def evaluations_left(self, step: int) -> int:
         """The number of evaluations after `step` steps and before the last one."""
-        due = (self.end - 1) // self.between - step // self.between if self.between else 0
-        return int(min(due, self._affordable(self.reserve, self.paused))) if self.minutes and self.reserve else due
-
-    def _affordable(self, reserve: float, paused: float) -> float:
-        """The number of evaluations in a third of the time that is left for them."""
-        return max(0.0, 20 * self.minutes - reserve / 3 - paused) // reserve
+        return (self.end - 1) // self.between - step // self.between if self.between else 0
 
     def start(self, step: int) -> None:
         """The training loop begins, after `step` steps."""
@@ -143,24 +138,25 @@ class Budget:
             self._kind, self._mark = kind, (step, self._looked - paused)
         if self.minutes and step > self._first_step:
             position = self.position(step)
-            self._anchor, self.end = (step, position), self.plan(step, self._looked, reserve, paused)
+            self._anchor, self.end = (step, position), self.plan(step, self._looked, reserve, paused)[0]
         ahead = LOOK_SECONDS / self.pace if self.pace else 1
         self._look_at = step + max(1, int(min(ahead, step - self._mark[0], (self.end - step) / 8)))
 
-    def plan(self, step: int, seconds: float, reserve: float, paused: float) -> int:
-        """The step that limited time reaches, seen after `step` steps in `seconds`, of which periodic work took `paused`."""
-        left, end, evaluations = 60 * self.minutes - seconds - reserve, self.end, 0.0
+    def plan(self, step: int, seconds: float, reserve: float, paused: float) -> tuple[int, int]:
+        """(the step that limited time reaches, the number of evaluations before it), seen after `step` steps in `seconds`, of
+        which periodic work took `paused`."""
+        left, end, evaluations = 60 * self.minutes - seconds - reserve, self.end, 0
         if left <= 0:
             end = step
         elif self.pace:
             if self.between and reserve:
-                evaluations = (left + step % self.between * self.pace) // (self.between * self.pace + reserve)
-                evaluations = min(evaluations, self._affordable(reserve, paused))
+                due = (left + step % self.between * self.pace) / (self.between * self.pace + reserve)
+                evaluations = int(min(due, max(0.0, 20 * self.minutes - reserve / 3 - paused) / reserve))
             end = min(self.steps, step + math.floor((left - evaluations * reserve) / self.pace))
         if end < min(FEW_STEPS, self.steps):
             evaluating = f"{paused + (evaluations + 1) * reserve:.0f} of {60 * self.minutes:.0f} s"
             self._warn(f"time for {count_of(end, 'step')} beside evaluations, which take {evaluating}")
-        return end
+        return end, evaluations
 
     def _warn(self, warning: str) -> None:
         """Warn of evaluations that take much of the time, once."""
@@ -172,9 +168,7 @@ class Budget:
     def _agreed(self, accelerator) -> tuple[float, float, float]:
         """The run's seconds, the reserve and the seconds of periodic work, of the slowest process."""
         mine = (self.seconds, self.reserve, self.paused)
-        if accelerator.num_processes == 1 or not self.minutes:
-            return mine
-        return tuple(accelerator.gather(torch.tensor([mine], device=accelerator.device)).amax(dim=0).tolist())
+        return tuple(map(max, zip(*gathered(mine, accelerator)))) if self.minutes else mine
 
     def state_dict(self) -> dict:
         return {
