@@ -84,11 +84,10 @@ class Budget:
         return 1.0 if step >= self.end else position + (1 - position) * (step - begun) / (self.end - begun)
 
     def seconds_left(self, step: int) -> float:
-        """Seconds until the run ends, as the step `step` has just been made; infinite while nothing is measured that tells."""
-        by_time = max(0.0, 60 * self.minutes - self.seconds) if self.minutes else math.inf
-        if not self.pace:
-            return by_time
-        return min(by_time, (self.end - step) * self.pace + (1 + self.evaluations_left(step - 1)) * self.reserve)
+        """Seconds until the run ends, when the step `step` has just been made."""
+        pace = self.pace or (self.seconds - self.paused) / max(1, step)  # none is measured before the third step
+        by_steps = (self.end - step) * pace + (1 + self.evaluations_left(step - 1)) * self.reserve
+        return min(by_steps, max(0.0, 60 * self.minutes - self.seconds)) if self.minutes else by_steps
 
     def evaluations_left(self, step: int) -> int:
         """The number of evaluations after `step` steps and before the last one."""
@@ -201,9 +200,7 @@ class Budget:
 
 
 def time_of_day(seconds: float) -> str:
-    """The time of day in `seconds` seconds, such as "15:42", with the date where that is another day; "?" if infinite."""
-    if math.isinf(seconds):
-        return "?"
+    """The time of day in `seconds` seconds, such as "15:42", with the date where that is another day."""
     now = datetime.datetime.now()
     then = now + datetime.timedelta(seconds=seconds)
     return f"{then:%H:%M}" if then.date() == now.date() else f"{then:%d %b %H:%M}"
