@@ -152,6 +152,7 @@ class Budget:
                 due = (left + step % self.between * self.pace) / (self.between * self.pace + reserve)
                 evaluations = int(min(due, max(0.0, 20 * self.minutes - reserve / 3 - paused) / reserve))
             end = min(self.steps, step + math.floor((left - evaluations * reserve) / self.pace))
+        end = max(1, end)  # a run makes one step before it looks at its time
         if end < min(FEW_STEPS, self.steps):
             evaluating = f"{paused + (evaluations + 1) * reserve:.0f} of {60 * self.minutes:.0f} s"
             self._warn(f"time for {count_of(end, 'step')} beside evaluations, which take {evaluating}")
