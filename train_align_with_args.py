@@ -48,16 +48,16 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import dataloader
 from cache.build import CacheOptions, cache_latents
 from cache.read import cached_loader
+from evaluation.pictures import save_sheet
 from losses import KINDS, LOSSES, PERCEPTUAL_LOSSES, Encoded, Objective, decoded_image_loss, get_loss_function
 from runtime.cli import Parser, claim_writable_file, claim_writable_folder, integer, load_config, naming, real, use_proxy
 from runtime.cli import run as as_program
 from runtime.processes import create_accelerator, gathered, machine_of, machines_of, together
 from training import checkpoint
-from training.budget import Budget, is_due, time_of_day, total_steps
+from training.budget import LOOK_SECONDS, UNKNOWN, Budget, is_due, time_of_day
 from training.checkpoint import BEST_METRICS, Run
 from training.log import (
     RunLog,
-    Speed,
     StepProfile,
     evaluate_and_log,
     log_hparams,
@@ -115,7 +115,7 @@ def build_parser() -> Parser:
     group.add_argument("--resume", nargs="?", const="latest", metavar="PATH",
                        help="go on with an interrupted run: the newest in --save_dir, or this checkpoint")  # fmt: skip
     group.add_argument(
-        "--dry_run", action="store_true", help="try one step and one evaluation batch, print the plan, write nothing"
+        "--dry_run", action="store_true", help="try some steps and evaluation batches, print the plan, write nothing"
     )
 
     group = parser.add_argument_group("VAEs (frozen)")
@@ -189,8 +189,8 @@ def build_parser() -> Parser:
         "--max_train_steps", type=integer(0), default=0, help="stop after this many optimizer steps; 0: no limit"
     )
     group.add_argument("--minutes", type=real(0), default=0.0,
-                       help="of training, with evaluations and saving, in place of --epochs, whose schedule is then "
-                       "laid out over them; 0: by --epochs")  # fmt: skip
+                       help="of training, with evaluations, pictures and saving; encoding the images comes before them. In "
+                       "place of --epochs, whose schedule is then laid out over them; 0: by --epochs")  # fmt: skip
     group.add_argument("--warmup_steps", type=integer(0), default=100, help="steps of linear learning-rate warm-up; 0: none")
     group.add_argument("--device", default="cuda", help="cuda, cuda:N, mps or cpu; the default falls back to what there is")
     group.add_argument(
@@ -480,8 +480,15 @@ def warn_of_odd_flags(settings: Settings, images: int, processes: int) -> None:
 
 
 def steps_of(args: argparse.Namespace, steps_per_epoch: int) -> int:
-    """Optimizer steps in the whole run."""
-    return total_steps(steps_per_epoch, args.epochs, args.max_train_steps, args.minutes)
+    """Optimizer steps in the whole run; `UNKNOWN` where its time ends it."""
+    steps = UNKNOWN if args.minutes else args.epochs * steps_per_epoch
+    return min(steps, args.max_train_steps) if args.max_train_steps else steps
+
+
+def budget_of(args: argparse.Namespace, steps_per_epoch: int) -> Budget:
+    """The end of the whole run."""
+    frequencies = filter(None, (args.eval_frequency, args.visualize_frequency))
+    return Budget(steps_of(args, steps_per_epoch), args.minutes, min(frequencies, default=0) * steps_per_epoch)
 
 
 def decodes_pictures(args: argparse.Namespace) -> bool:
@@ -665,6 +672,7 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
             decoded=needs_decoded(args),
             seen_through=seen_through(args, vae2),
             sample=args.sample_posterior,
+            note=f"--minutes {args.minutes:g} begin after the encoding, and its duration is not known yet" * bool(args.minutes),
         )
         machine = machine_of(accelerator, args.cache_per_machine)
         with naming("--latent_cache_dir", "--num_workers"):
@@ -753,7 +761,7 @@ def prepare_run(
     trained = pipeline.training_module
     if args.ema_decay:
         pipeline.module = copy.deepcopy(trained).requires_grad_(False)  # the average is judged and saved
-    budget = Budget(steps_of(args, len(train_loader)), args.minutes)
+    budget = budget_of(args, len(train_loader))
     scheduler = setup_scheduler(optimizer, args, len(train_loader), budget)  # first: both it and Accelerate wrap optimizer.step
     module, prepared_optimizer = accelerator.prepare(trained, optimizer)
     run = Run(
@@ -839,13 +847,12 @@ def train_align_pipeline(
         run.name, claim = checkpoint.claim_name(Path(args.log_dir), Path(args.save_dir), resumed)
         writer = RunLog(Path(args.log_dir) / run.name, run.step)
         log.info("%s", description_of(args, run, train_loader))
-    speed = Speed(train_loader.batch_sampler.batch_size * accelerator.num_processes, run.step)
     profile = StepProfile(args.profile, accelerator.device, writer and writer.folder)
     stopped = None
     try:
         with StopRequest() as stop:
             try:
-                training_loop(args, run, train_loader, eval_loader, writer, generator, speed, profile, stop)
+                training_loop(args, run, train_loader, eval_loader, writer, generator, profile, stop)
             except (StopWaiting, dataloader.WorkersLost) as error:  # all processes come here at the same step
                 stopped = error
                 save_now(args, run, train_loader, writer)
@@ -869,7 +876,9 @@ def train_align_pipeline(
             print("to go on: the same command with --resume")
         raise stopped
     if writer:
-        print_results(run, args.log_dir, speed.text(), profile.text())
+        images = train_loader.batch_sampler.batch_size * accelerator.num_processes
+        rate = f"trained at {images / run.budget.pace:.1f} images/s" if run.budget.pace else ""
+        print_results(run, args.log_dir, rate, profile.text())
     return run.last
 
 
@@ -880,7 +889,6 @@ def training_loop(
     eval_loader,
     writer: RunLog | None,
     generator: torch.Generator,
-    speed: Speed,
     profile: StepProfile,
     stop: StopRequest,
 ) -> None:
@@ -903,45 +911,50 @@ def training_loop(
     bar = tqdm(initial=run.step, desc="train", unit="step", disable=not accelerator.is_main_process)
     with memory_advice("training", **memory_flags(args)), profile, bar:
         budget.start(run.step)
+        logged, logged_at = run.step, budget.seconds - budget.paused
         while True:
             # ---- where we are: the clock is the step, epochs are counted from it
-            budget.look(run.step, accelerator)
+            budget.look(run.step, accelerator, objective.decodes_at(budget.position(run.step)))
             bar.total = budget.end if budget.known else None
             epoch, last = run.epoch, run.step == budget.end
-            paused = time.perf_counter()
             if writer:
                 writer.step = run.step
 
             # ---- evaluate, visualise, save
             if run.step != done_at:
                 due = partial(is_due, epoch, last)
-                if due(args.eval_frequency):
-                    run.metrics = evaluate_and_log(pipeline, eval_loader, writer, epoch, args, dtype, accelerator, run.fixed)
-                    best = run.note_if_best()
+                evaluates, draws = due(args.eval_frequency), due(args.visualize_frequency)
+                if (evaluates or draws) and not (last or budget.affords_evaluation(accelerator)):
+                    evaluates = draws = False
+                if evaluates:
+                    with budget.timed("evaluation", first=not run.fixed.figures):
+                        judged = pipeline, eval_loader, writer, epoch, args, dtype
+                        run.metrics = evaluate_and_log(*judged, accelerator, run.fixed)
+                    is_best = run.note_if_best()
                     if args.patience and run.without_gain >= args.patience and not last:
-                        budget.stop(run.step)
-                        last = True
                         log.info("no gain in %s: the run ends", count_of(run.without_gain, "evaluation"))
+                        budget.stop(run.step)
+                        last, draws = True, args.visualize_frequency > 0
                     if writer:
-                        if best:
-                            run.save_best()
-                        log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype)
-                if writer and due(args.visualize_frequency):
-                    visualize_results(pipeline, eval_loader, writer, epoch, args, dtype)
-                by_steps = args.save_steps and run.step % args.save_steps == 0
+                        with budget.timed("statistics"):
+                            if is_best:
+                                run.save_best()
+                            log_model_stats(pipeline, eval_loader, writer, epoch, args, dtype)
+                if writer and draws:
+                    with budget.timed("pictures"):
+                        if sample := visualize_results(pipeline, eval_loader, writer, epoch, args, dtype):
+                            save_sheet(sample, run.folder / f"{run.name}.png")
+                by_steps = budget.save_is_due or (args.save_steps and run.step % args.save_steps == 0)
                 if last or (run.step and (by_steps or due(args.save_frequency))):
-                    save_now(args, run, train_loader, writer)
-                if due(args.eval_frequency) or due(args.visualize_frequency):
-                    budget.note_evaluation(time.perf_counter() - paused)
+                    with budget.timed("saving"):
+                        save_now(args, run, train_loader, writer)
             if last:
                 break
-            speed.pause(time.perf_counter() - paused)
 
             # ---- one step
             with record_function("waiting for data"):
                 batch = together(next_batch, accelerator)
             position = budget.position(run.step)
-            budget.note_kind(run.step, objective.decodes_at(position))
             with record_function("encoding"):
                 if args.sample_posterior:
                     of_this_step = np.random.SeedSequence((args.seed, run.step, accelerator.process_index))
@@ -961,7 +974,9 @@ def training_loop(
                 if run.step == 1 or run.step % args.log_frequency == 0 or run.step == budget.end:
                     skipped = run.bad_steps.read()
                     mean_loss = run.loss.read(accelerator)
-                    rate = speed.read(run.step)
+                    images = (run.step - logged) * train_loader.batch_sampler.batch_size * accelerator.num_processes
+                    rate = images / (budget.seconds - budget.paused - logged_at)
+                    logged, logged_at = run.step, budget.seconds - budget.paused
                     if writer:
                         if skipped:
                             with logging_redirect_tqdm():
@@ -976,8 +991,9 @@ def training_loop(
                             skipped_steps=run.bad_steps.total,
                             gradient_scale=accelerator.scaler.get_scale() if accelerator.scaler else math.nan,
                         )
-                        ends = time_of_day(budget.seconds_left(run.step, speed.seconds_per_step))
-                        bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{rate:.1f}", ends=ends)
+                        best = {"best": f"{run.best['value']:.4g}" + " dB" * ("psnr" in run.best["by"])} if run.best else {}
+                        ends = time_of_day(budget.seconds_left(run.step))
+                        bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{rate:.1f}", **best, ends=ends)
             bar.update()
             profile.step()
     if writer:
@@ -1066,7 +1082,7 @@ def is_finished(settings: Settings, path: Path, content: dict) -> bool:
         more = "--minutes" if settings.minutes else "--epochs"
         print(f"already finished: {path} stands at {where}; to train on, give more {more}")
         return True
-    left = f", {budget.seconds_left(step, 0) / 60:.1f} minutes left" if settings.minutes else ""
+    left = f", {budget.seconds_left(step) / 60:.1f} minutes left" if settings.minutes else ""
     log.info("going on from %s, %s%s", path, where, left)
     return False
 
@@ -1074,55 +1090,83 @@ def is_finished(settings: Settings, path: Path, content: dict) -> bool:
 def dry_run(
     settings: Settings, vaes: list, pipeline: PipelineWithVAEs, objective: Objective, accelerator, datasets, generator
 ) -> None:
-    """Train two steps on a few images into a temporary folder, evaluate one batch, and print what the whole run would take."""
+    """Train and evaluate for some seconds on a few images, into a temporary folder, and print what the whole run would take."""
     train_set, eval_set = datasets
-    batch_size = settings.train_batch_size * accelerator.num_processes
-    images, steps_per_epoch = len(train_set), -(-len(train_set) // batch_size)
+    batch_size, judged = (size * accelerator.num_processes for size in (settings.train_batch_size, settings.eval_batch_size))
+    images, steps_per_epoch, batches = len(train_set), -(-len(train_set) // batch_size), -(-len(eval_set) // judged)
     views = settings.cache_views if settings.cache_latents else 0
     if not settings.streaming:
         train_set = train_set.part(np.arange(min(images, 2 * batch_size)))
-    few = (train_set, eval_set.part(np.arange(min(len(eval_set), settings.eval_batch_size * accelerator.num_processes))))
     for vae in vaes:
         _ = vae.model  # read now, so that the clock does not count it
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ending:
         tried = settings.but(
-            max_train_steps=2, minutes=0.0, log_frequency=1, cache_views=1, eval_frequency=min(settings.eval_frequency, 1),
-            save_frequency=0, save_steps=0, save_dir=folder, config_save_path="", latent_cache_dir=f"{folder}/cache",
+            minutes=0.0, log_frequency=10**9, cache_views=1, save_frequency=0, save_steps=0, save_dir=folder,
+            config_save_path="", latent_cache_dir=f"{folder}/cache",
         )  # fmt: skip
-        objective.decoded_start = 0.0
         started = time.perf_counter()
-        loaders = create_data_loaders(tried, *vaes, accelerator, few)
-        encoding = (time.perf_counter() - started) / len(few[0]) if views else 0.0  # seconds a view
-        cached = sum(file.stat().st_size for file in Path(folder, "cache").rglob("*")) / len(few[0])  # bytes a view
-        run = prepare_run(tried, pipeline, objective, accelerator, loaders[0])
+        train_loader, _ = create_data_loaders(tried, *vaes, accelerator, (train_set, eval_set))
+        encoding = (time.perf_counter() - started) / len(train_set) * images * views  # seconds in the whole run
+        cached = sum(file.stat().st_size for file in Path(folder, "cache").rglob("*")) / len(train_set)  # bytes a view
+        run = prepare_run(tried, pipeline, objective, accelerator, train_loader)
         run.name = "align_dry_run"
         writer = RunLog(Path(folder)) if accelerator.is_main_process else None
         ending.callback(writer.close if writer else lambda: None)
-        speed, profile = Speed(batch_size, 0), StepProfile(0, accelerator.device, None)
-        with StopRequest() as stop:
-            training_loop(tried, run, *loaders, writer, generator, speed, profile, stop)
+
+        def attempt(steps, batches):
+            """The budget of a run that makes these steps, and evaluates on these batches if there are any."""
+            few = train_set, eval_set.part(np.arange(min(len(eval_set), max(1, batches) * judged)))
+            loaders = create_data_loaders(tried, *vaes, accelerator, few)
+            run.step, run.saved_at, run.last, run.fixed.figures, run.budget = 0, -1, None, {}, Budget(steps)
+            evaluates, draws = (min(1, batches, often) for often in (settings.eval_frequency, settings.visualize_frequency))
+            changed = tried.but(eval_frequency=evaluates, visualize_frequency=draws)
+            with StopRequest() as stop:
+                training_loop(changed, run, *loaders, writer, generator, StepProfile(0, accelerator.device, None), stop)
+            return run.budget
+
+        def fitting(seconds, most):
+            """How often something that takes so long fits into `LOOK_SECONDS`; the same in all processes."""
+            return min(most, int(LOOK_SECONDS / max(1e-3, *gathered(seconds, accelerator))))
+
+        shares, begin = {}, settings.decoder_loss_start if objective.decoded else 0.0
+        for share, objective.decoded_start in ((begin, 1.0), (1 - begin, 0.0)):  # before these losses begin, and after
+            if share:
+                rough = attempt(2, 1)  # it starts and compiles things
+                tried_batches = fitting(rough.paused, batches)
+                found = attempt(2 + fitting(rough.pace, 50), tried_batches)
+                shares[found.pace] = share
+        if not tried_batches:
+            tried_batches, found = 1, rough
         checkpoint_bytes = run.last.stat().st_size if writer else 0
     if not writer:
         return
-    batches = -(-len(eval_set) // len(few[1]))
-    evaluation = batches * run.budget.reserve
-    between = settings.eval_frequency * steps_per_epoch  # steps from one evaluation to the next
-    steps = steps_of(settings, steps_per_epoch)
+    budget, scale = budget_of(settings, steps_per_epoch), batches / tried_batches
+    later, saving = found.took.get("evaluation", 0.0), found.took["saving"]
+    beside = found.reserve - later - saving  # pictures and statistics
+    first = scale * (found.paused - found.reserve - beside) + beside
+    budget.took, budget.paused = {"evaluation": scale * later + beside + saving}, first
+    power = -1 if settings.minutes else 1  # the shares are of the time or of the steps
+    budget.pace = sum(share * pace**power for pace, share in shares.items()) ** power
+    end, evaluations = budget.end, budget.evaluations_left(0)
     if settings.minutes:
-        average = speed.seconds_per_step + (evaluation / between if between else 0.0)
-        steps = min(steps, max(1, int(60 * settings.minutes / average)))
-    evaluations = 1 + -(-steps // between) if between else 0
-    seconds = steps * speed.seconds_per_step + images * views * encoding + evaluations * evaluation
+        end, evaluations = budget.plan(0, first, budget.reserve, first)
+    training, evaluating = end * budget.pace, first + (evaluations + 1) * budget.reserve
+    limit = f"; --minutes {settings.minutes:g} are those of training and evaluations" if settings.minutes else ""
     print(
-        f"dry run: two steps and an evaluation batch went well; nothing was written\n"
-        f"steps:            {steps} ({steps_per_epoch} in an epoch) of {count_of(batch_size, 'image')}\n"
+        f"dry run: some steps and evaluation batches went well; nothing was written\n"
+        f"steps:            {end} ({steps_per_epoch} in an epoch) of {count_of(batch_size, 'image')}\n"
         f"images:           {images} to train on, {len(eval_set)} to judge by\n"
-        f"expected time:    {seconds / 60:.1f} minutes ({speed.seconds_per_step:.2f} s a step, "
-        f"{encoding * batch_size:.2f} s to encode a batch, {count_of(evaluations, 'evaluation')})\n"
+        f"encoding:         {encoding / 60:.1f} minutes, before the training\n"
+        f"training:         {training / 60:.1f} minutes ({budget.pace:.2f} s a step)\n"
+        f"evaluations:      {evaluating / 60:.1f} minutes ({evaluations + 2 * bool(budget.between)} with pictures and saving: "
+        f"the first {first:.1f} s, a later one {budget.reserve:.1f} s)\n"
+        f"expected time:    {(encoding + training + evaluating) / 60:.1f} minutes{limit}\n"
         f"latent cache:     {images * views * cached / 1e6:.0f} MB for {count_of(views, 'view')} of each image\n"
         f"a checkpoint:     {checkpoint_bytes / 1e6:.1f} MB\n"
         f"peak memory:      {peak_memory(accelerator.device) / 1e9:.1f} GB"
     )
+    if 2 * evaluating > training:
+        log.warning("evaluations take over a third of the time: raise --eval_frequency and --visualize_frequency")
 
 
 def main(argv: list[str] | None = None) -> None:

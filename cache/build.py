@@ -62,6 +62,7 @@ class CacheOptions:
         reencoded: store too what decode + re-encode makes of VAE1's latents. decoded: the picture that VAE1 decodes, 8 bits.
         seen_through: what makes that picture in VAE1's place.
         sample: store a draw from the posterior in place of its mean.
+        note: a line that is logged before anything is encoded.
     """
 
     root: str | os.PathLike
@@ -71,6 +72,7 @@ class CacheOptions:
     decoded: bool = False
     seen_through: SeenThrough | None = None
     sample: bool = False
+    note: str = ""
 
 
 def cache_latents(
@@ -372,6 +374,8 @@ class LatentEncoder:
             count_of(len(self.contents), "image"), count_of(self.options.views, "view"),
             len(self.contents) * self.options.views * row_bytes / 1e6, folder, len(images),
         )  # fmt: skip
+        if self.options.note:
+            log.info("%s", self.options.note)
         needed, free = row_bytes * sum(len(views) for _, views in images), shutil.disk_usage(folder).free
         if needed > free:
             raise UserError(

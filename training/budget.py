@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import logging
 import math
 import sys
 import time
 
-import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from runtime.processes import gathered
+from utils import count_of
 
 UNKNOWN = sys.maxsize  # the end of a run whose pace is not measured yet
 LOOK_SECONDS = 10.0  # at most so long the measured pace is taken for that of the next steps
-clock = time.monotonic
+SAVE_SECONDS = 300.0  # between the checkpoints that a run with limited time writes besides those by epochs and steps
+FEW_STEPS = 10  # a run with limited time that makes fewer is probably a mistake
+LATER = 1 / 3  # of the first evaluation's time: it measures all six rungs of the ladder, later ones the module's and VAE2's
+clock = time.perf_counter
+
+log = logging.getLogger(__name__)
 
 
 class Budget:
@@ -29,23 +39,30 @@ class Budget:
 
     Args:
         steps: of the whole run, or `UNKNOWN`. minutes: of the whole run; 0: no limit.
+        between: steps from one evaluation to the next; 0: there are none. The last step always evaluates.
 
     Attributes:
         end: the step after which the run ends, as far as is known.
-        reserve: seconds that the last evaluation took, kept free for the one at the end.
+        pace: seconds a step, without periodic work; 0: not measured.
+        took: {periodic work: seconds that it will take the next time}.
+        paused: seconds of periodic work so far, over all sessions of the run.
+        save_is_due: whether a run with limited time is to save at this step, since some minutes have passed.
     """
 
-    def __init__(self, steps: int, minutes: float = 0.0):
-        self.steps, self.minutes = steps, minutes
-        self.end = UNKNOWN if minutes else steps
+    def __init__(self, steps: int, minutes: float = 0.0, between: int = 0):
+        self.steps, self.minutes, self.between = steps, minutes, between
+        self.end = steps
+        self.pace = self.paused = 0.0
+        self.took = {}
+        self.save_is_due = False
         self._anchor = (0, 0.0)  # a step, and the position there
-        self._pace = 0.0  # seconds a step, with the evaluations among them; 0: not measured
-        self.reserve = 0.0
         self._seconds_before = 0.0  # of earlier sessions of this run
         self._started = None
         self._first_step = self._look_at = 0
-        self._mark = None  # the step, and the seconds then, from which on the pace is measured
-        self._kind = None  # of the last step, see `note_kind`
+        self._mark = (0, 0.0)  # the step, and the seconds of steps until then, from which on the pace is measured
+        self._kind = None  # of the steps since then
+        self._looked = 0.0  # seconds at the last look
+        self._warned = False
 
     @property
     def known(self) -> bool:
@@ -56,63 +73,106 @@ class Budget:
         """Seconds of training so far, over all sessions of the run."""
         return self._seconds_before + (0.0 if self._started is None else clock() - self._started)
 
+    @property
+    def reserve(self) -> float:
+        """Seconds of all periodic work at one step, kept free for the last one."""
+        return sum(self.took.values())
+
     def position(self, step: int) -> float:
         """The schedule's position after `step` steps, from 0 at the start to 1 at the end."""
         begun, position = self._anchor
-        if not self.known:
-            return position
         return 1.0 if step >= self.end else position + (1 - position) * (step - begun) / (self.end - begun)
 
-    def seconds_left(self, step: int, seconds_per_step: float) -> float:
-        """Seconds until the run ends; at this pace where steps limit it."""
-        return max(0.0, 60 * self.minutes - self.seconds) if self.minutes else (self.end - step) * seconds_per_step
+    def seconds_left(self, step: int) -> float:
+        """Seconds until the run ends, when the step `step` has just been made."""
+        pace = self.pace or (self.seconds - self.paused) / max(1, step)  # none is measured before the third step
+        by_steps = (self.end - step) * pace + (1 + self.evaluations_left(step - 1)) * self.reserve
+        return min(by_steps, max(0.0, 60 * self.minutes - self.seconds)) if self.minutes else by_steps
+
+    def evaluations_left(self, step: int) -> int:
+        """The number of evaluations after `step` steps and before the last one."""
+        return (self.end - 1) // self.between - step // self.between if self.between else 0
 
     def start(self, step: int) -> None:
         """The training loop begins, after `step` steps."""
         self._started = clock()
         self._first_step = self._look_at = step
 
-    def note_evaluation(self, seconds: float) -> None:
-        """Remember the duration of the last evaluation with its pictures, to keep it free for the one at the end."""
-        self.reserve = seconds
+    @contextlib.contextmanager
+    def timed(self, what: str, first: bool = False):
+        """A context for periodic work, which is expected to take as long the next time; `first`: it judges the whole ladder."""
+        began = self.seconds
+        yield
+        seconds = self.seconds - began
+        self.paused += seconds
+        self.took[what] = LATER * seconds if first else seconds
 
-    def note_kind(self, step: int, kind) -> None:
-        """Say of which kind the step after `step` is. Steps of another kind take another time: the pace is measured anew."""
-        if kind != self._kind and self._mark and step > self._first_step + 1:
-            self._mark = (step, self.seconds)
-            self._look_at = step + 1
-        self._kind = kind
+    def affords_evaluation(self, accelerator) -> bool:
+        """Whether evaluations take at most a third of the time if one follows now, and time is left for the one at the end. All
+        processes find the same."""
+        if not self.minutes:
+            return True
+        self._look_at = 0  # at the next step
+        seconds, reserve, paused = self._agreed(accelerator)
+        affords = 3 * (paused + reserve) <= seconds + reserve
+        if not affords:
+            self._warn("evaluations would take over a third of the time, so some are left out")
+        return affords and seconds + 2 * reserve <= 60 * self.minutes
 
     def stop(self, step: int) -> None:
         """End the run after `step` steps."""
         self.end = step
 
-    def look(self, step: int, accelerator) -> None:
-        """With limited time and a look due: measure the pace and move the end. All processes find the same end."""
-        if not self.minutes or step < self._look_at:
+    def look(self, step: int, accelerator, kind=None) -> None:
+        """At times measure the pace and, with limited time, move the end. All processes find the same end.
+
+        `kind`: of the next step. Steps of another kind take another time: the pace is measured anew.
+        """
+        self.save_is_due = False
+        kind = kind if step > self._first_step else "first"  # the first step starts and compiles things
+        if step < self._look_at and kind == self._kind:
             return
-        seconds, self.reserve = self._agreed(accelerator)
-        left = 60 * self.minutes - seconds - self.reserve
-        if step == self._first_step + 1:  # the first step starts and compiles things: the pace is that of the others
-            self._mark = (step, seconds)
-        elif step > self._first_step:
-            self._pace = (seconds - self._mark[1]) / (step - self._mark[0])
-        if step > self._first_step and (left <= 0 or self._pace):
-            self._move_end(step, left)
-        ahead = LOOK_SECONDS / self._pace if self._pace else 1
-        taken = step - self._mark[0] if self._mark else 0
-        self._look_at = step + max(1, int(min(ahead, taken, (self.end - step) / 8)))
+        before = self._looked
+        self._looked, reserve, paused = self._agreed(accelerator)
+        self.save_is_due = bool(self.minutes) and self._looked // SAVE_SECONDS > before // SAVE_SECONDS
+        if kind == self._kind:
+            self.pace = (self._looked - paused - self._mark[1]) / (step - self._mark[0])
+        else:
+            self._kind, self._mark = kind, (step, self._looked - paused)
+        if self.minutes and step > self._first_step:
+            position = self.position(step)
+            self._anchor, self.end = (step, position), self.plan(step, self._looked, reserve, paused)[0]
+        ahead = LOOK_SECONDS / self.pace if self.pace else 1
+        self._look_at = step + max(1, int(min(ahead, step - self._mark[0], (self.end - step) / 8)))
 
-    def _move_end(self, step: int, left: float) -> None:
-        self._anchor = (step, self.position(step))
-        self.end = min(self.steps, step + (math.floor(left / self._pace) if left > 0 else 0))
+    def plan(self, step: int, seconds: float, reserve: float, paused: float) -> tuple[int, int]:
+        """(the step that limited time reaches, the number of evaluations before it), seen after `step` steps in `seconds`, of
+        which periodic work took `paused`."""
+        left, end, evaluations = 60 * self.minutes - seconds - reserve, self.end, 0
+        if left <= 0:
+            end = step
+        elif self.pace:
+            if self.between and reserve:
+                due = (left + step % self.between * self.pace) / (self.between * self.pace + reserve)
+                evaluations = int(min(due, max(0.0, 20 * self.minutes - reserve / 3 - paused) / reserve))
+            end = min(self.steps, step + math.floor((left - evaluations * reserve) / self.pace))
+        end = max(1, end)  # a run makes one step before it looks at its time
+        if end < min(FEW_STEPS, self.steps):
+            evaluating = f"{paused + (evaluations + 1) * reserve:.0f} of {60 * self.minutes:.0f} s"
+            self._warn(f"time for {count_of(end, 'step')} beside evaluations, which take {evaluating}")
+        return end, evaluations
 
-    def _agreed(self, accelerator) -> tuple[float, float]:
-        """The run's seconds and the reserve, of the slowest process."""
-        mine = (self.seconds, self.reserve)
-        if accelerator.num_processes == 1:
-            return mine
-        return tuple(accelerator.gather(torch.tensor([mine], device=accelerator.device)).amax(dim=0).tolist())
+    def _warn(self, warning: str) -> None:
+        """Warn of evaluations that take much of the time, once."""
+        if not self._warned:
+            self._warned, advice = True, "give more minutes, fewer evaluation images, or --visualize_frequency 0"
+            with logging_redirect_tqdm():
+                log.warning("--minutes %g: %s; %s", self.minutes, warning, advice)
+
+    def _agreed(self, accelerator) -> tuple[float, float, float]:
+        """The run's seconds, the reserve and the seconds of periodic work, of the slowest process."""
+        mine = (self.seconds, self.reserve, self.paused)
+        return tuple(map(max, zip(*gathered(mine, accelerator)))) if self.minutes else mine
 
     def state_dict(self) -> dict:
         return {
@@ -121,14 +181,16 @@ class Budget:
             "steps": self.steps,
             "end": self.end,
             "anchor": list(self._anchor),
-            "pace": self._pace,
+            "pace": self.pace,
             "reserve": self.reserve,
+            "paused": self.paused,
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Go on with the remaining time. With another time or limit the position follows from the time spent so far."""
-        self._seconds_before = float(state["seconds"])
-        self._pace, self.reserve = float(state["pace"]), float(state["reserve"])
+        self._seconds_before = self._looked = float(state["seconds"])
+        self.pace, self.paused = float(state["pace"]), float(state.get("paused", 0.0))  # older checkpoints lack the latter
+        self.took = {"evaluation": float(state["reserve"])}
         step, position = state["anchor"]
         if not self.minutes:
             if self.steps == state["steps"]:
@@ -149,12 +211,6 @@ def time_of_day(seconds: float) -> str:
     now = datetime.datetime.now()
     then = now + datetime.timedelta(seconds=seconds)
     return f"{then:%H:%M}" if then.date() == now.date() else f"{then:%d %b %H:%M}"
-
-
-def total_steps(steps_per_epoch: int, epochs: int, max_train_steps: int = 0, minutes: float = 0.0) -> int:
-    """Optimizer steps in the whole run; `UNKNOWN` where its time ends it."""
-    steps = UNKNOWN if minutes else epochs * steps_per_epoch
-    return min(steps, max_train_steps) if max_train_steps else steps
 
 
 def is_due(epoch: float, last: bool, frequency: int) -> bool:

@@ -255,8 +255,8 @@ def on_cpu(value):
 
 
 def drop_abandoned(folder: Path) -> None:
-    """Delete the half-written checkpoints that kills left in `folder`, before they fill the disk."""
-    for file in folder.glob(".align_*.pth.*.tmp"):
+    """Delete the half-written files that kills left in `folder`, before they fill the disk."""
+    for file in folder.glob(".align_*.tmp"):
         with contextlib.suppress(OSError):  # another process was quicker, or the file is another user's
             if time.time() - file.stat().st_mtime > ABANDONED:
                 os.unlink(file)
@@ -347,7 +347,7 @@ def require_training(content: dict, path) -> None:
             and training["colours"].keys() in ({}.keys(), {"vae2_bias", "shift"})
             and all(colours.ndim == 3 and len(colours) == 3 for colours in training["colours"].values())
             and (training["places"] is None or len(training["places"]) == order["processes"])
-            and training["budget"].keys() == Budget(0).state_dict().keys()
+            and training["budget"].keys() | {"paused"} == Budget(0).state_dict().keys()
             and training["state"].keys() == {"weights", "optimizer", "scheduler", "scaler"}
         )
     except (AttributeError, KeyError, TypeError):

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataloader import eval_loader as whole_set
@@ -114,43 +115,6 @@ class Meter:
             raise ValueError(f"sums of shape {tuple(state['loss_sum'].shape)} and {tuple(state['summed_steps'].shape)}")
         self._sum.copy_(state["loss_sum"])
         self._steps.copy_(state["summed_steps"])
-
-
-class Speed:
-    """Images a second over all processes. Evaluations and saving do not count.
-
-    Attributes:
-        rate: since the last log entry; 0.0 before the first.
-    """
-
-    def __init__(self, batch_size: int, step: int):
-        """`batch_size`: images of a step over all processes."""
-        self.rate = 0.0
-        self._batch_size, self._step, self._clock = batch_size, step, time.perf_counter()
-        self._images, self._seconds = 0, 0.0  # without the first log entry, in which things start
-
-    def pause(self, seconds: float) -> None:
-        """Leave out the last `seconds`."""
-        self._clock += seconds
-
-    def read(self, step: int) -> float:
-        """The rate since the last log entry, now after `step` steps."""
-        now = time.perf_counter()
-        images, seconds = (step - self._step) * self._batch_size, now - self._clock
-        if self.rate:
-            self._images += images
-            self._seconds += seconds
-        self.rate, self._clock, self._step = images / seconds, now, step
-        return self.rate
-
-    @property
-    def seconds_per_step(self) -> float:
-        """At the rate since the last log entry."""
-        return self._batch_size / self.rate
-
-    def text(self) -> str:
-        """ "trained at 12.3 images/s", or "" after too few steps."""
-        return f"trained at {self._images / self._seconds:.1f} images/s" if self._seconds else ""
 
 
 class StepProfile:
@@ -291,24 +255,26 @@ def log_model_stats(pipeline, eval_loader, writer, epoch: float, args, dtype) ->
             curves.add_histogram(f"latents/{name}", latents.cpu(), place)
 
 
-def visualize_results(pipeline, eval_loader, writer, epoch: float, args, dtype) -> None:
+def visualize_results(pipeline, eval_loader, writer, epoch: float, args, dtype) -> Image.Image | None:
     """The first `args.num_visualize_samples` evaluation images, each as three captioned sheets: original and reconstructions,
-    their differences, their latents."""
+    their differences, their latents. Returns the first image's sheets as one picture, or None without an image."""
     curves, place = curves_of(writer, epoch)
     ladder = Ladder(pipeline, dtype)
     captions = ladder.captions
-    shown = 0
+    shown, first = 0, None
     for batch in whole_set(eval_loader.dataset, args.eval_batch_size, 0, device=pipeline.device):
         images = batch["pixel_values"][: args.num_visualize_samples - shown].to(pipeline.device)
         if not len(images):
             continue
         for number, rows in enumerate(comparisons(images, ladder.reconstruct(images, only=captions), captions), shown):
+            first = first or comparison_picture(rows, args.image_size)
             for tag, row in zip(("samples", "differences", "latents"), rows):
                 sheet = np.asarray(comparison_picture([row], args.image_size))
                 curves.add_image(f"{tag}/{number}", sheet, place, dataformats="HWC")
         shown += len(images)
         if shown >= args.num_visualize_samples:
             break
+    return first
 
 
 def log_hparams(writer: RunLog, config: dict, ladder: dict) -> None:
@@ -337,7 +303,9 @@ def print_results(run, log_dir: str, *speed: str) -> None:
     print(f"checkpoint: {run.last}")
     if run.best and run.best["step"] != run.step:
         print(f"best by {run.best_metric} (step {run.best['step']}): {run.best_path}")
-    print(f"TensorBoard: tensorboard --logdir {log_dir}")
+    if (sample := run.folder / f"{run.name}.png").exists():
+        print(f"sample picture: {sample}")
+    print(f"TensorBoard: tensorboard --logdir {log_dir} (open CUSTOM SCALARS first: the curves beside the baselines)")
 
 
 def psnr_at_the_start(run, log_dir: str) -> float | None:

@@ -4,15 +4,12 @@ import itertools
 from types import SimpleNamespace
 
 import pytest
-import torch
 from runs import QUIET, end_after, train
 
 import train_align_with_args as train_script
 from training import budget
 from training.budget import Budget
 from utils import StopWaiting
-
-ALONE = SimpleNamespace(num_processes=1)
 
 
 @pytest.fixture
@@ -23,12 +20,16 @@ def time(monkeypatch):
     return clock
 
 
-def steps_of(limit, time, seconds_of, step=0, until=None, accelerator=ALONE):
-    """Go through a run: [(step, the schedule's position)]; `seconds_of` a step. It ends at the limit's end, or at `until`."""
+def steps_of(limit, time, seconds_of, step=0, until=None, kind_of=lambda step: None, evaluate=None):
+    """Go through a run: [(step, the schedule's position)]; `seconds_of` a step, which has a kind. It ends at the limit's end,
+    or at `until`. `evaluate(first)` is called where the limit has evaluations and affords one."""
     limit.start(step)
     positions = []
     while True:
-        limit.look(step, accelerator)
+        limit.look(step, None, kind_of(step))
+        if limit.between and (step == limit.end or (step % limit.between == 0 and limit.affords_evaluation(None))):
+            with limit.timed("evaluation", first=step == 0):
+                evaluate(step == 0)
         positions.append((step, limit.position(step)))
         if step == limit.end or step == until:
             return positions
@@ -62,31 +63,72 @@ def test_an_announced_change_of_pace_is_measured_at_once(time):
     """A pace that is the mean of before and after: the schedule runs late, and falls to its rest in the last steps."""
     limit = Budget(budget.UNKNOWN, 4.0)
 
-    def seconds_of(step):
-        limit.note_kind(step, step >= 320)
-        return 0.5 if step < 320 else 2.0
-
     begun = time.now
-    positions = dict(steps_of(limit, time, seconds_of))
+    late = {"seconds_of": lambda step: 0.5 if step < 320 else 2.0, "kind_of": lambda step: step >= 320}
+    positions = dict(steps_of(limit, time, **late))
     assert 240 - 4 < time.now - begun <= 240
     assert positions[340] == pytest.approx(5 / 6, abs=0.02)
 
 
-def test_time_for_the_last_evaluation_is_kept_free(time):
-    """A job that the scheduler kills during the evaluation at its end."""
-    limit, begun = Budget(budget.UNKNOWN, 1.0), time.now
-    limit.note_evaluation(10.0)
-    steps_of(limit, time, lambda step: 0.5)
-    assert 48 < time.now - begun <= 50
+@pytest.mark.parametrize("minutes", [1, 3, 10])
+def test_a_run_makes_the_steps_that_its_plan_promises(time, minutes):
+    """A job that the scheduler kills during the evaluation at its end; time for the dear first one that is kept free once more;
+    evaluations that a plan forgets, or that take most of the time; a dry run and a run that reckon differently."""
+
+    def evaluate(first):
+        evaluations.append(time.now)
+        time.now += 24 if first else 8
+
+    limit, begun, evaluations = Budget(budget.UNKNOWN, minutes, between=20), time.now, []
+    steps_of(limit, time, lambda step: 0.5, evaluate=evaluate)
+    assert 60 * minutes - 4 < time.now - begun <= 60 * minutes
+    plan = Budget(budget.UNKNOWN, minutes, between=20)
+    plan.pace, plan.paused, plan.took = 0.5, 24.0, {"evaluation": 8.0}
+    assert plan.plan(0, 24.0, 8.0, 24.0) == (pytest.approx(limit.end, rel=0.1), pytest.approx(len(evaluations) - 2, abs=2))
+    assert 24 + 8 * (len(evaluations) - 2) <= max(24, 20 * minutes)
 
 
-def test_processes_end_together_by_the_slowest_one(time):
+def test_a_plan_without_time_for_steps_is_said_with_its_cause(time, caplog):
+    """A run of one step without a word; a warning for each look, or for a run that is to be short."""
+    steps_of(Budget(3, 1.0, between=20), time, lambda step: 0.5, evaluate=lambda first: None)
+    assert not caplog.text
+    limit = Budget(budget.UNKNOWN, 1.0, between=20)
+    steps_of(limit, time, lambda step: 0.5, evaluate=lambda first: setattr(time, "now", time.now + (44 if first else 14)))
+    (said,), cause = caplog.messages, "--minutes 1: time for 2 steps beside evaluations, which take 59 of 60 s; "
+    assert said.startswith(cause) and "--visualize_frequency 0" in said
+
+
+def test_steps_may_end_a_run_before_its_time_does(time):
+    """A run that never ends since its last step came before its pace was known."""
+    assert steps_of(Budget(1, 1.0), time, lambda step: 0.5, until=5)[-1] == (1, 1.0)
+
+
+def test_a_run_by_time_saves_by_time(time):
+    """Hours that a power cut takes; a checkpoint at each step; a resumed run that saves at once, or no more."""
+    limit, saved = Budget(budget.UNKNOWN, 30.0), []
+
+    def seconds_of(step):
+        saved.extend([step] if limit.save_is_due else [])
+        return 1.0
+
+    steps_of(limit, time, seconds_of, until=1000)
+    assert len(saved) == 3 and all(0 <= step - due <= 10 for step, due in zip(saved, (300, 600, 900)))
+    kept, limit, saved = limit.state_dict(), Budget(budget.UNKNOWN, 30.0), []
+    limit.load_state_dict(kept)
+    steps_of(limit, time, seconds_of, step=1000, until=1300)
+    assert len(saved) == 1 and 1200 <= saved[0] <= 1210
+
+
+def test_processes_end_together_by_the_slowest_one(time, monkeypatch):
     """Processes that each read their own clock, and of which one waits for ever for the other's next step."""
-    behind = torch.tensor([[5.0, 0.0]])  # seconds that the other process has spent more
-    two = SimpleNamespace(num_processes=2, device="cpu", gather=lambda mine: torch.cat([mine, mine + behind]))
-    begun = time.now
-    steps_of(Budget(budget.UNKNOWN, 1.0), time, lambda step: 0.5, accelerator=two)
-    assert 53 < time.now - begun <= 55
+    slow, ends = {"seconds_of": lambda step: 0.5 if step < 40 else 1.0, "kind_of": lambda step: step >= 40}, []
+    for more in (5.0, -5.0):  # seconds that the other process has spent more
+        monkeypatch.setattr(budget, "gathered", lambda mine, _, more=more: [mine, (mine[0] + more, *mine[1:])])
+        begun, limit = time.now, Budget(budget.UNKNOWN, 1.0)
+        limit.load_state_dict(limit.state_dict() | {"seconds": max(0, -more)})
+        ends.append(steps_of(limit, time, **slow)[-1])
+        assert 53 < time.now - begun <= 55
+    assert ends[0] == ends[1]
 
 
 def test_a_resumed_run_has_what_is_left_and_goes_on_where_its_schedule_stood(time):

@@ -319,10 +319,11 @@ def test_dry_run_prints_the_plan_and_writes_nothing(flags, vae_folders, tmp_path
     image["seen_through"] = [vae_folders["kl4"]]
     for changes in ({}, image):
         train_script.main(as_argv(flags | changes))
-        said = capsys.readouterr().out
+        said, bar = capsys.readouterr()
+        assert "best=" in bar and "dB" in bar
         assert sorted(tmp_path.rglob("*")) == before and not work.exists()
         assert "21 (3 in an epoch) of 4 images" in said
-        for fact in ("expected time", "latent cache", "checkpoint", "peak memory"):
+        for fact in ("encoding:", "training:", "evaluations:", "expected time", "latent cache", "checkpoint", "peak memory"):
             assert fact in said
 
 

@@ -52,8 +52,11 @@ def user_run(vae_folders, photo_folders, tmp_path_factory):
 
 def test_checkpoints_are_named_by_time_and_say_where_they_stand(user_run):
     """Two saves within one second that share a name; a last checkpoint that is not the last step's; a config that its own
-    parser refuses, or that forgets what was typed; a start that is told as the random module's figure."""
-    flags, results, _, stdout, _ = user_run
+    parser refuses, or that forgets what was typed; a start that is told as the random module's figure; no sample picture
+    beside them, or no word of it."""
+    flags, results, folder, stdout, _ = user_run
+    (sample,) = (folder / "ckpt").glob("*.png")
+    assert str(sample) in stdout and "CUSTOM SCALARS" in stdout and sample.read_bytes()[1:4] == b"PNG"
     assert len(results.checkpoints) == 2  # one an epoch; the end does not save twice
     for checkpoint in results.checkpoints:
         assert re.fullmatch(r"align_pipeline_\d{8}_\d{6}\.pth", checkpoint.name)
