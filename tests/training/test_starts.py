@@ -282,6 +282,7 @@ def test_training_starts_at_what_is_shipped(shipped):
 
 def test_a_run_without_a_shipped_module_starts_as_usual(flags, tmp_path, caplog):
     """Catches a recipe that fails, or starts at random, between VAEs for which nothing is shipped."""
+    caplog.set_level("INFO")
     usual = train(flags, tmp_path / "usual", **QUIET, max_train_steps=2)
     assert same_weights(train(flags, tmp_path / "shipped", **QUIET, max_train_steps=2, init="shipped").last, usual.last)
     assert "as with --init ridge" in caplog.text
