@@ -13,7 +13,7 @@ from evaluation.ladder import Ladder, evaluate
 from evaluation.metrics import Measures
 from runtime.processes import is_main
 from utils import UserError
-from vaes.pipeline import PipelineWithVAEs, newest_checkpoint, read_checkpoint, weights_digest
+from vaes.pipeline import PipelineWithVAEs, weights_digest
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +46,10 @@ class JudgedCheckpoint:
         }
 
 
-def read_checkpoints(given: list[str]) -> list[tuple[Path, dict]]:
-    """(path, content) for each of `given`: a file, or a folder, whose newest checkpoint counts."""
-    return [newest_checkpoint(one) if Path(one).is_dir() else (Path(one), read_checkpoint(one)) for one in given]
-
-
 def open_checkpoints(
     read: list[tuple[Path, dict]], places: dict, device: torch.device, dtype: torch.dtype, cache_dir=None, labels=LABELS
 ) -> list[JudgedCheckpoint]:
-    """The checkpoints that were `read` (see `read_checkpoints`) with their VAEs; they share the first one's. UserError when one
+    """The checkpoints that were `read` (see `named_checkpoint`) with their VAEs; they share the first one's. UserError when one
     goes between other VAEs than the first.
 
     Args:

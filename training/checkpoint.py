@@ -27,9 +27,9 @@ from training.budget import Budget
 from training.log import Meter
 from training.optimizer import BadSteps, load_optimizer
 from utils import UserError, next_stamp, one_line
-from vae_align import AlignError, AlignModule
+from vae_align import PRETRAINED_NAME, AlignError, AlignModule
 from vaes.codec import Codec
-from vaes.pipeline import PipelineWithVAEs, checkpoints_in, read_checkpoint
+from vaes.pipeline import PipelineWithVAEs, best_of_run, checkpoints_in, read_checkpoint, write_module
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class Run:
     @property
     def best_path(self) -> Path:
         """Where the best module of this run is kept."""
-        return self.folder / f"align_best_{self.name.removeprefix('align_')}.pth"
+        return best_of_run(self.folder, self.name)
 
     # ---- what is remembered
 
@@ -183,6 +183,7 @@ class Run:
             for file in (oldest, oldest.with_suffix(".json")):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(file)
+        write_module(self.folder)
         return self.last
 
     def save_if_best(self) -> None:
@@ -198,6 +199,7 @@ class Run:
             return
         self.best = {"value": value, "step": self.step} | on
         self._write(name=self.best_path.name)
+        write_module(self.folder)
 
     def _write(self, **more) -> Path:
         return self.pipeline.save_checkpoint(
@@ -230,7 +232,7 @@ def on_cpu(value):
 
 def drop_abandoned(folder: Path) -> None:
     """Delete the half-written checkpoints that kills left in `folder`, before they fill the disk."""
-    for file in folder.glob(".align_*.pth.*.tmp"):
+    for file in (*folder.glob(".align_*.pth.*.tmp"), *folder.glob(f".{PRETRAINED_NAME}.*.tmp")):
         with contextlib.suppress(OSError):  # another process was quicker, or the file is another user's
             if time.time() - file.stat().st_mtime > ABANDONED:
                 os.unlink(file)

@@ -16,6 +16,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -28,6 +31,7 @@ from evaluation.ladder import FixedRungs, Ladder
 from evaluation.pictures import comparison_sheets
 from evaluation.tables import METRICS_FILE, TRAINING_FILE, decibels
 from utils import UserError, atomic_file, printable, require_regular
+from vae_align import PRETRAINED_NAME
 from vaes.pipeline import weights_digest
 
 log = logging.getLogger(__name__)
@@ -337,4 +341,10 @@ def print_results(run, log_dir: str, *speed: str) -> None:
     print(f"checkpoint: {run.last}")
     if run.best and run.best["step"] != run.step:
         print(f"best by {run.best_metric} (step {run.best['step']}): {run.best_path}")
-    print(f"TensorBoard: tensorboard --logdir {log_dir}")
+    folder, photos = shlex.quote(str(run.folder)), shlex.quote(run.config["eval_data_dir"])
+    print(f"to use: {run.folder / PRETRAINED_NAME}, by AlignPipeline.from_pretrained({str(run.folder)!r})")
+    print(f"   or:  python tools/translate.py {folder} IN… --output_dir OUT")
+    print(f"to judge: python eval_align.py --checkpoint {folder} --eval_data_dir {photos}")
+    print(f"TensorBoard: tensorboard --logdir {shlex.quote(log_dir)}")
+    if sys.prefix != sys.base_prefix and "VIRTUAL_ENV" not in os.environ:
+        print(f"before these commands: . {sys.prefix}/bin/activate")
