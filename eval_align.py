@@ -41,7 +41,8 @@ import torch
 from dataloader import ImageDataset, eval_loader, find_images, require_memory
 from evaluation import report, tables
 from evaluation.figures import finite
-from evaluation.judge import PLACES, judge, ladder_of, open_checkpoints
+from evaluation.judge import PLACES, judge, open_checkpoints
+from evaluation.ladder import Ladder
 from evaluation.metrics import CHOICES, DEFAULT_CHOICES, Measures
 from evaluation.pictures import comparison_sheets, is_sheet, save_sheet
 from evaluation.verdict import verdict
@@ -62,7 +63,7 @@ from utils import (
     resolve_precision,
 )
 from vaes.codec import good_image_size
-from vaes.pipeline import compare_vaes, named_checkpoint
+from vaes.pipeline import compare_vaes, module_in, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +172,9 @@ def main(argv: list[str] | None = None) -> dict:
     compute_policy(device)
 
     # ---- load
-    contents = [named_checkpoint(given) for given in args.checkpoint]
+    contents = [
+        module_in(given) if os.path.isdir(given) else (Path(given), read_checkpoint(given)) for given in args.checkpoint
+    ]
     trained = contents[0][1]["config"]
     wanted = args.precision or trained.get("precision", "bfloat16")
     precision = resolve_precision(wanted, device, args.precision is not None)
@@ -182,14 +185,14 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def evaluate_into(output_dir: Path, args, argv: list[str], contents: list, precision: str, accelerator) -> dict:
-    """`main` once nobody else writes into `output_dir`; `contents`: the checkpoints, see `named_checkpoint`."""
+    """`main` once nobody else writes into `output_dir`; `contents`: [(path, content)] of the checkpoints."""
     trained, dtype = contents[0][1]["config"], get_dtype(precision)
     device, main_process = accelerator.device, accelerator.is_main_process
     places = {place: getattr(args, place) for place in PLACES}
     checkpoints = open_checkpoints(
         contents, places, device, dtype, args.cache_dir, ("--checkpoint", "--vae1_path", "--vae2_path")
     )
-    ladder = ladder_of(checkpoints, dtype)
+    ladder = Ladder(checkpoints[0].pipeline, dtype, {other.label: other.pipeline for other in checkpoints[1:]})
     codecs = ladder.pipeline.codec1, ladder.pipeline.codec2
     with naming("--image_size"):
         size = good_image_size(args.image_size or trained.get("image_size", 256), *(codec.stride for codec in codecs))

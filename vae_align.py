@@ -751,9 +751,7 @@ class AlignPipeline:
                 `torch_dtype`, diffusers' name for `dtype`. `AutoModel` passes further ones, which change nothing.
         """
         dtype = options.get("torch_dtype") or dtype
-        if into is not None:
-            return cls.pair(str(path), into, device, dtype)
-        if pair := pair_named(path):
+        if pair := pair_named(path) if into is None else (str(path), into):
             return cls.pair(*pair, device, dtype)
         pipeline = cls.from_checkpoint(or_from_hub(path, options), device=device, dtype=dtype)
         warn_of_half(path, pipeline.space1.name, pipeline.space2.name)
@@ -966,9 +964,6 @@ def _from_zoo(entry: dict, dtype: torch.dtype | str) -> AlignPipeline:
 # The file
 
 
-OF_TRAINING = "; PipelineWithVAEs.from_checkpoint(path).save_pretrained(output) of vaes/pipeline.py makes one"
-
-
 def read_safetensors(path: Path) -> dict:
     """The content of a .safetensors file: `align_config` and `state_dict`, which make the module (`module_of`); `space1`,
     `space2` and `figures` as `save_pretrained` wrote them; `step`, of the training or 0; `vaes` and `vae_digests`, the places
@@ -977,6 +972,7 @@ def read_safetensors(path: Path) -> dict:
     AlignError if the file is not ours, newer than this code, or damaged: checksums are compared, and the parts must belong
     together. No memory is taken for what the file claims before that.
     """
+    of_training = "; PipelineWithVAEs.from_checkpoint(path).save_pretrained(output) of vaes/pipeline.py makes one"
     try:
         from safetensors import safe_open
     except ImportError:
@@ -988,10 +984,10 @@ def read_safetensors(path: Path) -> dict:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         checksum = _crc_of_tensors(path.read_bytes())
     except FileNotFoundError:
-        remedy = OF_TRAINING if any(path.parent.glob(f"{CHECKPOINT_PREFIX}_*.pth")) else ""
+        remedy = of_training if any(path.parent.glob(f"{CHECKPOINT_PREFIX}_*.pth")) else ""
         raise AlignError(f"checkpoint {path}: no such file{remedy}") from None
     except Exception as error:  # whatever is wrong with the file, safetensors and json have errors of their own for it
-        remedy = OF_TRAINING if path.suffix == ".pth" else ""
+        remedy = of_training if path.suffix == ".pth" else ""
         raise AlignError(f"checkpoint {path}: damaged or no .safetensors checkpoint ({_one_line(error)}){remedy}") from None
     with errors_naming(path):
         require_format(description)
@@ -999,8 +995,8 @@ def read_safetensors(path: Path) -> dict:
             raise AlignError("damaged (its tensors do not match their checksum)")
         parts = ("format", "format_number", "align_config", "space1", "space2", "figures")
         of_vaes = {name: description.get(name) or [None, None] for name in ("vaes", "vae_digests")}
-        content = {name: description[name] for name in parts} | {"state_dict": tensors} | of_vaes
-        content["step"] = description.get("step", 0)
+        content = {name: description[name] for name in parts} | of_vaes
+        content |= {"state_dict": tensors, "step": description.get("step", 0)}
         require_whole("its step", content["step"], 0, 1 << 40)
         kinds_fit = all(len(each) == 2 and {*map(type, each)} <= {str, type(None)} for each in of_vaes.values())
         if not kinds_fit or not isinstance(content["figures"], dict):

@@ -341,9 +341,8 @@ def print_results(run, log_dir: str, *speed: str) -> None:
     print(f"checkpoint: {run.last}")
     if run.best and run.best["step"] != run.step:
         print(f"best by {run.best_metric} (step {run.best['step']}): {run.best_path}")
-    folder, photos = shlex.quote(str(run.folder)), shlex.quote(run.config["eval_data_dir"])
+    folder, photos = map(shlex.quote, (str(run.folder), run.config["eval_data_dir"]))
     print(f"to use: {run.folder / PRETRAINED_NAME}, by AlignPipeline.from_pretrained({str(run.folder)!r})")
-    print(f"   or:  python tools/translate.py {folder} IN… --output_dir OUT")
     print(f"to judge: python eval_align.py --checkpoint {folder} --eval_data_dir {photos}")
     print(f"TensorBoard: tensorboard --logdir {shlex.quote(log_dir)}")
     if sys.prefix != sys.base_prefix and "VIRTUAL_ENV" not in os.environ:

@@ -38,12 +38,11 @@ from vae_align import (
     warn_of_half,
 )
 from vaes.codec import Codec, same_numbers
-from vaes.loading import FrozenVAE, load_vae_model
+from vaes.loading import load_vae_model
 
 log = logging.getLogger(__name__)
 
 BEST_PREFIX = "align_best"  # of the best module of a run, before the stamp of the run's name
-SHIPPED = ZOO.parent / "pretrained"
 
 
 def require_memory_for(config: AlignConfig) -> None:
@@ -93,14 +92,6 @@ class PipelineWithVAEs(AlignPipeline):
     @property
     def codec2(self) -> Codec:
         return self._codec(2)
-
-    @property
-    def vae1(self) -> FrozenVAE:
-        return self.codec1.vae
-
-    @property
-    def vae2(self) -> FrozenVAE:
-        return self.codec2.vae
 
     def to(self, device: str | torch.device) -> PipelineWithVAEs:
         """Move the module and the VAEs; the module stays in float32, in which it trains."""
@@ -313,12 +304,12 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     together, before any memory is taken for what the file claims. Executes no code from the file.
     """
     if os.path.isdir(path):  # `Path.is_dir` fails for too long a name
-        return named_checkpoint(path)[1]
+        return module_in(path)[1]
     if pair := pair_named(path):
         pipeline = AlignPipeline.pair(*pair)
         weights = {"state_dict": pipeline.module.state_dict(), "vaes": [None, None], "vae_digests": [None, None]}
         return _with_training_keys(pipeline.description() | weights)
-    shipped = SHIPPED / f"{path}.safetensors"
+    shipped = ZOO.parent / "pretrained" / f"{path}.safetensors"
     path = shipped if not os.path.lexists(path) and os.path.isfile(shipped) else Path(path)
     start = _first_bytes(path)
     if path.suffix == ".safetensors" or start[8:] == b"{":
@@ -334,18 +325,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     return content
 
 
-def named_checkpoint(given: str | os.PathLike) -> tuple[Path, dict]:
-    """(path, content) of what `read_checkpoint` takes; the log names the file that stands for a folder."""
-    if not os.path.isdir(given):
-        return Path(given), read_checkpoint(given)
-    path, content = module_in(given)
-    log.info("%s: its %s, step %d", given, path.name, content["step"])
-    return path, content
-
-
-def module_in(folder: str | os.PathLike) -> tuple[Path, dict]:
+def module_in(folder: str | os.PathLike, level: int = logging.INFO) -> tuple[Path, dict]:
     """(path, content) of the module that a folder stands for: the best one of the run that wrote its newest file, else its
-    newest checkpoint, else its `model.safetensors`. A damaged file is named and left out. AlignError if nothing is left."""
+    newest checkpoint, else its `model.safetensors`. The log names it, at this level, and every damaged file that is left out.
+    AlignError if nothing is left."""
     failure = f"no {CHECKPOINT_PREFIX}_YYYYMMDD_HHMMSS.pth and no {PRETRAINED_NAME} in this folder"
     pretrained = Path(folder) / PRETRAINED_NAME
     found = checkpoints_in(folder, BEST_PREFIX) + [pretrained] * os.path.lexists(pretrained)
@@ -362,6 +345,7 @@ def module_in(folder: str | os.PathLike) -> tuple[Path, dict]:
             continue
         best = best_of_run(folder, content.get("run"))
         if best not in found:
+            log.log(level, "%s: its %s, step %d", folder, path.name, content["step"])
             return path, content
         found = [best, path]
     raise AlignError(f"checkpoint {folder}: {failure}{remedy}")
@@ -383,7 +367,7 @@ def best_of_run(folder: str | os.PathLike, run: str | None) -> Path:
 def write_module(folder: str | os.PathLike) -> Path:
     """Write `model.safetensors` into `folder`: the module that the folder stands for (`module_in`), in a file that
     `AlignPipeline.from_pretrained` reads, with no setting and no place of this machine in it."""
-    _, content = module_in(folder)
+    _, content = module_in(folder, logging.DEBUG)
     digests = [content[name].get("content") for name in ("vae1", "vae2")]
     pipeline = AlignPipeline(module_of(content), *spaces_of(content), content["metrics"])
     return pipeline.save_pretrained(Path(folder) / PRETRAINED_NAME, step=content["step"], vae_digests=digests)

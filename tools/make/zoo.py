@@ -140,8 +140,7 @@ class Zoo:
         ended = subprocess.run([*command, "--seen_through", *map(self._place_of, others)]).returncode
         if ended:
             raise UserError(f"the training of {space} ended with code {ended}; start the same command again to continue it")
-        checkpoint = checkpoints_in(folder)[0]
-        content = read_checkpoint(checkpoint)
+        content = read_checkpoint(checkpoint := checkpoints_in(folder)[0])
         config = AlignConfig.from_dict(content["align_config"])
         module = align_module(replace(config, input_types=("latent",)))
         start_from_vaes(PipelineWithVAEs(module, codec, codec), str(checkpoint))
