@@ -763,8 +763,7 @@ class AlignPipeline:
     ) -> AlignPipeline:
         """The pipeline of a .safetensors file, or of the `model.safetensors` in a folder; never from the hub. `device` and
         `dtype`: see `from_pretrained`. Executes no code from the file."""
-        path = Path(path)
-        path = path / PRETRAINED_NAME if os.path.isdir(path) else path  # `Path.is_dir` fails for too long a name
+        path = Path(path, PRETRAINED_NAME) if os.path.isdir(path) else Path(path)  # `is_dir` fails for too long a name
         content = read_safetensors(path)
         if content["step"]:
             log.info("%s: the module of step %d", path, content["step"])

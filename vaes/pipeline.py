@@ -307,7 +307,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         return module_in(path)[1]
     if pair := pair_named(path):
         pipeline = AlignPipeline.pair(*pair)
-        weights = {"state_dict": pipeline.module.state_dict(), "vaes": [None, None], "vae_digests": [None, None]}
+        weights = {"state_dict": pipeline.module.state_dict(), "vaes": [None, None], "vae_digests": [None, None], "step": 0}
         return _with_training_keys(pipeline.description() | weights)
     shipped = ZOO.parent / "pretrained" / f"{path}.safetensors"
     path = shipped if not os.path.lexists(path) and os.path.isfile(shipped) else Path(path)
