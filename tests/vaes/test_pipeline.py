@@ -18,7 +18,7 @@ from runs import QUIET, train
 
 import eval_align
 import train_align_with_args as train_script
-from vae_align import ZOO, AlignConfig, AlignError, AlignPipeline, align_module
+from vae_align import AlignConfig, AlignError, AlignPipeline, align_module
 from vaes import pipeline as pipeline_module
 from vaes.codec import Codec
 from vaes.loading import load_vae_model
@@ -214,16 +214,6 @@ def test_a_folder_of_other_files_says_which_one_to_name(saved, tmp_path):
     shutil.copy(saved[1], tmp_path / "good.pth")
     with pytest.raises(AlignError, match=r"in this folder; to use good.pth name the file$"):
         read_checkpoint(tmp_path)
-
-
-def test_a_module_into_itself_is_said_to_be_one(caplog):
-    """Half of a pair of the zoo taken for a module into another space, without a word; a pair's halves announced as such."""
-    AlignPipeline.from_pretrained("sd15", "flux1")
-    read_checkpoint("taesd_to_taef1")  # a shipped module by its name
-    assert not caplog.records
-    for read in (AlignPipeline.from_pretrained, read_checkpoint):
-        read(ZOO / "flux1.safetensors")
-        assert "from flux1 into itself; a pair is named by its two spaces, such as sd15:flux1" in caplog.records.pop().message
 
 
 def test_two_processes_that_save_at_once_never_overwrite(saved, tmp_path):
