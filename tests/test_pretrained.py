@@ -44,12 +44,10 @@ def test_is_fit_to_be_given_away(path):
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
-def test_the_readmes_lines_for_use_run_as_printed(name, monkeypatch):
+def test_the_readmes_lines_for_use_run_as_printed(name):
     """A name that nothing has imported or made; a device that is not there; a result that is translated a second time."""
-    monkeypatch.chdir(ROOT)
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text("utf-8"), re.DOTALL)
     exec(block, made := {})
-    assert made["flux_latents"].shape == (1, 16, 64, 64)
     torch.testing.assert_close(made["flux_latents"], made["pipeline"].translate(made["sd15_latents"]))
 
 

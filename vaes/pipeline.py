@@ -330,8 +330,7 @@ def module_in(folder: str | os.PathLike, level: int = logging.INFO) -> tuple[Pat
     newest checkpoint, else its `model.safetensors`. The log names it, at this level, and every damaged file that is left out.
     AlignError if nothing is left."""
     failure = f"no {CHECKPOINT_PREFIX}_YYYYMMDD_HHMMSS.pth and no {PRETRAINED_NAME} in this folder"
-    pretrained = Path(folder) / PRETRAINED_NAME
-    found = checkpoints_in(folder, BEST_PREFIX) + [pretrained] * os.path.lexists(pretrained)
+    found = [*checkpoints_in(folder, BEST_PREFIX), *Path(folder).glob(PRETRAINED_NAME)]
     others = sorted(path.name for path in Path(folder).glob("*") if path.suffix in (".pth", ".safetensors"))
     remedy = "" if found or not others else f"; to use {', '.join(others[-2:])} name the file"
     while found:
