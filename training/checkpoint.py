@@ -29,7 +29,7 @@ from training.optimizer import BadSteps, load_optimizer
 from utils import UserError, next_stamp, one_line
 from vae_align import PRETRAINED_NAME, AlignError, AlignModule
 from vaes.codec import Codec
-from vaes.pipeline import PipelineWithVAEs, best_of_run, checkpoints_in, read_checkpoint, write_module
+from vaes.pipeline import BEST_PREFIX, PipelineWithVAEs, checkpoints_in, read_checkpoint, write_module
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class Run:
     @property
     def best_path(self) -> Path:
         """Where the best module of this run is kept."""
-        return best_of_run(self.folder, self.name)
+        return self.folder / f"{BEST_PREFIX}_{self.name.removeprefix('align_')}.pth"
 
     # ---- what is remembered
 

@@ -342,7 +342,7 @@ def module_in(folder: str | os.PathLike, level: int = logging.INFO) -> tuple[Pat
             if found:
                 log.warning("%s; trying the one before it", error)
             continue
-        best = best_of_run(folder, content.get("run"))
+        best = Path(folder, f"{BEST_PREFIX}_{str(content.get('run')).removeprefix('align_')}.pth")
         if best not in found:
             log.log(level, "%s: its %s, step %d", folder, path.name, content["step"])
             return path, content
@@ -356,11 +356,6 @@ def checkpoints_in(folder: str | os.PathLike, *further: str) -> list[Path]:
     prefixes = (CHECKPOINT_PREFIX, *further)
     found = (path for prefix in prefixes for path in Path(folder).glob(f"{prefix}_*.pth") if stamp_of(path, prefix))
     return sorted(found, key=lambda path: path.name.split("_", 2)[2], reverse=True)  # by what follows the prefix
-
-
-def best_of_run(folder: str | os.PathLike, run: str | None) -> Path:
-    """Where the best module of a run such as "align_20251231_034701" is kept."""
-    return Path(folder) / f"{BEST_PREFIX}_{str(run).removeprefix('align_')}.pth"
 
 
 def write_module(folder: str | os.PathLike) -> Path:
