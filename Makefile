@@ -1,4 +1,4 @@
-# Two commands do all the set-up on a fresh machine (Python 3.10+ with pip):  make demo  and  make test.
+# Each command does all its set-up on a fresh machine (Python 3.10+ with pip);  make install  does nothing else.
 # With CONSTRAINTS=constraints.txt they install the exact versions that the suite was last seen to pass with.
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,10 @@ RUN := $(VENV)/bin/python
 OUTPUT := demo_output
 KILLS := 50
 
-.PHONY: demo page test test-faults lint clean
+.PHONY: install demo page test test-faults lint clean
+
+install: $(VENV)/installed
+	@echo "set up; after  . $(VENV)/bin/activate  every command of the README is as printed"
 
 demo: $(VENV)/installed
 	$(RUN) train_align_with_args.py --load_config config/demo.json

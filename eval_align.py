@@ -41,7 +41,8 @@ import torch
 from dataloader import ImageDataset, eval_loader, find_images, require_memory
 from evaluation import report, tables
 from evaluation.figures import finite
-from evaluation.judge import PLACES, judge, ladder_of, open_checkpoints, read_checkpoints
+from evaluation.judge import PLACES, judge, open_checkpoints
+from evaluation.ladder import Ladder
 from evaluation.metrics import CHOICES, DEFAULT_CHOICES, Measures
 from evaluation.pictures import comparison_picture, comparisons, is_sheet, save_sheet
 from evaluation.verdict import verdict
@@ -62,7 +63,7 @@ from utils import (
     resolve_precision,
 )
 from vaes.codec import good_image_size
-from vaes.pipeline import compare_vaes
+from vaes.pipeline import compare_vaes, module_in, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +78,8 @@ def build_parser() -> Parser:
         "--checkpoint",
         nargs="+",
         required=True,
-        help="file written by train_align_with_args.py, or a folder: its newest; further ones, between the same two VAEs, are "
-        "judged beside the first",
+        help="file written by train_align_with_args.py, or a folder: its best module; further ones, between the same two "
+        "VAEs, are judged beside the first",
     )
     parser.add_argument("--eval_data_dir", required=True, help="folder of images, searched recursively (or see --dataset_type)")
     parser.add_argument("--output_dir", default="eval_results", help="where the report, the figures and the pictures go")
@@ -89,7 +90,7 @@ def build_parser() -> Parser:
         nargs="+",
         choices=CHOICES,
         default=list(DEFAULT_CHOICES),
-        help="beyond the plain ones; lpips needs torchvision, rfid torch-fidelity, both with weights already on this machine",
+        help="beyond the plain ones; lpips downloads AlexNet's weights once; rfid needs torch-fidelity and its weights",
     )
     parser.add_argument("--eval_batch_size", type=integer(1, 4096), default=4, help="images per batch")
     parser.add_argument("--num_workers", type=integer(0, 256), default=4, help="processes that decode images; 0: none")
@@ -171,7 +172,9 @@ def main(argv: list[str] | None = None) -> dict:
     compute_policy(device)
 
     # ---- load
-    contents = read_checkpoints(args.checkpoint)
+    contents = [
+        module_in(given) if os.path.isdir(given) else (Path(given), read_checkpoint(given)) for given in args.checkpoint
+    ]
     trained = contents[0][1]["config"]
     wanted = args.precision or (trained | contents[0][1].get("trained_on", {})).get("precision", "bfloat16")
     precision = resolve_precision(wanted, device, args.precision is not None)
@@ -182,14 +185,14 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def evaluate_into(output_dir: Path, args, argv: list[str], contents: list, precision: str, accelerator) -> dict:
-    """`main` once nobody else writes into `output_dir`; `contents`: the checkpoints, see `judge.read_checkpoints`."""
+    """`main` once nobody else writes into `output_dir`; `contents`: [(path, content)] of the checkpoints."""
     trained, dtype = contents[0][1]["config"], get_dtype(precision)
     device, main_process = accelerator.device, accelerator.is_main_process
     places = {place: getattr(args, place) for place in PLACES}
     checkpoints = open_checkpoints(
         contents, places, device, dtype, args.cache_dir, ("--checkpoint", "--vae1_path", "--vae2_path")
     )
-    ladder = ladder_of(checkpoints, dtype)
+    ladder = Ladder(checkpoints[0].pipeline, dtype, {other.label: other.pipeline for other in checkpoints[1:]})
     codecs = ladder.pipeline.codec1, ladder.pipeline.codec2
     with naming("--image_size"):
         size = good_image_size(args.image_size or trained.get("image_size", 256), *(codec.stride for codec in codecs))

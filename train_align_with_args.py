@@ -1,6 +1,6 @@
 """Train a small network that turns one frozen VAE's latents into another's.
 
-    # a smoke run on the embedded default: under five minutes on two CPU cores, no network
+    # a smoke run on the embedded default: two to three minutes on two CPU cores, no network
     python train_align_with_args.py --load_config config/demo.json
 
     # SD1.5 -> FLUX.1
@@ -154,7 +154,8 @@ def build_parser() -> Parser:
                        "shipped module of these spaces and this architecture, else as vaes, or as ridge if plain")  # fmt: skip
     group.add_argument("--init_module", help="with --init vaes: then take the trained layers of the module in this file, which "
                        "has the same width and the image among its inputs")  # fmt: skip
-    group.add_argument("--load_checkpoint", help="start from this checkpoint's weights; the architecture comes with them")
+    group.add_argument("--load_checkpoint", help="start from these weights, whose architecture comes along: a file, a "
+                       "folder's best module, a pair such as sd15:flux1, a shipped module such as taesd_to_taef1")  # fmt: skip
 
     group = parser.add_argument_group("data")
     group.add_argument("--train_data_dir", default="train_images", help="folder of training images, searched recursively")
@@ -395,7 +396,7 @@ def settings_of_run(args: argparse.Namespace, path: Path, content: dict) -> dict
         elif given and _comparable(getattr(args, name)) != _comparable(value):
             raise UserError(
                 f"--{name} {getattr(args, name)}: the run to resume has {value}; leave the flag out, or start a new run "
-                f"without --resume. What may change: {', '.join('--' + flag for flag in sorted(MAY_CHANGE))}"
+                "without --resume"
             )
         else:
             found[name] = value

@@ -738,8 +738,8 @@ class AlignPipeline:
         dtype: torch.dtype | str = torch.float32,
         **options,
     ) -> AlignPipeline:
-        """The pipeline of a .safetensors file, of a folder that `save_pretrained` wrote, of such a folder on the hub, or of a
-        pair of the zoo.
+        """The pipeline of a .safetensors file, of a folder with a `model.safetensors`, such as a training run leaves, of such a
+        folder on the hub, or of a pair of the zoo.
 
         Args:
             path: a file or folder; where there is none, a pair such as "sd15:flux1", or the name of a model on the hub,
@@ -751,11 +751,11 @@ class AlignPipeline:
                 `torch_dtype`, diffusers' name for `dtype`. `AutoModel` passes further ones, which change nothing.
         """
         dtype = options.get("torch_dtype") or dtype
-        if into is not None:
-            return cls.pair(str(path), into, device, dtype)
-        if pair := pair_named(path):
+        if pair := pair_named(path) if into is None else (str(path), into):
             return cls.pair(*pair, device, dtype)
-        return cls.from_checkpoint(or_from_hub(path, options), device=device, dtype=dtype)
+        pipeline = cls.from_checkpoint(or_from_hub(path, options), device=device, dtype=dtype)
+        warn_of_half(path, pipeline.space1.name, pipeline.space2.name)
+        return pipeline
 
     @classmethod
     def from_checkpoint(
@@ -763,9 +763,10 @@ class AlignPipeline:
     ) -> AlignPipeline:
         """The pipeline of a .safetensors file, or of the `model.safetensors` in a folder; never from the hub. `device` and
         `dtype`: see `from_pretrained`. Executes no code from the file."""
-        path = Path(path)
-        path = path / PRETRAINED_NAME if os.path.isdir(path) else path  # `Path.is_dir` fails for too long a name
+        path = Path(path, PRETRAINED_NAME) if os.path.isdir(path) else Path(path)  # `is_dir` fails for too long a name
         content = read_safetensors(path)
+        if content["step"]:
+            log.info("%s: the module of step %d", path, content["step"])
         spaces = (LatentSpace.from_dict(content[name]) for name in ("space1", "space2"))
         dtype = content["state_dict"]["out.weight"].dtype if dtype == "auto" else dtype
         return cls(module_of(content), *spaces, content["figures"]).to(device, dtype)
@@ -938,6 +939,12 @@ def pair_named(name: str | os.PathLike) -> tuple[str, str] | None:
     return tuple(spaces)
 
 
+def warn_of_half(path: str | os.PathLike, one: str | None, into: str | None) -> None:
+    """Log that a file's module goes from a named space into itself, as the zoo's files do: two of them make a pair."""
+    if one and one == into:
+        log.warning("%s: a module from %s into itself; a pair is named by its two spaces, such as sd15:flux1", path, one)
+
+
 def letters_of(name: str) -> str:
     """The letters and digits of a name, in lower case: what counts of the names of latent spaces."""
     return "".join(letter for letter in str(name).lower() if letter.isalnum())
@@ -958,11 +965,13 @@ def _from_zoo(entry: dict, dtype: torch.dtype | str) -> AlignPipeline:
 
 def read_safetensors(path: Path) -> dict:
     """The content of a .safetensors file: `align_config` and `state_dict`, which make the module (`module_of`); `space1`,
-    `space2` and `figures` as `save_pretrained` wrote them; `vaes` and `vae_digests`, the places and digests of both or None.
+    `space2` and `figures` as `save_pretrained` wrote them; `step`, of the training or 0; `vaes` and `vae_digests`, the places
+    and digests of both or None.
 
     AlignError if the file is not ours, newer than this code, or damaged: checksums are compared, and the parts must belong
     together. No memory is taken for what the file claims before that.
     """
+    of_training = "; PipelineWithVAEs.from_checkpoint(path).save_pretrained(output) of vaes/pipeline.py makes one"
     try:
         from safetensors import safe_open
     except ImportError:
@@ -974,9 +983,9 @@ def read_safetensors(path: Path) -> dict:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         checksum = _crc_of_tensors(path.read_bytes())
     except FileNotFoundError:
-        raise AlignError(f"checkpoint {path}: no such file") from None
+        remedy = of_training if any(path.parent.glob(f"{CHECKPOINT_PREFIX}_*.pth")) else ""
+        raise AlignError(f"checkpoint {path}: no such file{remedy}") from None
     except Exception as error:  # whatever is wrong with the file, safetensors and json have errors of their own for it
-        of_training = "; PipelineWithVAEs.from_checkpoint(path).save_pretrained(output) of vaes/pipeline.py makes one"
         remedy = of_training if path.suffix == ".pth" else ""
         raise AlignError(f"checkpoint {path}: damaged or no .safetensors checkpoint ({_one_line(error)}){remedy}") from None
     with errors_naming(path):
@@ -985,7 +994,9 @@ def read_safetensors(path: Path) -> dict:
             raise AlignError("damaged (its tensors do not match their checksum)")
         parts = ("format", "format_number", "align_config", "space1", "space2", "figures")
         of_vaes = {name: description.get(name) or [None, None] for name in ("vaes", "vae_digests")}
-        content = {name: description[name] for name in parts} | {"state_dict": tensors} | of_vaes
+        content = {name: description[name] for name in parts} | of_vaes
+        content |= {"state_dict": tensors, "step": description.get("step", 0)}
+        require_whole("its step", content["step"], 0, 1 << 40)
         kinds_fit = all(len(each) == 2 and {*map(type, each)} <= {str, type(None)} for each in of_vaes.values())
         if not kinds_fit or not isinstance(content["figures"], dict):
             raise TypeError

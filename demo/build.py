@@ -87,7 +87,7 @@ def page_of(parts: list[Path], picture: Path) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="file (.pth or .safetensors), or a folder: its newest")
+    parser.add_argument("--checkpoint", required=True, help="file (.pth or .safetensors), or a folder: its best module")
     parser.add_argument("--output", required=True, help="the .html file to write")
     parser.add_argument("--picture", type=Path, default=SAMPLE, help="the sample photo")
     parser.add_argument("--parts", help="folder that keeps the five .onnx files, for a page that is built already")

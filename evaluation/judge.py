@@ -13,11 +13,10 @@ from evaluation.ladder import Ladder, evaluate
 from evaluation.metrics import Measures
 from runtime.processes import is_main
 from utils import UserError
-from vaes.pipeline import PipelineWithVAEs, newest_checkpoint, read_checkpoint, weights_digest
+from vaes.pipeline import PipelineWithVAEs, weights_digest
 
 log = logging.getLogger(__name__)
 
-LABELS = ("checkpoint", "VAE1", "VAE2")
 PLACES = ("vae1_path", "vae1_subfolder", "vae2_path", "vae2_subfolder")  # where a checkpoint's VAEs are
 
 
@@ -47,16 +46,11 @@ class JudgedCheckpoint:
         }
 
 
-def read_checkpoints(given: list[str]) -> list[tuple[Path, dict]]:
-    """(path, content) for each of `given`: a file, or a folder, whose newest checkpoint counts."""
-    return [newest_checkpoint(one) if Path(one).is_dir() else (Path(one), read_checkpoint(one)) for one in given]
-
-
 def open_checkpoints(
-    read: list[tuple[Path, dict]], places: dict, device: torch.device, dtype: torch.dtype, cache_dir=None, labels=LABELS
+    read: list[tuple[Path, dict]], places: dict, device: torch.device, dtype: torch.dtype, cache_dir, labels
 ) -> list[JudgedCheckpoint]:
-    """The checkpoints that were `read` (see `read_checkpoints`) with their VAEs; they share the first one's. UserError when one
-    goes between other VAEs than the first.
+    """The checkpoints that were `read`, [(path, content)], with their VAEs; they share the first one's. UserError when one goes
+    between other VAEs than the first.
 
     Args:
         places: {one of `PLACES`: the place to use; None: the one that the checkpoints record}.
@@ -65,13 +59,13 @@ def open_checkpoints(
     """
     judged, first = [], None
     for number, (path, content) in enumerate(read, 1):
-        recorded = {place: content[place[:4]][place[5:]] for place in PLACES}
-        found = {place: recorded[place] if places[place] is None else places[place] for place in PLACES}
+        found = {place: content[place[:4]][place[5:]] if named is None else named for place, named in places.items()}
         first = first or found
         if found != first:
             vaes = " → ".join(str(found[place]) for place in ("vae1_path", "vae2_path"))
             raise UserError(f"{labels[0]} {path}: goes between other VAEs ({vaes}) than the first one; judge it by itself")
-        vaes = [judged[0].pipeline.vae1, judged[0].pipeline.vae2] if judged else [places["vae1_path"], places["vae2_path"]]
+        opened = judged and judged[0].pipeline
+        vaes = [opened.codec1.vae, opened.codec2.vae] if opened else [places["vae1_path"], places["vae2_path"]]
         options = {"vae1_subfolder": places["vae1_subfolder"], "vae2_subfolder": places["vae2_subfolder"]}
         pipeline = PipelineWithVAEs.from_checkpoint(
             content, *vaes, device=device, dtype=dtype, cache_dir=cache_dir, labels=labels[1:], **options
@@ -79,12 +73,6 @@ def open_checkpoints(
         rung, name = ("aligned", "aligned") if number == 1 else (f"aligned_{number}", f"aligned {number}: {path.stem}")
         judged.append(JudgedCheckpoint(rung, name, path, content, pipeline))
     return judged
-
-
-def ladder_of(checkpoints: list[JudgedCheckpoint], dtype: torch.dtype) -> Ladder:
-    """The ladder of the first checkpoint, with the further ones as its last rungs."""
-    main, *others = checkpoints
-    return Ladder(main.pipeline, dtype, {other.label: other.pipeline for other in others})
 
 
 def judge(ladder: Ladder, loader, measures: Measures, image_size: int, visit=None, accelerator=None) -> dict:

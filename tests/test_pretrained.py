@@ -1,6 +1,7 @@
 """The shipped modules: fit to be given away, usable without their VAEs, and as good as the README says."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -40,6 +41,14 @@ def test_is_fit_to_be_given_away(path):
     row = next(line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.startswith(f"| **`{path.name}`**"))
     cells = [cell.strip(" *") for cell in row.split("|")]
     assert cells[3:5] == [f"{figures['psnr']:.2f}", f"{figures['latent_mse']:.3f}"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_the_readmes_lines_for_use_run_as_printed(name):
+    """A name that nothing has imported or made; a device that is not there; a result that is translated a second time."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text("utf-8"), re.DOTALL)
+    exec(block, made := {})
+    torch.testing.assert_close(made["flux_latents"], made["pipeline"].translate(made["sd15_latents"]))
 
 
 def waves(*shape):

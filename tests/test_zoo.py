@@ -83,8 +83,9 @@ def test_names_lead_to_the_pair_with_its_figures(tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "carried.pt").float(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_pair_is_known_by_every_name_of_its_spaces(monkeypatch):
-    """Names that the README's table lists, or capital letters, refused; a space alone taken for a file that is missing."""
+def test_a_pair_is_known_by_every_name_of_its_spaces(caplog):
+    """Names that the README's table lists, or capital letters, refused; a space alone taken for a file that is missing; half of
+    a pair taken for a module into another space, without a word."""
     for name, of in read_zoo()["spaces"].items():
         assert tuple(of["aliases"]) == family_of(name).aliases
     pair = AlignPipeline.from_pretrained("sd1.5", "FLUX")
@@ -95,6 +96,10 @@ def test_a_pair_is_known_by_every_name_of_its_spaces(monkeypatch):
     refusal(lambda: AlignPipeline.from_pretrained("sd15", "flux9"), "there are sd15 to flux1")
     refusal(lambda: read_checkpoint("SD15"), "name a pair", "sd15:flux1")
     refusal(lambda: read_checkpoint("nothing:here"), "no such file")
+    assert read_checkpoint("taesd_to_taef1")["vae1"]["space"]["name"] == "sd15" and not caplog.records
+    for read in (AlignPipeline.from_pretrained, read_checkpoint):
+        read(ZOO / "flux1.safetensors")
+    assert caplog.text.count("from flux1 into itself; a pair is named by its two spaces") == 2
 
 
 def test_a_mistyped_path_that_the_hub_may_know_is_said(tmp_path, monkeypatch, caplog):

@@ -99,9 +99,7 @@ def largest_difference(module: AlignModule, session, rows: int, columns: int, ba
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "checkpoint", help="file (.safetensors or .pth), folder (its newest checkpoint), pair such as sd15:flux1"
-    )
+    parser.add_argument("checkpoint", help="file (.safetensors or .pth), folder (its best module), pair such as sd15:flux1")
     parser.add_argument("output", help="the .onnx file to write; one that is there is replaced")
     args = parser.parse_args()
     output = Path(args.output)

@@ -180,7 +180,7 @@ def write_repository(folder: Path, pipeline: AlignPipeline, origin: dict, pictur
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="file (.pth or .safetensors), or a folder: its newest")
+    parser.add_argument("checkpoint", help="file (.pth or .safetensors), or a folder: its best module")
     parser.add_argument("output", nargs="?", help="the .safetensors file to write; replaces none")
     parser.add_argument("--repo", help="owner/name on the hub, in place of a file")
     parser.add_argument("--dry_run", action="store_true", help="write the repository's files and upload nothing")

@@ -194,7 +194,7 @@ def planned(inputs: list[str], output_dir: Path) -> tuple[dict[Path, Path], list
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("module", help="file (.safetensors or .pth), folder (its newest checkpoint), pair such as sd15:flux1")
+    parser.add_argument("module", help="file (.safetensors or .pth), folder (its best module), pair such as sd15:flux1")
     parser.add_argument("inputs", nargs="+", metavar="IN", help="latents, images, or folders of them")
     parser.add_argument("--output_dir", required=True, help="folder of the results")
     kinds = "in all files but .latent, read and written, and in results of images (default: scaled, as in diffusers)"

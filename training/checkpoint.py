@@ -28,9 +28,9 @@ from training.budget import Budget
 from training.log import Meter
 from training.optimizer import BadSteps, load_optimizer
 from utils import UserError, next_stamp, one_line
-from vae_align import AlignError, AlignModule
+from vae_align import PRETRAINED_NAME, AlignError, AlignModule
 from vaes.codec import Codec
-from vaes.pipeline import PipelineWithVAEs, checkpoints_in, read_checkpoint
+from vaes.pipeline import BEST_PREFIX, PipelineWithVAEs, checkpoints_in, read_checkpoint, write_module
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class Run:
     @property
     def best_path(self) -> Path:
         """Where the best module of this run is kept."""
-        return self.folder / f"align_best_{self.name.removeprefix('align_')}.pth"
+        return self.folder / f"{BEST_PREFIX}_{self.name.removeprefix('align_')}.pth"
 
     # ---- what is remembered
 
@@ -192,6 +192,7 @@ class Run:
             for file in (oldest, oldest.with_suffix(".json")):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(file)
+        write_module(self.folder)
         return self.last
 
     def note_if_best(self) -> bool:
@@ -224,6 +225,7 @@ class Run:
     def save_best(self) -> None:
         """Keep this module beside the checkpoints as the run's best."""
         self._write(name=self.best_path.name)
+        write_module(self.folder)
 
     def _write(self, **more) -> Path:
         return self.pipeline.save_checkpoint(
@@ -256,7 +258,7 @@ def on_cpu(value):
 
 def drop_abandoned(folder: Path) -> None:
     """Delete the half-written files that kills left in `folder`, before they fill the disk."""
-    for file in folder.glob(".align_*.tmp"):
+    for file in (*folder.glob(".align_*.tmp"), *folder.glob(f".{PRETRAINED_NAME}.*.tmp")):
         with contextlib.suppress(OSError):  # another process was quicker, or the file is another user's
             if time.time() - file.stat().st_mtime > ABANDONED:
                 os.unlink(file)

@@ -18,6 +18,9 @@ import contextlib
 import json
 import logging
 import math
+import os
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -31,6 +34,7 @@ from evaluation.ladder import FixedRungs, Ladder
 from evaluation.pictures import comparison_picture, comparisons
 from evaluation.tables import METRICS_FILE, TRAINING_FILE, decibels
 from utils import UserError, atomic_file, printable, require_regular
+from vae_align import PRETRAINED_NAME
 from vaes.pipeline import weights_digest
 
 log = logging.getLogger(__name__)
@@ -305,7 +309,14 @@ def print_results(run, log_dir: str, *speed: str) -> None:
         print(f"best by {run.best_metric} (step {run.best['step']}): {run.best_path}")
     if (sample := run.folder / f"{run.name}.png").exists():
         print(f"sample picture: {sample}")
-    print(f"TensorBoard: tensorboard --logdir {log_dir} (open CUSTOM SCALARS first: the curves beside the baselines)")
+    folder, photos = map(shlex.quote, (str(run.folder), "PHOTOS" if run.config["hold_out"] else run.config["eval_data_dir"]))
+    print(f"to use: {run.folder / PRETRAINED_NAME}, by AlignPipeline.from_pretrained({str(run.folder)!r})")
+    print(f"to judge: python eval_align.py --checkpoint {folder} --eval_data_dir {photos}")
+    print(
+        f"TensorBoard: tensorboard --logdir {shlex.quote(log_dir)} (open CUSTOM SCALARS first: the curves beside the baselines)"
+    )
+    if sys.prefix != sys.base_prefix and "VIRTUAL_ENV" not in os.environ:
+        print(f"before these commands: . {sys.prefix}/bin/activate")
 
 
 def psnr_at_the_start(run, log_dir: str) -> float | None:

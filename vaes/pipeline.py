@@ -18,6 +18,7 @@ from vae_align import (
     CHECKPOINT_PREFIX,
     FORMAT_NUMBER,
     PRETRAINED_NAME,
+    ZOO,
     AlignConfig,
     AlignError,
     AlignModule,
@@ -34,11 +35,14 @@ from vae_align import (
     require_format,
     require_own_spaces,
     require_whole,
+    warn_of_half,
 )
 from vaes.codec import Codec, same_numbers
-from vaes.loading import FrozenVAE, load_vae_model
+from vaes.loading import load_vae_model
 
 log = logging.getLogger(__name__)
+
+BEST_PREFIX = "align_best"  # of the best module of a run, before the stamp of the run's name
 
 
 def require_memory_for(config: AlignConfig) -> None:
@@ -88,14 +92,6 @@ class PipelineWithVAEs(AlignPipeline):
     @property
     def codec2(self) -> Codec:
         return self._codec(2)
-
-    @property
-    def vae1(self) -> FrozenVAE:
-        return self.codec1.vae
-
-    @property
-    def vae2(self) -> FrozenVAE:
-        return self.codec2.vae
 
     def to(self, device: str | torch.device) -> PipelineWithVAEs:
         """Move the module and the VAEs; the module stays in float32, in which it trains."""
@@ -297,26 +293,29 @@ def weights_digest(module: AlignModule) -> str:
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
-    """The content of a checkpoint as plain values and tensors on the CPU; of a folder, its newest undamaged one; of a pair of
-    the zoo, such as "sd15:flux1", that pair's.
+    """The content of a checkpoint as plain values and tensors on the CPU; of a folder, see `module_in`; of a pair of the zoo,
+    such as "sd15:flux1"; of a shipped module, such as "taesd_to_taef1".
 
     A .pth file gives the keys that `PipelineWithVAEs.save_checkpoint` wrote. A .safetensors file gives the same keys without
-    the training: `config` is empty, `step` and `epoch` are 0, `metrics` are its figures. In both, `align_config` and
+    the training: `config` is empty, `epoch` is 0, `metrics` are its figures. In both, `align_config` and
     `state_dict` make the module (`module_of`), and `vae1` and `vae2` describe the VAEs (`spaces_of`).
 
     AlignError if the file is not ours, newer than this code, or damaged: checksums are compared, and the parts must belong
     together, before any memory is taken for what the file claims. Executes no code from the file.
     """
     if os.path.isdir(path):  # `Path.is_dir` fails for too long a name
-        return newest_checkpoint(path)[1]
+        return module_in(path)[1]
     if pair := pair_named(path):
         pipeline = AlignPipeline.pair(*pair)
-        weights = {"state_dict": pipeline.module.state_dict(), "vaes": [None, None], "vae_digests": [None, None]}
+        weights = {"state_dict": pipeline.module.state_dict(), "vaes": [None, None], "vae_digests": [None, None], "step": 0}
         return _with_training_keys(pipeline.description() | weights)
-    path = Path(path)
+    shipped = ZOO.parent / "pretrained" / f"{path}.safetensors"
+    path = shipped if not os.path.lexists(path) and os.path.isfile(shipped) else Path(path)
     start = _first_bytes(path)
     if path.suffix == ".safetensors" or start[8:] == b"{":
-        return _with_training_keys(read_safetensors(path))
+        content = read_safetensors(path)
+        warn_of_half(path, *(content[name]["name"] for name in ("space1", "space2")))
+        return _with_training_keys(content)
     if not start.startswith(b"PK"):
         raise AlignError(f"checkpoint {path}: damaged or not a checkpoint of this tool; a pickle may run code and is not read")
     content = _read_torch(path)
@@ -326,28 +325,46 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     return content
 
 
-def newest_checkpoint(folder: str | os.PathLike) -> tuple[Path, dict]:
-    """(path, content) of the newest undamaged checkpoint in `folder`, or of its `model.safetensors` where it has no such
-    training checkpoint; AlignError if there is neither."""
+def module_in(folder: str | os.PathLike, level: int = logging.INFO) -> tuple[Path, dict]:
+    """(path, content) of the module that a folder stands for: the best one of the run that wrote its newest file, else its
+    newest checkpoint, else its `model.safetensors`. The log names it, at this level, and every damaged file that is left out.
+    AlignError if nothing is left."""
     failure = f"no {CHECKPOINT_PREFIX}_YYYYMMDD_HHMMSS.pth and no {PRETRAINED_NAME} in this folder"
-    pretrained = Path(folder) / PRETRAINED_NAME
-    found = checkpoints_in(folder) + [pretrained] * os.path.lexists(pretrained)
-    for path in found:
-        try:
-            return path, read_checkpoint(path)
-        except AlignError as error:
-            failure = str(error)
-            if path != found[-1]:
-                log.warning("%s; trying the one before it", error)
+    found = [*checkpoints_in(folder, BEST_PREFIX), *Path(folder).glob(PRETRAINED_NAME)]
     others = sorted(path.name for path in Path(folder).glob("*") if path.suffix in (".pth", ".safetensors"))
     remedy = "" if found or not others else f"; to use {', '.join(others[-2:])} name the file"
+    while found:
+        path = found.pop(0)
+        try:
+            content = read_checkpoint(path)
+        except AlignError as error:
+            failure = str(error)
+            if found:
+                log.warning("%s; trying the one before it", error)
+            continue
+        best = Path(folder, f"{BEST_PREFIX}_{str(content.get('run')).removeprefix('align_')}.pth")
+        if best not in found:
+            log.log(level, "%s: its %s, step %d", folder, path.name, content["step"])
+            return path, content
+        found = [best, path]
     raise AlignError(f"checkpoint {folder}: {failure}{remedy}")
 
 
-def checkpoints_in(folder: str | os.PathLike) -> list[Path]:
-    """The training checkpoints in a folder, newest first; a renamed copy has no time stamp and does not count."""
-    found = Path(folder).glob(f"{CHECKPOINT_PREFIX}_*.pth")
-    return sorted((path for path in found if stamp_of(path, CHECKPOINT_PREFIX)), reverse=True)
+def checkpoints_in(folder: str | os.PathLike, *further: str) -> list[Path]:
+    """The training checkpoints in a folder, and the files with `further` prefixes, newest first; a renamed copy has no time
+    stamp and does not count."""
+    prefixes = (CHECKPOINT_PREFIX, *further)
+    found = (path for prefix in prefixes for path in Path(folder).glob(f"{prefix}_*.pth") if stamp_of(path, prefix))
+    return sorted(found, key=lambda path: path.name.split("_", 2)[2], reverse=True)  # by what follows the prefix
+
+
+def write_module(folder: str | os.PathLike) -> Path:
+    """Write `model.safetensors` into `folder`: the module that the folder stands for (`module_in`), in a file that
+    `AlignPipeline.from_pretrained` reads, with no setting and no place of this machine in it."""
+    _, content = module_in(folder, logging.DEBUG)
+    digests = [content[name].get("content") for name in ("vae1", "vae2")]
+    pipeline = AlignPipeline(module_of(content), *spaces_of(content), content["metrics"])
+    return pipeline.save_pretrained(Path(folder) / PRETRAINED_NAME, step=content["step"], vae_digests=digests)
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -393,7 +410,7 @@ def _with_training_keys(content: dict) -> dict:
         identity = {"path": place, "subfolder": None, "channels": space["channels"], "stride": space["stride"]}
         vaes[f"vae{number}"] = identity | {"space": space} | ({"content": digest} if digest else {})
     kept = {name: content[name] for name in ("format", "format_number", "align_config", "state_dict")}
-    return kept | {"config": {}, "step": 0, "epoch": 0, "metrics": content["figures"]} | vaes
+    return kept | {"config": {}, "step": content["step"], "epoch": 0, "metrics": content["figures"]} | vaes
 
 
 def _check_content(content: dict) -> None:

@@ -38,7 +38,7 @@ def _version_of(module_name: str) -> int:
 @functools.lru_cache(maxsize=4)
 def _load(module_name: str, version: int) -> AlignPipeline:
     pair = tuple(module_name.split(TO))
-    return AlignPipeline.pair(*pair) if pair in zoo_pairs() else AlignPipeline.from_checkpoint(_path_of(module_name))
+    return AlignPipeline.pair(*pair) if pair in zoo_pairs() else AlignPipeline.from_pretrained(_path_of(module_name))
 
 
 class LoadAlignModule:

@@ -14,7 +14,7 @@ from utils import UserError
 
 def test_half_written_checkpoints_do_not_pile_up(tmp_path):
     """A disk that kills fill up; a file deleted under a run that is writing it; another file's deletion."""
-    names = (".align_pipeline_20260101_000000.pth.x.tmp", ".align_best_20260101_000000.pth.x.tmp", "my.tmp", "align_x.pth")
+    names = (".align_best_20260101_000000.pth.x.tmp", ".model.safetensors.x.tmp", "my.tmp", "align_x.pth")
     for name in names:
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (0, 0))

@@ -86,8 +86,8 @@ def test_only_the_main_process_writes(pair):
     assert f"{STEPS} steps of 4 images" in summaries[0]
     assert len(one.checkpoints) == len(two.checkpoints) == 3  # epochs 2 and 4 and step 7, no more at the end
     assert len(two.event_files) == 1
-    written = sorted(entry.name.split("_2")[0] + entry.suffix for entry in two.checkpoints[0].parent.iterdir())
-    assert written == ["align_best.pth", *["align_pipeline.json"] * 3, *["align_pipeline.pth"] * 3]
+    written = sorted(entry.stem.split("_2")[0] + entry.suffix for entry in two.checkpoints[0].parent.iterdir())
+    assert written == ["align_best.pth", *["align_pipeline.json"] * 3, *["align_pipeline.pth"] * 3, "model.safetensors"]
     steps = [step for step, _ in two.scalars["eval_latent_mse/aligned"]]
     assert steps == [0, 6, 12]
 

@@ -13,12 +13,14 @@ import pytest
 import torch
 from conftest import as_argv, make_kl_vae, tiny_flags
 from hostile import refusal
-from runs import QUIET, assert_same_tensors, end_after, results_of, start, tensors_of, tiny_of, train
+from runs import QUIET, assert_same_tensors, end_after, results_of, same_weights, start, tensors_of, tiny_of, train
 
 import train_align_with_args as train_script
 from dataloader import WorkersLost
 from training import checkpoint
 from utils import StopWaiting
+from vae_align import AlignPipeline
+from vaes.pipeline import module_in
 
 KINDS = {
     "cached": {"ema_decay": 0.9, "scheduler": "cosine", "eval_frequency": 1},
@@ -193,6 +195,32 @@ def test_a_run_that_gains_nothing_ends(flags, tmp_path, capsys):
     train(flags, tmp_path, resume=True)
     assert "already finished" in capsys.readouterr().out
     assert train(flags, tmp_path, epochs=12, resume=True).last["epoch"] == 6
+
+
+def test_a_folder_stands_for_one_module_whoever_reads_it(flags, tmp_path, capsys):
+    """A run's last module in place of its best; an older run's best in place of a newer run's only module, or of the run that
+    was resumed last; another module for `from_pretrained` than for the programs; lines at the end that cannot be run."""
+    folder, judged = tmp_path / "ckpt", {**QUIET, "eval_frequency": 1, "learning_rate": 0.1, "max_train_steps": 6}
+
+    def file_of_all():
+        path, content = module_in(folder)
+        used = AlignPipeline.from_pretrained(folder)
+        assert same_weights(content, {"state_dict": used.module.state_dict()}) and used.figures == content["metrics"]
+        assert str(tmp_path).encode() not in (folder / "model.safetensors").read_bytes()
+        return path, content["step"]
+
+    first = train(flags, tmp_path, **judged)  # it gets worse from its first evaluation on
+    best, step = file_of_all()
+    assert step < first.last["step"] and best.name.startswith("align_best")
+    said = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
+    assert eval(said["to use"].partition(", by ")[2], {"AlignPipeline": AlignPipeline}).config.hidden_channels == 8
+    assert said["to judge"] == f"python eval_align.py --checkpoint {folder} --eval_data_dir {flags['eval_data_dir']}"
+    second = train(flags, tmp_path, **QUIET, max_train_steps=1)
+    assert file_of_all() == (second.checkpoints[-1], 1)
+    train(flags, tmp_path, **judged | {"max_train_steps": 7, "resume": first.checkpoints[-1]})
+    assert file_of_all() == (best, step)
+    best.write_bytes(best.read_bytes()[:1000])
+    assert module_in(folder)[0] == results_of(tmp_path).checkpoints[-1]
 
 
 STOPPED = {**QUIET, "epochs": 40, "num_workers": 1, "no_cache_latents": True}

@@ -108,9 +108,9 @@ def test_vaes_can_be_named_anew(orphan, vae_folders, given):
     again = PipelineWithVAEs.from_checkpoint(orphan, vae2=vae2)
     assert again.codec2.encode(torch.zeros(1, 3, 40, 24)).shape == (1, 16, 5, 3)
     if given in ("lazy", "object"):
-        assert again.vae2 is vae2 or again.vae2.model is vae2
+        assert again.codec2.vae is vae2 or again.codec2.vae.model is vae2
     refusal(lambda: again.codec1, "VAE1", "gone")  # only the one that was named
-    refusal(lambda: PipelineWithVAEs.from_checkpoint(orphan).vae2, "VAE2", "gone")
+    refusal(lambda: PipelineWithVAEs.from_checkpoint(orphan).codec2, "VAE2", "gone")
 
 
 @pytest.mark.parametrize("number, other, said", [(2, "kl4", "channels"), (1, "kl4_stride4", "stride"), (1, "kl16", "channels")])
@@ -209,9 +209,10 @@ def test_a_folder_stands_for_its_newest_checkpoint(saved):
 
 
 def test_a_folder_of_other_files_says_which_one_to_name(saved, tmp_path):
-    """A best module that a run left, in a folder that is said to hold nothing."""
-    shutil.copy(saved[1], tmp_path / "align_best_20260101_000000.pth")
-    with pytest.raises(AlignError, match=r"in this folder; to use align_best_20260101_000000.pth name the file$"):
+    """A renamed copy, in a folder that is said to hold nothing; a run's checkpoints, of which nobody says how to use them."""
+    refusal(lambda: AlignPipeline.from_pretrained(saved[1].parent), "no such file", "save_pretrained")
+    shutil.copy(saved[1], tmp_path / "good.pth")
+    with pytest.raises(AlignError, match=r"in this folder; to use good.pth name the file$"):
         read_checkpoint(tmp_path)
 
 

@@ -54,7 +54,7 @@ from vae_align import IMAGE, ZOO, ZOO_NAME, AlignConfig, AlignPipeline, align_mo
 from vaes.codec import Codec, decode_picture
 from vaes.families import family_of
 from vaes.loading import load_vae_model
-from vaes.pipeline import PipelineWithVAEs, newest_checkpoint
+from vaes.pipeline import PipelineWithVAEs, checkpoints_in, read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 TITLES = {"sd15": "SD1.5", "sdxl": "SDXL", "sd3": "SD3", "flux1": "FLUX.1", "flux2": "FLUX.2", IMAGE: "the image"}
@@ -140,7 +140,7 @@ class Zoo:
         ended = subprocess.run([*command, "--seen_through", *map(self._place_of, others)]).returncode
         if ended:
             raise UserError(f"the training of {space} ended with code {ended}; start the same command again to continue it")
-        checkpoint, content = newest_checkpoint(folder)
+        content = read_checkpoint(checkpoint := checkpoints_in(folder)[0])
         config = AlignConfig.from_dict(content["align_config"])
         module = align_module(replace(config, input_types=("latent",)))
         start_from_vaes(PipelineWithVAEs(module, codec, codec), str(checkpoint))
