@@ -413,6 +413,8 @@ def _check_content(content: dict) -> None:
         require_whole(f"its {name}", content["config"].get(name, 0), 0, 1 << 40)
     if not isinstance(content["epoch"], (int, float)) or not isinstance(content["config"].get("precision", ""), str):
         raise TypeError
+    if not isinstance(content.get("training", {}).get("budget", {}), dict):
+        raise TypeError
     for name, tensor in weights.items():
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
             raise AlignError(f"its weights do not fit its own description ({name} holds no weights)")
