@@ -9,6 +9,8 @@ from reports import results_of
 
 from evaluation.verdict import TRIVIAL, as_text, verdict
 
+BETTER = "The checkpoint “aligned_2” is worse in PSNR (25.00 against 26.00 dB) and better in ST-LPIPS (0.100 against 0.200)."
+
 
 @pytest.mark.parametrize(
     ("gains", "answer"),
@@ -46,18 +48,13 @@ def test_verdict_weighs_distortion_and_perception(gain, nearer, answer, said):
 
 
 @pytest.mark.parametrize(
-    ("gain", "nearer", "said"),
-    [
-        (4.0, 0.0, "worse in PSNR (29.00 against 30.00 dB) and worse in ST-LPIPS (0.200 against 0.050)."),
-        (6.0, 0.0, "better in PSNR (31.00 against 30.00 dB) and worse in ST-LPIPS (0.200 against 0.050)."),
-        (6.0, 0.15, "better in PSNR (31.00 against 30.00 dB) and level in ST-LPIPS (0.050 against 0.050)."),
-    ],
+    ("gain", "nearer", "words"), [(4.0, 0.0, "worse worse"), (6.0, 0.0, "better worse"), (6.0, 0.15, "better level")]
 )
-def test_verdict_says_on_which_side_of_vae2_the_module_stands(gain, nearer, said):
+def test_verdict_says_on_which_side_of_vae2_the_module_stands(gain, nearer, words):
     """A module that passes VAE2's own reconstruction in PSNR, praised although it looks worse."""
     sentences = " ".join(verdict(results_of([gain] * 40, nearer=nearer))["sentences"])
-    assert f"Beside VAE2's own reconstruction it is {said}" in sentences
-    assert ("VAE2's encoder" in sentences) == ("worse" not in said)
+    assert re.findall("(better|level|worse) in", sentences) == words.split()
+    assert ("VAE2's encoder" in sentences) == ("worse" not in words)
 
 
 @pytest.mark.parametrize("rung", TRIVIAL)
@@ -115,13 +112,8 @@ def test_no_verdict_on_vaes_of_other_spaces():
     """A no, or a yes, that is about VAEs which the module was never meant for; a doubt about them that nobody reads."""
     found = verdict(results_of([-9.0] * 40, wrong_spaces=["VAE1 x: latents of sdxl."], remarks=["VAE2 is another."]))
     reasons, mind = ["VAE1 x: latents of sdxl."], ["VAE2 is another."]
-    assert (found["headline"], found["answer"], found["sentences"], found["weaknesses"]) == (
-        "No verdict",
-        "unknown",
-        reasons,
-        mind,
-    )
-    assert as_text(found, reasons + mind).splitlines()[1:] == ["The warning above says why."]  # the log said the others
+    assert (found["answer"], found["sentences"], found["weaknesses"]) == ("unknown", reasons, mind)
+    assert as_text(found, reasons + mind).endswith("? No verdict.\nThe warning above says why.")  # the log said the rest
 
 
 def test_verdict_names_the_weaknesses_and_only_those():
@@ -154,12 +146,8 @@ def test_verdict_on_what_is_not_finite():
     assert verdict(perfect)["answer"] == "unknown"
 
 
-@pytest.mark.parametrize(
-    ("psnr", "distance", "said"),
-    [(26.0, 0.2, None), (25.0, 0.2, None), (25.0, 0.1, "worse in PSNR (25.00 against 26.00 dB) and better in ST-LPIPS (0.100")],
-)
+@pytest.mark.parametrize(("psnr", "distance", "said"), [(26.0, 0.2, []), (25.0, 0.1, [BETTER]), (25.0, 0.2, [])])
 def test_other_checkpoints_that_are_better_are_named(psnr, distance, said):
     """A further checkpoint that is better in one metric and goes unmentioned, or is called the best for that metric alone."""
     results = results_of([1.0] * 40, others={"aligned_2": (psnr, distance), "aligned_3": (20.0, 0.5)})
-    found = [sentence for sentence in verdict(results)["sentences"] if "checkpoint" in sentence]
-    assert found == ([f"The checkpoint “aligned_2” is {said} against 0.200)."] if said else [])
+    assert [sentence for sentence in verdict(results)["sentences"] if "checkpoint" in sentence] == said
