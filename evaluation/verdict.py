@@ -110,8 +110,7 @@ def verdict(results: dict) -> dict:
     aligned, rival, vae2 = (results["ladder"][rung] for rung in ("aligned", "reencode", "vae2"))
     broken, wrong = aligned["latent_mse"] is None, results.get("wrong_spaces", [])
     gains = distortion, perception = _gains(results | {"per_image": {}} if broken else results)
-    both = None not in (aligned["psnr"], vae2["psnr"])
-    below = vae2["psnr"] - aligned["psnr"] if both and not broken else None
+    below = None if broken or None in (aligned["psnr"], vae2["psnr"]) else vae2["psnr"] - aligned["psnr"]
     macs, time = (
         aligned[cost] / rival[cost] if aligned.get(cost) and rival.get(cost) else None for cost in ("macs", "milliseconds")
     )
