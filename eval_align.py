@@ -45,7 +45,7 @@ from evaluation.judge import PLACES, judge, open_checkpoints
 from evaluation.ladder import Ladder
 from evaluation.metrics import CHOICES, DEFAULT_CHOICES, Measures
 from evaluation.pictures import comparison_picture, comparisons, is_sheet, save_sheet
-from evaluation.verdict import verdict
+from evaluation.verdict import as_text, verdict
 from runtime.cli import Parser, alone_in, claim_writable_folder, integer, naming, run, use_proxy
 from runtime.processes import create_accelerator, gathered, place_of
 from utils import (
@@ -125,6 +125,8 @@ def device_name(device: torch.device) -> str:
 
 def say(text: str) -> None:
     """Print lines that may hold file names; what a terminal would not show, or take for a command, becomes escapes."""
+    if "↑↓".encode(sys.stdout.encoding or "utf-8", "replace") == b"??":
+        text = text.translate(str.maketrans("↑↓", "^v"))
     print("\n".join(map(printable, text.split("\n"))))
 
 
@@ -156,7 +158,7 @@ def main(argv: list[str] | None = None) -> dict:
     indices: place of each image in the data set; image_size: px; enlarged: number of images that were smaller;
     wrong_spaces, remarks: sentences on VAEs that are not the module's, or may not be, see `vaes.pipeline.compare_vaes`;
     checkpoint: the first one as it was given; checkpoints: [{row: its rung, name, path, weights: a digest, run, step,
-        epoch, config}];
+        epoch, seconds: what its training took, config}];
     verdict: see `verdict.verdict`; spectrum, histograms, left_out_metrics: see `judge.judge`;
     settings: {created, command, eval_data_dir, trained_image_size, vae1, vae2, device, precision, metrics, torch}.
 
@@ -199,7 +201,6 @@ def evaluate_into(output_dir: Path, args, argv: list[str], contents: list, preci
     require_memory(args.eval_batch_size, size, "--eval_batch_size")
     source = find_images(args.eval_data_dir, args.dataset_type, False, "--eval_data_dir", args.cache_dir)
     dataset = ImageDataset(source, size)
-    dataset.warn_of_small(f"--eval_data_dir {args.eval_data_dir}")
     loader = eval_loader(dataset, args.eval_batch_size, args.num_workers, *place_of(accelerator), device)
     log.info("%s at %d px from %s", count_of(len(dataset), "image"), size, args.eval_data_dir)
 
@@ -225,8 +226,6 @@ def evaluate_into(output_dir: Path, args, argv: list[str], contents: list, preci
     enlarged = sum(map(sum, gathered(enlarged, accelerator)))
     if main_process:
         say(tables.ladder_table(results))
-    for message in results["unreadable"]:
-        log.warning("left out: %s", message)
     strips = report.report_strips(ladder, dataset, results, args.eval_data_dir, args.num_samples, accelerator)
     if not main_process:
         return results
@@ -263,7 +262,7 @@ def evaluate_into(output_dir: Path, args, argv: list[str], contents: list, preci
         tables.write_files(output_dir, results, page)
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: the results cannot be written ({one_line(error)})") from None
-    say(" ".join(results["verdict"]["sentences"]))
+    say(as_text(results["verdict"], said=[*wrong_spaces, *remarks]))
     say(f"{count_of(results['images'], 'image')} judged; report: {output_dir / 'report.html'}")
     return results
 

@@ -42,6 +42,7 @@ class JudgedCheckpoint:
             "run": self.content.get("run"),
             "step": self.content["step"],
             "epoch": self.content["epoch"],
+            "seconds": self.content.get("training", {}).get("budget", {}).get("seconds"),
             "config": config,
         }
 

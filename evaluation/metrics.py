@@ -40,6 +40,7 @@ class Metric:
         better: +1: higher is better, -1: lower is better, 0: neither.
         unit: beside the heading, such as "dB".
         heading: of its column on the terminal; "": not shown there.
+        note: the legend below the tables, in a phrase; "": the heading says it all.
         choice: the word of --metrics that asks for it; "": always measured. Two metrics may share a choice.
         by_default: whether that word is among the defaults of --metrics.
         of_latents: needs latents in VAE2's space, which VAE1's own are not.
@@ -56,6 +57,7 @@ class Metric:
     better: int = 0
     unit: str = ""
     heading: str = ""
+    note: str = ""
     choice: str = ""
     by_default: bool = False
     of_latents: bool = False
@@ -211,11 +213,11 @@ METRICS = {
         Metric("st_lpips_alex", "ST-LPIPS, AlexNet", "image", load_st_lpips("alex"), "{:.3f}".format, better=-1,
                choice="st_lpips", by_default=True),
         Metric("texture", "Texture distance", "set", load_texture, "{:.1f}".format, better=-1, heading="texture",
-               choice="texture", by_default=True),
+               note="VGG features' distance / variance, %", choice="texture", by_default=True),
         Metric("detail", "Finest detail", "set", of_the_set(figures.detail), "{:.2f}".format, unit="of VAE2's",
-               heading="detail"),
+               heading="detail", note="power at up to 4 px a cycle / VAE2's"),
         Metric("grid", "Grid", "set", of_the_set(figures.grid), "{:.1f}".format, better=-1, unit="of its surroundings",
-               heading="grid"),
+               heading="grid", note="power at the latents' period / around"),
         Metric("ssim", "SSIM", "image", each_image(lambda sample: ssim(sample.levels, sample.original_levels)),
                FOUR_DIGITS, better=+1, heading="SSIM", choice="ssim", by_default=True),
         Metric("ms_ssim", "MS-SSIM", "image", load_ms_ssim, FOUR_DIGITS, better=+1, choice="ms_ssim", by_default=True),
@@ -223,16 +225,18 @@ METRICS = {
         Metric("rfid", "rFID", "set", load_rfid, DECIBELS, better=-1, choice="rfid"),
         Metric("colour_bias", "Colour bias", "image",
                each_image(lambda sample: colour_bias(sample.levels, sample.vae2_levels)),
-               _levels_of_rgb, unit="R G B, levels", heading="colour bias", components=("r", "g", "b")),
+               _levels_of_rgb, unit="R G B, levels", heading="colour bias",
+               note="R G B minus VAE2's, of 255", components=("r", "g", "b")),
         Metric("latent_variance", "Latent variance", "set", of_the_set(figures.latent_variance), "{:.2f}".format,
-               unit="of VAE2's", heading="latent var", of_latents=True),
+               unit="of VAE2's", heading="latent var", note="variance / VAE2's", of_latents=True),
         Metric("latent_detail", "Latents' finest detail", "set", of_the_set(figures.latent_detail), "{:.2f}".format,
                unit="of VAE2's", of_latents=True),
-        Metric("milliseconds", "Time", "cost", None, "{:.2f}".format, better=-1, unit="ms", heading="ms"),
+        Metric("milliseconds", "Time", "cost", None, "{:.2f}".format, better=-1, unit="ms", heading="ms",
+               note="time for one image"),
         Metric("parameters", "Weights", "cost", None, lambda count: f"{count / 1e6:.2f}", better=-1, unit="millions",
-               heading="M params"),
+               heading="M params", note="million weights"),
         Metric("macs", "Multiply-adds", "cost", None, lambda count: f"{count / 1e9:.2f}", better=-1, unit="billions",
-               heading="G MACs"),
+               heading="G MACs", note="billion multiply-adds"),
         Metric("psnr_vs_vae2", "PSNR to VAE2", "image",
                each_image(lambda sample: psnr(sample.levels, sample.vae2_levels)), DECIBELS, better=+1, unit="dB"),
         Metric("ssim_vs_vae2", "SSIM to VAE2", "image",

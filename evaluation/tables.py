@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import textwrap
 from pathlib import Path
 
 from evaluation.metrics import METRICS, Metric
@@ -13,16 +14,17 @@ from utils import atomic_file, printable
 
 # The log of a training run, which `report.read_curves` reads back.
 METRICS_FILE = "metrics.jsonl"  # each evaluation: {"step", "epoch", "ladder": {rung: {metric: value}}}
+ARROWS = {+1: "↑", -1: "↓", 0: ""}  # by `Metric.better`
 TRAINING_FILE = "training.jsonl"  # each log entry: {"step", "loss", "learning_rate"}; older runs lack this file
 
 
 def ladder_table(results: dict) -> str:
-    """The baseline ladder as aligned text: one line a rung, a dash where a figure has no meaning. The figures on which the
-    verdict rests have their 95% intervals. A metric that was not measured has no column."""
+    """The baseline ladder as aligned text: one line a rung, a dash where a figure has no meaning, and a legend. The figures on
+    which the verdict rests have their 95% intervals. A metric that was not measured has no column."""
     ladder = results["ladder"]
     measured = {name for rung in ladder.values() for name, value in rung.items() if value is not None}
     columns = [metric for metric in METRICS.values() if metric.heading and metric.name in measured]
-    lines = [("", *(metric.heading for metric in columns))]
+    lines = [("", *(f"{metric.heading} {ARROWS[metric.better]}".strip() for metric in columns))]
     for name, rung in ladder.items():
         intervals = results.get("intervals", {}).get(name, {})
         cells = (
@@ -31,10 +33,13 @@ def ladder_table(results: dict) -> str:
         )
         lines.append((printable(rung["label"]), *cells))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
+    table = [
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
         for line in lines
-    )
+    ]
+    notes = [f"{metric.heading}: {metric.note}" for metric in columns if metric.note]
+    legend = "; ".join(["↑ more, ↓ less is better; ±: 95% interval", *notes])
+    return "\n".join([*table, *textwrap.wrap(legend, max(map(len, table)), break_on_hyphens=False)])
 
 
 def figure_text(metric: Metric, value) -> str:
@@ -94,10 +99,6 @@ def write_files(folder: Path, results: dict, page: str) -> None:
 
 def decibels(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
-
-
-def signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.1f}".replace("-", "−")
 
 
 def percent(fraction: float) -> str:

@@ -91,16 +91,20 @@ def judge_hostile_images(folder, vae_folders):
     return SimpleNamespace(out=out, results=results, metrics=read_json(out / "metrics.json"), page=page, flags=flags)
 
 
-def results_of(gains, aligned=None, reencode=None, nearer=0.0, **more):
+def results_of(gains, aligned=None, reencode=None, nearer=0.0, others=None, **more):
     """Results with one image for each of `gains`: the PSNR of the module minus that of decode + re-encode, in dB. `nearer`: the
-    ST-LPIPS of decode + re-encode minus the module's."""
+    ST-LPIPS of decode + re-encode minus the module's. `others`: {further rung: (PSNR, ST-LPIPS)}, on each image."""
     per_image = {"reencode": {"psnr": [25.0] * len(gains)}, "vae2": {"psnr": [30.0] * len(gains)}}
     per_image["aligned"] = {"psnr": [25.0 + gain for gain in gains], "latent_mse": [0.1] * len(gains)}
     for row, distance in (("vae2", 0.05), ("reencode", 0.2), ("aligned", 0.2 - nearer)):
         per_image[row]["st_lpips_vgg"] = [distance] * len(gains)
+    for row, (psnr, distance) in (others or {}).items():
+        per_image[row] = {"psnr": [psnr] * len(gains), "st_lpips_vgg": [distance] * len(gains)}
     plain = {"latent_mse": 0.1, "ssim": 0.8, "colour_bias": [0.0, 0.0, 0.0], "macs": 4e9, "milliseconds": 8.0}
     ladder = {
-        row: plain | {"label": row, "kind": row} | {name: float(np.mean(figures[name])) for name in ("psnr", "st_lpips_vgg")}
+        row: plain
+        | {"label": row, "kind": row.split("_")[0]}
+        | {name: float(np.mean(figures[name])) for name in ("psnr", "st_lpips_vgg")}
         for row, figures in per_image.items()
     }
     ladder["aligned"] |= {"macs": 1e9} | (aligned or {})

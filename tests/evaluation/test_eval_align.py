@@ -1,8 +1,10 @@
 """The program eval_align.py: its files, its flags, its refusals, and several processes."""
 
+import io
 import os
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from runs import LAUNCHER
 
 import eval_align
 from evaluation import report
+from evaluation.verdict import as_text
 from runtime.cli import alone_in
 from utils import UserError
 
@@ -87,8 +90,8 @@ def test_interrupt_leaves_the_older_report_whole(judged, tmp_path, monkeypatch):
     assert (tmp_path / "report.html").read_text() == "older"
 
 
-def test_module_that_has_gone_wrong_still_gets_its_report(judged, vae_folders, tmp_path):
-    """A crash on the first figure that is not a number, at the end of a long run."""
+def test_module_that_has_gone_wrong_still_gets_its_report(judged, vae_folders, tmp_path, capsys):
+    """A crash on the first figure that is not a number, at the end of a long run; a terminal that does not say what to mind."""
     path = save_checkpoint(tmp_path, vae_folders)
     content = torch.load(path, weights_only=True)
     content["state_dict"]["out.bias"] += 3e38  # finite, as a checkpoint must be, but its latent error is not
@@ -98,6 +101,7 @@ def test_module_that_has_gone_wrong_still_gets_its_report(judged, vae_folders, t
     metrics = read_json(tmp_path / "out" / "metrics.json")
     assert metrics["ladder"]["aligned"]["psnr"] is None
     assert metrics["verdict"]["answer"] == "no"
+    assert as_text(metrics["verdict"]) in capsys.readouterr().out and "broken.png" in as_text(metrics["verdict"])
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "not finite" in page
     assert "nan" not in re.sub(r'"data:[^"]*"', "", page).lower()
@@ -111,10 +115,14 @@ def test_two_evaluations_do_not_share_a_folder(judged, tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [".evaluation.lock"]
 
 
-def test_what_a_terminal_takes_for_a_command_is_printed_as_an_escape(capsys):
-    """A checkpoint's name that sets the window's title, or draws a line of its own."""
+def test_what_a_terminal_takes_for_a_command_is_printed_as_an_escape(capsys, monkeypatch):
+    """A checkpoint's name that sets the window's title, or draws a line of its own; escapes for arrows that it lacks."""
     eval_align.say("a\x1b]0;title\x07b 長\n\udcff")
     assert capsys.readouterr().out == "a\\x1b]0;title\\x07b 長\n\\udcff\n"
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+    eval_align.say("PSNR ↑ ±1, MSE ↓")
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue().decode("latin-1") == "PSNR ^ ±1, MSE v\n"
 
 
 def test_pictures_of_an_older_evaluation_do_not_stay(judged, vae_folders, tmp_path):

@@ -124,9 +124,10 @@ def test_page_in_a_browser_shows_the_figures_and_asks_for_nothing(judged, browse
 @pytest.mark.browser
 @pytest.mark.parametrize("dark", [False, True])
 def test_page_fits_a_phone_and_is_readable_in_the_dark(judged, browser, dark):
-    """A table or a long name that makes the whole page scroll sideways; dark text on a dark page."""
+    """A table or a long name that makes the page scroll sideways; PSNR or cost out of sight; dark text on a dark page."""
     browser.resize(390, dark=dark)
     browser.open(judged.out / "report.html")
+    assert browser.run("(each => each.scrollWidth - each.clientWidth)(document.querySelector('.scroll'))") == 0
     browser.run("document.querySelectorAll('details').forEach(each => each.open = true)")
     assert browser.run("document.documentElement.scrollWidth") <= browser.run("window.innerWidth") == 390
     brightness = "(name => getComputedStyle(document.body)[name].match(/[0-9]+/g).slice(0, 3).reduce((a, b) => a + +b, 0) / 3)"

@@ -12,12 +12,15 @@ from evaluation.metrics import METRICS
 def test_table_shows_every_rung_and_a_dash_where_a_figure_has_no_meaning(judged):
     """A rung or a column that is lost; a zero in place of a figure that was not measured."""
     lines = tables.ladder_table(judged.results).splitlines()
-    assert [line.split("  ")[0] for line in lines[1:]] == [rung["label"] for rung in judged.results["ladder"].values()]
+    labels = [rung["label"] for rung in judged.results["ladder"].values()]
+    legend = " ".join(lines[1 + len(labels) :])
+    assert [line.split("  ")[0] for line in lines[1 : 1 + len(labels)]] == labels and "texture: VGG" in legend
     measured = [metric for metric in METRICS.values() if metric.name not in ("lpips", "grid")]  # none at this size
     assert all(metric.heading in lines[0] for metric in measured)
+    assert "PSNR dB ↑" in lines[0] and "ST-LPIPS ↓" in lines[0]
     assert "–" in lines[1]
     error = judged.results["intervals"]["aligned_2"]["psnr"]
-    assert f"{judged.results['ladder']['aligned_2']['psnr']:.2f} ±{error:.2f}" in lines[-1]
+    assert f"{judged.results['ladder']['aligned_2']['psnr']:.2f} ±{error:.2f}" in lines[len(labels)]
 
 
 def test_a_label_with_a_terminals_commands_is_one_line(judged):
