@@ -686,13 +686,9 @@ class AlignPipeline:
         if image is not None and image.numel():
             low, high = torch.stack(image.aminmax()).tolist()
             if (largest := max(-low, high)) > LARGEST_PIXEL:
-                raise AlignError(
-                    f"image values up to {largest:g}: pass values in [-1, 1]; 8-bit levels become them by / 127.5 - 1"
-                )
+                raise AlignError(f"image values up to {largest:g}: pass values in [-1, 1], 8-bit levels by / 127.5 - 1")
             if 0 <= low < 0.1 and 0.7 < high <= 1:  # in [-1, 1] no part of such a picture is darker than mid-grey
-                self._warn_once(
-                    "image", "no image value is below 0: pass values in [-1, 1]; those in [0, 1] become them by * 2 - 1"
-                )
+                self._remark("image", "no image value is below 0: pass values in [-1, 1], those in [0, 1] by * 2 - 1")
         if latents is not None:
             if latents.ndim == 5:
                 latents = latents if raw else self.space1.frames_from_pipeline(latents)
@@ -701,7 +697,7 @@ class AlignPipeline:
                 latents = self.space1.from_pipeline(latents, size)
             self._require_channels(latents, raw1)
             if "latents" not in self.remarks and (found := detect_wrong_space(latents, self.space1, raw1)):
-                self._warn_once("latents", found)
+                self._remark("latents", found)
             latents = self.space1.to_scaled(latents.float()) if raw1 else latents
         self.module.check_inputs(latents, image)
         finish = (lambda scaled: self.space2.to_raw(scaled.float())) if raw2 else (lambda scaled: scaled)
@@ -711,7 +707,7 @@ class AlignPipeline:
         keeps_frames = self.space2.name in OF_VIDEO and (frames > 1 or raw == "comfyui")
         return translated.unflatten(0, (-1, frames)).movedim(1, 2) if keeps_frames else translated
 
-    def _warn_once(self, subject: str, line: str) -> None:
+    def _remark(self, subject: str, line: str) -> None:
         if subject not in self.remarks:
             self.remarks[subject] = line
             log.warning("%s", line)
@@ -813,7 +809,13 @@ class AlignPipeline:
         one, into = (space_in_zoo(name, manifest) for name in (source, target))
         entry = manifest["pairs"].get(one, {}).get(into)
         if entry is None:
-            raise AlignError(f"{shown(source)} to {shown(target)}: no such pair; {_known_instead(source, target, manifest)}")
+            names = _names_in_zoo(manifest)
+            asked = [letters_of(name) for name in (source, target) if letters_of(name) not in names]
+            near = [names[each] for name in asked for each in difflib.get_close_matches(name, names)]
+            known = ", ".join(dict.fromkeys(near or manifest["pairs"].get(one) or names.values()))
+            raise AlignError(
+                f"{shown(source)} to {shown(target)}: no such pair; {'nearest in name' if near else 'known'}: {known}"
+            )
         first, second = (None if name == IMAGE else _from_zoo(manifest["spaces"][name], dtype) for name in (one, into))
         pipeline = cls.compose(first, second)
         pipeline.figures = entry.get("figures", {})
@@ -952,18 +954,6 @@ def _names_in_zoo(manifest: dict) -> dict[str, str]:
     """{the letters of a name or alias: its space}."""
     spaces = {IMAGE: {}} | manifest["spaces"]
     return {letters_of(name): space for space, entry in spaces.items() for name in (space, *entry.get("aliases", ()))}
-
-
-def _known_instead(source: str, target: str, manifest: dict) -> str:
-    """What a zoo has in place of a pair that it lacks: the names next to an unknown one, or the pairs from a known space."""
-    names, of_source = _names_in_zoo(manifest), manifest["pairs"].get(space_in_zoo(source, manifest), {})
-    unknown = [name for name in (source, target) if letters_of(name) not in names]
-    close = [names[near] for name in unknown for near in difflib.get_close_matches(letters_of(name), names)]
-    if close:
-        return f"nearest in name: {', '.join(dict.fromkeys(close))}"
-    return (
-        f"{source} goes to {', '.join(of_source)}" if of_source else f"the zoo has {', '.join(dict.fromkeys(names.values()))}"
-    )
 
 
 def pair_named(name: str | os.PathLike) -> tuple[str, str] | None:
@@ -1201,9 +1191,9 @@ CLEAR = {4: 0.3, 16: 2.0}  # by channels: right latents hardly ever show this di
 WHITE = 0.2  # latents tell nothing if white noise is more likely by this
 DETAIL = {4: 0.22, 16: 0.1}  # by channels: the least detail that counts, of the latents' root mean square
 LEAST_SHARE, LEAST_PLACES = 0.25, 48  # this share and number of places must have it
-# between scaled and raw latents: the logarithm of their root mean square, with 16 channels of their distance by `MOMENTS`. Raw
-# and scaled latents of sd3 are too near to each other.
-HALF_WAY = {"sd15": 0.8, "sdxl": 1.1, "flux1": 2.12}
+# Between scaled and raw latents: the logarithm of their root mean square, with 16 channels as `MOMENTS` weighs them. Those of
+# sd3 are too near to each other.
+HALF_WAY = {"sd15": 0.8, "sdxl": 1.1, "flux1": 1.5}
 LEAST_DISTANCE = 0.1  # from half way
 
 
@@ -1224,32 +1214,25 @@ def detect_wrong_space(latents: torch.Tensor, space: LatentSpace, raw: bool = Fa
     count, size, *logs = torch.stack([counts.sum(), size, *logs]).tolist()  # the one wait for the device
     if count < max(LEAST_PLACES, LEAST_SHARE * counts.numel()):
         return None
-    *logs, white = (each / count for each in logs)
-    logs, white = dict(zip(known, logs)), -white * channels / 2
     # log-likelihood per latent, up to a constant, of its direction alone (Tyler 1987): no scale changes their differences
-    likely = {name: -each * channels / 2 - log_volume_of(name) for name, each in logs.items()}
-    best = max(likely, key=likely.get)
-    if not likely[best] > white - WHITE:
+    likely = dict(zip((*known, "white noise"), (-each / count * channels / 2 for each in logs)))
+    best = max(known, key=likely.get)
+    if not likely[best] > likely["white noise"] - WHITE:
         return None
-    if not likely[best] - likely[space.name] > CLEAR[channels]:
-        best = space.name
-    level = math.log(size) if channels == 4 else logs[best] / 2
+    best = best if likely[best] - likely[space.name] > CLEAR[channels] else space.name
+    level = math.log(size) if channels == 4 else -likely[best] / channels
     beyond = level - HALF_WAY.get(best, level)
     looks_raw = beyond > 0 if abs(beyond) > LEAST_DISTANCE else raw
-    look, other = ("raw", "scaled") if looks_raw else ("scaled", "raw")
+    look, given = ("raw" if each else "scaled" for each in (looks_raw, raw))
     if best != space.name:
-        ones, how = ("those", "") if looks_raw == raw else (f"{look} ones", " with raw=True" if looks_raw else " without raw")
         return (
-            f"these latents look like {ones} of {best}, and this module takes those of {space.name} (log-likelihood per "
-            f"latent {likely[best]:.2f} against {likely[space.name]:.2f}): encode with a VAE of {space.name}, or use a module "
-            f"for {best}{how}"
+            f"these latents look like {'those' if look == given else look + ' ones'} of {best}, and this module takes those of "
+            f"{space.name} (log-likelihood per latent {likely[best]:.2f} against {likely[space.name]:.2f}): encode with a VAE "
+            f"of {space.name}, or use a module for {best}{'' if look == given else ' with' + 'out' * raw + ' raw=True'}"
         )
-    if looks_raw == raw:
-        return None
     remedy = "pass raw=True" if looks_raw else "leave raw out; in ComfyUI pass them as its VAEs give them"
-    return (
-        f"these latents look like {look} ones of {best}, given as {other} ones (their root mean square is {size:.2g}): {remedy}"
-    )
+    line = f"these latents look like {look} ones of {best}, given as {given} ones (root mean square {size:.2g}): {remedy}"
+    return line if look != given else None
 
 
 def space_features(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -1269,12 +1252,6 @@ def space_features(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 @functools.cache
-def log_volume_of(name: str) -> float:
-    """Half the logarithm of the determinants of a space's moments."""
-    return torch.logdet(moments_of(name)).sum().item() / 2
-
-
-@functools.cache
 def moments_of(name: str) -> torch.Tensor:
     """The matrices (bands, C, C) of a space in `MOMENTS`."""
     channels = next(channels for channels, spaces in MOMENTS.items() if name in spaces)
@@ -1287,8 +1264,10 @@ def moments_of(name: str) -> torch.Tensor:
 
 @functools.cache
 def inverse_moments_of(name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Cached, because copying it to a GPU waits for the GPU."""
-    return torch.linalg.inv(moments_of(name)).to(device, dtype)
+    """Their inverses, of determinant 1. Cached, because copying them to a GPU waits for the GPU."""
+    moments = moments_of(name)
+    volume = torch.linalg.det(moments) ** (1 / len(moments[0]))
+    return (torch.linalg.inv(moments) * volume[:, None, None]).to(device, dtype)
 
 
 # Second moments of scaled latents of photos, measured by tools/make/measure_spaces.py. {channels: {space: for each band of

@@ -1,5 +1,6 @@
 """The nodes: Load Align Module, and Align Latents."""
 
+import contextlib
 import functools
 import os
 
@@ -41,6 +42,14 @@ def _load(module_name: str, version: int) -> AlignPipeline:
     return AlignPipeline.pair(*pair) if pair in zoo_pairs() else AlignPipeline.from_checkpoint(_path_of(module_name))
 
 
+def _show(text: str, node: str | None) -> None:
+    """Show a text on a node, where this ComfyUI can; the log has it anyway."""
+    with contextlib.suppress(AttributeError, ImportError):
+        from server import PromptServer
+
+        PromptServer.instance.send_progress_text(text, node)
+
+
 class LoadAlignModule:
     """Load a file of models/latent_align or a pair of the zoo: its module, and a line that describes it."""
 
@@ -80,16 +89,21 @@ class AlignLatents:
                 "image": ("IMAGE", {"tooltip": image_help}),
                 "align_module": ("ALIGN_MODULE", {"tooltip": "From Load Align Module; takes the place of module_name."}),
             },
+            "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
     @classmethod
     def IS_CHANGED(cls, module_name, align_module=None, **_):
         return 0 if align_module else _version_of(module_name)
 
-    def align(self, samples, module_name, image=None, align_module=None):
+    def align(self, samples, module_name, image=None, align_module=None, unique_id=None):
         pipeline = align_module or _load(module_name, _version_of(module_name))
         pipeline.to(comfy.model_management.get_torch_device())
-        return (align_latent(pipeline, samples, image),)
+        pipeline.remarks.clear()  # they are said for each run
+        aligned = align_latent(pipeline, samples, image)
+        if pipeline.remarks:
+            _show("\n".join(pipeline.remarks.values()), unique_id)
+        return (aligned,)
 
 
 _register_folder()

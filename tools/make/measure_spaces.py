@@ -1,29 +1,59 @@
-"""Measure on photos the second moments by which `vae_align.py` recognises a latent space.
+"""Measure on photos the second moments by which `vae_align.py` recognises a latent space, or count what it notices.
 
     python tools/make/measure_spaces.py sd15=FOLDER_OF_TAESD sdxl=FOLDER_OF_TAESDXL sd3=… flux1=… --photos PHOTOS
 
 Prints the entries of `MOMENTS` in `vae_align.py`. A space's tiny autoencoder serves as well as its full VAE. A fixed-point
 iteration finds the maximum-likelihood matrix of Student's t distribution (Kent, Tyler & Vardi 1994).
+
+With --count, prints in how many latents of each space something is noticed instead. Give it other photos than those of the
+moments.
 """
 
 import argparse
+import itertools
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+import torch.nn.functional as F
 
 import vae_align
 from dataloader import ImageDataset, eval_loader
 from images.files import list_images
 from runtime.cli import run
 from utils import UserError
-from vaes.codec import Codec
+from vaes.codec import SPACES, Codec
 from vaes.loading import load_vae_model
 
 ITERATIONS = 15
+DEGREES = 3  # of freedom: latents of edges lie far from those of plain areas
+PHOTOS = {  # what becomes of photos (B, 3, H, W)
+    "sharp": lambda photos: photos,
+    "small": lambda photos: F.avg_pool2d(photos, 2),
+    "blurred": lambda photos: F.avg_pool2d(photos, 7, 1, 3, count_include_pad=False),
+    "dark": lambda photos: photos * 0.3 - 0.7,
+    "grey": lambda photos: photos.mean(1, keepdim=True).expand_as(photos),
+    "half contrast": lambda photos: photos * 0.5,
+}
+DRAWINGS = {  # pictures in their colours that are no photos
+    "plain": lambda photos: photos.mean((2, 3), keepdim=True).expand_as(photos),
+    "gradient": lambda photos: F.interpolate(F.adaptive_avg_pool2d(photos, 2), photos.shape[2:], mode="bilinear"),
+    "mosaic": lambda photos: F.interpolate(F.adaptive_max_pool2d(photos, 7), photos.shape[2:]),
+    "poster": lambda photos: F.avg_pool2d(photos, 7, 1, 3).mul(1.5).round().div(1.5).clamp(-1, 1),
+    "noise": lambda photos: (photos.mean() + 0.3 * torch.randn(photos.shape)).clamp(-1, 1),
+}
+RAW = {False: "scaled", True: "raw"}
+LATENTS = {  # what becomes of their latents
+    "unchanged": lambda latents: latents,
+    "x 0.8": lambda latents: latents * 0.8,
+    "x 1.25": lambda latents: latents * 1.25,
+    "with noise of 0.3": lambda latents: latents + 0.3 * torch.randn_like(latents),
+    "half noise": lambda latents: (latents + torch.randn_like(latents)) * 0.5**0.5,
+}
 
 
 def moments(bands: torch.Tensor) -> torch.Tensor:
@@ -33,7 +63,7 @@ def moments(bands: torch.Tensor) -> torch.Tensor:
         matrix = band.T @ band / len(band)
         for _ in range(ITERATIONS):
             distance = ((band @ torch.linalg.inv(matrix)) * band).sum(1)
-            weight = (vae_align.DEGREES + band.shape[1]) / (vae_align.DEGREES + distance)
+            weight = (DEGREES + band.shape[1]) / (DEGREES + distance)
             matrix = (band.T * weight) @ band / len(band)
         matrices.append(matrix)
     return torch.stack(matrices)
@@ -49,10 +79,29 @@ def lines_of(name: str, matrices: torch.Tensor) -> str:
     return "\n".join([*lines, "        ),"])
 
 
+def count(name: str, codec: Codec, loader) -> str:
+    """A table: in how many of a space's latents something is noticed where it is wrong, and where nothing is."""
+    space, noticed, seen = SPACES[name], Counter(), Counter()
+    mistakes = [(wanted, raw, given) for wanted in vae_align.MOMENTS[space.channels] for raw in RAW for given in RAW]
+    for batch, (kind, change) in itertools.product(loader, (PHOTOS | DRAWINGS).items()):
+        for scaled in codec.encode(change(batch["pixel_values"])).split(1):
+            cases = [("false alarms", how, change(scaled), name, raw, raw) for how, change in LATENTS.items() for raw in RAW]
+            for wanted, raw, given in mistakes if kind in PHOTOS else ():
+                if wanted != name or raw != given:
+                    cases.append(("noticed", f"given as {RAW[given]} ones of {wanted}", scaled, wanted, raw, given))
+            for what, how, latents, wanted, raw, given in cases:
+                row = f"{name}, {'photos' if kind in PHOTOS else 'drawings'}, {RAW[raw]}, {how}: {what}"
+                found = vae_align.detect_wrong_space(space.to_raw(latents) if raw else latents, SPACES[wanted], given)
+                noticed[row] += found is not None and (what != "noticed" or found.split(",")[0].endswith(name))
+                seen[row] += 1
+    return "\n".join(f"{row} {noticed[row]} of {seen[row]}" for row in sorted(seen))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spaces", nargs="+", metavar="NAME=VAE", help="a latent space by name, and the folder of its VAE")
     parser.add_argument("--photos", required=True, help="folder of photos")
+    parser.add_argument("--count", action="store_true", help="count what is noticed, and false alarms")
     parser.add_argument("--image_size", type=int, default=192, help="pixels (default: 192)")
     args = parser.parse_args()
     loader = eval_loader(ImageDataset(list_images(args.photos), args.image_size), 8, 0)
@@ -61,9 +110,11 @@ def main():
         if not place:
             raise UserError(f"{given}: write it as NAME=VAE")
         codec = Codec(load_vae_model(place, "vae", None, "cpu", torch.float32), place)
-        bands = [vae_align.space_features(codec.encode(batch["pixel_values"])) for batch in loader]
-        bands = torch.cat([each for each in bands if each is not None], dim=1)
-        print(lines_of(name, moments(bands)), flush=True)
+        if args.count:
+            print(count(name, codec, loader), flush=True)
+            continue
+        found = [vae_align.space_features(codec.encode(batch["pixel_values"])) for batch in loader]
+        print(lines_of(name, moments(torch.cat([features[:, counts] for features, counts, _ in found], dim=1))), flush=True)
 
 
 if __name__ == "__main__":
