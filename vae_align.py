@@ -687,7 +687,9 @@ class AlignPipeline:
             low, high = torch.stack(image.aminmax()).tolist()
             if (largest := max(-low, high)) > LARGEST_PIXEL:
                 raise AlignError(f"image values up to {largest:g}: pass values in [-1, 1], 8-bit levels by / 127.5 - 1")
-            if 0 <= low < 0.1 and 0.7 < high <= 1:  # in [-1, 1] no part of such a picture is darker than mid-grey
+            if (
+                raw != "comfyui" and 0 <= low < 0.1 and 0.7 < high <= 1
+            ):  # in [-1, 1] no part of such a picture is darker than mid-grey
                 self._remark("image", "no image value is below 0: pass values in [-1, 1], those in [0, 1] by * 2 - 1")
         if latents is not None:
             if latents.ndim == 5:
@@ -1193,8 +1195,8 @@ DETAIL = {4: 0.22, 16: 0.1}  # by channels: the least detail that counts, of the
 LEAST_SHARE, LEAST_PLACES = 0.25, 48  # this share and number of places must have it
 # Between scaled and raw latents: the logarithm of their root mean square, with 16 channels as `MOMENTS` weighs them. Those of
 # sd3 are too near to each other.
-HALF_WAY = {"sd15": 0.8, "sdxl": 1.1, "flux1": 1.5}
-LEAST_DISTANCE = 0.1  # from half way
+HALF_WAY = {"sd15": 0.8, "sdxl": 1.1, "flux1": 1.47}
+LEAST_DISTANCE = 0.12  # from half way
 
 
 def detect_wrong_space(latents: torch.Tensor, space: LatentSpace, raw: bool = False) -> str | None:

@@ -1,4 +1,4 @@
-"""Latents of another space with as many channels, told by their statistics."""
+"""Latents of another space with as many channels, and raw ones given as scaled ones, told by their statistics."""
 
 import logging
 import re
@@ -8,33 +8,18 @@ import pytest
 import torch
 from conftest import run_script
 from PIL import Image, ImageDraw, ImageOps
+from pipelines import latents_of
 from safetensors.torch import save_file
 
 from images.decoding import to_pixel_values
 from images.files import list_images
-from vae_align import AlignConfig, AlignPipeline, LatentSpace, align_module, detect_wrong_space, moments_of
+from vae_align import HALF_WAY, AlignConfig, AlignPipeline, LatentSpace, align_module, detect_wrong_space
 from vaes.codec import Codec
 from vaes.families import SPACES
 from vaes.loading import load_vae_model
 
 OTHER = {"sd15": "sdxl", "sdxl": "sd15", "sd3": "flux1", "flux1": "sd3"}
 REAL = {"sd15": "taesd", "sdxl": "taesdxl", "sd3": "taesd3", "flux1": "taef1"}
-
-
-def latents_of(name, batch=1, side=24):
-    """Scaled latents (batch, C, side, side) with the second moments of that space."""
-    moments = moments_of(name)
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(matrix, rows):
-        channels = torch.randn(batch, rows, rows, len(matrix), generator=generator, dtype=torch.float64)
-        return (channels @ torch.linalg.cholesky(matrix).T).permute(0, 3, 1, 2)
-
-    if len(moments) == 1:
-        return drawn(moments[0], side).float()
-    down, across, diagonal = (drawn(matrix, side // 2) for matrix in moments)  # an inverse Haar transform
-    windows = [down + across + diagonal, down - across - diagonal, across - down - diagonal, diagonal - down - across]
-    return torch.nn.functional.pixel_shuffle(torch.stack(windows, 2).flatten(1, 2) / 2, 2).float()
 
 
 def pipeline_from(name):
@@ -71,6 +56,20 @@ def test_a_spaces_own_latents_are_taken_without_a_word(name, raw, caplog):
     assert not warnings_of(caplog)
 
 
+@pytest.mark.parametrize("name", HALF_WAY)
+@pytest.mark.parametrize("raw", [False, True], ids=["scaled", "raw"])
+def test_raw_latents_given_as_scaled_and_the_reverse_are_said_once_with_the_remedy(name, raw, caplog):
+    """Latents several times too strong or too weak, of the right or another space, and no word; a word for every batch."""
+    latents, pipeline = (SPACES[name].to_raw(latents_of(name)) if raw else latents_of(name)), pipeline_from(name)
+    for _ in range(2):
+        pipeline.translate(latents, raw=not raw)
+    (line,) = warnings_of(caplog)
+    ones = f"look like {'raw' if raw else 'scaled'} ones of {name}"
+    assert ones in line and ("pass raw=True" if raw else "leave raw out") in line and "\n" not in line
+    other = detect_wrong_space(latents, SPACES[OTHER[name]], not raw)
+    assert ones in other and f"use a module for {name} with{'' if raw else 'out'} raw=True" in other
+
+
 @pytest.mark.parametrize("name", OTHER)
 def test_latents_that_tell_nothing_raise_no_warning(name):
     """A word about an empty latent image, noise, a few latents, numbers that are none, or a space that nobody measured."""
@@ -80,10 +79,13 @@ def test_latents_that_tell_nothing_raise_no_warning(name):
         torch.full((1, space.channels, 32, 32), 3.0),
         torch.full((1, space.channels, 32, 32), torch.nan),
         torch.randn(2, space.channels, 64, 64, generator=torch.Generator().manual_seed(0)),
+        14 * torch.randn(2, space.channels, 64, 64, generator=torch.Generator().manual_seed(0)),
+        (latents_of(name) + torch.randn(1, space.channels, 24, 24, generator=torch.Generator().manual_seed(0))) / 2**0.5,
         latents_of(OTHER[name])[..., :6, :6],
         torch.zeros(1, space.channels, 3, 1),
     ):
         assert detect_wrong_space(latents, space) is None
+        assert detect_wrong_space(space.to_raw(latents), space, True) is None
     unnamed = LatentSpace.from_scale(None, space.channels, 8)
     assert detect_wrong_space(latents_of(name), unnamed) is None
     assert detect_wrong_space(torch.randn(1, 32, 16, 16), SPACES["sana"]) is None
@@ -138,4 +140,9 @@ def test_real_latents_are_told_apart(real, name):
     """Statistics of one VAE's photos that do not hold for other pictures: false alarms, or photos that pass."""
     assert [detect_wrong_space(latents, SPACES[name]) for latents in real[name]] == [None] * len(real[name])
     *photos, _drawing, _colour = real[name]
-    assert all(detect_wrong_space(latents, SPACES[OTHER[name]]) for latents in photos)
+    for wanted in (name, OTHER[name]):
+        for raw, given in ((False, False), (False, True), (True, False), (True, True)):
+            tells_scale = raw != given and name in HALF_WAY
+            expected = {wanted != name or tells_scale}
+            of_form = [SPACES[name].to_raw(latents) if raw else latents for latents in photos]
+            assert {detect_wrong_space(latents, SPACES[wanted], given) is not None for latents in of_form} == expected

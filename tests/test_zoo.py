@@ -78,13 +78,14 @@ def test_names_lead_to_the_pair_with_its_figures(tmp_path):
         [sys.executable, "-c", program], cwd=tmp_path, env=child_environment(), capture_output=True, text=True
     )
     assert ended.stdout == "[('sd15', 'flux1')] {'aligned': {}} sd15 flux1\n"
-    assert ended.stderr.endswith("AlignError: 'sd15' to 'flux9': no such pair; there are sd15 to flux1\n")
+    assert ended.stderr.endswith("AlignError: 'sd15' to 'flux9': no such pair; nearest in name: flux1\n")
     expected = pair.translate(torch.load(tmp_path / "latents.pt"))
     torch.testing.assert_close(torch.load(tmp_path / "carried.pt").float(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_pair_is_known_by_every_name_of_its_spaces(monkeypatch):
-    """Names that the README's table lists, or capital letters, refused; a space alone taken for a file that is missing."""
+    """Names that the README's table lists, or capital letters, refused; a space alone taken for a file that is missing; all
+    pairs listed where two names are near."""
     for name, of in read_zoo()["spaces"].items():
         assert tuple(of["aliases"]) == family_of(name).aliases
     pair = AlignPipeline.from_pretrained("sd1.5", "FLUX")
@@ -92,7 +93,8 @@ def test_a_pair_is_known_by_every_name_of_its_spaces(monkeypatch):
     assert AlignPipeline.from_pretrained("SD1:z-image").space2.name == "flux1"
     content = read_checkpoint("sd15 to flux1")
     assert PipelineWithVAEs.from_checkpoint(content).translate(torch.zeros(1, 4, 4, 4)).shape == (1, 16, 4, 4)
-    refusal(lambda: AlignPipeline.from_pretrained("sd15", "flux9"), "there are sd15 to flux1")
+    for asked, said in ((("sdx", "FLUX"), "name: sdxl,"), (("sd15", "wan"), "known: flux1,"), (("a", "b"), "known: image,")):
+        refusal(lambda asked=asked: AlignPipeline.from_pretrained(*asked), said)
     refusal(lambda: read_checkpoint("SD15"), "name a pair", "sd15:flux1")
     refusal(lambda: read_checkpoint("nothing:here"), "no such file")
 
