@@ -802,18 +802,17 @@ class AlignPipeline:
 
         Args:
             source: VAE1's latent space, such as "sd15", or "image" for a module that takes the image instead.
-            target: VAE2's latent space, such as "flux1". Both also by another name, such as "SD1.5", see `space_in_zoo`.
+            target: VAE2's latent space, such as "flux1". Both also by another name, such as "SD1.5", see `names_in_zoo`.
             device, dtype: see `from_pretrained`.
 
         AlignError where the zoo has no such pair, or another file than its manifest describes.
         """
         manifest = read_zoo()
-        one, into = (space_in_zoo(name, manifest) for name in (source, target))
+        names, asked = names_in_zoo(manifest), [letters_of(name) for name in (source, target)]
+        one, into = map(names.get, asked)
         entry = manifest["pairs"].get(one, {}).get(into)
         if entry is None:
-            names = _names_in_zoo(manifest)
-            asked = [letters_of(name) for name in (source, target) if letters_of(name) not in names]
-            near = [names[each] for name in asked for each in difflib.get_close_matches(name, names)]
+            near = [names[each] for name in asked if name not in names for each in difflib.get_close_matches(name, names)]
             known = ", ".join(dict.fromkeys(near or manifest["pairs"].get(one) or names.values()))
             raise AlignError(
                 f"{shown(source)} to {shown(target)}: no such pair; {'nearest in name' if near else 'known'}: {known}"
@@ -947,13 +946,8 @@ def zoo_pairs(folder: str | os.PathLike = ZOO) -> list[tuple[str, str]]:
     return [(one, into) for one, targets in read_zoo(folder)["pairs"].items() for into in targets]
 
 
-def space_in_zoo(name: str, manifest: dict) -> str | None:
-    """The name in a zoo of the space with that name or alias; None if it has no such space. Only letters and digits count."""
-    return _names_in_zoo(manifest).get(letters_of(name))
-
-
-def _names_in_zoo(manifest: dict) -> dict[str, str]:
-    """{the letters of a name or alias: its space}."""
+def names_in_zoo(manifest: dict) -> dict[str, str]:
+    """{a name or alias, as `letters_of` gives it: the space in a zoo that has it}."""
     spaces = {IMAGE: {}} | manifest["spaces"]
     return {letters_of(name): space for space, entry in spaces.items() for name in (space, *entry.get("aliases", ()))}
 
@@ -964,7 +958,7 @@ def pair_named(name: str | os.PathLike) -> tuple[str, str] | None:
     spaces = re.split(" to |:", str(name))
     if os.path.lexists(name) or len(spaces) > 2 or re.search(r"[/\\]", str(name)) or not (ZOO / ZOO_NAME).is_file():
         return None
-    if not any(space_in_zoo(space, read_zoo()) for space in spaces):
+    if names_in_zoo(read_zoo()).keys().isdisjoint(map(letters_of, spaces)):
         return None
     if len(spaces) == 1:
         raise AlignError(f"{name}: a latent space, and no file; name a pair, such as sd15:flux1")

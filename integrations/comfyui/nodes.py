@@ -42,14 +42,6 @@ def _load(module_name: str, version: int) -> AlignPipeline:
     return AlignPipeline.pair(*pair) if pair in zoo_pairs() else AlignPipeline.from_checkpoint(_path_of(module_name))
 
 
-def _show(text: str, node: str | None) -> None:
-    """Show a text on a node, where this ComfyUI can; the log has it anyway."""
-    with contextlib.suppress(AttributeError, ImportError):
-        from server import PromptServer
-
-        PromptServer.instance.send_progress_text(text, node)
-
-
 class LoadAlignModule:
     """Load a file of models/latent_align or a pair of the zoo: its module, and a line that describes it."""
 
@@ -102,7 +94,10 @@ class AlignLatents:
         pipeline.remarks.clear()  # they are said for each run
         aligned = align_latent(pipeline, samples, image)
         if pipeline.remarks:
-            _show("\n".join(pipeline.remarks.values()), unique_id)
+            with contextlib.suppress(AttributeError, ImportError):  # of an older ComfyUI, whose log has them
+                from server import PromptServer
+
+                PromptServer.instance.send_progress_text("\n".join(pipeline.remarks.values()), unique_id)
         return (aligned,)
 
 

@@ -31,23 +31,8 @@ from vaes.loading import load_vae_model
 
 ITERATIONS = 15
 DEGREES = 3  # of freedom: latents of edges lie far from those of plain areas
-PHOTOS = {  # what becomes of photos (B, 3, H, W)
-    "sharp": lambda photos: photos,
-    "small": lambda photos: F.avg_pool2d(photos, 2),
-    "blurred": lambda photos: F.avg_pool2d(photos, 7, 1, 3, count_include_pad=False),
-    "dark": lambda photos: photos * 0.3 - 0.7,
-    "grey": lambda photos: photos.mean(1, keepdim=True).expand_as(photos),
-    "half contrast": lambda photos: photos * 0.5,
-}
-DRAWINGS = {  # pictures in their colours that are no photos
-    "plain": lambda photos: photos.mean((2, 3), keepdim=True).expand_as(photos),
-    "gradient": lambda photos: F.interpolate(F.adaptive_avg_pool2d(photos, 2), photos.shape[2:], mode="bilinear"),
-    "mosaic": lambda photos: F.interpolate(F.adaptive_max_pool2d(photos, 7), photos.shape[2:]),
-    "poster": lambda photos: F.avg_pool2d(photos, 7, 1, 3).mul(1.5).round().div(1.5).clamp(-1, 1),
-    "noise": lambda photos: (photos.mean() + 0.3 * torch.randn(photos.shape)).clamp(-1, 1),
-}
 RAW = {False: "scaled", True: "raw"}
-LATENTS = {  # what becomes of their latents
+LATENTS = {  # what becomes of scaled latents
     "unchanged": lambda latents: latents,
     "x 0.8": lambda latents: latents * 0.8,
     "x 1.25": lambda latents: latents * 1.25,
@@ -79,22 +64,33 @@ def lines_of(name: str, matrices: torch.Tensor) -> str:
     return "\n".join([*lines, "        ),"])
 
 
+def pictures_of(photos: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+    """Photos (B, 3, H, W) in six ways, and five kinds of pictures in their colours that are no photos."""
+    size, blurred = photos.shape[2:], F.avg_pool2d(photos, 7, 1, 3, count_include_pad=False)
+    grey, plain = (photos.mean(axes, keepdim=True).expand_as(photos) for axes in (1, (2, 3)))
+    gradients = F.interpolate(F.adaptive_avg_pool2d(photos, 2), size, mode="bilinear")
+    mosaics = F.interpolate(F.adaptive_max_pool2d(photos, 7), size)
+    posters = blurred.mul(1.5).round().div(1.5).clamp(-1, 1)
+    noise = (plain + 0.3 * torch.randn(photos.shape)).clamp(-1, 1)
+    ways = [photos, F.avg_pool2d(photos, 2), blurred, photos * 0.3 - 0.7, grey, photos / 2]
+    return {"photos": ways, "drawings": [plain, gradients, mosaics, posters, noise]}
+
+
 def count(name: str, codec: Codec, loader) -> str:
-    """A table: in how many of a space's latents something is noticed where it is wrong, and where nothing is."""
+    """A table: in how many of a space's latents something is noticed, given as what they are and as what they are not."""
     space, noticed, seen = SPACES[name], Counter(), Counter()
-    mistakes = [(wanted, raw, given) for wanted in vae_align.MOMENTS[space.channels] for raw in RAW for given in RAW]
-    for batch, (kind, change) in itertools.product(loader, (PHOTOS | DRAWINGS).items()):
-        for scaled in codec.encode(change(batch["pixel_values"])).split(1):
-            cases = [("false alarms", how, change(scaled), name, raw, raw) for how, change in LATENTS.items() for raw in RAW]
-            for wanted, raw, given in mistakes if kind in PHOTOS else ():
-                if wanted != name or raw != given:
-                    cases.append(("noticed", f"given as {RAW[given]} ones of {wanted}", scaled, wanted, raw, given))
-            for what, how, latents, wanted, raw, given in cases:
-                row = f"{name}, {'photos' if kind in PHOTOS else 'drawings'}, {RAW[raw]}, {how}: {what}"
-                found = vae_align.detect_wrong_space(space.to_raw(latents) if raw else latents, SPACES[wanted], given)
-                noticed[row] += found is not None and (what != "noticed" or found.split(",")[0].endswith(name))
-                seen[row] += 1
-    return "\n".join(f"{row} {noticed[row]} of {seen[row]}" for row in sorted(seen))
+    cases = list(itertools.product(vae_align.MOMENTS[space.channels], RAW, RAW, LATENTS))
+    for kind, pictures in (item for batch in loader for item in pictures_of(batch["pixel_values"]).items()):
+        for scaled in (latents for picture in pictures for latents in codec.encode(picture).split(1)):
+            for wanted, raw, given, how in cases:
+                is_right = (wanted, given) == (name, raw)
+                if is_right or kind == "photos":
+                    latents = space.to_raw(LATENTS[how](scaled)) if raw else LATENTS[how](scaled)
+                    found = vae_align.detect_wrong_space(latents, SPACES[wanted], given)
+                    row = f"{name}, {kind}, {how}, {RAW[raw]}, given as {RAW[given]} ones of {wanted}"
+                    noticed[row] += found is not None and (is_right or found.split(",")[0].endswith(name))
+                    seen[row] += 1
+    return "\n".join(f"{row}: {noticed[row]} of {seen[row]}" for row in sorted(seen))
 
 
 def main():
