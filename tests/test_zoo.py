@@ -84,8 +84,7 @@ def test_names_lead_to_the_pair_with_its_figures(tmp_path):
 
 
 def test_a_pair_is_known_by_every_name_of_its_spaces(monkeypatch):
-    """Names that the README's table lists, or capital letters, refused; a space alone taken for a file that is missing; all
-    pairs listed where two names are near."""
+    """Names of the README's table, or capital letters, refused; a space alone taken for a missing file; all pairs listed."""
     for name, of in read_zoo()["spaces"].items():
         assert tuple(of["aliases"]) == family_of(name).aliases
     pair = AlignPipeline.from_pretrained("sd1.5", "FLUX")
