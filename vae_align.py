@@ -665,7 +665,8 @@ class AlignPipeline:
         part of the batch at once. Each of several frames is a picture: the result is (B, C2, frames, h', w') if VAE2 is of
         video, otherwise (B · frames, C2, h', w').
         Latents that look like those of another named space, or raw where they are not given so, or the reverse, and images that
-        look as if in [0, 1] are translated all the same; the log and `remarks` say it, once for each pipeline. AlignError in one line for inputs that do not fit, and for `raw` where a space's map is unknown.
+        look as if in [0, 1] are translated all the same; the log and `remarks` say it, once for each pipeline. AlignError in
+        one line for inputs that do not fit, and for `raw` where a space's map is unknown.
         """
         given = latents if self.uses_latents or (raw == "comfyui" and latents is not None) else image
         if given is None:

@@ -64,7 +64,7 @@ def test_a_module_that_knows_its_own_latents_takes_no_others():
 
 
 def test_names_lead_to_the_pair_with_its_figures(tmp_path):
-    """Catches figures left behind, names taken for files, an unknown name that ends in a traceback."""
+    """Catches figures left behind, names taken for files, an unknown name that ends in a traceback or lists every pair."""
     pair = make_zoo(tmp_path / "assets" / "zoo", "sd15", "flux1")
     shutil.copy(ROOT / "vae_align.py", tmp_path)  # the zoo is searched beside the file, as in ComfyUI's pack
     torch.save(torch.randn(1, 4, 8, 8), tmp_path / "latents.pt")
@@ -84,7 +84,7 @@ def test_names_lead_to_the_pair_with_its_figures(tmp_path):
 
 
 def test_a_pair_is_known_by_every_name_of_its_spaces(monkeypatch):
-    """Names of the README's table, or capital letters, refused; a space alone taken for a missing file; all pairs listed."""
+    """Names that the README's table lists, or capital letters, refused; a space alone taken for a file that is missing."""
     for name, of in read_zoo()["spaces"].items():
         assert tuple(of["aliases"]) == family_of(name).aliases
     pair = AlignPipeline.from_pretrained("sd1.5", "FLUX")
