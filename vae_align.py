@@ -13,6 +13,7 @@ Latents are *scaled* latents, the space in which diffusion models work, except w
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import hashlib
 import io
@@ -177,6 +178,12 @@ class LatentSpace:
             )
         grid = latents.transpose(1, 2).reshape(shape[0], shape[2], height, width)
         return F.pixel_shuffle(grid, patch) if patch > 1 else grid
+
+    def are_packed(self, latents: torch.Tensor, size: tuple[int, int] | None = None) -> bool:
+        """Whether scaled latents of three dimensions are packed tokens (B, h·w, C), not one picture's (C, h, w): by a token's
+        length. Where both fit, they are packed only if the image's `size` is given."""
+        is_token = latents.shape[2] in (self.channels, 4 * self.channels)
+        return is_token and (size is not None or latents.shape[0] != self.channels)
 
     def frames_from_pipeline(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents with an axis of frames, in an order that `from_pipeline` takes -> (B, channels, frames, h, w)."""
@@ -587,6 +594,8 @@ class AlignPipeline:
         module: the `AlignModule`. `translate` computes in the dtype of its weights.
         space1, space2: the `LatentSpace`s of VAE1 and VAE2; unnamed ones where the constructor is given none.
         figures: an evaluation's figures of the module, as plain JSON values; {} where nothing is known.
+        remarks: what the log has said about inputs that look wrong, {"latents" or "image": a line}. What is in it is not
+            said again.
     """
 
     def __init__(
@@ -601,7 +610,7 @@ class AlignPipeline:
         self.space1 = space1 or LatentSpace.from_scale(None, config.latent_channels, config.latent_stride)
         self.space2 = space2 or LatentSpace.from_scale(None, config.out_channels, config.out_stride)
         self.figures = figures or {}
-        self._has_warned = False
+        self.remarks = {}
         require_own_spaces(config, self.space1, self.space2)
 
     @property
@@ -645,7 +654,8 @@ class AlignPipeline:
 
         Args:
             latents: VAE1's scaled latents, in any shape that `LatentSpace.from_pipeline` takes, with any number of frames. With
-                `raw`, VAE1's raw latents (B, C, h, w), or (B, C, frames, h, w).
+                `raw`, VAE1's raw latents (B, C, h, w), or (B, C, frames, h, w). One picture's (C, h, w) give (C2, h', w');
+                `LatentSpace.are_packed` tells them from packed tokens.
             image: (B, 3, H, W), floats in [-1, 1]. Modules that were trained with the image need it, the others ignore it.
             raw: take and return raw latents; "comfyui": as ComfyUI keeps latents, raw ones except in the spaces of
                 `NORMALISED_BY_COMFYUI`. Its all-zero latents are empty and stay so, and latents of video always have frames.
@@ -654,14 +664,19 @@ class AlignPipeline:
         The result has the device and dtype of the input. The module computes on its own device, in the dtype of its weights, a
         part of the batch at once. Each of several frames is a picture: the result is (B, C2, frames, h', w') if VAE2 is of
         video, otherwise (B · frames, C2, h', w').
-        If the latents look like those of another named space, they are translated all the same, and the log warns once for
-        each pipeline. AlignError in one line for inputs that do not fit, and for `raw` where a space's map is unknown.
+        Latents that look like those of another named space, or raw where they are not given so, or the reverse, and images that
+        look as if in [0, 1] are translated all the same; the log and `remarks` say it, once for each pipeline. AlignError in
+        one line for inputs that do not fit, and for `raw` where a space's map is unknown.
         """
         given = latents if self.uses_latents or (raw == "comfyui" and latents is not None) else image
         if given is None:
             self.module.check_inputs(latents, image)
         if raw:
             self._require_maps()
+        may_be_packed = given is latents and not raw
+        if isinstance(given, torch.Tensor) and given.ndim == 3 and not (may_be_packed and self.space1.are_packed(given, size)):
+            batch = (each[None] if isinstance(each, torch.Tensor) and each.ndim == 3 else each for each in (latents, image))
+            return self.translate(*batch, raw, size)[0]
         raw1, raw2 = (raw and not (raw == "comfyui" and of.name in NORMALISED_BY_COMFYUI) for of in (self.space1, self.space2))
         frames = given.shape[2] if raw == "comfyui" and given.ndim == 5 else 1
         latents, image = latents if self.uses_latents else None, image if self.uses_image else None
@@ -669,8 +684,14 @@ class AlignPipeline:
             if tensor is not None and not (isinstance(tensor, torch.Tensor) and tensor.is_floating_point()):
                 kind = getattr(tensor, "dtype", type(tensor).__name__)
                 raise AlignError(f"{name} of type {kind}: pass a tensor of floating-point numbers")
-        if image is not None and image.numel() and (largest := image.abs().max().item()) > LARGEST_PIXEL:
-            raise AlignError(f"image values up to {largest:g}: pass values in [-1, 1]; 8-bit levels become them by / 127.5 - 1")
+        if image is not None and image.numel():
+            low, high = torch.stack(image.aminmax()).tolist()
+            if (largest := max(-low, high)) > LARGEST_PIXEL:
+                raise AlignError(f"image values up to {largest:g}: pass values in [-1, 1], 8-bit levels by / 127.5 - 1")
+            if (
+                raw != "comfyui" and 0 <= low < 0.1 and 0.7 < high <= 1
+            ):  # in [-1, 1] no part of such a picture is darker than mid-grey
+                self._remark("image", "no image value is below 0: pass values in [-1, 1], those in [0, 1] by * 2 - 1")
         if latents is not None:
             if latents.ndim == 5:
                 latents = latents if raw else self.space1.frames_from_pipeline(latents)
@@ -678,10 +699,9 @@ class AlignPipeline:
             elif not raw:
                 latents = self.space1.from_pipeline(latents, size)
             self._require_channels(latents, raw1)
+            if "latents" not in self.remarks and (found := detect_wrong_space(latents, self.space1, raw1)):
+                self._remark("latents", found)
             latents = self.space1.to_scaled(latents.float()) if raw1 else latents
-            if not self._has_warned and (warning := detect_wrong_space(latents, self.space1)):
-                self._has_warned = True
-                log.warning("%s", warning)
         self.module.check_inputs(latents, image)
         finish = (lambda scaled: self.space2.to_raw(scaled.float())) if raw2 else (lambda scaled: scaled)
         translated = self._in_pieces({"latents": latents, "image": image}, finish, given)
@@ -689,6 +709,11 @@ class AlignPipeline:
             translated = torch.zeros_like(translated)
         keeps_frames = self.space2.name in OF_VIDEO and (frames > 1 or raw == "comfyui")
         return translated.unflatten(0, (-1, frames)).movedim(1, 2) if keeps_frames else translated
+
+    def _remark(self, subject: str, line: str) -> None:
+        if subject not in self.remarks:
+            self.remarks[subject] = line
+            log.warning("%s", line)
 
     def _in_pieces(self, inputs: dict, finish: Callable, like: torch.Tensor) -> torch.Tensor:
         """The module's result, through `finish`, with the device and dtype of `like`. Pieces of the batch follow each other, so
@@ -779,18 +804,21 @@ class AlignPipeline:
 
         Args:
             source: VAE1's latent space, such as "sd15", or "image" for a module that takes the image instead.
-            target: VAE2's latent space, such as "flux1". Both also by another name, such as "SD1.5", see `space_in_zoo`.
+            target: VAE2's latent space, such as "flux1". Both also by another name, such as "SD1.5", see `names_in_zoo`.
             device, dtype: see `from_pretrained`.
 
         AlignError where the zoo has no such pair, or another file than its manifest describes.
         """
         manifest = read_zoo()
-        one, into = (space_in_zoo(name, manifest) for name in (source, target))
+        names, asked = names_in_zoo(manifest), [letters_of(name) for name in (source, target)]
+        one, into = map(names.get, asked)
         entry = manifest["pairs"].get(one, {}).get(into)
         if entry is None:
-            known = ", ".join(f"{one} to {target}" for target in manifest["pairs"].get(one, ()))
-            known = known or f"pairs of {', '.join((IMAGE, *manifest['spaces']))}"
-            raise AlignError(f"{shown(source)} to {shown(target)}: no such pair; there are {known}")
+            near = [names[each] for name in asked if name not in names for each in difflib.get_close_matches(name, names)]
+            known = ", ".join(dict.fromkeys(near or manifest["pairs"].get(one) or names.values()))
+            raise AlignError(
+                f"{shown(source)} to {shown(target)}: no such pair; {'nearest in name' if near else 'known'}: {known}"
+            )
         first, second = (None if name == IMAGE else _from_zoo(manifest["spaces"][name], dtype) for name in (one, into))
         pipeline = cls.compose(first, second)
         pipeline.figures = entry.get("figures", {})
@@ -920,10 +948,10 @@ def zoo_pairs(folder: str | os.PathLike = ZOO) -> list[tuple[str, str]]:
     return [(one, into) for one, targets in read_zoo(folder)["pairs"].items() for into in targets]
 
 
-def space_in_zoo(name: str, manifest: dict) -> str | None:
-    """The name in a zoo of the space with that name or alias; None if it has no such space. Only letters and digits count."""
-    names = {space: (space, *entry.get("aliases", ())) for space, entry in manifest["spaces"].items()} | {IMAGE: (IMAGE,)}
-    return next((space for space, known in names.items() if letters_of(name) in map(letters_of, known)), None)
+def names_in_zoo(manifest: dict) -> dict[str, str]:
+    """{a name or alias, as `letters_of` gives it: the space in a zoo that has it}."""
+    spaces = {IMAGE: {}} | manifest["spaces"]
+    return {letters_of(name): space for space, entry in spaces.items() for name in (space, *entry.get("aliases", ()))}
 
 
 def pair_named(name: str | os.PathLike) -> tuple[str, str] | None:
@@ -932,7 +960,7 @@ def pair_named(name: str | os.PathLike) -> tuple[str, str] | None:
     spaces = re.split(" to |:", str(name))
     if os.path.lexists(name) or len(spaces) > 2 or re.search(r"[/\\]", str(name)) or not (ZOO / ZOO_NAME).is_file():
         return None
-    if not any(space_in_zoo(space, read_zoo()) for space in spaces):
+    if names_in_zoo(read_zoo()).keys().isdisjoint(map(letters_of, spaces)):
         return None
     if len(spaces) == 1:
         raise AlignError(f"{name}: a latent space, and no file; name a pair, such as sd15:flux1")
@@ -1167,54 +1195,68 @@ def _one_line(error: BaseException, limit: int = 300) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Wrong spaces
 
-DEGREES = 3  # of freedom: latents of edges lie far from those of plain areas, as in Student's t distribution
-CLEAR = {4: 0.35, 16: 3.0}  # by channels: right latents never show this difference of log-likelihoods, nor drawings or noise
-LEAST_DETAIL, LEAST_SHARE, LEAST_PLACES = 0.2, 0.25, 32  # this share and number of places must have this much detail
+CLEAR = {4: 0.3, 16: 2.0}  # by channels: right latents hardly ever show this difference of log-likelihoods, nor do drawings
+WHITE = 0.2  # latents tell nothing if white noise is more likely by this
+DETAIL = {4: 0.22, 16: 0.1}  # by channels: the least detail that counts, of the latents' root mean square
+LEAST_SHARE, LEAST_PLACES = 0.25, 48  # this share and number of places must have it
+# Between scaled and raw latents: the logarithm of their root mean square, with 16 channels as `MOMENTS` weighs them. Those of
+# sd3 are too near to each other.
+HALF_WAY = {"sd15": 0.8, "sdxl": 1.1, "flux1": 1.47}
+LEAST_DISTANCE = 0.12  # from half way
 
 
-def detect_wrong_space(latents: torch.Tensor, space: LatentSpace) -> str | None:
-    """One line if scaled latents (B, C, h, w) look like those of another named space than `space`.
+def detect_wrong_space(latents: torch.Tensor, space: LatentSpace, raw: bool = False) -> str | None:
+    """One line if latents (B, C, h, w), scaled or `raw` ones, look like those of another named space, or like the other kind.
 
     None if they look right, or if nothing can be told: other channels, a space whose statistics are not known here, too plain
-    a picture.
+    a picture, noise.
     """
+    known = MOMENTS.get(latents.shape[1], {}) if latents.ndim == 4 else {}
+    if space.name not in known:
+        return None
     channels = latents.shape[1]
-    known = MOMENTS.get(channels, {})
-    bands = space_features(latents) if space.name in known else None
-    if bands is None:
+    features, counts, size = space_features(latents)
+    inverses = [inverse_moments_of(name, features.dtype, features.device) for name in known]
+    distances = [torch.einsum("npc,ncd,npd->np", features, inverse, features) for inverse in inverses]
+    logs = [torch.where(counts, each.log(), 0).sum() for each in (*distances, features.square().sum(-1))]
+    count, size, *logs = torch.stack([counts.sum(), size, *logs]).tolist()  # the one wait for the device
+    if count < max(LEAST_PLACES, LEAST_SHARE * counts.numel()):
         return None
-    spreads = []  # on the device until all are there
-    for name in known:
-        distance = torch.einsum("npc,ncd,npd->np", bands, inverse_moments_of(name, bands.dtype, bands.device), bands)
-        spreads.append(torch.log1p(distance / DEGREES).mean(1).sum())
-    likely = {  # log-likelihood per latent under Student's t distribution about zero, up to a constant
-        name: -spread * (DEGREES + channels) / 2 - torch.logdet(moments_of(name)).sum().item() / 2
-        for name, spread in zip(known, torch.stack(spreads).tolist())
-    }
-    best = max(likely, key=likely.get)
-    if not likely[best] - likely[space.name] > CLEAR[channels]:
+    # log-likelihood per latent, up to a constant, of its direction alone (Tyler 1987): no scale changes their differences
+    likely = dict(zip((*known, "white noise"), (-each / count * channels / 2 for each in logs)))
+    best = max(known, key=likely.get)
+    if not likely[best] > likely["white noise"] - WHITE:
         return None
-    return (
-        f"these latents look like those of {best}, and this module takes those of {space.name} (log-likelihood per latent "
-        f"{likely[best]:.2f} against {likely[space.name]:.2f}): encode with a VAE of {space.name}, or use a module for {best}"
-    )
+    best = best if likely[best] - likely[space.name] > CLEAR[channels] else space.name
+    level = math.log(size) if channels == 4 else -likely[best] / channels
+    beyond = level - HALF_WAY.get(best, level)
+    looks_raw = beyond > 0 if abs(beyond) > LEAST_DISTANCE else raw
+    look, given = ("raw" if each else "scaled" for each in (looks_raw, raw))
+    if best != space.name:
+        return (
+            f"these latents look like {'those' if look == given else look + ' ones'} of {best}, and this module takes those of "
+            f"{space.name} (log-likelihood per latent {likely[best]:.2f} against {likely[space.name]:.2f}): encode with a VAE "
+            f"of {space.name}, or use a module for {best}{'' if look == given else ' with' + 'out' * raw + ' raw=True'}"
+        )
+    remedy = "pass raw=True" if looks_raw else "leave raw out; in ComfyUI pass them as its VAEs give them"
+    line = f"these latents look like {look} ones of {best}, given as {given} ones (root mean square {size:.2g}): {remedy}"
+    return line if look != given else None
 
 
-def space_features(latents: torch.Tensor) -> torch.Tensor | None:
-    """The numbers (bands, places, C), float32, that tell the spaces of scaled latents (B, C, h, w) apart; None where too few
-    places have any detail.
+def space_features(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The numbers (bands, places, C), float32, that tell the spaces of latents (B, C, h, w) apart; which of the places count,
+    (places,), because they have any detail; and the latents' root mean square.
 
     Latents with 16 channels count themselves. Latents with 4 channels count by the details of a Haar transform in overlapping
     2x2 windows (down, across, diagonal): SD 1.5's and SDXL's have similar colours and different textures. The two outer rows
     and columns, where encoders see the picture's edge, do not count.
     """
-    inner = latents.float()[:, :, 2:-2, 2:-2]
+    channels, inner = latents.shape[1], latents.float()[:, :, 2:-2, 2:-2]
     a, b, c, d = inner[..., :-1, :-1], inner[..., :-1, 1:], inner[..., 1:, :-1], inner[..., 1:, 1:]
     details = torch.stack([a + b - c - d, a - b + c - d, a - b - c + d]) / 2
-    busy = details.square().mean((0, 2)).sqrt() > LEAST_DETAIL  # (B, places down, places across)
-    if busy.sum() < max(LEAST_PLACES, LEAST_SHARE * busy.numel()):
-        return None
-    return (details if latents.shape[1] == 4 else a[None]).movedim(2, -1)[:, busy]
+    size = inner.square().mean().sqrt()
+    counts = details.square().mean((0, 2)).sqrt() > DETAIL.get(channels, 0) * size  # (B, places down, places across)
+    return (details if channels == 4 else a[None]).movedim(2, -1).flatten(1, 3), counts.flatten(), size
 
 
 @functools.cache
@@ -1230,8 +1272,10 @@ def moments_of(name: str) -> torch.Tensor:
 
 @functools.cache
 def inverse_moments_of(name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Cached, because copying it to a GPU waits for the GPU."""
-    return torch.linalg.inv(moments_of(name)).to(device, dtype)
+    """Their inverses, of determinant 1. Cached, because copying them to a GPU waits for the GPU."""
+    moments = moments_of(name)
+    volume = torch.linalg.det(moments) ** (1 / len(moments[0]))
+    return (torch.linalg.inv(moments) * volume[:, None, None]).to(device, dtype)
 
 
 # Second moments of scaled latents of photos, measured by tools/make/measure_spaces.py. {channels: {space: for each band of

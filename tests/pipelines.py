@@ -1,11 +1,11 @@
-"""Untrained pipelines with random weights, their checkpoints, and a file that would run code."""
+"""Untrained pipelines with random weights, their checkpoints, latents of a named space, and a file that would run code."""
 
 import shutil
 
 import torch
 
 from utils import file_digest, write_json
-from vae_align import ZOO_NAME, AlignConfig, AlignPipeline, align_module
+from vae_align import ZOO_NAME, AlignConfig, AlignPipeline, align_module, moments_of
 from vaes.codec import SPACES, Codec
 from vaes.loading import load_vae_model
 from vaes.pipeline import PipelineWithVAEs
@@ -53,6 +53,23 @@ def make_zoo(folder, one, into):
     spaces = {name: {"file": file.name, "sha256": file_digest(file).hex()} for name, file in files.items()}
     write_json(folder / ZOO_NAME, {"spaces": spaces, "pairs": {one: {into: {"figures": {"aligned": {}}}}}})
     return AlignPipeline.compose(*pipelines.values())
+
+
+def latents_of(name, batch=1, side=24):
+    """Scaled latents (batch, C, side, side) with the second moments of that space, up to their scale."""
+    moments = moments_of(name)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(matrix, rows):
+        channels = torch.randn(batch, rows, rows, len(matrix), generator=generator, dtype=torch.float64)
+        return (channels @ torch.linalg.cholesky(matrix).T).permute(0, 3, 1, 2)
+
+    if len(moments) == 1:
+        return drawn(moments[0], side).float()
+    down, across, diagonal = (drawn(matrix, side // 2) for matrix in moments)  # an inverse Haar transform
+    windows = [down + across + diagonal, down - across - diagonal, across - down - diagonal, diagonal - down - across]
+    latents = torch.nn.functional.pixel_shuffle(torch.stack(windows, 2).flatten(1, 2) / 2, 2).float()
+    return latents / latents.square().mean().sqrt() * 0.85  # of scaled latents with all their bands
 
 
 def save(pipeline, folder, **changes):

@@ -236,7 +236,7 @@ def test_translating_waits_for_its_checks_alone(architecture, inputs, raw):
     given = {"latents": (2, 4, SIDE // 8, SIDE // 8), "image": (2, 3, SIDE, SIDE)}
     waits = {"translate read": 1} if "image" in inputs else {}
     if "latent" in inputs:
-        waits |= {"space_features read": 1, "space_features sized": 1, "detect_wrong_space read": 1}
+        waits |= {"detect_wrong_space read": 1}
     with MODE:
         given = {name: on_device(*shape) for name, shape in given.items() if name.removesuffix("s") in inputs}
         assert_on_device(lambda: pipeline.module(**given), times=1)

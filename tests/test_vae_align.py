@@ -160,7 +160,7 @@ UNFIT = {  # (inputs of the module, latents, image, what the message says)
     "an image with alpha": (("image", "latent"), LATENTS, torch.zeros(1, 4, 72, 40), "(1, 4, 72, 40)"),
     "an image of another size": (("image", "latent"), LATENTS, torch.zeros(1, 3, 72, 48), "72x48"),
     "an image off the grid": (("image",), None, torch.zeros(1, 3, 70, 40), "multiple"),
-    "latents without batch": (("latent",), torch.zeros(4, 4, 4), None, "(4, 4, 4)"),
+    "latents of two dimensions": (("latent",), torch.zeros(4, 4), None, "(4, 4)"),
     "8-bit levels": (("image", "latent"), LATENTS, IMAGE + 200, "up to 200"),
     "batches that differ": (("image", "latent"), LATENTS, torch.zeros(2, 3, 72, 40), "2 images"),
     "whole numbers": (("latent",), torch.zeros(1, 4, 4, 4, dtype=torch.int64), None, "int64"),
@@ -173,6 +173,28 @@ def test_inputs_that_do_not_fit_are_refused_in_one_line(case):
     input_types, latents, image, said = UNFIT[case]
     pipeline = AlignPipeline(make_module(input_types=input_types), SPACES["sd15"], SPACES["flux1"])
     refusal(lambda: pipeline.translate(latents, image), said)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("input_types", INPUT_TYPES, ids=IDS)
+def test_one_picture_needs_no_batch_axis(input_types, raw):
+    """A latent (C, h, w) taken for packed tokens; an image without batch axis that fails; a batch axis in the result."""
+    pipeline = AlignPipeline(make_module(input_types=input_types), SPACES["sd15"], SPACES["flux1"])
+    inputs = make_inputs(pipeline.config, 64, 32)
+    single = pipeline.translate(**{name: each[0] for name, each in inputs.items()}, raw=raw)
+    torch.testing.assert_close(single, pipeline.translate(**inputs, raw=raw)[0])
+    flux1, size = SPACES["flux1"], (64, 64)
+    assert flux1.are_packed(torch.empty(2, 4, 64)) and flux1.are_packed(torch.empty(16, 4, 64), size)
+    assert not flux1.are_packed(torch.empty(16, 4, 64)) and not flux1.are_packed(torch.empty(16, 4, 8), size)
+
+
+def test_an_image_without_negative_values_is_mentioned_once(caplog):
+    """An image in [0, 1], which gives a pale picture and no word; a word for every batch, for white, for a bright picture."""
+    pipeline, image = bare_pipeline(input_types=("image",)), torch.rand(1, 3, 72, 40)
+    white, black = torch.ones_like(image), torch.zeros_like(image)
+    for given, lines in ((image * 2 - 1, 0), (white, 0), (black, 0), (image / 2 + 0.5, 0), (image, 1), (image, 1)):
+        pipeline.translate(image=given)
+        assert caplog.text.count("in [0, 1] by * 2 - 1") == len(caplog.records) == lines
 
 
 def test_a_finer_vae1_grid_that_ends_within_a_latent_of_vae2_is_refused():

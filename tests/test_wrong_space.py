@@ -1,5 +1,6 @@
-"""Latents of another space with as many channels, told by their statistics."""
+"""Latents of another space with as many channels, and raw ones given as scaled ones, told by their statistics."""
 
+import itertools
 import logging
 import re
 
@@ -8,33 +9,18 @@ import pytest
 import torch
 from conftest import run_script
 from PIL import Image, ImageDraw, ImageOps
+from pipelines import latents_of
 from safetensors.torch import save_file
 
 from images.decoding import to_pixel_values
 from images.files import list_images
-from vae_align import AlignConfig, AlignPipeline, LatentSpace, align_module, detect_wrong_space, moments_of
+from vae_align import HALF_WAY, AlignConfig, AlignPipeline, LatentSpace, align_module, detect_wrong_space
 from vaes.codec import Codec
 from vaes.families import SPACES
 from vaes.loading import load_vae_model
 
 OTHER = {"sd15": "sdxl", "sdxl": "sd15", "sd3": "flux1", "flux1": "sd3"}
 REAL = {"sd15": "taesd", "sdxl": "taesdxl", "sd3": "taesd3", "flux1": "taef1"}
-
-
-def latents_of(name, batch=1, side=24):
-    """Scaled latents (batch, C, side, side) with the second moments of that space."""
-    moments = moments_of(name)
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(matrix, rows):
-        channels = torch.randn(batch, rows, rows, len(matrix), generator=generator, dtype=torch.float64)
-        return (channels @ torch.linalg.cholesky(matrix).T).permute(0, 3, 1, 2)
-
-    if len(moments) == 1:
-        return drawn(moments[0], side).float()
-    down, across, diagonal = (drawn(matrix, side // 2) for matrix in moments)  # an inverse Haar transform
-    windows = [down + across + diagonal, down - across - diagonal, across - down - diagonal, diagonal - down - across]
-    return torch.nn.functional.pixel_shuffle(torch.stack(windows, 2).flatten(1, 2) / 2, 2).float()
 
 
 def pipeline_from(name):
@@ -64,11 +50,20 @@ def test_another_spaces_latents_are_said_once_in_one_line_and_translated(name, r
 
 @pytest.mark.parametrize("name", OTHER)
 @pytest.mark.parametrize("raw", [False, True], ids=["scaled", "raw"])
-def test_a_spaces_own_latents_are_taken_without_a_word(name, raw, caplog):
-    """A false alarm, which teaches users to pass warnings over; raw latents judged as if they were scaled."""
-    own = latents_of(name, batch=2)
-    pipeline_from(name).translate(SPACES[name].to_raw(own) if raw else own, raw=raw)
-    assert not warnings_of(caplog)
+@pytest.mark.parametrize("given", [False, True], ids=["as scaled", "as raw"])
+def test_a_spaces_own_latents_are_taken_without_a_word_unless_given_as_the_other_kind(name, raw, given, caplog):
+    """A false alarm, which teaches users to pass warnings over; latents several times too strong or too weak, and no word, or a
+    word for every batch, or one that forgets the scale where the space is wrong too."""
+    pipeline, own = pipeline_from(name), SPACES[name].to_raw(latents_of(name)) if raw else latents_of(name)
+    for _ in range(2):
+        pipeline.translate(own, raw=given)
+    told = raw != given and name in HALF_WAY
+    assert len(warnings_of(caplog)) == told
+    if told:
+        line, other = warnings_of(caplog)[0], detect_wrong_space(own, SPACES[OTHER[name]], given)
+        ones = f"look like {'raw' if raw else 'scaled'} ones of {name}"
+        assert ones in line and ("pass raw=True" if raw else "leave raw out") in line and "\n" not in line
+        assert ones in other and f"use a module for {name} with{'' if raw else 'out'} raw=True" in other
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -80,10 +75,13 @@ def test_latents_that_tell_nothing_raise_no_warning(name):
         torch.full((1, space.channels, 32, 32), 3.0),
         torch.full((1, space.channels, 32, 32), torch.nan),
         torch.randn(2, space.channels, 64, 64, generator=torch.Generator().manual_seed(0)),
+        14 * torch.randn(2, space.channels, 64, 64, generator=torch.Generator().manual_seed(0)),
+        (latents_of(name) + torch.randn(1, space.channels, 24, 24, generator=torch.Generator().manual_seed(0))) / 2**0.5,
         latents_of(OTHER[name])[..., :6, :6],
         torch.zeros(1, space.channels, 3, 1),
     ):
         assert detect_wrong_space(latents, space) is None
+        assert detect_wrong_space(space.to_raw(latents), space, True) is None
     unnamed = LatentSpace.from_scale(None, space.channels, 8)
     assert detect_wrong_space(latents_of(name), unnamed) is None
     assert detect_wrong_space(torch.randn(1, 32, 16, 16), SPACES["sana"]) is None
@@ -138,4 +136,7 @@ def test_real_latents_are_told_apart(real, name):
     """Statistics of one VAE's photos that do not hold for other pictures: false alarms, or photos that pass."""
     assert [detect_wrong_space(latents, SPACES[name]) for latents in real[name]] == [None] * len(real[name])
     *photos, _drawing, _colour = real[name]
-    assert all(detect_wrong_space(latents, SPACES[OTHER[name]]) for latents in photos)
+    for wanted, raw, given in itertools.product((name, OTHER[name]), (False, True), (False, True)):
+        told = wanted != name or (raw != given and name in HALF_WAY)
+        given_latents = [SPACES[name].to_raw(latents) if raw else latents for latents in photos]
+        assert {bool(detect_wrong_space(latents, SPACES[wanted], given)) for latents in given_latents} == {told}

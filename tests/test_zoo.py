@@ -64,7 +64,7 @@ def test_a_module_that_knows_its_own_latents_takes_no_others():
 
 
 def test_names_lead_to_the_pair_with_its_figures(tmp_path):
-    """Catches figures left behind, names taken for files, an unknown name that ends in a traceback."""
+    """Catches figures left behind, names taken for files, an unknown name that ends in a traceback or lists every pair."""
     pair = make_zoo(tmp_path / "assets" / "zoo", "sd15", "flux1")
     shutil.copy(ROOT / "vae_align.py", tmp_path)  # the zoo is searched beside the file, as in ComfyUI's pack
     torch.save(torch.randn(1, 4, 8, 8), tmp_path / "latents.pt")
@@ -78,7 +78,7 @@ def test_names_lead_to_the_pair_with_its_figures(tmp_path):
         [sys.executable, "-c", program], cwd=tmp_path, env=child_environment(), capture_output=True, text=True
     )
     assert ended.stdout == "[('sd15', 'flux1')] {'aligned': {}} sd15 flux1\n"
-    assert ended.stderr.endswith("AlignError: 'sd15' to 'flux9': no such pair; there are sd15 to flux1\n")
+    assert ended.stderr.endswith("AlignError: 'sd15' to 'flux9': no such pair; nearest in name: flux1\n")
     expected = pair.translate(torch.load(tmp_path / "latents.pt"))
     torch.testing.assert_close(torch.load(tmp_path / "carried.pt").float(), expected, atol=1e-4, rtol=1e-4)
 
@@ -93,7 +93,8 @@ def test_a_pair_is_known_by_every_name_of_its_spaces(caplog):
     assert AlignPipeline.from_pretrained("SD1:z-image").space2.name == "flux1"
     content = read_checkpoint("sd15 to flux1")
     assert PipelineWithVAEs.from_checkpoint(content).translate(torch.zeros(1, 4, 4, 4)).shape == (1, 16, 4, 4)
-    refusal(lambda: AlignPipeline.from_pretrained("sd15", "flux9"), "there are sd15 to flux1")
+    for asked, said in ((("sdx", "FLUX"), "name: sdxl,"), (("sd15", "wan"), "known: flux1,"), (("a", "b"), "known: image,")):
+        refusal(lambda asked=asked: AlignPipeline.from_pretrained(*asked), said)
     refusal(lambda: read_checkpoint("SD15"), "name a pair", "sd15:flux1")
     refusal(lambda: read_checkpoint("nothing:here"), "no such file")
     assert read_checkpoint("taesd_to_taef1")["vae1"]["space"]["name"] == "sd15" and not caplog.records

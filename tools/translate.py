@@ -152,17 +152,14 @@ def translate_file(path: Path, pipeline: PipelineWithVAEs, raw: bool, size: tupl
     elif pipeline.uses_image:
         raise UserError(f"{path}: this module also takes the image; give it the images, or use a module of latents alone")
     else:
-        latents, own = read_latents(path), pipeline.space1.channels
+        latents = read_latents(path)
         shape, raw = tuple(latents.shape), "comfyui" if path.suffix.lower() == ".latent" else raw
-        packed = latents.ndim == 3 and not raw and shape[2] in (own, 4 * own) and (size or shape[0] != own)
         if latents.ndim not in (3, 4, 5) or not latents.numel():
             raise UserError(f"{path}: latents of shape {shape}: give (B, C, h, w), (C, h, w), frames, or packed ones")
-        if packed and size is None:
+        if size is None and latents.ndim == 3 and not raw and pipeline.space1.are_packed(latents):
             why = "packed (then add --size HEIGHT WIDTH of the image, px) or have their channels last (then permute them)"
             raise UserError(f"{path}: latents of shape {shape} are {why}")
-        single = latents.ndim == 3 and not packed
-        translated = pipeline.translate(latents[None] if single else latents, raw=raw, size=size)
-        translated = translated[0] if single else translated
+        translated = pipeline.translate(latents, raw=raw, size=size)
     if not translated.isfinite().all():
         raise UserError(f"{path}: its translation holds values that are not finite: these are no latents of {pipeline.space1}")
     return translated

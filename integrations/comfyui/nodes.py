@@ -1,5 +1,6 @@
 """The nodes: Load Align Module, and Align Latents."""
 
+import contextlib
 import functools
 import os
 
@@ -80,16 +81,24 @@ class AlignLatents:
                 "image": ("IMAGE", {"tooltip": image_help}),
                 "align_module": ("ALIGN_MODULE", {"tooltip": "From Load Align Module; takes the place of module_name."}),
             },
+            "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
     @classmethod
     def IS_CHANGED(cls, module_name, align_module=None, **_):
         return 0 if align_module else _version_of(module_name)
 
-    def align(self, samples, module_name, image=None, align_module=None):
+    def align(self, samples, module_name, image=None, align_module=None, unique_id=None):
         pipeline = align_module or _load(module_name, _version_of(module_name))
         pipeline.to(comfy.model_management.get_torch_device())
-        return (align_latent(pipeline, samples, image),)
+        pipeline.remarks.clear()  # they are said for each run
+        aligned = align_latent(pipeline, samples, image)
+        if pipeline.remarks:
+            with contextlib.suppress(AttributeError, ImportError):  # of an older ComfyUI, whose log has them
+                from server import PromptServer
+
+                PromptServer.instance.send_progress_text("\n".join(pipeline.remarks.values()), unique_id)
+        return (aligned,)
 
 
 _register_folder()

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, child_environment
 from PIL import Image
-from pipelines import make_zoo
+from pipelines import latents_of, make_zoo
 from safetensors.torch import load_file, save_file
 
 from vae_align import AlignConfig, AlignPipeline, LatentSpace, align_module
@@ -33,6 +33,7 @@ HOST = {  # what of ComfyUI a pack meets: its folders, its devices, and its own 
     "comfy/__init__.py": "",
     "comfy/utils.py": "OWNER = 'ComfyUI'\n",
     "comfy/model_management.py": "import torch\n\ndef get_torch_device():\n    return torch.device('cpu')\n",
+    "server.py": "from unittest.mock import Mock\n\nPromptServer = Mock()\n",
     "folder_paths.py": (
         "import os\n"
         "models_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'models')\n"
@@ -69,7 +70,7 @@ class Host:
         (folder / "custom_nodes").mkdir()
         installed = subprocess.run([sys.executable, str(INSTALL), str(folder)], capture_output=True, text=True)
         assert installed.returncode == 0, installed.stderr
-        for name in ("utils", "comfy", "comfy.utils", "comfy.model_management", "folder_paths"):
+        for name in ("utils", "comfy", "comfy.utils", "comfy.model_management", "folder_paths", "server"):
             monkeypatch.setitem(sys.modules, name, None)
             del sys.modules[name]
         monkeypatch.syspath_prepend(str(folder))
@@ -186,6 +187,15 @@ def test_frames_are_carried_one_by_one(host):
     assert kept.shape == (2, 16, 3, 6, 8)
     torch.testing.assert_close(kept.movedim(2, 1).flatten(0, 1), aligned)
     assert host.align({"samples": video[:, :, 0]}, to_video)["samples"].shape == (2, 16, 1, 6, 8)
+
+
+def test_what_latents_look_like_is_shown_on_the_node_at_each_run(host):
+    """A line in the log alone, once, where nobody looks; a word about latents as ComfyUI keeps them."""
+    name, say = host.add(untrained(), "plain.safetensors"), __import__("server").PromptServer.instance.send_progress_text
+    for samples in (SPACES["sd15"].to_raw(latents_of("sd15")), latents_of("sd15"), latents_of("sd15")):
+        host.nodes["AlignLatents"]().align({"samples": samples}, name, unique_id="7")
+    first, again = (call.args for call in say.call_args_list)
+    assert "look like scaled ones of sd15, given as raw ones" in first[0] and first[1] == "7" and again == first
 
 
 def test_an_empty_latent_stays_empty(host):
