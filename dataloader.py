@@ -743,8 +743,6 @@ class EpochSampler(Sampler):
         length: number of images; batch_size: images per batch of this process.
         views: number of views per image, of which each epoch draws one; 0: view e in epoch e.
         rank, world: this process and the number of processes.
-        part, least_steps: for images in several parts, each with its own processes: the number of this part, and the steps
-            per epoch of the largest one. All parts then have equally long epochs.
         first_step: the step at which an iteration starts; a resumed run sets it.
     """
 
@@ -754,13 +752,11 @@ class EpochSampler(Sampler):
     views: int = 0
     rank: int = 0
     world: int = 1
-    part: int = 0
-    least_steps: int = 0
     first_step: int = 0
 
     @property
     def steps_per_epoch(self) -> int:
-        return max(self.least_steps, -(-self.length // (self.batch_size * self.world)))
+        return -(-self.length // (self.batch_size * self.world))
 
     def __len__(self):
         return self.steps_per_epoch
@@ -774,7 +770,7 @@ class EpochSampler(Sampler):
 
     def epoch_items(self, epoch: int) -> np.ndarray:
         """The (index, view) pairs of an epoch over all processes, a whole number of global batches: (pairs, 2) int64."""
-        draw = np.random.default_rng((self.seed, epoch, self.part))
+        draw = np.random.default_rng((self.seed, epoch))
         order = draw.permutation(self.length)
         views = draw.integers(self.views, size=self.length) if self.views else np.full(self.length, epoch)
         indices = order[np.arange(self.steps_per_epoch * self.batch_size * self.world) % self.length]

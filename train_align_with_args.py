@@ -52,7 +52,7 @@ from evaluation.pictures import save_sheet
 from losses import KINDS, LOSSES, PERCEPTUAL_LOSSES, Encoded, Objective, decoded_image_loss, get_loss_function
 from runtime.cli import Parser, claim_writable_file, claim_writable_folder, integer, load_config, naming, real, use_proxy
 from runtime.cli import run as as_program
-from runtime.processes import create_accelerator, gathered, machine_of, machines_of, together
+from runtime.processes import create_accelerator, from_first, gathered, together
 from training import checkpoint
 from training.budget import LOOK_SECONDS, UNKNOWN, Budget, is_due, time_of_day
 from training.checkpoint import BEST_METRICS, Run
@@ -180,8 +180,6 @@ def build_parser() -> Parser:
     group.add_argument("--cache_views", type=integer(1, 1000), default=4,
                        help="random crops and flips per training image; without a latent cache new in each epoch")  # fmt: skip
     group.add_argument("--latent_cache_dir", default="latent_cache", help="folder of latent caches; safe to delete when unused")
-    parser.add_switch(group, "cache_per_machine", False, "each machine encodes, keeps and reads its own share of the images, "
-                      "in its own --latent_cache_dir: for machines without a disk in common")  # fmt: skip
     group.add_argument("--cache_only", action="store_true", help="build the latent cache and stop")
 
     group = parser.add_argument_group("training")
@@ -261,7 +259,7 @@ def build_parser() -> Parser:
 PARSER = build_parser()
 PARSER.retired = {
     "adversarial_weight": 0.0, "latent_adversarial_weight": 0.0, "adversarial_lr": None, "adversarial_start_step": None,
-    "adversarial_warmup_steps": None,
+    "adversarial_warmup_steps": None, "cache_per_machine": False,
 }  # fmt: skip
 SETTINGS = PARSER.settings().keys() - {"load_config", "resume", "dry_run"}  # what a config holds
 # Of flags that may change on resume, those that never come from the checkpoint: what is written or deleted, and where; the
@@ -368,14 +366,14 @@ def find_start(args: argparse.Namespace, device: torch.device) -> tuple[bool, tu
             raise UserError(f"--{name} '': names nothing; leave the flag out to start anew")
     if not (args.resume or args.load_checkpoint):
         return False, None
-    everyone = machine_of(create_accelerator(device, "float32"), separate=False)
+    accelerator = create_accelerator(device, "float32")
     if args.resume:
-        start = everyone.of_first(lambda: checkpoint.find_checkpoint(args.resume, args.save_dir))
+        start = from_first(lambda: checkpoint.find_checkpoint(args.resume, args.save_dir), accelerator)
         if start:
             return True, start
         log.warning("--resume: no checkpoint in %s that can be resumed, starting fresh", args.save_dir)
     if args.load_checkpoint:
-        return False, everyone.of_first(lambda: (Path(args.load_checkpoint), read_checkpoint(args.load_checkpoint)))
+        return False, from_first(lambda: (Path(args.load_checkpoint), read_checkpoint(args.load_checkpoint)), accelerator)
     return False, None
 
 
@@ -675,10 +673,9 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
             sample=args.sample_posterior,
             note=f"--minutes {args.minutes:g} begin after the encoding, and its duration is not known yet" * bool(args.minutes),
         )
-        machine = machine_of(accelerator, args.cache_per_machine)
         with naming("--latent_cache_dir", "--num_workers"):
-            train_set = cache_latents(train_set, Codec(vae1), Codec(vae2), kept, args.num_workers, machine)
-        return cached_loader(train_set, *options, args.cache_views, machine, place["device"]), judged_images
+            train_set = cache_latents(train_set, Codec(vae1), Codec(vae2), kept, args.num_workers, accelerator)
+        return cached_loader(train_set, *options, args.cache_views, **place), judged_images
     return dataloader.train_loader(train_set, *options, **place), judged_images
 
 
@@ -1194,8 +1191,7 @@ def main(argv: list[str] | None = None) -> None:
         objective = create_objective(pipeline, settings)
         if resumed:  # before anything is encoded
             training, paths = start[1]["training"], datasets[0].source.paths
-            machines = len(machines_of(accelerator, settings.cache_per_machine))
-            found = {"processes": accelerator.num_processes, "machines": machines}
+            found = {"processes": accelerator.num_processes}
             if isinstance(paths, list) and len(paths) < training["order"]["images"]:  # or more: unreadable ones
                 found["images"] = len(paths)
             found["files"] = checkpoint.names_digest(paths, training["files"])

@@ -31,7 +31,7 @@ from cache.read import OF_ANOTHER_KIND, WORD, CachedDataset, LatentCache, places
 from dataloader import ImageDataset, Loader, UnreadableImage
 from images.decoding import image_reader, to_levels, to_pixel_values
 from images.files import digest_of
-from runtime.processes import ALONE, Machine
+from runtime.processes import from_first, is_main, place_of
 from utils import UserError, atomic_file, count_of, memory_advice, one_line, open_regular, write_json
 from vaes.codec import Codec, SeenThrough, decode_picture
 
@@ -76,47 +76,34 @@ class CacheOptions:
 
 
 def cache_latents(
-    dataset: ImageDataset, codec1: Codec, codec2: Codec, options: CacheOptions, num_workers: int = 0, machine=ALONE
+    dataset: ImageDataset, codec1: Codec, codec2: Codec, options: CacheOptions, num_workers: int = 0, accelerator=None
 ) -> CachedDataset:
     """The training set as rows of the latent cache, after the missing ones have been encoded.
 
-    The codecs' VAEs are not loaded when nothing is missing. All processes of a `machine` encode together, and so do other runs
-    that build the same cache meanwhile. Each of several machines has its share of the images, in a cache of its own. UserError
-    if no image can be encoded, or the disk does not hold the cache.
+    The codecs' VAEs are not loaded when nothing is missing. All processes encode together, and so do other runs that build the
+    same cache meanwhile. UserError if no image can be encoded, or the disk does not hold the cache.
     """
-    share = share_of(machine, len(dataset))
-    own = dataset if len(share) == len(dataset) else dataset.part(share)
-    contents = machine.of_first(lambda: contents_of(own, Path(options.root) / "contents.npy", num_workers))
-    encoder = LatentEncoder(own, codec1, codec2, options, num_workers, *contents)
+    contents = from_first(lambda: contents_of(dataset, Path(options.root) / "contents.npy", num_workers), accelerator)
+    encoder = LatentEncoder(dataset, codec1, codec2, options, num_workers, *contents)
     encoder.cache.hold()
     if missing := encoder.missing():  # else the cache may be where nothing can be written
-        encoder.build(missing, machine)
-    if machine.accelerator:
-        machine.accelerator.wait_for_everyone()
+        encoder.build(missing, *place_of(accelerator))
+    if accelerator:
+        accelerator.wait_for_everyone()
     rows = encoder.rows()
-    present = machine.of_first(lambda: (rows >= 0).all(axis=1))
+    present = from_first(lambda: (rows >= 0).all(axis=1), accelerator)
     images, rows = np.flatnonzero(present), rows[present]
     if (rows < 0).any():
         raise UserError(f"latent cache {encoder.cache.folder}: another process sees more of it than this one; start again")
-    if machine.rank == 0:
+    if is_main(accelerator):
         left_out = encoder.left_out()
         for index in np.flatnonzero(~present).tolist():
-            why = f"{own.name(index)!r} ({left_out.get(index, 'it could not be read when it was to be encoded')})"
+            why = f"{dataset.name(index)!r} ({left_out.get(index, 'it could not be read when it was to be encoded')})"
             log.warning("left out: %s", why)
         if not len(images):
             raise UserError(f"no training image could be encoded; the last failure: {why}")
         encoder.cache.mark_used(rows)
-    return CachedDataset(encoder.cache, dataset, share[images], rows, machine.of_each(len(images)))
-
-
-def share_of(machine: Machine, images: int) -> np.ndarray:
-    """The indices of a machine's share of the images, in proportion to its processes. UserError if there are too few."""
-    world = machine.machines[-1].stop
-    if images < world and len(machine.machines) > 1:
-        raise UserError(f"{images} training images for {world} processes of several machines: each needs one; start fewer")
-    processes = machine.machines[machine.number]
-    place = np.arange(images) % world
-    return np.flatnonzero((place >= processes.start) & (place < processes.stop))
+    return CachedDataset(encoder.cache, dataset, images, rows)
 
 
 def contents_of(dataset: ImageDataset, path: Path, threads: int) -> tuple[list[bytes], dict[int, str]]:
@@ -326,7 +313,7 @@ class LatentEncoder:
 
     # ---- building
 
-    def build(self, missing: Chunks, machine: Machine) -> None:
+    def build(self, missing: Chunks, rank: int, world: int) -> None:
         """Encode the missing images, together with all other processes that do so now. UserError if nothing can be written."""
         folder = self.cache.folder
         try:
@@ -343,11 +330,11 @@ class LatentEncoder:
                 "cache of these images; name another folder"
             ) from None
         self.cache.hold()
-        if machine.rank == 0:
+        if rank == 0:
             self._announce(missing)
         locks, others, names = ChunkLocks(folder), [], list(missing)
-        start = machine.rank * len(names) // machine.world  # divides the work even where no file can be locked
-        with tqdm(total=sum(map(len, missing.values())), desc="encode", unit="image", disable=machine.rank != 0) as bar:
+        start = rank * len(names) // world  # divides the work even where no file can be locked
+        with tqdm(total=sum(map(len, missing.values())), desc="encode", unit="image", disable=rank != 0) as bar:
 
             def claimed(names, claim):
                 for name in names:
@@ -360,7 +347,7 @@ class LatentEncoder:
                         bar.update(len(missing[name]))
 
             self._encode(claimed(names[start:] + names[:start], locks.claim), missing, locks, bar)
-            if others and machine.rank == 0:
+            if others and rank == 0:
                 log.info("latent cache: waiting for others, who encode the last %s", count_of(len(others), "chunk"))
             for name in others:
                 self._encode(claimed([name], locks.wait), missing, locks, bar)

@@ -28,7 +28,6 @@ import torch
 from torch.utils.data import Dataset
 
 from dataloader import EpochSampler, ImageDataset, Loader
-from runtime.processes import ALONE
 from utils import UserError, open_regular
 
 log = logging.getLogger(__name__)
@@ -162,15 +161,13 @@ class CachedDataset(Dataset):
 
     Attributes:
         images: (M,) the indices in `dataset` of the images that are in this cache. rows: (M, views) their rows' numbers.
-        shares: [number of images in the cache of each machine], by default of this one alone; the data set's length is the sum.
     """
 
-    def __init__(self, cache: LatentCache, dataset: ImageDataset, images: np.ndarray, rows: np.ndarray, shares=()):
+    def __init__(self, cache: LatentCache, dataset: ImageDataset, images: np.ndarray, rows: np.ndarray):
         self.cache, self.dataset, self.images, self.rows = cache, dataset, images, rows
-        self.shares = list(shares) or [len(images)]
 
     def __len__(self):
-        return sum(self.shares)
+        return len(self.images)
 
     def __getitems__(self, items):
         places, views = np.array(items).T
@@ -184,16 +181,12 @@ class CachedDataset(Dataset):
 
 
 def cached_loader(
-    dataset: CachedDataset, batch_size: int, num_workers: int, seed: int, views: int, machine=ALONE, device=None
+    dataset: CachedDataset, batch_size: int, num_workers: int, seed: int, views: int, rank=0, world=1, device=None
 ) -> Loader:
     """As `dataloader.train_loader`, of batches out of a latent cache.
 
-    They are read in this process unless a GPU computes meanwhile: there is nothing to decode. Each of several machines
-    shuffles its own images, and all have the same number of steps in an epoch.
+    They are read in this process unless a GPU computes meanwhile: there is nothing to decode.
     """
-    steps = [-(-images // (batch_size * len(each))) for images, each in zip(dataset.shares, machine.machines)]
-    sampler = EpochSampler(
-        len(dataset.images), batch_size, seed, views, machine.rank, machine.world, machine.number, max(steps)
-    )
+    sampler = EpochSampler(len(dataset), batch_size, seed, views, rank, world)
     apart = device is not None and torch.device(device).type == "cuda"
     return Loader(dataset, sampler, num_workers if apart else 0, collate_fn=dict, device=device)

@@ -7,7 +7,6 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -91,6 +90,14 @@ def gathered(value, accelerator: Accelerator | None) -> list:
     return gather_object([value])
 
 
+def from_first(work: Callable[[], object], accelerator: Accelerator | None):
+    """The result of `work()`, a plain value, which only the first process calls; every process gets it."""
+    value = [work() if is_main(accelerator) else None]
+    if place_of(accelerator)[1] > 1:
+        distributed.broadcast_object_list(value)
+    return value[0]
+
+
 @functools.lru_cache(1)
 def _hosts(accelerator: Accelerator):
     return distributed.new_group(timeout=WORK, backend="gloo")
@@ -124,70 +131,3 @@ def summed(tensor: torch.Tensor, accelerator: Accelerator | None) -> torch.Tenso
     if place_of(accelerator)[1] > 1:
         tensor = accelerator.reduce(tensor.to(accelerator.device), "sum")
     return tensor.cpu()
-
-
-@dataclass(frozen=True)
-class Machine:
-    """This process among those that have their folders in common. By default it is alone.
-
-    Attributes:
-        accelerator: of this process, or None. machines: the numbers of the processes of each machine. number: of this machine.
-        group: torch's group of this machine's processes; None stands for all.
-    """
-
-    accelerator: Accelerator | None = None
-    machines: tuple[range, ...] = (range(1),)
-    number: int = 0
-    group: object = None
-
-    @property
-    def world(self) -> int:
-        """The number of processes of this machine."""
-        return len(self.machines[self.number])
-
-    @property
-    def rank(self) -> int:
-        """The number of this process among those of its machine."""
-        return self.accelerator.process_index - self.machines[self.number].start if self.accelerator else 0
-
-    def of_first(self, work: Callable[[], object]):
-        """The result of `work()`, which only the first process of this machine calls; all of them get it."""
-        value = [work() if self.rank == 0 else None]
-        if self.world > 1:
-            distributed.broadcast_object_list(value, self.machines[self.number].start, self.group)
-        return value[0]
-
-    def of_each(self, value) -> list:
-        """[the value of the first process of each machine]; all processes of all machines call this together."""
-        values = gathered(value, self.accelerator)
-        return [values[processes.start] for processes in self.machines]
-
-
-ALONE = Machine()
-
-
-def machines_of(accelerator: Accelerator | None, separate: bool) -> tuple[range, ...]:
-    """The numbers of the processes of each machine: as the launcher says if `separate`, else all processes are on one.
-    UserError where the launcher does not number the processes machine by machine."""
-    world = accelerator.num_processes if accelerator else 1
-    if not separate or world == 1:
-        return (range(world),)
-    places = gathered(accelerator.local_process_index, accelerator)
-    starts = [rank for rank, place in enumerate(places) if place == 0]
-    machines = tuple(range(start, end) for start, end in zip(starts, [*starts[1:], world]))
-    if places != [place for processes in machines for place in range(len(processes))]:
-        raise UserError(
-            f"the launcher's environment does not fit this program: its processes have the numbers {places} on their machines, "
-            "and those of a machine must follow each other; start with `torchrun` or `accelerate launch`"
-        )
-    return machines
-
-
-def machine_of(accelerator: Accelerator | None, separate: bool) -> Machine:
-    """This process's machine, as `machines_of` sees it. All processes call this together."""
-    machines = machines_of(accelerator, separate)
-    if len(machines) == 1:
-        return Machine(accelerator, machines)
-    group, _ = distributed.new_subgroups_by_enumeration([list(each) for each in machines], WORK, "gloo")
-    number = next(number for number, processes in enumerate(machines) if accelerator.process_index in processes)
-    return Machine(accelerator, machines, number, group)

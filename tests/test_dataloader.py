@@ -52,19 +52,6 @@ def test_every_image_is_seen_in_every_epoch_in_batches_of_one_size(length, batch
         assert all(0 <= view < views if views else view == epoch for _, view in seen)
 
 
-def test_parts_of_different_size_have_epochs_of_one_length_and_orders_of_their_own():
-    """A process that has one batch more than the others and waits for them for ever; images of two machines that always meet in
-    one batch, since both are drawn in the same order."""
-    sizes = (9, 8, 3)
-    steps = 3  # of 9 images in batches of 4
-    samplers = [EpochSampler(size, 4, 0, 2, part=part, least_steps=steps) for part, size in enumerate(sizes)]
-    assert [len(sampler) for sampler in samplers] == [steps] * 3
-    epochs = [sampler.epoch_items(5)[:, 0] for sampler in samplers]
-    assert [set(epoch) for epoch in epochs] == [set(range(size)) for size in sizes]
-    assert {len(epoch) for epoch in epochs} == {4 * steps} and (epochs[0][:3] != epochs[1][:3]).any()
-    assert (epochs[0] == EpochSampler(9, 4, 0, 2).epoch_items(5)[:, 0]).all()  # as without parts
-
-
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("length", [1, 8, 11])
 def test_evaluation_batches_are_shared_out_whole(length, world):

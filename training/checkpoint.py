@@ -40,9 +40,7 @@ BEST_METRICS = {"psnr": 1, "ssim": 1, "psnr_vs_vae2": 1, "latent_mse": -1, "both
 AXES = (("psnr", PSNR_NOISE), ("st_lpips_vgg", -PERCEPTION_NOISE))  # of "both": (metric, a gain that is just seen)
 SAME = {  # beside settings, what a run must find again when it goes on: {what: (the flag that names it, its noun)}
     "processes": ("resume", ""),
-    "machines": ("resume", ""),
     "images": ("train_data_dir", ""),
-    "images_of_each_machine": ("train_data_dir", ""),
     "steps_per_epoch": ("train_data_dir", ""),
     "files": ("train_data_dir", "files"),
     "vae1": ("vae1_path", "VAE"),
@@ -386,15 +384,8 @@ def require_same(content: dict, found: dict, args) -> None:
 
 
 def data_order(train_loader, processes: int) -> dict:
-    """What the order of the training images depends on besides the settings: {what: number, or numbers}."""
-    shares = getattr(train_loader.dataset, "shares", [len(train_loader.dataset)])
-    return {
-        "processes": processes,
-        "machines": len(shares),
-        "images": len(train_loader.dataset),
-        "images_of_each_machine": shares,
-        "steps_per_epoch": len(train_loader),
-    }
+    """What the order of the training images depends on besides the settings: {what: number}."""
+    return {"processes": processes, "images": len(train_loader.dataset), "steps_per_epoch": len(train_loader)}
 
 
 def names_digest(paths, recorded: str = "") -> str:

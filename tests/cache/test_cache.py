@@ -28,7 +28,6 @@ from dataloader import ImageDataset, widened
 from images import files
 from images.decoding import to_pixel_values
 from images.files import list_images
-from runtime.processes import Machine
 from tools.drop_unused_latents import main as drop_unused_latents
 from utils import UserError
 from vaes.codec import Codec
@@ -50,10 +49,10 @@ def photos(tmp_path):
     return folder
 
 
-def cached(photos, spaces, root, views=2, seed=0, size=32, with_images=False, workers=0, machine=build.ALONE):
+def cached(photos, spaces, root, views=2, seed=0, size=32, with_images=False, workers=0, accelerator=None):
     dataset = ImageDataset(list_images(photos), size, True, True, seed)
     options = CacheOptions(root, views, with_images, reencoded=with_images, decoded=with_images)
-    return cache_latents(dataset, *spaces, options, workers, machine)
+    return cache_latents(dataset, *spaces, options, workers, accelerator)
 
 
 def test_rows_are_the_views_encoded(photos, spaces, tmp_path, spawned):
@@ -79,9 +78,9 @@ def encoded(monkeypatch):
     """A list of how many images each build has encoded."""
     counts, built = [], LatentEncoder.build
 
-    def counted(encoder, missing, machine):
+    def counted(encoder, missing, *place):
         counts.append(sum(map(len, missing.values())))
-        return built(encoder, missing, machine)
+        return built(encoder, missing, *place)
 
     monkeypatch.setattr(LatentEncoder, "build", counted)
     return counts
@@ -364,18 +363,12 @@ def test_what_another_has_finished_meanwhile_is_not_encoded_again(three_chunks, 
     assert len(three_chunks("cache")) == 6 and len(written) == 3
 
 
-class SecondOfThree(Machine):
-    rank, world = 1, 3
-
-    def of_first(self, work):
-        return work()
-
-
 def test_the_processes_of_a_run_begin_in_different_places(three_chunks, written, monkeypatch):
     """Processes that all encode the whole cache in the same order where no file can be locked."""
     monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "not here")))
     three_chunks("a")
-    three_chunks("b", machine=SecondOfThree())
+    monkeypatch.setattr(build, "place_of", lambda accelerator: (1, 3))
+    three_chunks("b")
     assert written[3:] == [written[1], written[2], written[0]]
 
 

@@ -1,4 +1,4 @@
-"""A process among others: those that a launcher has started, those that may not be there, and those of one machine."""
+"""A process among others: those that a launcher has started, and those that may not be there."""
 
 import datetime
 import json
@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,40 +95,25 @@ def test_neither_the_environment_nor_an_earlier_run_changes_what_is_learnt(monke
 
 PROCESSES = """
 import json, logging, os, sys
-from runtime.processes import create_accelerator, machine_of
-places = json.loads(sys.argv[1])
-for rank, place in enumerate(places):
+from runtime.processes import create_accelerator, from_first, gathered
+for rank in range(2):
     if not os.fork():
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(place), WORLD_SIZE=str(len(places)))
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
         logging.basicConfig(level=logging.INFO)
-        machine = machine_of(create_accelerator("cpu", "float32"), separate=True)
-        found = [machine.number, machine.rank, machine.world, machine.of_first(lambda: rank), machine.of_each(rank)]
-        os.write(1, (json.dumps([rank, found, logging.getLogger().level]) + "\\n").encode())
+        accelerator = create_accelerator("cpu", "float32")
+        found = [rank, from_first(lambda: [rank], accelerator), gathered(rank, accelerator), logging.getLogger().level]
+        os.write(1, (json.dumps(found) + "\\n").encode())
         os._exit(0)
-for place in places:
+for rank in range(2):
     assert not os.wait()[1]
 """
 
 
-def test_each_machine_has_a_first_process_of_its_own():
-    """Processes that take another machine's word for their cache, or wait for it; each line once for each process."""
+def test_the_first_process_speaks_for_all():
+    """Processes of which each reads a checkpoint of its own disk; each line once for each process."""
     env = child_environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), PYTHONPATH=str(ROOT))
-    command = [sys.executable, "-c", PROCESSES, json.dumps([0, 1, 0])]
-    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env, timeout=300, check=True).stdout
-    found = sorted(map(json.loads, printed.splitlines()))
-    assert [machine for _, machine, _ in found] == [[0, 0, 2, 0, [0, 2]], [0, 1, 2, 0, [0, 2]], [1, 0, 1, 2, [0, 2]]]
-    assert [level for *_, level in found] == [logging.INFO, logging.ERROR, logging.ERROR]
-
-
-@pytest.mark.parametrize(
-    ("places", "machines"), [([0, 1, 0], [2, 1]), ([0, 0, 0], [1, 1, 1]), ([0, 1, 2], [3]), ([0, 0, 1, 1], None)]
-)
-def test_machines_are_those_of_the_launcher(monkeypatch, places, machines):
-    """A launcher that numbers the processes across the machines in turn, so that two machines take each other's shares."""
-    monkeypatch.setattr(processes, "gathered", lambda value, accelerator: places)
-    accelerator = SimpleNamespace(num_processes=len(places), local_process_index=0)
-    assert processes.machines_of(accelerator, separate=False) == (range(len(places)),)
-    if machines:
-        assert [len(machine) for machine in processes.machines_of(accelerator, separate=True)] == machines
-    else:
-        refusal(lambda: processes.machines_of(accelerator, separate=True), "launcher's environment", places)
+    printed = subprocess.run(
+        [sys.executable, "-c", PROCESSES], stdout=subprocess.PIPE, text=True, env=env, timeout=300, check=True
+    )
+    found = sorted(map(json.loads, printed.stdout.splitlines()))
+    assert found == [[0, [0], [0, 1], logging.INFO], [1, [0], [0, 1], logging.ERROR]]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import as_argv, make_photo, run_script, tiny_flags
 from drawn import encoded
-from hostile import no_hang
+from hostile import no_hang, refusal
 from runs import LAUNCHER, QUIET, TORCHRUN, assert_same_tensors, results_of, specified, start, tiny_of, train, write_shard
 
 from runtime import processes
@@ -93,7 +93,7 @@ def test_only_the_main_process_writes(pair):
 
 
 def test_two_processes_resume_bit_identically(pair, vae_folders, photo_folders, tmp_path):
-    """A process that resumes from another place in the data, or whose optimizer starts anew."""
+    """A process that resumes from another place in the data, or whose optimizer starts anew; a resumed run that has lost one."""
     whole = pair[1].checkpoints[-1].parent.parent
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (tmp_path / "ckpt" / pair[1].checkpoints[-1].name).unlink()
@@ -101,6 +101,7 @@ def test_two_processes_resume_bit_identically(pair, vae_folders, photo_folders, 
     flags = {**tiny_flags(vae_folders, photo_folders, tmp_path), **SETTINGS, "train_batch_size": 2, "resume": True}
     run_script("train_align_with_args.py", *as_argv(flags), launcher=LAUNCHER, env=ON_CPU, cwd=tmp_path)
     assert_same_tensors(results_of(tmp_path).last, pair[1].last)
+    refusal(lambda: train(flags | {"epochs": 5}, tmp_path), "the run to resume had 2 processes, now 1")
 
 
 @pytest.fixture

@@ -44,9 +44,10 @@ def test_an_older_config_is_read(tmp_path):
         name: value for name, value in config.items() if name in SETTINGS
     }
     changed = tmp_path / "config.json"
-    changed.write_text(json.dumps(config | {"adversarial_weight": 0.02}))
-    with pytest.raises((SystemExit, UserError)):
-        parse_args(["--load_config", str(changed)])
+    for lost in ({"adversarial_weight": 0.02}, {"cache_per_machine": True}):
+        changed.write_text(json.dumps(config | lost))
+        with pytest.raises((SystemExit, UserError)):
+            parse_args(["--load_config", str(changed)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
