@@ -8,11 +8,9 @@ import hashlib
 import itertools
 import json
 import logging
-import math
 import os
 import secrets
 import shutil
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -41,7 +39,8 @@ LAYOUT = 2  # raised with every change to what a cache's folder holds, so that n
 ENCODE_BATCH = 16  # views encoded at once, and at most on a GPU with memory for them
 LARGEST_BATCH = 128
 PIXEL_BYTES = 4096  # of a GPU's memory for each pixel that a VAE at full size encodes in float32
-CHUNK_IMAGES = 32  # a kill loses at most this number of images, beside a chunk that is being written
+CHUNK_IMAGES = 32  # at most: a kill loses the chunks in work
+FEW_IMAGES = 1024  # of fewer, a chunk is one batch: a short build loses little too
 AHEAD = 2  # batches and chunks that may wait for the thread that writes
 CHUNK_BYTES = 1 << 28  # a chunk is in memory until it is written; larger views make chunks of fewer images
 POLL = 0.5  # seconds between looks at the locks of others
@@ -85,7 +84,8 @@ def cache_latents(
     """
     contents = from_first(lambda: contents_of(dataset, Path(options.root) / "contents.npy", num_workers), accelerator)
     encoder = LatentEncoder(dataset, codec1, codec2, options, num_workers, *contents)
-    encoder.cache.hold()
+    if encoder.cache.folder.is_symlink():
+        raise UserError(f"latent cache {encoder.cache.folder}: a link, through which other files could be changed; remove it")
     if missing := encoder.missing():  # else the cache may be where nothing can be written
         encoder.build(missing, *place_of(accelerator))
     if accelerator:
@@ -102,7 +102,6 @@ def cache_latents(
             log.warning("left out: %s", why)
         if not len(images):
             raise UserError(f"no training image could be encoded; the last failure: {why}")
-        encoder.cache.mark_used(rows)
     return CachedDataset(encoder.cache, dataset, images, rows)
 
 
@@ -161,7 +160,7 @@ class ChunkLocks:
 
     def claim(self, name: str) -> bool:
         """Whether this process is to encode that chunk."""
-        lock = FileLock(self._folder / f"{name}.lock")
+        lock = FileLock(self._folder / f"{name}.lock", thread_local=False)  # the thread that writes a chunk releases it
         try:
             lock.acquire(timeout=0)
         except (Timeout, OSError, NotImplementedError):
@@ -175,9 +174,14 @@ class ChunkLocks:
                 os.unlink(lock.lock_file)
             lock.release()
 
+    def close(self) -> None:
+        """Release all."""
+        for name in list(self._held):
+            self.release(name)
+
     def show_life(self) -> None:
         """Let those who wait for this process know that it encodes."""
-        for lock in self._held.values():
+        for lock in list(self._held.values()):
             with contextlib.suppress(OSError):
                 os.utime(lock.lock_file)
 
@@ -196,35 +200,23 @@ class ChunkLocks:
         return True
 
 
-class Behind:
-    """A thread that does the work given to it, in its order, while this one goes on. An error of its work is raised here."""
+class Behind(ThreadPoolExecutor):
+    """A thread that does the work given to it, in its order, while this one goes on. Its end waits for the work, after an error
+    too: what was encoded is kept."""
 
     def __init__(self):
-        self._thread, self._waiting = ThreadPoolExecutor(1), deque()
+        super().__init__(1)
+        self._waiting = deque()
 
-    def __enter__(self):
-        return self
+    def do(self, work: Callable, *given) -> None:
+        """Have `work(*given)` done later; waits where more than `AHEAD` works are not done."""
+        self._waiting.append(self.submit(work, *given))
+        self.finish(AHEAD)
 
-    def do(self, work: Callable, *given, then: Callable = lambda: None) -> None:
-        """Have `work(*given)` done, and `then()` by this thread later; waits where more than `AHEAD` works are not done."""
-        self._waiting.append((self._thread.submit(work, *given), then))
-        self._finish(AHEAD)
-
-    def _finish(self, left: int) -> None:
+    def finish(self, left: int = 0) -> None:
+        """Wait until at most `left` works are not done. An error of one is raised here."""
         while len(self._waiting) > left:
-            done, then = self._waiting.popleft()
-            try:
-                done.result()
-            finally:
-                del done  # else its error would hold itself, and with it the locks of the chunks
-            then()
-
-    def __exit__(self, kind, *_):
-        try:
-            if kind is None:
-                self._finish(0)
-        finally:
-            self._thread.shutdown(cancel_futures=True)
+            self._waiting.popleft().result()
 
 
 class SomeViews(Dataset):
@@ -303,6 +295,8 @@ class LatentEncoder:
             if index not in left_out:
                 found.setdefault(self.contents[index], (index, np.flatnonzero(absent[index]).tolist()))
         most = max(1, min(CHUNK_IMAGES, CHUNK_BYTES // (self.options.views * self.cache.row.itemsize)))
+        if len(self.contents) < FEW_IMAGES:
+            most = min(most, self._images_of(ENCODE_BATCH))
         for index, views in found.values():
             chunks.setdefault(index // most, []).append((index, views))
         return {self._name_of(images): images for images in chunks.values()}
@@ -318,23 +312,18 @@ class LatentEncoder:
         folder = self.cache.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-            try:
-                open_regular(folder / "about.json").close()  # others hold a lock on the one that is there
-            except OSError:  # none, or one that is no file
-                write_json(folder / "about.json", self.about)
+            write_json(folder / "about.json", self.about)
         except OSError as error:
             raise UserError(
                 f"latent_cache_dir {folder.parent}: cannot write there ({one_line(error)}), and it holds no complete "
                 "cache of these images; name another folder"
             ) from None
-        self.cache.hold()
         if rank == 0:
             self._announce(missing)
-        locks, others, names = ChunkLocks(folder), [], list(missing)
+        others, names = [], list(missing)
         start = rank * len(names) // world  # divides the work even where no file can be locked
-        with tqdm(total=sum(map(len, missing.values())), desc="encode", unit="image", disable=rank != 0) as bar:
+        bar = tqdm(total=sum(map(len, missing.values())), desc="encode", unit="image", disable=rank != 0)
+        with contextlib.closing(ChunkLocks(folder)) as locks, bar:
 
             def claimed(names, claim):
                 for name in names:
@@ -373,7 +362,7 @@ class LatentEncoder:
     def _encode(self, names: Iterator[str], missing: Chunks, locks: ChunkLocks, bar: tqdm) -> None:
         """Encode these chunks and write each when it is whole."""
         chunk_of = {}  # {index of an image on its way: name}
-        size = 2 ** max(0, int(math.log2(max(1, self._batch_size() / self.options.views))))  # whole batches make a chunk
+        size = self._images_of(self._batch_size())
 
         def batches(name):
             chunk_of.update((index, name) for index, _ in missing[name])
@@ -385,6 +374,11 @@ class LatentEncoder:
             with Behind() as behind:
                 for name, loaded in itertools.groupby(loader, lambda items: chunk_of[items[0][0]]):
                     self._encode_chunk(name, loaded, locks, bar, behind)
+                behind.finish()
+
+    def _images_of(self, views: int) -> int:
+        """The number of images with about that many views, a power of two: whole batches make a chunk."""
+        return 1 << max(1, views // self.options.views).bit_length() - 1
 
     def _batch_size(self) -> int:
         """Views to encode at once. Draws from the posterior depend on it, so there it is the same on all devices."""
@@ -409,7 +403,7 @@ class LatentEncoder:
                 behind.do(self._add_rows, good, self._encode_batch(good), parts, left_out)
             bar.update(len(items))
             locks.show_life()
-        behind.do(self._write, name, parts, left_out, then=lambda: locks.release(name))
+        behind.do(self._write, name, parts, left_out, locks)
 
     def _leave_out(self, index: int, why: str, left_out: list[dict]) -> None:
         self._failures[index] = why
@@ -457,10 +451,8 @@ class LatentEncoder:
         kept = np.repeat(whole, list(map(len, views)))
         parts.append((addresses_of(digests, list(itertools.chain(*views)))[kept], rows[kept]))
 
-    def _write(self, name: str, parts: list[tuple[np.ndarray, np.ndarray]], left_out: list[dict]) -> None:
+    def _write(self, name: str, parts: list[tuple[np.ndarray, np.ndarray]], left_out: list[dict], locks: ChunkLocks) -> None:
         """Store a chunk of addresses and rows. UserError if the disk is full or cannot be written."""
-        if not (parts or left_out):
-            return
         addresses, rows = zip(*parts, (np.empty((0, 2), WORD), np.empty(0, self.cache.row)))
         chunk = {
             "addresses": np.concatenate(addresses).view(np.int64),
@@ -468,8 +460,9 @@ class LatentEncoder:
             "left_out": np.frombuffer(json.dumps(left_out).encode(), np.uint8),
         }
         try:
-            with atomic_file(self.cache.path(name)) as file:
-                file.write(safetensors.numpy.save(chunk))
+            if parts or left_out:
+                with atomic_file(self.cache.path(name)) as file:
+                    file.write(safetensors.numpy.save(chunk))
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             why = "the disk is full" if full else f"cannot be written ({one_line(error)})"
@@ -477,6 +470,7 @@ class LatentEncoder:
                 f"latent_cache_dir {self.cache.folder.parent}: {why}; what is cached is kept. Free some of it or "
                 "name another folder, then start again"
             ) from None
+        locks.release(name)
 
 
 def addresses_of(digests: list[bytes], views: list[int]) -> np.ndarray:

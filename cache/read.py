@@ -5,21 +5,19 @@ latents in float16 and, where the module takes the image, its pixels in uint8. I
 content and the view's number, so a file that is touched, copied, renamed or joined by others keeps its rows. Everything else
 that a row depends on (VAEs, size, seed, …) names the folder, by a digest. A folder holds
 
-    about.json          what its name was made of, for people; each run that uses the folder holds a shared lock on it
+    about.json          what its name was made of, for people
     NAME.safetensors    a chunk: the rows of up to 32 images, their addresses, and which images could not be encoded
     NAME.lock           the lock of the process that encodes this chunk (`cache.build`)
 
-A chunk appears whole, by a rename, and never changes. Its time stamp is that of its last use. Others may write in the folder:
-neither it nor a file in it may be a link.
+A chunk appears whole, by a rename, and never changes. Others may write in the folder: neither it nor a file in it may be a
+link.
 """
 
 from __future__ import annotations
 
 import bisect
-import contextlib
 import json
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
@@ -35,18 +33,6 @@ log = logging.getLogger(__name__)
 WORD = np.dtype("<u8")  # a digest is two of them
 MOST_MAPS = 1 << 14  # chunks that are mapped at once; Linux allows 65530 maps
 OF_ANOTHER_KIND = (KeyError, OverflowError, RecursionError, TypeError, ValueError)  # what a stranger's file may end in
-
-
-def lock(file, shared: bool) -> bool:
-    """Whether an open file could be locked until it is closed or the process ends. True too where files cannot be locked."""
-    with contextlib.suppress(ImportError, OSError):  # Windows, which deletes no mapped file; some network file systems
-        import fcntl
-
-        try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
 
 
 def places_in(table: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -75,19 +61,9 @@ class LatentCache:
         self._names = []  # of the chunks
         self._starts = [0]  # the number of each chunk's first row, and of the row after the last one
         self._maps = {}
-        self._hold = None
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
-
-    def hold(self) -> None:
-        """Keep tools/drop_unused_latents.py away while this process lives. UserError if it is dropping chunks right now."""
-        if self.folder.is_symlink():
-            raise UserError(f"latent cache {self.folder}: a link, through which other files could be changed; remove it")
-        with contextlib.suppress(OSError):  # nothing is there yet
-            self._hold = open_regular(self.folder / "about.json")  # as long as this process lives
-            if not lock(self._hold, shared=True):
-                raise UserError(f"latent cache {self.folder}: chunks are being dropped there; start again when that is done")
 
     def chunk(self, name: str) -> dict[str, np.ndarray] | None:
         """A chunk as memory maps, "addresses" (R, 2) uint64 and "rows" (R, bytes) uint8, and the list "left_out"; None unless
@@ -123,12 +99,6 @@ class LatentCache:
                 log.warning("%s: damaged or not readable: its images are encoded again", self.path(name))
         self.addresses = np.concatenate(found)
 
-    def mark_used(self, rows: np.ndarray) -> None:
-        """Set the time stamps of the chunks with these rows, where that is allowed."""
-        for number in np.unique(np.searchsorted(self._starts, rows, side="right")).tolist():
-            with contextlib.suppress(OSError):
-                os.utime(self.path(self._names[number - 1]))
-
     def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """The rows with these numbers, copied into memory: {column: (B, *shape)}. UserError if they are gone."""
         found, columns = [], {}
@@ -149,7 +119,7 @@ class LatentCache:
 
     def __getstate__(self):
         """What a worker process needs to read rows; it makes its own maps."""
-        return self.__dict__ | {"addresses": None, "left_out": None, "_maps": {}, "_hold": None}
+        return self.__dict__ | {"addresses": None, "left_out": None, "_maps": {}}
 
 
 class CachedDataset(Dataset):

@@ -1,8 +1,6 @@
 """The latent cache: the same training as without it, nothing stale, nothing broken by a kill, a race or a full disk."""
 
-import contextlib
 import errno
-import io
 import json
 import os
 import shutil
@@ -10,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -22,13 +19,12 @@ from hostile import no_hang, refusal
 
 import train_align_with_args as train_script
 from cache import build
-from cache.build import CHUNK_IMAGES, CacheOptions, ChunkLocks, LatentEncoder, cache_latents
-from cache.read import LatentCache, lock
+from cache.build import ENCODE_BATCH, CacheOptions, ChunkLocks, LatentEncoder, cache_latents
+from cache.read import LatentCache
 from dataloader import ImageDataset, widened
 from images import files
 from images.decoding import to_pixel_values
 from images.files import list_images
-from tools.drop_unused_latents import main as drop_unused_latents
 from utils import UserError
 from vaes.codec import Codec
 from vaes.loading import load_vae_model
@@ -202,26 +198,29 @@ def rows_of(root):
     return {address: [column.tobytes() for column in row.values()] for address, row in zip(addresses, rows)}
 
 
+CHUNK = ENCODE_BATCH // 2  # images of two views each that make a chunk of a small set
+
+
 def test_two_runs_finish_a_killed_build_together(flags, tmp_path):
     """Catches a build that starts over or takes a half-written chunk for a whole one; rows that two runs encode, or that one
     corrupts; locks and temporary files that pile up."""
     (tmp_path / "many").mkdir()
     rng = np.random.default_rng(2)
-    for number in range(5 * CHUNK_IMAGES + 3):
+    for number in range(5 * CHUNK + 3):
         make_photo(rng, (40, 40)).save(tmp_path / "many" / f"{number:03d}.png")
     root, whole = tmp_path / "killed", tmp_path / "whole"
     flags |= {"train_data_dir": tmp_path / "many", "cache_views": 2, "cache_only": True}
     argv = as_argv(flags | {"latent_cache_dir": root})
     died = run_script("tests/mortal.py", "cache", "3", "--", *argv, check=False)  # while it writes its third chunk
     assert died.returncode == -signal.SIGKILL, died.stderr
-    assert len(rows_of(root)) == 2 * 2 * CHUNK_IMAGES
+    assert len(rows_of(root)) == 2 * 2 * CHUNK
 
     command = [sys.executable, str(ROOT / "train_align_with_args.py"), *argv]
     processes = [subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
     messages = [process.communicate(timeout=400)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], messages
     train_script.main(as_argv(flags | {"latent_cache_dir": whole}))
-    assert len(rows_of(root)) == 2 * (5 * CHUNK_IMAGES + 3)
+    assert len(rows_of(root)) == 2 * (5 * CHUNK + 3)
     assert rows_of(root) == rows_of(whole)
     assert not list(root.rglob("*.lock"))
 
@@ -237,10 +236,27 @@ def test_a_full_disk_is_one_clear_error(photos, spaces, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="the disk is full"):
-        patch.setattr(os, "fsync", no_space)
+        patch.setattr(build, "atomic_file", no_space)
         cached(photos, spaces, tmp_path / "cache")
     data = cached(photos, spaces, tmp_path / "cache")
     assert len(data) == 6
+
+
+def test_what_was_encoded_before_ctrl_c_is_kept(photos, spaces, tmp_path, monkeypatch, encoded):
+    """Minutes of encoding lost, under words that promise to keep them."""
+    encode, calls = LatentEncoder._encode_batch, []
+
+    def interrupted(encoder, items):
+        calls.append(items)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(encoder, items)
+
+    monkeypatch.setattr(build, "ENCODE_BATCH", 4)  # two images of two views
+    monkeypatch.setattr(LatentEncoder, "_encode_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cached(photos, spaces, tmp_path / "cache")
+    assert len(cached(photos, spaces, tmp_path / "cache")) == 6 and encoded == [6, 2]
 
 
 def test_a_chunk_is_written_while_the_next_is_encoded(photos, spaces, tmp_path, monkeypatch):
@@ -270,7 +286,7 @@ def test_a_complete_cache_is_read_where_nothing_can_be_written(photos, spaces, t
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("cache.build.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr(build, "write_json", refuse)
     assert len(cached(photos, spaces, tmp_path / "cache")) == 6
     refusal(lambda: cached(photos, spaces, tmp_path / "cache", seed=1), "latent_cache_dir", "Read-only", "no complete cache")
 
@@ -394,7 +410,6 @@ def test_links_and_pipes_in_a_shared_cache_are_left_alone(three_chunks, written,
     folder.rename(tmp_path / "elsewhere")
     folder.symlink_to(tmp_path / "elsewhere")
     refusal(lambda: three_chunks("cache"), "latent cache", "a link")
-    assert drop(tmp_path / "cache", "--drop", "--unused_days", "1") == ""
 
 
 LEFT_OUT = [b"[" * 10**5, b"3", b'[{"content": "xy", "views": 1, "reader": "", "why": ""}]', b"[1]", b"\xff"]
@@ -408,75 +423,3 @@ def test_a_chunk_that_another_tool_wrote_is_encoded_again(three_chunks, written,
     chunk = safetensors.numpy.load_file(path) | {"left_out": np.frombuffer(text, np.uint8)}
     safetensors.numpy.save_file(chunk, path)
     assert len(three_chunks("cache")) == 6 and written[3:] == written[:1] and "damaged" in caplog.text
-
-
-@pytest.mark.parametrize("make", [lambda path: path.write_text("[" * 10**5), lambda path: path.write_text("[]"), os.mkfifo])
-def test_the_tool_leaves_what_no_run_wrote(three_chunks, tmp_path, caplog, make):
-    """A folder of which one file ends the whole listing; a user's notes, or a folder behind a link, that are deleted; a file's
-    own commands to the terminal."""
-    folder = three_chunks("cache").cache.folder
-    other = folder.with_name("0" * 24)
-    (tmp_path / "mine").mkdir()
-    other.mkdir()
-    make(other / "about.json")
-    (folder / "about.json").write_text(json.dumps({"vae1": "\x1b]0;"}))
-    (folder / "notes.txt").touch()
-    (folder / "link").symlink_to(tmp_path / "mine")
-    set_age(folder.iterdir(), 40)
-    with no_hang():
-        assert "dropped" in (said := drop(tmp_path / "cache", "--drop")) and "\x1b" not in said
-    assert {path.name for path in folder.iterdir()} == {"about.json", "notes.txt", "link"}
-    assert (tmp_path / "mine").is_dir() and f"{other}: left alone" in caplog.text
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# tools/drop_unused_latents.py
-
-
-def drop(root, *argv):
-    """What the tool prints."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        drop_unused_latents(["--latent_cache_dir", str(root), *argv])
-    return said.getvalue()
-
-
-def set_age(paths, days):
-    for path in paths:
-        os.utime(path, (time.time() - 86400 * days,) * 2)
-
-
-def test_chunks_that_no_run_uses_are_listed_and_dropped(three_chunks, written, encoded, photos, tmp_path):
-    """Chunks in use that are dropped; a folder that can only grow; a listing that deletes; other people's folders emptied."""
-    data, root = three_chunks("cache"), tmp_path / "cache"
-    before = data.__getitems__([(4, 0), (5, 0)])
-    old, middle, new = (data.cache.path(name) for name in written)
-    (root / "mine").mkdir()
-    for name in ("about.json", "photo.png"):
-        (root / "mine" / name).write_text("{}")
-    set_age([old, middle, *(root / "mine").iterdir()], 40)
-    data.cache._hold.close()
-    said = drop(root)
-    assert "kl4" in said and "image_size 32" in said and "; 3 chunks (" in said and ", of which 2 chunks (" in said
-    assert "dropped" not in said + drop(root, "--drop", "--unused_days", "50") and old.exists()
-    assert "dropped" in drop(root, "--drop") and len(list((root / "mine").iterdir())) == 2
-    assert [path.exists() for path in (old, middle, new)] == [False, False, True]
-    set_age([new], 29)
-    for photo in sorted(photos.iterdir())[:4]:
-        photo.unlink()
-    kept = three_chunks("cache")
-    assert encoded == [6] and torch.equal(kept.__getitems__([(0, 0), (1, 0)])["latents2"], before["latents2"])
-    assert new.stat().st_mtime > time.time() - 86400  # the run has used it
-
-
-def test_a_cache_in_use_is_left_alone(three_chunks, tmp_path):
-    """A run of weeks whose latents are deleted under its hands; one that starts while they are being deleted."""
-    data, root = three_chunks("cache"), tmp_path / "cache"
-    folder = data.cache.folder
-    set_age(folder.glob("*.safetensors"), 100)
-    assert "in use by a run: left alone" in drop(root, "--drop") and len(list(folder.glob("*.safetensors"))) == 3
-    data.cache._hold.close()
-    with open(folder / "about.json", "r+b") as file:
-        assert lock(file, shared=False)
-        refusal(lambda: three_chunks("cache"), "being dropped", "start again")
-    assert "dropped" in drop(root, "--drop") and not folder.exists()

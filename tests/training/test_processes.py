@@ -93,7 +93,7 @@ def test_only_the_main_process_writes(pair):
 
 
 def test_two_processes_resume_bit_identically(pair, vae_folders, photo_folders, tmp_path):
-    """A process that resumes from another place in the data, or whose optimizer starts anew; a resumed run that has lost one."""
+    """A process that resumes from another place in the data, or whose optimizer starts anew; one that has lost the other."""
     whole = pair[1].checkpoints[-1].parent.parent
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (tmp_path / "ckpt" / pair[1].checkpoints[-1].name).unlink()
