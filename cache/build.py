@@ -45,7 +45,6 @@ AHEAD = 2  # batches and chunks that may wait for the thread that writes
 CHUNK_BYTES = 1 << 28  # a chunk is in memory until it is written; larger views make chunks of fewer images
 POLL = 0.5  # seconds between looks at the locks of others
 STALE = 600.0  # seconds without progress of the others, after which their locks do not count
-MOST_CONTENTS = 1 << 20  # are remembered, or four times the images at hand, the newest
 SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd: no two views of an image get the same address
 
 Chunks = dict[str, list[tuple[int, list[int]]]]  # {name: [(index of an image, the numbers of its views)]}
@@ -139,9 +138,8 @@ def contents_of(dataset: ImageDataset, path: Path, threads: int) -> tuple[list[b
                 bar.update()
     if waiting:
         known |= {stamp: content for stamp, content in zip(stamps, contents) if stamp and any(content)}
-        newest = list(known.items())[-max(MOST_CONTENTS, 4 * len(dataset)) :]
         with contextlib.suppress(OSError), atomic_file(path) as file:
-            np.save(file, np.frombuffer(b"".join(itertools.chain(*newest)), np.uint8))
+            np.save(file, np.frombuffer(b"".join(itertools.chain(*known.items())), np.uint8))
     return contents, unreadable
 
 

@@ -116,9 +116,10 @@ def touch_image(path, colour=RED, size=(8, 8)):
 
 
 def test_images_are_found_recursively_through_links_and_each_folder_once(tmp_path):
-    """Upper-case endings missed, hidden thumbnails taken, links not followed, a link to a parent followed for ever."""
+    """Upper-case endings missed, hidden thumbnails taken, links not followed, a link to a parent followed for ever; a folder
+    called .jpg opened as an image, or the images in it forgotten."""
     root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
-    for name in ("b.png", "a/deep/deeper/c.JPG", "a/ä ö.webp", ".thumbnails/t.png", "a/.d.png"):
+    for name in ("b.png", "album.jpg/b.png", "a/deep/deeper/c.JPG", "a/ä ö.webp", ".thumbnails/t.png", "a/.d.png"):
         touch_image(root / name)
     touch_image(elsewhere / "e.PNG")
     (root / "notes.txt").write_text("")
@@ -131,6 +132,7 @@ def test_images_are_found_recursively_through_links_and_each_folder_once(tmp_pat
     assert [os.path.relpath(path, root) for path in found] == [
         "a/deep/deeper/c.JPG",
         "a/ä ö.webp",
+        "album.jpg/b.png",
         "b.png",
         "f.png",
         "z_link/e.PNG",
@@ -257,13 +259,6 @@ def folder(tmp_path):
     folder.mkdir()
     (folder / "good.png").write_bytes(PNG)
     return folder
-
-
-def test_a_folder_called_jpg_is_a_folder(folder):
-    """A folder opened as an image, or the images in it forgotten."""
-    (folder / "album.jpg").mkdir()
-    (folder / "album.jpg" / "b.png").write_bytes(PNG)
-    assert [os.path.relpath(path, folder) for path in list_images(folder)] == ["album.jpg/b.png", "good.png"]
 
 
 def test_folders_within_folders_to_any_depth(folder):
