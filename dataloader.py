@@ -961,8 +961,11 @@ def stream_loader(
     return Loader(dataset, StreamSampler(dataset, batch_size, seed, buffer, rank, world), num_workers, device=device)
 
 
-def collate(items: list[dict]) -> dict:
-    """Items -> batch. Items without pixels are dropped; `unreadable` holds the messages of all items, each once."""
+def collate(items: list[dict] | dict) -> dict:
+    """Items -> batch. Items without pixels are dropped; `unreadable` holds the messages of all items, each once. A batch, as
+    a latent cache gives it, stays as it is."""
+    if isinstance(items, dict):
+        return items
     good = [item for item in items if item["pixel_values"] is not None]
     return {
         "pixel_values": torch.stack([item["pixel_values"] for item in good]) if good else torch.empty(0),

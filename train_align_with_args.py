@@ -47,10 +47,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import dataloader
 from cache.build import CacheOptions, cache_latents
-from cache.read import cached_loader
 from evaluation.pictures import save_sheet
 from losses import KINDS, LOSSES, PERCEPTUAL_LOSSES, Encoded, Objective, decoded_image_loss, get_loss_function
-from runtime.cli import Parser, claim_writable_file, claim_writable_folder, integer, load_config, naming, real, use_proxy
+from runtime.cli import Parser, claim_writable_folder, integer, load_config, naming, real, use_proxy
 from runtime.cli import run as as_program
 from runtime.processes import create_accelerator, from_first, gathered, together
 from training import checkpoint
@@ -461,7 +460,9 @@ def check_outputs(settings: Settings) -> None:
     for name in folders:
         claim_writable_folder(getattr(settings, name), f"--{name}", create=not settings.dry_run)
     if settings.config_save_path and not settings.dry_run:
-        claim_writable_file(settings.config_save_path, "--config_save_path")
+        if os.path.isdir(settings.config_save_path):
+            raise UserError(f"--config_save_path {settings.config_save_path}: a folder; name a file")
+        claim_writable_folder(Path(settings.config_save_path).parent, "--config_save_path")
     for folder, prefix in (("log_dir", "align"), ("save_dir", "align_best"), ("save_dir", CHECKPOINT_PREFIX)):
         next_stamp(getattr(settings, folder), prefix)
 
@@ -675,7 +676,9 @@ def create_data_loaders(args: argparse.Namespace, vae1=None, vae2=None, accelera
         )
         with naming("--latent_cache_dir", "--num_workers"):
             train_set = cache_latents(train_set, Codec(vae1), Codec(vae2), kept, args.num_workers, accelerator)
-        return cached_loader(train_set, *options, args.cache_views, **place), judged_images
+        if place["device"] is None or place["device"].type != "cuda":  # nothing to decode, and nothing else to do meanwhile
+            options = (args.train_batch_size, 0, args.seed)
+        return dataloader.train_loader(train_set, *options, args.cache_views, **place), judged_images
     return dataloader.train_loader(train_set, *options, **place), judged_images
 
 

@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from torch.utils.data import Dataset
 
-from dataloader import EpochSampler, ImageDataset, Loader
+from dataloader import ImageDataset
 from utils import UserError, open_regular
 
 log = logging.getLogger(__name__)
@@ -148,15 +148,3 @@ class CachedDataset(Dataset):
             "unreadable": [],
         }
         return batch | {name: torch.from_numpy(column) for name, column in self.cache.read(rows).items()}
-
-
-def cached_loader(
-    dataset: CachedDataset, batch_size: int, num_workers: int, seed: int, views: int, rank=0, world=1, device=None
-) -> Loader:
-    """As `dataloader.train_loader`, of batches out of a latent cache.
-
-    They are read in this process unless a GPU computes meanwhile: there is nothing to decode.
-    """
-    sampler = EpochSampler(len(dataset), batch_size, seed, views, rank, world)
-    apart = device is not None and torch.device(device).type == "cuda"
-    return Loader(dataset, sampler, num_workers if apart else 0, collate_fn=dict, device=device)

@@ -247,16 +247,6 @@ def alone_in(folder: Path, label: str, work: str):
             lock.release()
 
 
-def claim_writable_file(path: str | os.PathLike, label: str) -> None:
-    """Prove that file `path` could be written, without changing an existing file. UserError begins with `label`."""
-    if os.path.isdir(path):
-        raise UserError(f"{label} {path}: a folder; name a file")
-    try:
-        claim_writable_folder(Path(path).parent, label)
-    except UserError:
-        raise UserError(f"{label} {path}: cannot write there; name a file in another folder") from None
-
-
 def use_proxy(url: str | None) -> None:
     """Send the hub client, and every library that reads the standard variables, through the proxy at `url`."""
     if url:

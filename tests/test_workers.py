@@ -16,7 +16,6 @@ from runs import is_alive
 from torch.utils.data import Dataset
 
 import dataloader
-from cache.read import cached_loader
 from dataloader import Loader, WorkersLost, work
 from utils import STOP_SIGNALS, StopWaiting
 
@@ -212,8 +211,6 @@ def test_a_run_on_the_cpu_leaves_a_gpu_alone(monkeypatch, hurried):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", None)
     assert numbers(Loader(Troubled(), ONE_BY_ONE, 2, first_of, device="cpu", patience=60)) == list(range(10))
-    rows = range(8)
-    assert cached_loader(rows, 2, 2, 0, 1, device="cpu").num_workers == 0
 
 
 def test_an_iteration_that_nobody_finishes_costs_the_next_one_nothing(hurried):

@@ -154,7 +154,8 @@ def test_an_unchanged_file_is_not_read_again(photos, spaces, tmp_path, monkeypat
 
 
 def test_training_on_cached_latents_loads_no_vae(flags, tmp_path):
-    """Catches a loop, a checkpoint or a setup that touches a VAE although the module takes latents and they are cached."""
+    """Catches a loop, a checkpoint or a setup that touches a VAE although the module takes latents and they are cached;
+    workers for what is only read."""
     argv = as_argv(flags | {"input_types": "latent", "max_train_steps": 3, "eval_frequency": 0, "visualize_frequency": 0})
     args = train_script.parse_args(argv)
     for expected in (True, False):
@@ -162,6 +163,8 @@ def test_training_on_cached_latents_loads_no_vae(flags, tmp_path):
         loaders = train_script.create_data_loaders(args, *vaes)
         assert train_script.train_align_pipeline(args, *vaes, *loaders, torch.Generator()).is_file()
         assert [vae.loaded for vae in vaes] == [expected] * 2
+    args.num_workers = 2
+    assert train_script.create_data_loaders(args, *vaes)[0].num_workers == 0
 
 
 def test_unreadable_and_infinite_are_left_out_and_named(photos, spaces, tmp_path, caplog, encoded):
