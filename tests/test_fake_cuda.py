@@ -406,7 +406,7 @@ def test_the_check_of_a_gpu_runs_to_its_end_without_one(tmp_path):
     seen = [name for name in of_small if "ST-LPIPS" in name]  # its weights are in a package
     assert of_small.keys() == {"tests", "translate tiny 64 px", "train tiny float32", *seen} and seen
     assert of_small["tests"]["exit code"] == 0 and "note" not in of_small["translate tiny 64 px"]
-    assert all(of_small["train tiny float32"][name] > 0 for name in ("bare", "cached", "online"))
+    assert all(of_small["train tiny float32"][name] > 0 for name in ("bare", "cached", "online", "encoders", "building"))
     assert of_small["train tiny float32"]["sent online"] == 3 * 64 * 64
     table = (tmp_path / "found.md").read_text()
     assert all(name in table for name in rows)
