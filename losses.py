@@ -230,8 +230,7 @@ class DecodedWindow:
     """
 
     def __init__(self, loss: DecodedImageLoss, aligned, target, images, step: int, reencoded: Reencoded | None = None):
-        self._codec, self._eyes, self._target = loss.codec, loss.eyes, target
-        self._reencoded = reencoded
+        self._codec, self._target, self._reencoded = loss.codec, target, reencoded
         self._by_decoder = decoder_difference in (term for _, term in loss.terms)
         self.window = loss.window_of(aligned.shape[2:], step)
         self._inner = self.window.inner(loss.margin, self._codec.stride)
@@ -268,12 +267,6 @@ class DecodedWindow:
     def visible_wanted(self) -> torch.Tensor:
         return self._seen_wanted.clamp(-1, 1)
 
-    def perceptual_distance(self) -> torch.Tensor:
-        """ST-LPIPS between the visible and the wanted picture: (B,)."""
-        with torch.no_grad():
-            wanted = self._eyes.features(self.visible_wanted)
-        return self._eyes.distance(self._eyes.features(self.visible), wanted)
-
 
 # Terms: functions (DecodedWindow) -> a scalar. `decoded_image_loss` chooses among them.
 
@@ -288,13 +281,8 @@ def decoder_difference(window: DecodedWindow) -> torch.Tensor:
     return feature_distance(window.decoder_features, window.wanted_decoder_features)
 
 
-def st_lpips_difference(window: DecodedWindow) -> torch.Tensor:
-    """The mean ST-LPIPS distance."""
-    return window.perceptual_distance().mean()
-
-
 def picture_distance(network: Callable) -> Callable[[DecodedWindow], torch.Tensor]:
-    """The mean of a function (pictures, wanted pictures) -> distances, such as LPIPS."""
+    """The mean of a function (pictures, wanted pictures) -> distances, such as LPIPS or ST-LPIPS."""
     return lambda window: network(window.visible, window.visible_wanted).mean()
 
 
@@ -311,7 +299,6 @@ class DecodedImageLoss:
             the decoded VAE2 latents.
         margin: latents at the window's edge that are decoded and not compared, since the decoder lacks their surroundings.
         terms: (weight, function of a `DecodedWindow`) each.
-        eyes: the frozen network of ST-LPIPS; None where no term looks through it.
     """
 
     codec: Codec
@@ -321,7 +308,6 @@ class DecodedImageLoss:
     seed: int
     margin: int = 1
     terms: Sequence[tuple[float, Callable]] = ((1.0, pixel_difference("l1")),)
-    eyes: PerceptualDistance | None = None
 
     def __post_init__(self):
         self.colours = ColourReference(self.codec.vae.device, self.codec.stride)
@@ -383,7 +369,7 @@ def decoded_image_loss(
 
     UserError, which begins with the setting's name, where a network's weights are missing or the window is too small for it.
     """
-    terms, eyes = [], None
+    terms = []
     if pixel_weight:
         terms.append((pixel_weight, pixel_difference(pixel_kind)))
     if perceptual_weight:
@@ -394,12 +380,12 @@ def decoded_image_loss(
             if perceptual_loss == "lpips":
                 term = picture_distance(lpips_network(codec.vae.device))
             elif perceptual_loss == "stlpips":  # AlexNet: the verdict of an evaluation looks through VGG
-                eyes, term = st_lpips("alex", codec.vae.device).to(codec.vae.dtype), st_lpips_difference
+                term = picture_distance(st_lpips("alex", codec.vae.device).to(codec.vae.dtype))
         except UserError as error:
             remedy = "or choose the perceptual loss decoder, which needs no weights"
             raise UserError(f"perceptual_loss {perceptual_loss}: {error}; {remedy}") from None
         terms.append((perceptual_weight, term))
-    return DecodedImageLoss(codec, batch_size, window, reference, seed, terms=terms, eyes=eyes) if terms else None
+    return DecodedImageLoss(codec, batch_size, window, reference, seed, terms=terms) if terms else None
 
 
 def _require_side(image_size: int, window: int, stride: int) -> None:
@@ -489,28 +475,25 @@ class PerceptualDistance(nn.Module):
     """ST-LPIPS between two batches of pictures: frozen, in eval mode; gradients flow to the pictures.
 
     It computes in the precision of its weights, and the distances in float32.
-
-    Attributes:
-        channels: of the five feature maps that `features` returns.
     """
 
     def __init__(self, network: str = "alex"):
         super().__init__()
         stages = NETWORKS[network]()
         self.stages = nn.ModuleList(nn.Sequential(*layers) for layers in stages)
-        self.channels = [[layer for layer in layers if isinstance(layer, nn.Conv2d)][-1].out_channels for layers in stages]
-        self.weights = nn.ParameterList(torch.zeros(1, channels, 1, 1) for channels in self.channels)
+        last = ([layer for layer in layers if isinstance(layer, nn.Conv2d)][-1] for layers in stages)
+        self.weights = nn.ParameterList(torch.zeros(1, layer.out_channels, 1, 1) for layer in last)
         self.register_buffer("shift", torch.zeros(1, 3, 1, 1))
         self.register_buffer("scale", torch.ones(1, 3, 1, 1))
         self.eval().requires_grad_(False)
 
-    def features(self, images: torch.Tensor, stages: int = 5) -> list[torch.Tensor]:
-        """Images (B, 3, H, W) in [-1, 1], H and W at least `SMALLEST_SIDE` -> the outputs of the first `stages` stages, each
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Images (B, 3, H, W) in [-1, 1], H and W at least `SMALLEST_SIDE` -> the outputs of the five stages, each
         (B, channels, about H/stride, about W/stride). UserError for smaller pictures."""
         if min(images.shape[2:]) < SMALLEST_SIDE:
             raise UserError(f"ST-LPIPS: needs pictures of at least {SMALLEST_SIDE} px, these are {tuple(images.shape[2:])}")
         hidden, outputs = (images.to(self.shift.dtype) - self.shift) / self.scale, []
-        for stage in self.stages[:stages]:
+        for stage in self.stages:
             hidden = stage(hidden)
             outputs.append(hidden)
         return outputs
@@ -582,8 +565,6 @@ def lpips_network(device: torch.device | str) -> torch.nn.Module:
     """LPIPS with AlexNet (Zhang et al. 2018): two image batches (B, 3, H, W) in [-1, 1] -> distances; frozen, in eval mode,
     gradients flow to the images. Its AlexNet weights are downloaded once. UserError that says what to fetch when they
     cannot be had."""
-    if not importlib.util.find_spec("torchvision"):
-        raise UserError("needs torchvision, which is not installed (pip install torchvision)")
     from torchvision.models import AlexNet_Weights
 
     url = AlexNet_Weights.DEFAULT.url
