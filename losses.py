@@ -87,24 +87,17 @@ class Reencoded:
     weight: float
 
 
-@dataclass
-class Reencoder:
-    """Decodes with VAE1 and encodes with VAE2, without gradients, where the latent cache has no re-encoded latents."""
+def reencoded_of(batch: dict, source: torch.Tensor | None, codec1: Codec, codec2: Codec, weight: float) -> Reencoded:
+    """Out of the latent cache, or where it has none made without gradients: decoded with VAE1 and encoded with VAE2.
 
-    codec1: Codec
-    codec2: Codec
-    weight: float
-
-    def __call__(self, batch: dict, source: torch.Tensor | None) -> Reencoded:
-        """A training batch and VAE1's latents of it (B, channels, h, w); these may be None where the batch has the picture."""
-        device = self.codec2.vae.device
-        latents, picture = (
-            batch[name].to(device, non_blocking=True) if name in batch else None for name in ("reencoded", "decoded")
-        )
-        if latents is None:
-            picture = decode_picture(source, self.codec1) if picture is None else picture
-            latents = self.codec2.encode(picture)
-        return Reencoded(latents, picture, self.weight)
+    `source` are VAE1's latents of the training batch, (B, channels, h, w); None is fine where the batch has the picture.
+    """
+    on_device = {"device": codec2.vae.device, "non_blocking": True}
+    latents, picture = (batch[name].to(**on_device) if name in batch else None for name in ("reencoded", "decoded"))
+    if latents is None:
+        picture = decode_picture(source, codec1) if picture is None else picture
+        latents = codec2.encode(picture)
+    return Reencoded(latents, picture, weight)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -665,21 +658,22 @@ class Objective:
         self.decoded, self.decoded_start = decoded, decoded_start
         self._reads_images = decoded is not None and decoded.reference == "original"
         self.seen_through = seen_through
-        self._reencoder = None
-        if reencode_weight:
-            if not (pipeline.uses_latents or seen_through):
-                raise UserError(
-                    f"reencode_target {reencode_weight:g}: the module does not see VAE1's latents, which are re-encoded; "
-                    "train with latent among the input types"
-                )
-            self._reencoder = Reencoder(pipeline.codec1, pipeline.codec2, reencode_weight)
+        self._reencode_weight = reencode_weight
+        if reencode_weight and not (pipeline.uses_latents or seen_through):
+            raise UserError(
+                f"reencode_target {reencode_weight:g}: the module does not see VAE1's latents, which are re-encoded; "
+                "train with latent among the input types"
+            )
 
     def encode(self, batch: dict, sample: bool = False, generator: torch.Generator | None = None) -> Encoded:
         """A training batch as a step needs it; see `PipelineWithVAEs.encode_batch`."""
         if self.seen_through and "decoded" not in batch:
             batch = batch | {"decoded": self.seen_through(batch["pixel_values"].to(self._pipeline.device))}
         inputs, target, images = self._pipeline.encode_batch(batch, sample, generator, self._reads_images)
-        return Encoded(inputs, target, images, self._reencoder and self._reencoder(batch, inputs.get("latents")))
+        if not self._reencode_weight:
+            return Encoded(inputs, target, images)
+        codecs = self._pipeline.codec1, self._pipeline.codec2
+        return Encoded(inputs, target, images, reencoded_of(batch, inputs.get("latents"), *codecs, self._reencode_weight))
 
     def decodes_at(self, progress: float) -> bool:
         """Whether losses on the decoded image have begun after this share of the run, in [0, 1]."""

@@ -70,7 +70,8 @@ def open_checkpoints(
         if found != first:
             vaes = " → ".join(str(found[place]) for place in ("vae1_path", "vae2_path"))
             raise UserError(f"{labels[0]} {path}: goes between other VAEs ({vaes}) than the first one; judge it by itself")
-        vaes = [judged[0].pipeline.vae1, judged[0].pipeline.vae2] if judged else [places["vae1_path"], places["vae2_path"]]
+        codecs = [judged[0].pipeline.codec1, judged[0].pipeline.codec2] if judged else []
+        vaes = [codec.vae for codec in codecs] or [places["vae1_path"], places["vae2_path"]]
         options = {"vae1_subfolder": places["vae1_subfolder"], "vae2_subfolder": places["vae2_subfolder"]}
         pipeline = PipelineWithVAEs.from_checkpoint(
             content, *vaes, device=device, dtype=dtype, cache_dir=cache_dir, labels=labels[1:], **options

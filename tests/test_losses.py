@@ -19,7 +19,6 @@ from losses import (
     ColourReference,
     DecodedImageLoss,
     PerceptualDistance,
-    Reencoder,
     channel_moments,
     decoded_image_loss,
     decoder_difference,
@@ -27,6 +26,7 @@ from losses import (
     get_loss_function,
     picture_distance,
     pixel_difference,
+    reencoded_of,
     st_lpips,
 )
 from utils import StopWaiting, UserError
@@ -123,7 +123,7 @@ def codecs(vae_folders, request):
 
 
 def reencoded(codecs, images, weight=0.75):
-    return Reencoder(*codecs, weight)({}, codecs[0].encode(images))
+    return reencoded_of({}, codecs[0].encode(images), *codecs, weight)
 
 
 def test_latents_and_picture_are_those_of_decode_and_re_encode(codecs):
@@ -131,15 +131,15 @@ def test_latents_and_picture_are_those_of_decode_and_re_encode(codecs):
     is built and not read."""
     codec1, codec2 = codecs
     source = codec1.encode(torch.rand(3, 3, 48, 64) * 2 - 1).requires_grad_()
-    made = Reencoder(codec1, codec2, 0.5)({}, source)
+    made = reencoded_of({}, source, codec1, codec2, 0.5)
     picture = codec1.decode(source).clamp(-1, 1)
     torch.testing.assert_close(made.latents, codec2.encode(picture))
     assert not made.latents.requires_grad
     torch.testing.assert_close(made.picture, picture)
     cached = {"reencoded": torch.randn_like(made.latents), "decoded": torch.rand_like(picture)}
-    made = Reencoder(codec1, codec2, 0.5)(cached, source)
+    made = reencoded_of(cached, source, codec1, codec2, 0.5)
     assert torch.equal(made.latents, cached["reencoded"]) and torch.equal(made.picture, cached["decoded"])
-    assert Reencoder(codec1, codec2, 0.5)({"reencoded": cached["reencoded"]}, source).picture is None
+    assert reencoded_of({"reencoded": cached["reencoded"]}, source, codec1, codec2, 0.5).picture is None
 
 
 def test_pixels_and_perception_follow_the_re_encoded_picture(codecs):
