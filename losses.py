@@ -325,16 +325,13 @@ class DecodedImageLoss:
             loss = loss + weight * term(window)
         return loss, window
 
+    @torch.no_grad()
     def measure_colours(self, pipeline: PipelineWithVAEs, loader, accelerator) -> None:
         """Measure VAE2's colour bias on some training images. With the reference "vae2" there is none."""
         if self.reference == "original":
             batches = encoded_batches(pipeline, loader, accelerator, COLOUR_WINDOWS, self.batch_size, images_needed=True)
-            self.colours.start_from(self._biases_of_vae2(batches), accelerator)
-
-    @torch.no_grad()
-    def _biases_of_vae2(self, batches):
-        for step, (_, target, images) in enumerate(batches):
-            yield DecodedWindow(self, target, target, images, step).bias
+            windows = (DecodedWindow(self, target, target, images, step) for step, (_, target, images) in enumerate(batches))
+            self.colours.start_from((window.bias for window in windows), accelerator)
 
     def window_of(self, whole: torch.Size, step: int) -> Window:
         """The window of a step on latents of that height and width."""

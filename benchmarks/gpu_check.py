@@ -17,7 +17,7 @@ re-encode, and of VAE2's encoder.
 
 import argparse
 import contextlib
-import importlib.util
+import itertools
 import os
 import signal
 import statistics
@@ -38,7 +38,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import train_align_with_args as train
-from losses import PACKAGE
 from utils import PRECISIONS, UserError, compute_policy, is_out_of_memory, one_line, peak_memory, require_compiler, write_json
 from vaes.codec import reencode
 
@@ -69,15 +68,12 @@ RANDOM_VAES = {
 def rows_of(options) -> dict:
     """{name: function that fills a row}, those first that matter most."""
     rows = {"tests": run_tests}
-    for pair in ("tiny", "full"):
-        for size in options.sizes:
-            rows[f"translate {pair} {size} px"] = partial(measure_translation, pair=pair, size=size)
-    for compiled in (False, True):
-        for precision in PRECISIONS:
-            for pair in ("tiny", "full"):
-                changes = {"precision": precision} | ({"compile": None} if compiled else {})
-                name = f"train {pair} {precision}{', compiled' if compiled else ''}"
-                rows[name] = partial(measure_training, pair=pair, changes=changes)
+    for pair, size in itertools.product(("tiny", "full"), options.sizes):
+        rows[f"translate {pair} {size} px"] = partial(measure_translation, pair=pair, size=size)
+    for compiled, precision, pair in itertools.product((False, True), PRECISIONS, ("tiny", "full")):
+        changes = {"precision": precision} | ({"compile": None} if compiled else {})
+        name = f"train {pair} {precision}{', compiled' if compiled else ''}"
+        rows[name] = partial(measure_training, pair=pair, changes=changes)
     seen = {"precision": "float32", "perceptual_loss": "stlpips", "perceptual_loss_weight": 1}
     rows["train tiny float32, ST-LPIPS"] = partial(measure_training, pair="tiny", changes=seen)
     return {name: row for name, row in rows.items() if any(words in name for words in options.only or [""])}
@@ -120,8 +116,6 @@ def open_vaes(names, device, dtype) -> list:
 
 def measure_training(options, row: dict, pair: str, changes: dict) -> None:
     """Images per second of a step, of the real loop on the latent cache and without it, of the encoders and the cache."""
-    if changes.get("perceptual_loss") == "stlpips" and not importlib.util.find_spec(PACKAGE):
-        raise LeftOut(f"the package {PACKAGE}, which carries ST-LPIPS' weights, is not installed")
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder, "photos")
         images.mkdir()
@@ -215,15 +209,15 @@ def at_most(seconds: float):
     def end(*_):
         raise LeftOut(f"took more than {seconds:.0f} s")
 
-    before = signal.signal(signal.SIGALRM, end) if hasattr(signal, "SIGALRM") else None
-    if before is not None:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+    signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        if before is not None:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def measured(options, name: str, measure) -> dict:
