@@ -514,7 +514,8 @@ def st_lpips(network: str = "alex", device: str | torch.device = "cpu") -> Perce
     try:
         if file_digest(path).hex() != STLPIPS_SHA256[network]:
             raise ValueError("its SHA-256 is not the published file's")
-        distance.load_state_dict(_renamed(read_torch(path), network))
+        # the published file has this module's tensors in the same order, under the names of the package's
+        distance.load_state_dict(dict(zip(distance.state_dict(), read_torch(path).values(), strict=True)))
     except Exception as error:  # truncated, of another version, no file of weights: each fails in its own way
         raise UserError(
             f"ST-LPIPS weights {path}: cannot be read ({one_line(error)}); reinstall the package {PACKAGE}"
@@ -531,20 +532,6 @@ def _weights_file(network: str) -> Path:
     if found is None or not found.submodule_search_locations:
         raise UserError(f"the package {PACKAGE}, which carries its weights, is not installed; pip install {PACKAGE}")
     return Path(next(iter(found.submodule_search_locations))) / "weights" / "vST0.0" / f"{network}_shift_tolerant.pth"
-
-
-def _renamed(stored: dict, network: str) -> dict:
-    """The package's weights by this module's names. Its stages count their layers on from one stage to the next
-    (`net.slice2.5.weight` is the sixth layer of all); a stage's weights are called `lin0.model.1.weight`."""
-    weights = {name: stored[f"scaling_layer.{name}"] for name in ("shift", "scale")}
-    first = 0
-    for number, layers in enumerate(NETWORKS[network]()):
-        weights[f"weights.{number}"] = stored[f"lin{number}.model.1.weight"]
-        for place, layer in enumerate(layers):
-            for name in layer.state_dict():
-                weights[f"stages.{number}.{place}.{name}"] = stored[f"net.slice{number + 1}.{first + place}.{name}"]
-        first += len(layers)
-    return weights
 
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity names its download
