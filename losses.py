@@ -525,10 +525,7 @@ def st_lpips(network: str = "alex", device: str | torch.device = "cpu") -> Perce
 
 def _weights_file(network: str) -> Path:
     """Where the package keeps a network's weights; UserError without the package."""
-    try:
-        found = importlib.util.find_spec(PACKAGE)  # finds a top-level package without running any of it
-    except (ImportError, ValueError):
-        found = None
+    found = importlib.util.find_spec(PACKAGE)  # finds a top-level package without running any of it
     if found is None or not found.submodule_search_locations:
         raise UserError(f"the package {PACKAGE}, which carries its weights, is not installed; pip install {PACKAGE}")
     return Path(next(iter(found.submodule_search_locations))) / "weights" / "vST0.0" / f"{network}_shift_tolerant.pth"
