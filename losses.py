@@ -225,7 +225,7 @@ class DecodedWindow:
     def __init__(self, loss: DecodedImageLoss, aligned, target, images, step: int, reencoded: Reencoded | None = None):
         self._codec, self._target, self._reencoded = loss.codec, target, reencoded
         self._by_decoder = decoder_difference in (term for _, term in loss.terms)
-        self.window = loss.window_of(aligned.shape[2:], step)
+        self.window = draw_window(aligned.shape[2:], loss.window, loss.batch_size, loss.seed, step)
         self._inner = self.window.inner(loss.margin, self._codec.stride)
         self.shown, self.decoder_features = self._decode(self.window.cut(aligned))
         by_image = loss.reference == "original"
@@ -332,10 +332,6 @@ class DecodedImageLoss:
             batches = encoded_batches(pipeline, loader, accelerator, COLOUR_WINDOWS, self.batch_size, images_needed=True)
             windows = (DecodedWindow(self, target, target, images, step) for step, (_, target, images) in enumerate(batches))
             self.colours.start_from((window.bias for window in windows), accelerator)
-
-    def window_of(self, whole: torch.Size, step: int) -> Window:
-        """The window of a step on latents of that height and width."""
-        return draw_window(tuple(whole), self.window, self.batch_size, self.seed, step)
 
 
 def decoded_image_loss(
