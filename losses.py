@@ -87,24 +87,17 @@ class Reencoded:
     weight: float
 
 
-@dataclass
-class Reencoder:
-    """Decodes with VAE1 and encodes with VAE2, without gradients, where the latent cache has no re-encoded latents."""
+def reencoded_of(batch: dict, source: torch.Tensor | None, codec1: Codec, codec2: Codec, weight: float) -> Reencoded:
+    """Out of the latent cache, or where it has none made without gradients: decoded with VAE1 and encoded with VAE2.
 
-    codec1: Codec
-    codec2: Codec
-    weight: float
-
-    def __call__(self, batch: dict, source: torch.Tensor | None) -> Reencoded:
-        """A training batch and VAE1's latents of it (B, channels, h, w); these may be None where the batch has the picture."""
-        device = self.codec2.vae.device
-        latents, picture = (
-            batch[name].to(device, non_blocking=True) if name in batch else None for name in ("reencoded", "decoded")
-        )
-        if latents is None:
-            picture = decode_picture(source, self.codec1) if picture is None else picture
-            latents = self.codec2.encode(picture)
-        return Reencoded(latents, picture, self.weight)
+    `source` are VAE1's latents of the training batch, (B, channels, h, w); None is fine where the batch has the picture.
+    """
+    on_device = {"device": codec2.vae.device, "non_blocking": True}
+    latents, picture = (batch[name].to(**on_device) if name in batch else None for name in ("reencoded", "decoded"))
+    if latents is None:
+        picture = decode_picture(source, codec1) if picture is None else picture
+        latents = codec2.encode(picture)
+    return Reencoded(latents, picture, weight)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -230,10 +223,9 @@ class DecodedWindow:
     """
 
     def __init__(self, loss: DecodedImageLoss, aligned, target, images, step: int, reencoded: Reencoded | None = None):
-        self._codec, self._eyes, self._target = loss.codec, loss.eyes, target
-        self._reencoded = reencoded
+        self._codec, self._target, self._reencoded = loss.codec, target, reencoded
         self._by_decoder = decoder_difference in (term for _, term in loss.terms)
-        self.window = loss.window_of(aligned.shape[2:], step)
+        self.window = draw_window(aligned.shape[2:], loss.window, loss.batch_size, loss.seed, step)
         self._inner = self.window.inner(loss.margin, self._codec.stride)
         self.shown, self.decoder_features = self._decode(self.window.cut(aligned))
         by_image = loss.reference == "original"
@@ -268,12 +260,6 @@ class DecodedWindow:
     def visible_wanted(self) -> torch.Tensor:
         return self._seen_wanted.clamp(-1, 1)
 
-    def perceptual_distance(self) -> torch.Tensor:
-        """ST-LPIPS between the visible and the wanted picture: (B,)."""
-        with torch.no_grad():
-            wanted = self._eyes.features(self.visible_wanted)
-        return self._eyes.distance(self._eyes.features(self.visible), wanted)
-
 
 # Terms: functions (DecodedWindow) -> a scalar. `decoded_image_loss` chooses among them.
 
@@ -288,13 +274,8 @@ def decoder_difference(window: DecodedWindow) -> torch.Tensor:
     return feature_distance(window.decoder_features, window.wanted_decoder_features)
 
 
-def st_lpips_difference(window: DecodedWindow) -> torch.Tensor:
-    """The mean ST-LPIPS distance."""
-    return window.perceptual_distance().mean()
-
-
 def picture_distance(network: Callable) -> Callable[[DecodedWindow], torch.Tensor]:
-    """The mean of a function (pictures, wanted pictures) -> distances, such as LPIPS."""
+    """The mean of a function (pictures, wanted pictures) -> distances, such as LPIPS or ST-LPIPS."""
     return lambda window: network(window.visible, window.visible_wanted).mean()
 
 
@@ -311,7 +292,6 @@ class DecodedImageLoss:
             the decoded VAE2 latents.
         margin: latents at the window's edge that are decoded and not compared, since the decoder lacks their surroundings.
         terms: (weight, function of a `DecodedWindow`) each.
-        eyes: the frozen network of ST-LPIPS; None where no term looks through it.
     """
 
     codec: Codec
@@ -321,7 +301,6 @@ class DecodedImageLoss:
     seed: int
     margin: int = 1
     terms: Sequence[tuple[float, Callable]] = ((1.0, pixel_difference("l1")),)
-    eyes: PerceptualDistance | None = None
 
     def __post_init__(self):
         self.colours = ColourReference(self.codec.vae.device, self.codec.stride)
@@ -346,20 +325,13 @@ class DecodedImageLoss:
             loss = loss + weight * term(window)
         return loss, window
 
+    @torch.no_grad()
     def measure_colours(self, pipeline: PipelineWithVAEs, loader, accelerator) -> None:
         """Measure VAE2's colour bias on some training images. With the reference "vae2" there is none."""
         if self.reference == "original":
             batches = encoded_batches(pipeline, loader, accelerator, COLOUR_WINDOWS, self.batch_size, images_needed=True)
-            self.colours.start_from(self._biases_of_vae2(batches), accelerator)
-
-    @torch.no_grad()
-    def _biases_of_vae2(self, batches):
-        for step, (_, target, images) in enumerate(batches):
-            yield DecodedWindow(self, target, target, images, step).bias
-
-    def window_of(self, whole: torch.Size, step: int) -> Window:
-        """The window of a step on latents of that height and width."""
-        return draw_window(tuple(whole), self.window, self.batch_size, self.seed, step)
+            windows = (DecodedWindow(self, target, target, images, step) for step, (_, target, images) in enumerate(batches))
+            self.colours.start_from((window.bias for window in windows), accelerator)
 
 
 def decoded_image_loss(
@@ -383,7 +355,7 @@ def decoded_image_loss(
 
     UserError, which begins with the setting's name, where a network's weights are missing or the window is too small for it.
     """
-    terms, eyes = [], None
+    terms = []
     if pixel_weight:
         terms.append((pixel_weight, pixel_difference(pixel_kind)))
     if perceptual_weight:
@@ -394,12 +366,12 @@ def decoded_image_loss(
             if perceptual_loss == "lpips":
                 term = picture_distance(lpips_network(codec.vae.device))
             elif perceptual_loss == "stlpips":  # AlexNet: the verdict of an evaluation looks through VGG
-                eyes, term = st_lpips("alex", codec.vae.device).to(codec.vae.dtype), st_lpips_difference
+                term = picture_distance(st_lpips("alex", codec.vae.device).to(codec.vae.dtype))
         except UserError as error:
             remedy = "or choose the perceptual loss decoder, which needs no weights"
             raise UserError(f"perceptual_loss {perceptual_loss}: {error}; {remedy}") from None
         terms.append((perceptual_weight, term))
-    return DecodedImageLoss(codec, batch_size, window, reference, seed, terms=terms, eyes=eyes) if terms else None
+    return DecodedImageLoss(codec, batch_size, window, reference, seed, terms=terms) if terms else None
 
 
 def _require_side(image_size: int, window: int, stride: int) -> None:
@@ -489,28 +461,25 @@ class PerceptualDistance(nn.Module):
     """ST-LPIPS between two batches of pictures: frozen, in eval mode; gradients flow to the pictures.
 
     It computes in the precision of its weights, and the distances in float32.
-
-    Attributes:
-        channels: of the five feature maps that `features` returns.
     """
 
     def __init__(self, network: str = "alex"):
         super().__init__()
         stages = NETWORKS[network]()
         self.stages = nn.ModuleList(nn.Sequential(*layers) for layers in stages)
-        self.channels = [[layer for layer in layers if isinstance(layer, nn.Conv2d)][-1].out_channels for layers in stages]
-        self.weights = nn.ParameterList(torch.zeros(1, channels, 1, 1) for channels in self.channels)
+        last = ([layer for layer in layers if isinstance(layer, nn.Conv2d)][-1] for layers in stages)
+        self.weights = nn.ParameterList(torch.zeros(1, layer.out_channels, 1, 1) for layer in last)
         self.register_buffer("shift", torch.zeros(1, 3, 1, 1))
         self.register_buffer("scale", torch.ones(1, 3, 1, 1))
         self.eval().requires_grad_(False)
 
-    def features(self, images: torch.Tensor, stages: int = 5) -> list[torch.Tensor]:
-        """Images (B, 3, H, W) in [-1, 1], H and W at least `SMALLEST_SIDE` -> the outputs of the first `stages` stages, each
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Images (B, 3, H, W) in [-1, 1], H and W at least `SMALLEST_SIDE` -> the outputs of the five stages, each
         (B, channels, about H/stride, about W/stride). UserError for smaller pictures."""
         if min(images.shape[2:]) < SMALLEST_SIDE:
             raise UserError(f"ST-LPIPS: needs pictures of at least {SMALLEST_SIDE} px, these are {tuple(images.shape[2:])}")
         hidden, outputs = (images.to(self.shift.dtype) - self.shift) / self.scale, []
-        for stage in self.stages[:stages]:
+        for stage in self.stages:
             hidden = stage(hidden)
             outputs.append(hidden)
         return outputs
@@ -541,7 +510,8 @@ def st_lpips(network: str = "alex", device: str | torch.device = "cpu") -> Perce
     try:
         if file_digest(path).hex() != STLPIPS_SHA256[network]:
             raise ValueError("its SHA-256 is not the published file's")
-        distance.load_state_dict(_renamed(read_torch(path), network))
+        # the published file has this module's tensors in the same order, under the names of the package's
+        distance.load_state_dict(dict(zip(distance.state_dict(), read_torch(path).values(), strict=True)))
     except Exception as error:  # truncated, of another version, no file of weights: each fails in its own way
         raise UserError(
             f"ST-LPIPS weights {path}: cannot be read ({one_line(error)}); reinstall the package {PACKAGE}"
@@ -551,27 +521,10 @@ def st_lpips(network: str = "alex", device: str | torch.device = "cpu") -> Perce
 
 def _weights_file(network: str) -> Path:
     """Where the package keeps a network's weights; UserError without the package."""
-    try:
-        found = importlib.util.find_spec(PACKAGE)  # finds a top-level package without running any of it
-    except (ImportError, ValueError):
-        found = None
+    found = importlib.util.find_spec(PACKAGE)  # finds a top-level package without running any of it
     if found is None or not found.submodule_search_locations:
         raise UserError(f"the package {PACKAGE}, which carries its weights, is not installed; pip install {PACKAGE}")
     return Path(next(iter(found.submodule_search_locations))) / "weights" / "vST0.0" / f"{network}_shift_tolerant.pth"
-
-
-def _renamed(stored: dict, network: str) -> dict:
-    """The package's weights by this module's names. Its stages count their layers on from one stage to the next
-    (`net.slice2.5.weight` is the sixth layer of all); a stage's weights are called `lin0.model.1.weight`."""
-    weights = {name: stored[f"scaling_layer.{name}"] for name in ("shift", "scale")}
-    first = 0
-    for number, layers in enumerate(NETWORKS[network]()):
-        weights[f"weights.{number}"] = stored[f"lin{number}.model.1.weight"]
-        for place, layer in enumerate(layers):
-            for name in layer.state_dict():
-                weights[f"stages.{number}.{place}.{name}"] = stored[f"net.slice{number + 1}.{first + place}.{name}"]
-        first += len(layers)
-    return weights
 
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity names its download
@@ -582,8 +535,6 @@ def lpips_network(device: torch.device | str) -> torch.nn.Module:
     """LPIPS with AlexNet (Zhang et al. 2018): two image batches (B, 3, H, W) in [-1, 1] -> distances; frozen, in eval mode,
     gradients flow to the images. Its AlexNet weights are downloaded once. UserError that says what to fetch when they
     cannot be had."""
-    if not importlib.util.find_spec("torchvision"):
-        raise UserError("needs torchvision, which is not installed (pip install torchvision)")
     from torchvision.models import AlexNet_Weights
 
     url = AlexNet_Weights.DEFAULT.url
@@ -684,21 +635,22 @@ class Objective:
         self.decoded, self.decoded_start = decoded, decoded_start
         self._reads_images = decoded is not None and decoded.reference == "original"
         self.seen_through = seen_through
-        self._reencoder = None
-        if reencode_weight:
-            if not (pipeline.uses_latents or seen_through):
-                raise UserError(
-                    f"reencode_target {reencode_weight:g}: the module does not see VAE1's latents, which are re-encoded; "
-                    "train with latent among the input types"
-                )
-            self._reencoder = Reencoder(pipeline.codec1, pipeline.codec2, reencode_weight)
+        self._reencode_weight = reencode_weight
+        if reencode_weight and not (pipeline.uses_latents or seen_through):
+            raise UserError(
+                f"reencode_target {reencode_weight:g}: the module does not see VAE1's latents, which are re-encoded; "
+                "train with latent among the input types"
+            )
 
     def encode(self, batch: dict, sample: bool = False, generator: torch.Generator | None = None) -> Encoded:
         """A training batch as a step needs it; see `PipelineWithVAEs.encode_batch`."""
         if self.seen_through and "decoded" not in batch:
             batch = batch | {"decoded": self.seen_through(batch["pixel_values"].to(self._pipeline.device))}
         inputs, target, images = self._pipeline.encode_batch(batch, sample, generator, self._reads_images)
-        return Encoded(inputs, target, images, self._reencoder and self._reencoder(batch, inputs.get("latents")))
+        if not self._reencode_weight:
+            return Encoded(inputs, target, images)
+        codecs = self._pipeline.codec1, self._pipeline.codec2
+        return Encoded(inputs, target, images, reencoded_of(batch, inputs.get("latents"), *codecs, self._reencode_weight))
 
     def decodes_at(self, progress: float) -> bool:
         """Whether losses on the decoded image have begun after this share of the run, in [0, 1]."""

@@ -153,11 +153,6 @@ def each_image(measure: Callable[[Sample], torch.Tensor]) -> Callable[[Measures]
     return lambda measures: measure
 
 
-def of_the_set(figure: Callable[[], SetFigure]) -> Callable[[Measures], SetFigure]:
-    """The `load` of a figure of the set that needs no network."""
-    return lambda measures: figure()
-
-
 def load_ms_ssim(measures: Measures) -> Callable[[Sample], torch.Tensor]:
     require_side(measures.image_size, MS_SSIM_SIDE)
     return lambda sample: ms_ssim(sample.levels, sample.original_levels)
@@ -214,9 +209,9 @@ METRICS = {
                choice="st_lpips", by_default=True),
         Metric("texture", "Texture distance", "set", load_texture, "{:.1f}".format, better=-1, heading="texture",
                note="VGG features' distance / variance, %", choice="texture", by_default=True),
-        Metric("detail", "Finest detail", "set", of_the_set(figures.detail), "{:.2f}".format, unit="of VAE2's",
+        Metric("detail", "Finest detail", "set", lambda measures: figures.detail(), "{:.2f}".format, unit="of VAE2's",
                heading="detail", note="power at up to 4 px a cycle / VAE2's"),
-        Metric("grid", "Grid", "set", of_the_set(figures.grid), "{:.1f}".format, better=-1, unit="of its surroundings",
+        Metric("grid", "Grid", "set", lambda measures: figures.grid(), "{:.1f}".format, better=-1, unit="of its surroundings",
                heading="grid", note="power at the latents' period / around"),
         Metric("ssim", "SSIM", "image", each_image(lambda sample: ssim(sample.levels, sample.original_levels)),
                FOUR_DIGITS, better=+1, heading="SSIM", choice="ssim", by_default=True),
@@ -227,9 +222,9 @@ METRICS = {
                each_image(lambda sample: colour_bias(sample.levels, sample.vae2_levels)),
                _levels_of_rgb, unit="R G B, levels", heading="colour bias",
                note="R G B minus VAE2's, of 255", components=("r", "g", "b")),
-        Metric("latent_variance", "Latent variance", "set", of_the_set(figures.latent_variance), "{:.2f}".format,
+        Metric("latent_variance", "Latent variance", "set", lambda measures: figures.latent_variance(), "{:.2f}".format,
                unit="of VAE2's", heading="latent var", note="variance / VAE2's", of_latents=True),
-        Metric("latent_detail", "Latents' finest detail", "set", of_the_set(figures.latent_detail), "{:.2f}".format,
+        Metric("latent_detail", "Latents' finest detail", "set", lambda measures: figures.latent_detail(), "{:.2f}".format,
                unit="of VAE2's", of_latents=True),
         Metric("milliseconds", "Time", "cost", None, "{:.2f}".format, better=-1, unit="ms", heading="ms",
                note="time for one image"),
@@ -253,7 +248,7 @@ METRICS = {
                None, better=-1, of_latents=True, components=None),
         Metric("latent_variance_by_channel", "Latent variance by channel", "set",
                lambda measures: figures.latent_variance(by_channel=True), None, of_latents=True, components=None),
-        Metric("latent_spectrum", "Latent spectrum", "set", of_the_set(figures.latent_spectrum), None, of_latents=True,
+        Metric("latent_spectrum", "Latent spectrum", "set", lambda measures: figures.latent_spectrum(), None, of_latents=True,
                components=None),
     )
 }  # fmt: skip

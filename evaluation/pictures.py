@@ -28,16 +28,12 @@ def difference_map(image: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
     return ((image - reference) / 2 * DIFFERENCE_GAIN).clamp(-1, 1)
 
 
-def latent_projection(channels: int) -> torch.Tensor:
-    """A fixed (3, channels) matrix that shows latents as RGB; the same for every picture of that channel count."""
-    generator = torch.Generator().manual_seed(channels)
-    basis, _ = torch.linalg.qr(torch.randn(max(3, channels), 3, generator=generator))
-    return basis[:channels].T
-
-
 def latents_as_rgb(latents: torch.Tensor) -> torch.Tensor:
-    """Scaled latents (…, C, h, w) -> (…, 3, h, w) in [-1, 1] by a fixed projection, so that panels can be compared."""
-    projection = latent_projection(latents.shape[-3]).to(latents)
+    """Scaled latents (…, C, h, w) -> (…, 3, h, w) in [-1, 1] by a projection that is fixed for each C, so that panels can be
+    compared."""
+    channels = latents.shape[-3]
+    basis, _ = torch.linalg.qr(torch.randn(max(3, channels), 3, generator=torch.Generator().manual_seed(channels)))
+    projection = basis[:channels].T.to(latents)
     return torch.einsum("rc,...chw->...rhw", projection, latents).div(2.5).clamp(-1, 1)
 
 

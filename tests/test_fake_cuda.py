@@ -37,7 +37,6 @@ from losses import (
     decoder_difference,
     picture_distance,
     pixel_difference,
-    st_lpips_difference,
 )
 from tools import translate
 from train_align_with_args import parse_args, setup_optimizer, train_step
@@ -265,7 +264,7 @@ TERMS = {
     **{kind: (pixel_difference(kind), None) for kind in KINDS},
     "decoder": (decoder_difference, None),
     "lpips": (None, "alex"),
-    **{f"ST-LPIPS {network}": (st_lpips_difference, network) for network in NETWORKS},
+    **{f"ST-LPIPS {network}": (None, network) for network in NETWORKS},
 }
 
 
@@ -277,7 +276,7 @@ def test_each_loss_on_decoded_images_is_computed_on_the_device(codecs, batch, na
     eyes = _LPIPS(pretrained=False, pnet_rand=True).eval() if name == "lpips" else network and PerceptualDistance(network)
     with MODE:
         _ = eyes and move(eyes)
-        loss = DecodedImageLoss(codecs[1], 2, 6, reference, 0, terms=[(1.0, term or picture_distance(eyes))], eyes=eyes)
+        loss = DecodedImageLoss(codecs[1], 2, 6, reference, 0, terms=[(1.0, term or picture_distance(eyes))])
         target = batch["latents2"]
         for reencoded in (None, Reencoded(batch["reencoded"], batch["decoded"], 0.5)):
             assert_on_device(lambda: loss(target + 1, target, batch["pixel_values"], 3, reencoded)[0])  # noqa: B023
@@ -406,7 +405,7 @@ def test_the_check_of_a_gpu_runs_to_its_end_without_one(tmp_path):
     seen = [name for name in of_small if "ST-LPIPS" in name]  # its weights are in a package
     assert of_small.keys() == {"tests", "translate tiny 64 px", "train tiny float32", *seen} and seen
     assert of_small["tests"]["exit code"] == 0 and "note" not in of_small["translate tiny 64 px"]
-    assert all(of_small["train tiny float32"][name] > 0 for name in ("bare", "cached", "online"))
+    assert all(of_small["train tiny float32"][name] > 0 for name in ("bare", "cached", "online", "encoders", "building"))
     assert of_small["train tiny float32"]["sent online"] == 3 * 64 * 64
     table = (tmp_path / "found.md").read_text()
     assert all(name in table for name in rows)

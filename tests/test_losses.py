@@ -19,14 +19,15 @@ from losses import (
     ColourReference,
     DecodedImageLoss,
     PerceptualDistance,
-    Reencoder,
     channel_moments,
     decoded_image_loss,
     decoder_difference,
+    draw_window,
     feature_distance,
     get_loss_function,
     picture_distance,
     pixel_difference,
+    reencoded_of,
     st_lpips,
 )
 from utils import StopWaiting, UserError
@@ -123,7 +124,7 @@ def codecs(vae_folders, request):
 
 
 def reencoded(codecs, images, weight=0.75):
-    return Reencoder(*codecs, weight)({}, codecs[0].encode(images))
+    return reencoded_of({}, codecs[0].encode(images), *codecs, weight)
 
 
 def test_latents_and_picture_are_those_of_decode_and_re_encode(codecs):
@@ -131,15 +132,15 @@ def test_latents_and_picture_are_those_of_decode_and_re_encode(codecs):
     is built and not read."""
     codec1, codec2 = codecs
     source = codec1.encode(torch.rand(3, 3, 48, 64) * 2 - 1).requires_grad_()
-    made = Reencoder(codec1, codec2, 0.5)({}, source)
+    made = reencoded_of({}, source, codec1, codec2, 0.5)
     picture = codec1.decode(source).clamp(-1, 1)
     torch.testing.assert_close(made.latents, codec2.encode(picture))
     assert not made.latents.requires_grad
     torch.testing.assert_close(made.picture, picture)
     cached = {"reencoded": torch.randn_like(made.latents), "decoded": torch.rand_like(picture)}
-    made = Reencoder(codec1, codec2, 0.5)(cached, source)
+    made = reencoded_of(cached, source, codec1, codec2, 0.5)
     assert torch.equal(made.latents, cached["reencoded"]) and torch.equal(made.picture, cached["decoded"])
-    assert Reencoder(codec1, codec2, 0.5)({"reencoded": cached["reencoded"]}, source).picture is None
+    assert reencoded_of({"reencoded": cached["reencoded"]}, source, codec1, codec2, 0.5).picture is None
 
 
 def test_pixels_and_perception_follow_the_re_encoded_picture(codecs):
@@ -355,11 +356,10 @@ def test_a_decoder_of_its_own(flags, tmp_path):
     assert same_weights(plain, same) and not same_weights(plain, other)
 
 
-def test_the_edges_of_an_image_are_decoded_as_often_as_a_quarter_of_the_time(space):
+def test_the_edges_of_an_image_are_decoded_as_often_as_a_quarter_of_the_time():
     """Catches windows drawn evenly over the image, which touch an edge once in as many steps as there is room for."""
-    loss = DecodedImageLoss(space, 1, 4, "vae2", 0)
     rows = torch.arange(12.0).view(1, 1, 12, 1).expand(1, 1, 12, 12)
-    tops = [int(loss.window_of(rows.shape[2:], step).cut(rows).min()) for step in range(400)]
+    tops = [int(draw_window((12, 12), 4, 1, 0, step).cut(rows).min()) for step in range(400)]
     assert tops.count(0) > 80 and tops.count(8) > 80 and set(tops) == set(range(9))
 
 
@@ -369,7 +369,7 @@ def test_what_lacks_its_surroundings_is_not_compared(space):
     images = space.decode(target).detach()
     loss = DecodedImageLoss(space, 1, 4, "original", 0, margin=1)
     for step in range(30):
-        window = loss.window_of(target.shape[2:], step)
+        window = draw_window((12, 12), 4, 1, 0, step)
         inner = window.inner(1, 8)
         decoded, image = space.decode(window.cut(target))[inner], window.cut(images, 8)[inner]
         top = int(window.cut(torch.arange(12.0).view(1, 1, 12, 1).expand(1, 1, 12, 12)).min())
@@ -394,14 +394,16 @@ def test_decoder_features_pull_towards_the_target(vae_folders, folder):
     assert not any(module._forward_hooks for module in space.vae.model.modules())
 
 
-def test_st_lpips_looks_through_alexnet_and_its_gradient_reaches_the_latents(space):
+def test_st_lpips_looks_through_alexnet_and_its_gradient_reaches_the_latents(space, monkeypatch):
     """A loss with the verdict's own network, which would flatter itself; a gradient that stops at the pictures."""
     images = torch.rand(2, 3, 48, 48) * 2 - 1
     target = space.encode(images)
     aligned = (target + torch.randn_like(target)).requires_grad_()
     options = {"perceptual_loss": "stlpips", "perceptual_weight": 1.0, "reference": "vae2", "batch_size": 2, "window": 0}
+    networks = []
+    monkeypatch.setattr(module, "st_lpips", lambda network, device: networks.append(network) or st_lpips(network, device))
     loss = decoded_image_loss(space, 48, **options)
-    assert loss.eyes.channels == st_lpips("alex").channels
+    assert networks == ["alex"]
     value, _ = loss(aligned, target, images, 0)
     assert torch.autograd.grad(value, aligned)[0].any()
     assert loss(target, target, images, 0)[0].item() == pytest.approx(0, abs=1e-6)

@@ -30,7 +30,8 @@ from images.decoding import open_image, to_rgb
 from runtime.cli import alone_in, claim_writable_folder, run
 from utils import UserError, atomic_file, hub_token, one_line, printable, read_json, require_regular, shown
 from vae_align import PRETRAINED_NAME, AlignPipeline, is_finite, module_of
-from vaes.codec import named_space, same_numbers
+from vaes.codec import same_numbers
+from vaes.families import named_space
 from vaes.pipeline import read_checkpoint, spaces_of, weights_digest
 
 log = logging.getLogger(__name__)

@@ -19,10 +19,8 @@ import torch
 from images.decoding import to_levels
 from utils import UserError, count_of, file_digest, is_out_of_memory, read_json
 from vae_align import LatentSpace
-from vaes.families import FAMILIES, SPACES, Family, family_of, named_space, spaces_with
+from vaes.families import FAMILIES, SPACES, Family, family_of, spaces_with
 from vaes.loading import FrozenVAE
-
-__all__ = ["SPACES", "Codec", "SeenThrough", "decode_picture", "good_image_size", "named_space", "reencode"]
 
 log = logging.getLogger(__name__)
 

@@ -1,12 +1,13 @@
-"""Train the tiny AutoencoderKL that ships under assets/vaes, from photos alone.
+"""Train a tiny AutoencoderKL such as those that ship under assets/vaes, from photos alone.
 
 The embedded default mirrors SD1.5 -> FLUX.1 in miniature: one VAE with 4 latent channels and no shift, one with 16 and a
-shift_factor, both of stride 8. The two shipped ones were made with:
+shift_factor, both of stride 8.
 
-    python tools/make/train_tiny_vaes.py --photos PHOTOS --held_out OTHERS --latent_channels 4 --output_dir assets/vaes/tiny4
-    python tools/make/train_tiny_vaes.py --photos PHOTOS --held_out OTHERS --latent_channels 16 --output_dir assets/vaes/tiny16
+    python tools/make/train_tiny_vaes.py --photos PHOTOS --latent_channels 4 --output_dir assets/vaes/tiny4
+    python tools/make/train_tiny_vaes.py --photos PHOTOS --latent_channels 16 --output_dir assets/vaes/tiny16
 
-The same photos, seed, thread count and library versions give the same weights again.
+The same photos, seed, thread count and library versions give the same weights again. Those that ship were trained on other
+crops.
 """
 
 import argparse
@@ -16,70 +17,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from PIL import Image, ImageOps
-from torchvision.transforms.functional import resized_crop
 from tqdm import tqdm
 
-from images.files import list_images
+from dataloader import ImageDataset, eval_loader, find_images, train_loader
+from runtime.cli import run
 
 BLOCK_CHANNELS = (16, 32, 64, 96)  # 1.7 M parameters: 3.4 MB in float16
-STORED_SIZE = 320  # short side kept in memory, px
-
-
-def load_photos(folder):
-    """Every photo below `folder` as a uint8 CHW tensor, short side at most STORED_SIZE px."""
-    photos = []
-    for path in list_images(folder):
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-        scale = STORED_SIZE / min(image.size)
-        if scale < 1:
-            image = image.resize([max(STORED_SIZE, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
-        photos.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
-    if not photos:
-        raise SystemExit(f"{folder}: no photo found there; name a folder of photos")
-    return photos
-
-
-def random_crops(photos, batch_size, crop, generator):
-    """Random squares of `crop` to 2 x `crop` px, resized to `crop`, flipped half of the time: (B, 3, crop, crop) in [-1, 1]."""
-
-    def draw(high):
-        return int(torch.randint(high, (), generator=generator))
-
-    batch = []
-    for _ in range(batch_size):
-        photo = photos[draw(len(photos))]
-        size = min(crop + draw(crop + 1), *photo.shape[1:])
-        top, left = draw(photo.shape[1] - size + 1), draw(photo.shape[2] - size + 1)
-        square = resized_crop(photo.float(), top, left, size, size, [crop, crop])
-        batch.append(square.flip(-1) if draw(2) else square)
-    return torch.stack(batch) / 127.5 - 1
-
-
-@torch.inference_mode()
-def measure(vae, photos, size=256):
-    """(mean, standard deviation) of the raw posterior mean over the photos' centre squares, resized to `size` px, and the mean
-    PSNR in dB of their reconstructions, clamped to [-1, 1]."""
-    latents, psnr = [], []
-    for photo in photos:
-        side = min(photo.shape[1:])
-        top, left = (photo.shape[1] - side) // 2, (photo.shape[2] - side) // 2
-        square = photo[:, top : top + side, left : left + side].float()[None]
-        image = F.interpolate(square, size=(size, size), mode="bilinear", antialias=True).clamp(0, 255) / 127.5 - 1
-        mode = vae.encode(image).latent_dist.mode()
-        psnr.append(10 * math.log10(4 / F.mse_loss(vae.decode(mode).sample.clamp(-1, 1), image).item()))
-        latents.append(mode.flatten())
-    return torch.cat(latents).mean().item(), torch.cat(latents).std().item(), sum(psnr) / len(psnr)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", required=True, help="folder of training photos")
-    parser.add_argument("--held_out", help="folder of other photos, for the reported PSNR")
     parser.add_argument("--latent_channels", type=int, choices=(4, 16), required=True, help="16 also gets a shift_factor")
     parser.add_argument("--output_dir", required=True, help="where the diffusers folder is written")
     parser.add_argument("--steps", type=int, default=4000, help="optimizer steps")
@@ -90,7 +40,8 @@ def main():
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    photos = load_photos(args.photos)
+    photos = find_images(args.photos, "default", True, "--photos").paths
+    views = ImageDataset(photos, 128, random_crop=True, random_flip=True, seed=args.seed)
 
     vae = AutoencoderKL(
         block_out_channels=BLOCK_CHANNELS,
@@ -107,8 +58,9 @@ def main():
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / args.steps)))
     )
-    for _ in tqdm(range(args.steps), desc=f"{args.latent_channels}-channel VAE", mininterval=5):
-        images = random_crops(photos, 16, 128, generator)
+    batches = zip(range(args.steps), train_loader(views, 16, 0, args.seed))
+    for _, batch in tqdm(batches, total=args.steps, desc=f"{args.latent_channels}-channel VAE", mininterval=5):
+        images = batch["pixel_values"]
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.sample(generator=generator)).sample.float()
@@ -121,15 +73,17 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         scheduler.step()
 
-    mean, std, _ = measure(vae.eval(), photos)
-    shift_factor = round(mean, 4) if args.latent_channels == 16 else None
-    vae.register_to_config(scaling_factor=round(1 / std, 5), shift_factor=shift_factor)
+    vae.eval()
+    with torch.inference_mode():
+        squares = eval_loader(ImageDataset(photos, 256), 1, 0)
+        latents = torch.cat([vae.encode(batch["pixel_values"]).latent_dist.mode().flatten() for batch in squares])
+    vae.register_to_config(
+        scaling_factor=round(1 / latents.std().item(), 5),
+        shift_factor=round(latents.mean().item(), 4) if args.latent_channels == 16 else None,
+    )
     vae.half().save_pretrained(args.output_dir)
     print(f"{args.output_dir}: scaling_factor {vae.config.scaling_factor}  shift_factor {vae.config.shift_factor}")
-    if args.held_out:
-        vae = AutoencoderKL.from_pretrained(args.output_dir, torch_dtype=torch.float32)
-        print(f"PSNR on {args.held_out}: {measure(vae, load_photos(args.held_out))[2]:.2f} dB")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
