@@ -10,8 +10,7 @@ from evaluation.pictures import PADDING, comparison_picture, comparison_rows
 
 
 def test_every_rung_has_its_picture_difference_and_latents_in_one_column():
-    """Decode + re-encode or a further checkpoint left out; a difference against the wrong picture or without its factor; an
-    absolute difference, a gain applied twice, or a wrap-around of large differences."""
+    """A rung left out; a difference against the wrong picture, without its sign or factor, or wrapped around."""
     names = {"vae1": "VAE1", "vae2": "VAE2", "reencode": "re-encode", "aligned": "aligned", "aligned_2": "aligned 2"}
     levels_of = dict(zip(names, (0.1, 0.2, 0.25, 0.3, 0.35)))
     made = {row: (torch.full((4, 2, 2), level), torch.full((3, 8, 8), level)) for row, level in levels_of.items()}
@@ -55,8 +54,7 @@ def test_comparison_picture_shows_every_panel_apart():
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 16])
 def test_latents_are_shown_by_one_fixed_projection(channels):
-    """A projection fitted or stretched per picture, so that panels cannot be compared; one that takes from the global
-    random state, and so changes training; one that gives fewer than three colours."""
+    """A projection fitted per picture, or drawn from the global random state; fewer than three colours."""
     latents = torch.randn(2, channels, 4, 4, generator=torch.Generator().manual_seed(5)) * 0.2
     torch.manual_seed(1)
     state = torch.get_rng_state()
