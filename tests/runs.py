@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, as_argv, child_environment, read_scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import eval_align
 import train_align_with_args as train_script
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -44,6 +45,12 @@ def train(flags, folder, **changes):
     finally:
         os.chdir(before)
     return results_of(folder)
+
+
+def judge(checkpoint, photos, folder, **changes):
+    """Run `eval_align.main` here on these photos, into `folder`; its results."""
+    flags = {"checkpoint": checkpoint, "eval_data_dir": photos, "output_dir": folder, "device": "cpu", "num_workers": 0}
+    return eval_align.main(as_argv(flags | {"metrics": "ssim", "num_samples": 0} | changes))
 
 
 def end_after(patch, steps, error):
