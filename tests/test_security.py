@@ -1,7 +1,6 @@
 """The promises of SECURITY.md that no other test holds: which files run no code, on which versions, and what is fetched."""
 
 import ast
-import os
 import pickle
 import re
 import shutil
@@ -11,6 +10,7 @@ import torch
 from conftest import ROOT, make_kl_vae
 from families import save_tiny
 from hostile import refusal
+from pipelines import Payload, load_vae
 from torch.torch_version import TorchVersion
 
 import losses
@@ -19,22 +19,7 @@ from tools.translate import read_latents
 from train_align_with_args import load_vaes, parse_args
 from utils import SAFE_TORCH, read_torch
 from vae_align import AlignPipeline
-from vaes.loading import load_vae_model
 from vaes.pipeline import PipelineWithVAEs, read_checkpoint
-
-
-class Payload:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
-
-
-def load(path, **options):
-    return load_vae_model(path, "vae", None, "cpu", torch.float32, **options)
 
 
 def floors(lines):
@@ -78,15 +63,15 @@ def test_no_file_of_torch_is_read_with_a_torch_that_could_run_its_code(monkeypat
     torch.save(torch.zeros(1, 4, 2, 2), tmp_path / "latents.pt")
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1"))
     for read in (
-        lambda: load(tmp_path / "pickled").model,
-        lambda: load(tmp_path / "taesd").model,
-        lambda: load(tmp_path / "vae.ckpt"),
+        lambda: load_vae(tmp_path / "pickled").model,
+        lambda: load_vae(tmp_path / "taesd").model,
+        lambda: load_vae(tmp_path / "vae.ckpt"),
         lambda: read_latents(tmp_path / "latents.pt"),
         lambda: read_checkpoint(ROOT / "tests" / "files" / "module.pth"),
         lambda: st_lpips("alex"),
     ):
         refusal(read, "torch 2.9.1", f"install torch {SAFE_TORCH}", ".safetensors")
-    assert load(vae_folders["kl4"]).model
+    assert load_vae(vae_folders["kl4"]).model
     assert AlignPipeline.from_pretrained(ROOT / "tests" / "files" / "module.safetensors")
 
 
@@ -143,7 +128,7 @@ def test_a_hub_model_that_a_checkpoint_names_is_not_asked_for_at_the_hub(asked):
     resumed = parse_args(["--vae1_path", "attacker/beacon"])
     resumed.resume, resumed.given_flags = "latest", ()
     refusal(lambda: load_vaes(resumed), "--vae1_path attacker/beacon", "name it yourself")
-    refusal(lambda: load("//attacker/share", typed=False), "on another machine")  # to which Windows would send a password
+    refusal(lambda: load_vae("//attacker/share", typed=False), "on another machine")  # to which Windows would send a password
     assert asked == []
     refusal(lambda: PipelineWithVAEs.from_checkpoint(content, vae2="attacker/beacon").codec2, "could not be downloaded")
     content["vae2"]["path"] = "madebyollin/taef1"
