@@ -6,12 +6,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import as_argv, make_photo, tiny_flags
+from conftest import make_photo, tiny_flags
 from families import EVERY_CLASS, save_class
-from runs import QUIET, train
+from runs import QUIET, judge, train
 from safetensors.torch import load_file
 
-import eval_align
 from tools import translate
 from vaes.loading import load_vae_model
 
@@ -59,16 +58,7 @@ def test_training_with_each_loss(flags, tmp_path, loss):
 
 def test_judging(flags, trained, tmp_path):
     """Costs that are measured after judging, on a part that this class does not have: the whole evaluation is lost."""
-    judging = {
-        "checkpoint": trained.checkpoints[-1],
-        "eval_data_dir": flags["eval_data_dir"],
-        "output_dir": tmp_path,
-        "device": "cpu",
-        "num_workers": 0,
-        "num_samples": 0,
-        "metrics": "ssim",
-    }
-    judged = eval_align.main(as_argv(judging))
+    judged = judge(trained.checkpoints[-1], flags["eval_data_dir"], tmp_path)
     assert judged["images"] == 1 and judged["ladder"]["reencode"]["parameters"] > 0
 
 

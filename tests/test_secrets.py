@@ -9,11 +9,7 @@ from hostile import no_hang
 from runtime.cli import run
 from utils import UserError, without_secrets
 
-SECRETS = {
-    "HF_TOKEN": "hf_alphaSecret1",
-    "HUGGINGFACE_TOKEN": "hf_betaSecret2",
-    "HUGGING_FACE_HUB_TOKEN": "hf_epsilonSecret5",
-}
+SECRETS = {"HF_TOKEN": "hf_alphaSecret1", "HUGGINGFACE_TOKEN": "hf_betaSecret2", "HUGGING_FACE_HUB_TOKEN": "hf_epsilonSecret5"}
 PASSWORD, USER = "gammaSecret3", "deltaUser4"
 PROXY = f"http://{USER}:{PASSWORD}@127.0.0.1:9"
 WORDS = [*SECRETS.values(), PASSWORD, USER]

@@ -78,8 +78,7 @@ def published(tmp_path_factory):
 
 
 def test_what_is_on_the_hub_is_what_was_written(published):
-    """A file that stays behind, such as the code without which AutoModel loads nothing; one that goes along because it was in
-    the folder, or because a picture's name links to it; what a picture says beside its pixels."""
+    """A file that stays behind; a private one that goes along, or is linked to; a picture's text."""
     folder, repo, told, _ = published
     names = ("README.md", "comparison.png", "config.json", "model.safetensors", "vae_align.py")
     assert repo == {name: (folder / name).read_bytes() for name in names}
@@ -168,8 +167,7 @@ def test_figures_of_an_earlier_step_stay_out(monkeypatch, caplog, weights, kept)
 
 
 def test_an_output_that_cannot_be_shared_is_one_line(tmp_path):
-    """A private path in a shared file, which nobody else can open; a file that is replaced; a name that no reader knows;
-    figures of another module; a space in which the module was not trained; a picture that is a link."""
+    """A private path, a file replaced, an unknown ending, another module's figures, another space, a link."""
     output, existing = tmp_path / "shared.safetensors", tmp_path / "existing.safetensors"
     existing.write_bytes(b"mine")
     (tmp_path / "link.png").symlink_to(existing)
