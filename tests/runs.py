@@ -23,13 +23,14 @@ QUIET = {"eval_frequency": 0, "save_frequency": 0, "visualize_frequency": 0}
 
 def results_of(folder):
     """What a run with `log_dir` folder/runs and `save_dir` folder/ckpt left: checkpoints by age, the last one's content,
-    scalars by tag, and its event files."""
+    scalars by tag, the losses alone, and its event files."""
     folder = Path(folder)
-    checkpoints = sorted((folder / "ckpt").glob("align_pipeline_*.pth"))
+    checkpoints, scalars = sorted((folder / "ckpt").glob("align_pipeline_*.pth")), read_scalars(folder / "runs")
     return SimpleNamespace(
         checkpoints=checkpoints,
         last=torch.load(checkpoints[-1], weights_only=True) if checkpoints else None,
-        scalars=read_scalars(folder / "runs"),
+        scalars=scalars,
+        losses=[loss for _, loss in scalars.get("train/loss", ())],
         event_files=sorted((folder / "runs").rglob("events.out.tfevents.*")),
     )
 

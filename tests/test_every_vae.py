@@ -35,10 +35,6 @@ def flags(request, tmp_path_factory):
     return tiny_flags(vaes, (folder / "train", folder / "eval"), folder) | QUIET | changes
 
 
-def losses_of(run):
-    return [loss for _, loss in run.scalars["train/loss"]]
-
-
 @pytest.fixture(scope="module")
 def trained(flags, tmp_path_factory):
     return train(flags, tmp_path_factory.mktemp("trained"))
@@ -46,13 +42,13 @@ def trained(flags, tmp_path_factory):
 
 def test_training_from_the_latent_cache(trained):
     """A class that cannot be cached, or whose latents are not finite."""
-    assert len(losses_of(trained)) == 2 and all(map(math.isfinite, losses_of(trained)))
+    assert len(trained.losses) == 2 and all(map(math.isfinite, trained.losses))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_training_with_each_loss(flags, tmp_path, loss):
     """A loss that reads a part of the VAE that this class does not have: the run ends at its first step."""
-    losses = losses_of(train(flags, tmp_path, **LOSSES[loss]))
+    losses = train(flags, tmp_path, **LOSSES[loss]).losses
     assert len(losses) == 2 and all(map(math.isfinite, losses))
 
 

@@ -336,7 +336,6 @@ def test_a_real_comfyui_draws_our_pipelines_picture(name, real, shared):
     expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).numpy().astype(int)  # SaveImage cuts the digits off
     assert drawn.shape == expected.shape == (200, 248, 3)
     assert abs(drawn - expected).max() <= 1
-    print(f"{name}: at most {abs(drawn - expected).max()} of 255 levels from our own pipeline's picture")
 
 
 def test_a_real_comfyui_knows_every_node_of_the_refine_workflow(real):

@@ -221,6 +221,17 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(flags, tmp_path, monk
     assert 6 not in dict(run.scalars["train/grad_norm"])
 
 
+def test_a_skipped_step_leaves_the_weights_as_they_were(flags, tmp_path, monkeypatch):
+    """Weight decay, momentum or the running average that moves the weights in a step that is called skipped."""
+    flags = flags | {"optimizer": "muon", "weight_decay": 0.1, "ema_decay": 0.9}
+    before = train(flags, tmp_path / "before", **QUIET, max_train_steps=2)
+    poison(monkeypatch, {3})
+    after = train(flags, tmp_path / "after", **QUIET, max_train_steps=3)
+    assert_same_tensors(after.last["state_dict"], before.last["state_dict"])
+    moments = [run.last["training"]["state"]["optimizer"]["state"] for run in (after, before)]
+    assert_same_tensors(*moments)
+
+
 def test_too_many_bad_steps_in_a_row_end_the_run_with_the_files_named(flags, tmp_path, monkeypatch):
     """A run that goes on for days without learning; a checkpoint spoilt by it."""
     poison(monkeypatch, set(range(6, 100)))
