@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 from torchmetrics.functional.image.lpips import _LPIPS
 
 import eval_align
-import losses
 import train_align_with_args as train_script
 import vae_align
 from cache.build import CacheOptions, LatentEncoder
@@ -29,6 +28,20 @@ from evaluation import metrics
 from evaluation.judge import judge
 from evaluation.ladder import Ladder, untrained_module
 from evaluation.metrics import CHOICES, MS_SSIM_SIDE, Measures
+from losses import (
+    KINDS,
+    LOSSES,
+    NETWORKS,
+    DecodedImageLoss,
+    Objective,
+    PerceptualDistance,
+    Reencoded,
+    channel_moments,
+    decoder_difference,
+    picture_distance,
+    pixel_difference,
+    st_lpips_difference,
+)
 from tools import translate
 from train_align_with_args import parse_args, setup_optimizer, train_step
 from training.optimizer import BadSteps
@@ -242,10 +255,10 @@ def batch():
 
 
 TERMS = {
-    **{kind: (losses.pixel_difference(kind), None) for kind in losses.KINDS},
-    "decoder": (losses.decoder_difference, None),
+    **{kind: (pixel_difference(kind), None) for kind in KINDS},
+    "decoder": (decoder_difference, None),
     "lpips": (None, "alex"),
-    **{f"ST-LPIPS {network}": (losses.st_lpips_difference, network) for network in losses.NETWORKS},
+    **{f"ST-LPIPS {network}": (st_lpips_difference, network) for network in NETWORKS},
 }
 
 
@@ -254,22 +267,20 @@ TERMS = {
 def test_each_loss_on_decoded_images_is_computed_on_the_device(codecs, batch, name, reference):
     """A term that reads its value, or a window, reference or filter made on the CPU."""
     term, network = TERMS[name]
-    lpips = _LPIPS(pretrained=False, pnet_rand=True).eval()
-    eyes = lpips if name == "lpips" else network and losses.PerceptualDistance(network)
+    eyes = _LPIPS(pretrained=False, pnet_rand=True).eval() if name == "lpips" else network and PerceptualDistance(network)
     with MODE:
         _ = eyes and move(eyes)
-        terms = [(1.0, term or losses.picture_distance(eyes))]
-        loss = losses.DecodedImageLoss(codecs[1], 2, 6, reference, 0, terms=terms, eyes=eyes)
+        loss = DecodedImageLoss(codecs[1], 2, 6, reference, 0, terms=[(1.0, term or picture_distance(eyes))], eyes=eyes)
         target = batch["latents2"]
-        for reencoded in (None, losses.Reencoded(batch["reencoded"], batch["decoded"], 0.5)):
+        for reencoded in (None, Reencoded(batch["reencoded"], batch["decoded"], 0.5)):
             assert_on_device(lambda: loss(target + 1, target, batch["pixel_values"], 3, reencoded)[0])  # noqa: B023
 
 
-@pytest.mark.parametrize("name", [*losses.LOSSES, "moments"])
+@pytest.mark.parametrize("name", [*LOSSES, "moments"])
 def test_each_loss_on_latents_is_computed_on_the_device(batch, name):
     """A weight or moment that is read from the device."""
     with MODE:
-        loss = losses.LOSSES.get(name, losses.channel_moments)
+        loss = LOSSES.get(name, channel_moments)
         assert_on_device(lambda: loss(batch["latents1"] + 1, batch["latents1"]))
 
 
@@ -297,9 +308,9 @@ def test_a_step_waits_for_nothing(codecs, batch, architecture, inputs, optimizer
     pipeline, average = pipeline_of(config, codecs), align_module(config)
     args = parse_args(["--optimizer", optimizer, "--ema_decay", "0.9"])
     with MODE:
-        terms = [(1.0, losses.pixel_difference("mse")), (1.0, losses.decoder_difference)]
-        decoded = losses.DecodedImageLoss(codecs[1], 2, 6, "original", 0, terms=terms)
-        objective = losses.Objective(pipeline, "weighted_l1", 1.0, 1.0, 0.5 * pipeline.uses_latents, decoded)
+        terms = [(1.0, pixel_difference("mse")), (1.0, decoder_difference)]
+        decoded = DecodedImageLoss(codecs[1], 2, 6, "original", 0, terms=terms)
+        objective = Objective(pipeline, "weighted_l1", 1.0, 1.0, 0.5 * pipeline.uses_latents, decoded)
         accelerator = OneProcess(weights=list(pipeline.module.parameters()))
         own = setup_optimizer(pipeline, args)
         run = SimpleNamespace(
@@ -376,7 +387,7 @@ def test_the_cpu_waits_once_a_batch(codecs, monkeypatch):
     """A wait for each figure of each rung; tensors of two devices in one operation, which ends the evaluation."""
     pipeline = pipeline_of(AlignConfig(hidden_channels=8, num_blocks=1), codecs)
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_, **__: move(module))
-    monkeypatch.setattr(metrics, "st_lpips", lambda network, device: move(losses.PerceptualDistance(network)))
+    monkeypatch.setattr(metrics, "st_lpips", lambda network, device: move(PerceptualDistance(network)))
     monkeypatch.setattr(metrics, "lpips_network", lambda device: move(_LPIPS(pretrained=False, pnet_rand=True)))
     monkeypatch.setattr(metrics, "inception_network", lambda device: lambda levels: levels.flatten(1)[:, :8].float())
     waits, so_far = Waits(), []

@@ -12,8 +12,23 @@ import torch
 from runs import QUIET, same_weights, train
 from safetensors.torch import load_file, save_file
 
-import losses
+import losses as module
 import train_align_with_args as train_script
+from losses import (
+    LOSSES,
+    ColourReference,
+    DecodedImageLoss,
+    PerceptualDistance,
+    Reencoder,
+    channel_moments,
+    decoded_image_loss,
+    decoder_difference,
+    feature_distance,
+    get_loss_function,
+    picture_distance,
+    pixel_difference,
+    st_lpips,
+)
 from utils import UserError
 from vae_align import AlignConfig, align_module
 from vaes.codec import Codec
@@ -46,38 +61,38 @@ def test_loss_is_its_formula_averaged_over_all_elements(pair, name, formula):
     """A sum in place of a mean, a factor forgotten, two names swapped."""
     prediction, target = pair
     error = (prediction - target).detach().double().numpy()
-    assert losses.get_loss_function(name)(prediction, target).item() == pytest.approx(formula(error).mean(), rel=1e-5)
+    assert get_loss_function(name)(prediction, target).item() == pytest.approx(formula(error).mean(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", losses.LOSSES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_is_a_scalar_zero_for_equals_and_falls_along_its_gradient(pair, name):
     """A term under no_grad, of the wrong sign, or that leaves a rest for a perfect prediction."""
     prediction, target = pair
-    loss = losses.LOSSES[name](prediction, target)
+    loss = LOSSES[name](prediction, target)
     (gradient,) = torch.autograd.grad(loss, prediction)
     assert loss.shape == () and gradient.isfinite().all()
     assert (gradient.sign() == (prediction - target).sign()).all()
-    assert losses.LOSSES[name](prediction - 1e-3 * gradient.sign(), target) < loss
-    assert losses.LOSSES[name](target, target).item() == pytest.approx(0, abs=1e-8)
+    assert LOSSES[name](prediction - 1e-3 * gradient.sign(), target) < loss
+    assert LOSSES[name](target, target).item() == pytest.approx(0, abs=1e-8)
 
 
 def test_weighted_l1_is_the_formula_of_its_docstring(pair):
     """Padding counted as zeros, small channels drowned, weights not of mean 1, infinite or lowered by training."""
     prediction, target = pair[0], pair[1].clone().requires_grad_()
     expected = (weights_of(pair[1]) * (prediction - target).detach().abs()).mean().item()
-    assert losses.get_loss_function("weighted_l1")(prediction, target).item() == pytest.approx(expected, rel=1e-5)
-    to_prediction, to_target = torch.autograd.grad(losses.LOSSES["weighted_l1"](prediction, target), (prediction, target))
+    assert get_loss_function("weighted_l1")(prediction, target).item() == pytest.approx(expected, rel=1e-5)
+    to_prediction, to_target = torch.autograd.grad(LOSSES["weighted_l1"](prediction, target), (prediction, target))
     expected = weights_of(pair[1]) * (prediction - target).detach().sign() / target.numel()
     torch.testing.assert_close(to_prediction.double(), expected, rtol=1e-4, atol=1e-9)
     torch.testing.assert_close(to_target, -to_prediction)
     flat = torch.full((1, 4, 4, 4), 3.0)
-    assert losses.get_loss_function("weighted_l1")(flat - 0.25, flat).item() == pytest.approx(0.25, rel=1e-4)
+    assert get_loss_function("weighted_l1")(flat - 0.25, flat).item() == pytest.approx(0.25, rel=1e-4)
 
 
 def test_unknown_loss_is_an_error_that_lists_the_known():
     """A KeyError traceback."""
     with pytest.raises(UserError, match=r"loss_type l3: choose from mse, l1, weighted_l1"):
-        losses.get_loss_function("l3")
+        get_loss_function("l3")
 
 
 def test_channel_moments_see_mean_and_spread_of_a_channel_and_no_place(pair):
@@ -87,10 +102,10 @@ def test_channel_moments_see_mean_and_spread_of_a_channel_and_no_place(pair):
     expected = sum(
         np.mean((figure(made[0], axis=(0, 2, 3)) - figure(made[1], axis=(0, 2, 3))) ** 2) for figure in (np.mean, np.std)
     )
-    assert losses.channel_moments(prediction, target).item() == pytest.approx(expected, rel=1e-4)
-    assert losses.channel_moments(target.flip(3), target).item() == pytest.approx(0, abs=1e-8)
+    assert channel_moments(prediction, target).item() == pytest.approx(expected, rel=1e-4)
+    assert channel_moments(target.flip(3), target).item() == pytest.approx(0, abs=1e-8)
     flat = torch.zeros(1, 2, 3, 3, requires_grad=True)
-    losses.channel_moments(flat, target[:1, :2, :3, :3]).backward()
+    channel_moments(flat, target[:1, :2, :3, :3]).backward()
     assert flat.grad.isfinite().all()
 
 
@@ -104,22 +119,22 @@ def codecs(vae_folders, request):
 
 
 def reencoded(codecs, images, weight=0.75):
-    return losses.Reencoder(*codecs, weight)({}, codecs[0].encode(images))
+    return Reencoder(*codecs, weight)({}, codecs[0].encode(images))
 
 
 def test_latents_and_picture_are_those_of_decode_and_re_encode(codecs):
     """A target of another image or stride, not clamped, or with a gradient; a cache that is not read."""
     codec1, codec2 = codecs
     source = codec1.encode(torch.rand(3, 3, 48, 64) * 2 - 1).requires_grad_()
-    made = losses.Reencoder(codec1, codec2, 0.5)({}, source)
+    made = Reencoder(codec1, codec2, 0.5)({}, source)
     picture = codec1.decode(source).clamp(-1, 1)
     torch.testing.assert_close(made.latents, codec2.encode(picture))
     assert not made.latents.requires_grad
     torch.testing.assert_close(made.picture, picture)
     cached = {"reencoded": torch.randn_like(made.latents), "decoded": torch.rand_like(picture)}
-    made = losses.Reencoder(codec1, codec2, 0.5)(cached, source)
+    made = Reencoder(codec1, codec2, 0.5)(cached, source)
     assert torch.equal(made.latents, cached["reencoded"]) and torch.equal(made.picture, cached["decoded"])
-    assert losses.Reencoder(codec1, codec2, 0.5)({"reencoded": cached["reencoded"]}, source).picture is None
+    assert Reencoder(codec1, codec2, 0.5)({"reencoded": cached["reencoded"]}, source).picture is None
 
 
 def test_pixels_and_perception_follow_the_re_encoded_picture(codecs):
@@ -129,8 +144,8 @@ def test_pixels_and_perception_follow_the_re_encoded_picture(codecs):
     target, seen = codec2.encode(images), []
     made = reencoded(codecs, images)
     picture = codec1.decode(codec1.encode(images)).clamp(-1, 1)
-    network = losses.picture_distance(lambda shown, wanted: seen.append((shown, wanted)) or shown.mean(dim=(1, 2, 3)))
-    loss = losses.DecodedImageLoss(codec2, 2, 0, "original", 0, terms=[(1.0, losses.pixel_difference("mse")), (0.0, network)])
+    network = picture_distance(lambda shown, wanted: seen.append((shown, wanted)) or shown.mean(dim=(1, 2, 3)))
+    loss = DecodedImageLoss(codec2, 2, 0, "original", 0, terms=[(1.0, pixel_difference("mse")), (0.0, network)])
     value, window = loss(target, target, images, 0, made)
     shown = codec2.decode(target)
     torch.testing.assert_close(value, (shown - 0.25 * images - 0.75 * picture).square().mean())
@@ -144,9 +159,9 @@ def test_decoder_features_are_those_of_the_re_encoded_latents(codecs):
     codec2 = codecs[1]
     target = torch.randn(2, 16, 6, 6)
     made = reencoded(codecs, torch.rand(2, 3, 48, 48))
-    loss = losses.DecodedImageLoss(codec2, 2, 0, "vae2", 0, terms=[(1.0, losses.decoder_difference)])
+    loss = DecodedImageLoss(codec2, 2, 0, "vae2", 0, terms=[(1.0, decoder_difference)])
     kept = [codec2.decode_with_features(latents)[1] for latents in (target, made.latents)]
-    torch.testing.assert_close(loss(target, target, None, 0, made)[0], losses.feature_distance(*kept))
+    torch.testing.assert_close(loss(target, target, None, 0, made)[0], feature_distance(*kept))
 
 
 def test_training_moves_towards_re_encoded_latents(flags, tmp_path):
@@ -190,7 +205,7 @@ def test_gradient_is_that_of_the_formula(space, reference, kind, power):
     images = torch.rand(3, 3, 48, 32) * 2 - 1
     target = space.encode(images)
     aligned = (target + 0.3 * torch.randn_like(target)).requires_grad_()
-    loss = losses.DecodedImageLoss(space, 2, 0, reference, seed=0, terms=[(1.0, losses.pixel_difference(kind))])(
+    loss = DecodedImageLoss(space, 2, 0, reference, seed=0, terms=[(1.0, pixel_difference(kind))])(
         aligned, target, images, step=5
     )[0]
     wanted = images[:2] if reference == "original" else space.decode(target[:2])
@@ -207,7 +222,7 @@ def test_window_belongs_to_its_place_in_the_image(space):
     """Catches a reference cut elsewhere than the latents, and a window that never leaves the image's top or left."""
     images = (torch.rand(1, 3, 64, 64) * 2 - 1).requires_grad_()
     latents = space.encode(images.detach()).requires_grad_()
-    loss, corners = losses.DecodedImageLoss(space, 1, 4, "original", seed=0, margin=0), set()
+    loss, corners = DecodedImageLoss(space, 1, 4, "original", seed=0, margin=0), set()
 
     def extent(gradient):
         used = gradient.abs().sum(dim=(0, 1)).nonzero()
@@ -225,9 +240,9 @@ def test_perfect_latents_look_like_vae2(space):
     """A "vae2" reference cut or decoded otherwise than the aligned latents; a loss of nan for a tiny window."""
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     target = space.encode(images)
-    assert all(losses.DecodedImageLoss(space, 2, 4, "vae2", 0)(target, target, None, step)[0] == 0 for step in range(4))
+    assert all(DecodedImageLoss(space, 2, 4, "vae2", 0)(target, target, None, step)[0] == 0 for step in range(4))
     for window in (1, 2, 3):
-        assert losses.DecodedImageLoss(space, 2, window, "vae2", 0)(target + 0.1, target, None, 5)[0] > 0
+        assert DecodedImageLoss(space, 2, window, "vae2", 0)(target + 0.1, target, None, 5)[0] > 0
 
 
 ONE_PROCESS = SimpleNamespace(reduce=lambda tensor, how: tensor, num_processes=1)
@@ -245,7 +260,7 @@ def test_the_reference_is_compared_in_shifted_colours(space, reference):
     """Catches a shift that never reaches the loss, or reaches it in another channel or at another place."""
     images = torch.rand(2, 3, 48, 48) * 1.6 - 0.8
     target = space.encode(images)
-    loss = losses.DecodedImageLoss(space, 2, 0, reference, 0, terms=[(1.0, losses.pixel_difference("mse"))])
+    loss = DecodedImageLoss(space, 2, 0, reference, 0, terms=[(1.0, pixel_difference("mse"))])
     loss.colours.shift = torch.randn(3, 8, 8)
     wanted = images if reference == "original" else space.decode(target)
     shift = torch.stack([torch.stack([loss.colours.shift[:, y % 8, x % 8] for x in range(48)], 1) for y in range(48)], 1)
@@ -263,7 +278,7 @@ def test_the_colour_bias_of_vae2_is_measured(space):
     by_place = torch.stack([(space.decode(target) - images)[..., place // 8 :: 8, place % 8 :: 8] for place in range(64)])
     bias = by_place.mean(dim=(1, 3, 4)).T.reshape(3, 8, 8)
     for reference, expected in (("original", bias), ("vae2", torch.zeros(3, 8, 8))):
-        loss = losses.DecodedImageLoss(space, 2, 0, reference, 0)
+        loss = DecodedImageLoss(space, 2, 0, reference, 0)
         loss.measure_colours(pipeline, loader, ONE_PROCESS)
         assert torch.allclose(loss.colours.vae2_bias, expected, atol=1e-6)
         assert torch.equal(loss.colours.shift, loss.colours.vae2_bias)
@@ -271,7 +286,7 @@ def test_the_colour_bias_of_vae2_is_measured(space):
 
 def test_colours_are_led_to_those_of_vae2():
     """A correction of the wrong sign, without VAE2's own bias, or by a step that was not finite."""
-    colours = losses.ColourReference("cpu", 2)
+    colours = ColourReference("cpu", 2)
     first, second = 0.03 * torch.randn(2, 3, 2, 2)
     colours.start_from([first, second], ONE_PROCESS)
     torch.testing.assert_close(colours.vae2_bias, (first + second) / 2)
@@ -320,7 +335,7 @@ def test_a_decoder_of_its_own(flags, tmp_path):
 
 def test_the_edges_of_an_image_are_decoded_as_often_as_a_quarter_of_the_time(space):
     """Catches windows drawn evenly over the image, which touch an edge once in as many steps as there is room for."""
-    loss = losses.DecodedImageLoss(space, 1, 4, "vae2", 0)
+    loss = DecodedImageLoss(space, 1, 4, "vae2", 0)
     rows = torch.arange(12.0).view(1, 1, 12, 1).expand(1, 1, 12, 12)
     tops = [int(loss.window_of(rows.shape[2:], step).cut(rows).min()) for step in range(400)]
     assert tops.count(0) > 80 and tops.count(8) > 80 and set(tops) == set(range(9))
@@ -330,7 +345,7 @@ def test_what_lacks_its_surroundings_is_not_compared(space):
     """Catches a margin that is not trimmed: at a window's edge inside the image the decoder's padding is no error of ours."""
     target = torch.randn(1, 16, 12, 12)
     images = space.decode(target).detach()
-    loss = losses.DecodedImageLoss(space, 1, 4, "original", 0, margin=1)
+    loss = DecodedImageLoss(space, 1, 4, "original", 0, margin=1)
     for step in range(30):
         window = loss.window_of(target.shape[2:], step)
         inner = window.inner(1, 8)
@@ -346,13 +361,13 @@ def test_decoder_features_pull_towards_the_target(vae_folders, folder):
     space = Codec(load_vae_model(vae_folders[folder], "", None, "cpu", torch.float32))
     target = torch.randn(2, space.channels, 6, 6)
     aligned = (target + 0.5 * torch.randn_like(target)).requires_grad_()
-    loss = losses.DecodedImageLoss(space, 2, 0, "vae2", 0, terms=[(3.0, losses.decoder_difference)])
+    loss = DecodedImageLoss(space, 2, 0, "vae2", 0, terms=[(3.0, decoder_difference)])
     assert loss(target, target, None, 0)[0] == 0
     far, _ = loss(aligned, target, None, 0)
     (gradient,) = torch.autograd.grad(far, aligned)
     nearer = loss((aligned - 0.1 * gradient / gradient.norm()).detach(), target, None, 0)[0]
     assert 0 < nearer < far
-    doubled = losses.DecodedImageLoss(space, 2, 0, "vae2", 0, terms=[(6.0, losses.decoder_difference)])
+    doubled = DecodedImageLoss(space, 2, 0, "vae2", 0, terms=[(6.0, decoder_difference)])
     assert doubled(aligned, target, None, 0)[0].item() == pytest.approx(2 * far.item(), rel=1e-5)
     assert not any(module._forward_hooks for module in space.vae.model.modules())
 
@@ -363,8 +378,8 @@ def test_st_lpips_looks_through_alexnet_and_its_gradient_reaches_the_latents(spa
     target = space.encode(images)
     aligned = (target + torch.randn_like(target)).requires_grad_()
     options = {"perceptual_loss": "stlpips", "perceptual_weight": 1.0, "reference": "vae2", "batch_size": 2, "window": 0}
-    loss = losses.decoded_image_loss(space, 48, **options)
-    assert loss.eyes.channels == losses.st_lpips("alex").channels
+    loss = decoded_image_loss(space, 48, **options)
+    assert loss.eyes.channels == st_lpips("alex").channels
     value, _ = loss(aligned, target, images, 0)
     assert torch.autograd.grad(value, aligned)[0].any()
     assert loss(target, target, images, 0)[0].item() == pytest.approx(0, abs=1e-6)
@@ -404,12 +419,12 @@ def test_distances_are_the_packages_own(network, published):
     """A layer, padding or weight in the wrong place. The numbers are from the package's code, version 0.0.2."""
     first = waves((40, 57))
     with torch.no_grad():
-        assert losses.st_lpips(network)(first, 0.6 * first.flip(3)).item() == pytest.approx(published, rel=1e-4)
+        assert st_lpips(network)(first, 0.6 * first.flip(3)).item() == pytest.approx(published, rel=1e-4)
 
 
 def test_gradients_reach_the_pictures_and_stay_finite():
     """A loss that teaches nothing; a picture without features whose gradient is not a number; weights that train along."""
-    distance = losses.st_lpips("alex")
+    distance = st_lpips("alex")
     flat = torch.zeros(1, 3, 48, 48, requires_grad=True)
     distance(flat, waves((48, 48))).sum().backward()
     assert flat.grad.isfinite().all() and flat.grad.abs().sum() > 0
@@ -419,12 +434,12 @@ def test_gradients_reach_the_pictures_and_stay_finite():
 def test_a_missing_package_a_torn_file_and_a_small_picture_are_named(monkeypatch, tmp_path):
     """A traceback for what one command repairs; an obscure error of a pooling layer for a picture that is too small."""
     with pytest.raises(UserError, match="at least 32 px"):
-        losses.PerceptualDistance("vgg").features(torch.zeros(1, 3, 16, 64))
+        PerceptualDistance("vgg").features(torch.zeros(1, 3, 16, 64))
     torn = tmp_path / "alex.pth"
     torn.write_bytes(b"PK\x03\x04")
     with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot be read"):
-        patch.setattr(losses, "_weights_file", lambda network: torn)
-        losses.st_lpips("alex")
+        patch.setattr(module, "_weights_file", lambda network: torn)
+        st_lpips("alex")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install stlpips_pytorch"):
-        losses.st_lpips("alex")
+        st_lpips("alex")
