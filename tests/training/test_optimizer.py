@@ -1,13 +1,10 @@
-"""The Muon optimizer, what an optimizer holds, and the learning rate at every step. Curves of real runs: test_processes.py."""
+"""The Muon optimizer."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from pipelines import load_vae
-from runs import specified
 
-from train_align_with_args import create_align_pipeline, parse_args, setup_optimizer, setup_scheduler
 from training.optimizer import ADAMW_SHARE, BadSteps, Muon, orthogonalised
 
 
@@ -84,31 +81,3 @@ def test_a_masked_step_changes_nothing(kind):
         same = [torch.equal(parameter, old) for parameter, old in zip(parameters, before)]
         assert all(same) if not ok else not any(same)
         assert all(parameter.isfinite().all() for parameter in parameters)
-
-
-@pytest.mark.parametrize("warmup_steps", [0, 7, 20])
-def test_the_schedule_matches_the_formula_at_every_step(warmup_steps):
-    """Stepping twice per call, or rounding the epoch up; a warm-up that ends when the decay starts (after 15 steps)."""
-    args = parse_args(["--learning_rate", "2e-4", "--warmup_steps", str(warmup_steps), "--scheduler_step_size", "3"])
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-    scheduler = setup_scheduler(optimizer, args, steps_per_epoch=5)
-    for step in range(50):
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(specified(step, 5, 2e-4, warmup_steps, 3, 0.5), rel=1e-9), step
-        optimizer.step()
-        scheduler.step()
-
-
-@pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("muon", Muon)])
-def test_optimizer_holds_the_modules_parameters_and_no_others(vae_folders, name, kind):
-    """A VAE's weights among the parameters, a forgotten branch, or a weight decay that nothing reads."""
-    args = parse_args(["--weight_decay", "0.03", "--learning_rate", "0.002", "--optimizer", name])
-    vaes = [load_vae(vae_folders[name]) for name in ("kl4", "kl16")]
-    pipeline = create_align_pipeline(*vaes, args)
-    optimizer = setup_optimizer(pipeline, args)
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    assert {id(parameter) for parameter in held} == {id(parameter) for parameter in pipeline.module.parameters()}
-    assert len(held) == len(list(pipeline.module.parameters()))
-    assert all(parameter.requires_grad for parameter in held)
-    assert isinstance(optimizer, kind)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.03] * len(optimizer.param_groups)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.002, 0.002 * ADAMW_SHARE][: len(optimizer.param_groups)]

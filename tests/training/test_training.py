@@ -43,7 +43,8 @@ def user_run(vae_folders, photo_folders, tmp_path_factory):
 
 
 def test_checkpoints_are_named_by_time_and_say_where_they_stand(user_run):
-    """Two saves of one second that share a name; a last step that is not saved; a config its parser refuses."""
+    """Two saves within one second that share a name; a last checkpoint that is not the last step's; a config that its own
+    parser refuses, or that forgets what was typed."""
     flags, results, _, stdout, _ = user_run
     assert len(results.checkpoints) == 2  # one an epoch; the end does not save twice
     for checkpoint in results.checkpoints:

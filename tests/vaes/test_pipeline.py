@@ -27,17 +27,17 @@ NAMES = ("kl4", "kl16")
 
 
 @pytest.fixture(scope="module")
-def good(vae_folders, tmp_path_factory):
+def saved(vae_folders, tmp_path_factory):
     """(pipeline kl4 -> kl16, its checkpoint, which no test changes)."""
     pipeline = make_pipeline(vae_folders["kl4"], vae_folders["kl16"])
     config = {"seed": 1, "image_size": 32, "precision": "float32"}
-    return pipeline, save(pipeline, tmp_path_factory.mktemp("good"), config=config)
+    return pipeline, save(pipeline, tmp_path_factory.mktemp("saved"), config=config)
 
 
 @pytest.fixture
-def path(good, tmp_path):
+def path(saved, tmp_path):
     """A copy of the good checkpoint, to be damaged."""
-    return shutil.copy(good[1], tmp_path / "align_pipeline_20260101_000000.pth")
+    return shutil.copy(saved[1], tmp_path / "align_pipeline_20260101_000000.pth")
 
 
 @pytest.fixture
@@ -103,10 +103,10 @@ def test_vaes_can_be_named_anew(orphan, vae_folders, given):
 
 
 @pytest.mark.parametrize("number, other, said", [(2, "kl4", "channels"), (1, "kl4_stride4", "stride"), (1, "kl16", "channels")])
-def test_a_vae_of_another_latent_space_is_one_line_that_names_it(good, vae_folders, number, other, said):
+def test_a_vae_of_another_latent_space_is_one_line_that_names_it(saved, vae_folders, number, other, said):
     """Wrong channels found by a convolution much later; VAEs given the wrong way round."""
     for vae in (vae_folders[other], load_vae_model(vae_folders[other], "", None, "cpu", torch.float32).model):
-        pipeline = PipelineWithVAEs.from_checkpoint(good[1], **{f"vae{number}": vae})
+        pipeline = PipelineWithVAEs.from_checkpoint(saved[1], **{f"vae{number}": vae})
         refusal(lambda pipeline=pipeline: getattr(pipeline, f"codec{number}"), f"VAE{number}", said)
 
 
@@ -162,13 +162,13 @@ def test_a_pipeline_of_objects_says_that_it_does_not_know_where_they_are(tmp_pat
 
 
 @pytest.mark.parametrize("form", ["torch", "torch_legacy", "pickle"])
-def test_a_malicious_file_runs_no_code(good, tmp_path, form):
+def test_a_malicious_file_runs_no_code(saved, tmp_path, form):
     """torch.load with weights_only off, or with a fall-back to it."""
     target, path = tmp_path / "executed", tmp_path / "malicious.pth"
     pickle.loads(pickle.dumps(Payload(target))).close()
     assert target.exists()  # the payload is live
     target.unlink()
-    content = torch.load(good[1], weights_only=True) | {"metrics": Payload(target)}
+    content = torch.load(saved[1], weights_only=True) | {"metrics": Payload(target)}
     if form == "pickle":
         path.write_bytes(pickle.dumps(content["metrics"], protocol=2))
     else:
@@ -181,26 +181,26 @@ def test_a_malicious_file_runs_no_code(good, tmp_path, form):
 # Names and appearance
 
 
-def test_a_folder_stands_for_its_newest_checkpoint(good, path):
+def test_a_folder_stands_for_its_newest_checkpoint(saved, path):
     """The oldest one, or a renamed copy: `align_pipeline_best.pth` sorts after every date."""
     shutil.copy(path, path.with_name("align_pipeline_best.pth"))
-    latest = save(good[0], path.parent, step=8)
+    latest = save(saved[0], path.parent, step=8)
     os.utime(path)  # touched later, but not newer
     assert read_checkpoint(path.parent)["step"] == 8
     assert PipelineWithVAEs.from_checkpoint(latest.parent).progress["step"] == 8
 
 
-def test_a_folder_of_other_files_says_which_one_to_name(good, tmp_path):
+def test_a_folder_of_other_files_says_which_one_to_name(saved, tmp_path):
     """A best module that a run left, in a folder that is said to hold nothing."""
-    shutil.copy(good[1], tmp_path / "align_best_20260101_000000.pth")
+    shutil.copy(saved[1], tmp_path / "align_best_20260101_000000.pth")
     with pytest.raises(AlignError, match=r"in this folder; to use align_best_20260101_000000.pth name the file$"):
         read_checkpoint(tmp_path)
 
 
-def test_saves_at_once_never_overwrite(good, tmp_path):
+def test_saves_at_once_never_overwrite(saved, tmp_path):
     """A name that is looked up and taken in two steps, with another process in between."""
     with ThreadPoolExecutor(8) as pool:  # the file system tells no thread from a process
-        written = list(pool.map(lambda step: save(good[0], tmp_path / "together", step=step), range(16)))
+        written = list(pool.map(lambda step: save(saved[0], tmp_path / "together", step=step), range(16)))
     assert set((tmp_path / "together").iterdir()) == set(written)
     assert [read_checkpoint(path)["step"] for path in written] == list(range(16))
 
