@@ -68,7 +68,7 @@ class Waits(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
         places = {tensor.device.type for tensor in given}
         on_device = "cuda" in places
-        if func is ATEN._local_scalar_dense.default:
+        if func in (ATEN.item.default, ATEN._local_scalar_dense.default):  # the former in inference mode
             self._note("read", on_device)
             return {torch.bool: bool, torch.int64: int}.get(args[0].dtype, float)(self._answer)
         if func is ATEN.nonzero.default:
