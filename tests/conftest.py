@@ -1,7 +1,6 @@
 """Real parts, tiny in size: diffusers VAEs with random weights, image folders, and the two programs as subprocesses."""
 
 import contextlib
-import json
 import multiprocessing
 import os
 import signal
@@ -190,36 +189,6 @@ def run_script(script, *argv, launcher=(), check=True, env=None, cwd=None, timeo
     if check and result.returncode:
         raise AssertionError(f"{script} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
     return result
-
-
-FORKS = """
-import json, os, runpy, sys
-script, folder, *module = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(script))
-for name in module:
-    __import__(name)
-for number, argv in enumerate(json.load(sys.stdin)):
-    if os.fork():
-        print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-        continue
-    for stream, kind in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{folder}/{number}.{kind}", os.O_CREAT | os.O_WRONLY), stream)
-    sys.argv = [script, *argv]
-    runpy.run_path(script, run_name="__main__")
-    break
-"""
-
-
-def run_each(script, argvs, cwd, *modules):
-    """[CompletedProcess] of the script with each of these arguments: processes of their own, forked from one that has imported
-    `modules`, since the imports take longer than what such a run does. Not for runs that compute."""
-    folder = Path(cwd) / "printed"
-    folder.mkdir()
-    forks = [sys.executable, "-c", FORKS, str(ROOT / script), str(folder), *modules]
-    given, env = json.dumps([list(map(str, argv)) for argv in argvs]), child_environment()
-    codes = subprocess.run(forks, input=given, stdout=subprocess.PIPE, text=True, env=env, cwd=cwd, timeout=600).stdout.split()
-    printed = [[(folder / f"{number}.{kind}").read_text() for kind in ("out", "err")] for number in range(len(argvs))]
-    return [subprocess.CompletedProcess(argv, int(code), *texts) for argv, code, texts in zip(argvs, codes, printed)]
 
 
 def read_scalars(log_dir):

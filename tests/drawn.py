@@ -23,8 +23,7 @@ def bands(left, middle, right, dtype=np.uint8):
 
 def smooth_picture(width, height, seed=0):
     """A colourful picture without detail finer than 10 px: sharp enough to tell places apart."""
-    small = np.random.default_rng(seed).integers(0, 256, (max(2, height // 10), max(2, width // 10), 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+    return make_photo(np.random.default_rng(seed), (width, height))
 
 
 UPRIGHT = {  # EXIF orientation: the upright picture -> what is stored
@@ -56,3 +55,12 @@ def encoded(form, image=PHOTO, **options):
 
 
 PNG = encoded("PNG")
+
+
+def noisy_pair(size, seed=1, count=2):
+    """(images, originals) (count, 3, size, size) float32: photos, and the same with noise and a shift."""
+    rng = np.random.default_rng(seed)
+    originals = np.stack([np.asarray(make_photo(rng, (size, size)), dtype=np.float32) for _ in range(count)])
+    originals = originals.transpose(0, 3, 1, 2) / 127.5 - 1
+    images = originals * 0.9 + rng.normal(0, 0.15, originals.shape)
+    return images.astype(np.float32), originals.astype(np.float32)

@@ -84,10 +84,7 @@ RECIPES = {  # family: (class, what its constructor is given)
         {"base_dim": 4, "decoder_base_dim": 4, "dim_mult": [1] * 5, "num_res_blocks": 1},
     ),
     "hunyuan-video": ("AutoencoderKLHunyuanVideo", SMALL),
-    "hunyuan-video-1.5": (
-        "AutoencoderKLHunyuanVideo15",
-        {"block_out_channels": (32, 32, 32, 64, 64), "layers_per_block": 1},
-    ),
+    "hunyuan-video-1.5": ("AutoencoderKLHunyuanVideo15", {"block_out_channels": (32, 32, 32, 64, 64), "layers_per_block": 1}),
     "ltx": (
         "AutoencoderKLLTXVideo",
         {
@@ -114,11 +111,7 @@ RECIPES = {  # family: (class, what its constructor is given)
     "easyanimate": ("AutoencoderKLMagvit", SMALL),
     "mochi": (
         "AutoencoderKLMochi",
-        {
-            "encoder_block_out_channels": (32,) * 4,
-            "decoder_block_out_channels": (32,) * 4,
-            "layers_per_block": (1,) * 5,
-        },
+        {"encoder_block_out_channels": (32,) * 4, "decoder_block_out_channels": (32,) * 4, "layers_per_block": (1,) * 5},
     ),
     "cosmos1": (
         "AutoencoderKLCosmos",

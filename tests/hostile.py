@@ -24,6 +24,13 @@ def no_hang(seconds=120):
         signal.signal(signal.SIGALRM, before)
 
 
+def flip_bit(path):
+    """Damage a file by one bit in its middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def is_one_line(text):
     return bool(text) and text.isprintable() and "Traceback" not in text
 

@@ -11,11 +11,16 @@ from vaes.loading import load_vae_model
 from vaes.pipeline import PipelineWithVAEs
 
 
+def load_vae(path, subfolder="vae", dtype=torch.float32, **options):
+    """A VAE on the CPU."""
+    return load_vae_model(path, subfolder, None, "cpu", dtype, **options)
+
+
 def make_pipeline(path1, path2, seed=0, subfolder="vae", **options):
     """An untrained pipeline with random weights everywhere, the buffers included."""
     spaces = []
     for path in (path1, path2):
-        spaces.append(Codec(load_vae_model(path, subfolder, None, "cpu", torch.float32), str(path), subfolder))
+        spaces.append(Codec(load_vae(path, subfolder), str(path), subfolder))
     sizes = {
         "latent_channels": spaces[0].channels,
         "latent_stride": spaces[0].stride,
@@ -27,6 +32,15 @@ def make_pipeline(path1, path2, seed=0, subfolder="vae", **options):
     if "latent" in module.config.input_types:
         module.remember_ridge(torch.randn_like(module.ridge_weight), torch.randn_like(module.ridge_bias))
     return PipelineWithVAEs(module, *spaces)
+
+
+def untrained(space1="sd15", space2="flux1", input_types=("latent",), **options):
+    """A module of random weights between two spaces, themselves or by name, without VAEs."""
+    one, two = (SPACES[space] if isinstance(space, str) else space for space in (space1, space2))
+    shape = {"latent_channels": one.channels, "latent_stride": one.stride, "out_stride": two.stride}
+    options = {"hidden_channels": 8, "num_blocks": 1} | shape | options
+    torch.manual_seed(0)
+    return AlignPipeline(align_module(AlignConfig(input_types, out_channels=two.channels, **options)).eval(), one, two)
 
 
 def of_itself(name, seed=0, **changes):

@@ -31,13 +31,8 @@ def save_checkpoint(folder, vae_folders, names=("kl4", "kl16"), seed=0, **more):
     torch.manual_seed(seed)
     module = align_module(AlignConfig(hidden_channels=8, num_blocks=1))
     module.remember_ridge(*(torch.randn_like(each) * 0.1 for each in (module.ridge_weight, module.ridge_bias)))
-    config = {
-        "image_size": 32,
-        "precision": "float32",
-        "proxy": "http://proxy.invalid",
-        "seed": 1,
-        "log_dir": str(folder / "runs"),
-    }
+    config = {"image_size": 32, "precision": "float32", "proxy": "http://proxy.invalid", "seed": 1}
+    config["log_dir"] = str(folder / "runs")
     return PipelineWithVAEs(module, *spaces).save_checkpoint(folder / "ckpt", config, 200, 2.0, {}, **more)
 
 

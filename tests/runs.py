@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, as_argv, child_environment, read_scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import eval_align
 import train_align_with_args as train_script
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -22,13 +23,14 @@ QUIET = {"eval_frequency": 0, "save_frequency": 0, "visualize_frequency": 0}
 
 def results_of(folder):
     """What a run with `log_dir` folder/runs and `save_dir` folder/ckpt left: checkpoints by age, the last one's content,
-    scalars by tag, and its event files."""
+    scalars by tag, the losses alone, and its event files."""
     folder = Path(folder)
-    checkpoints = sorted((folder / "ckpt").glob("align_pipeline_*.pth"))
+    checkpoints, scalars = sorted((folder / "ckpt").glob("align_pipeline_*.pth")), read_scalars(folder / "runs")
     return SimpleNamespace(
         checkpoints=checkpoints,
         last=torch.load(checkpoints[-1], weights_only=True) if checkpoints else None,
-        scalars=read_scalars(folder / "runs"),
+        scalars=scalars,
+        losses=[loss for _, loss in scalars.get("train/loss", ())],
         event_files=sorted((folder / "runs").rglob("events.out.tfevents.*")),
     )
 
@@ -44,6 +46,12 @@ def train(flags, folder, **changes):
     finally:
         os.chdir(before)
     return results_of(folder)
+
+
+def judge(checkpoint, photos, folder, **changes):
+    """Run `eval_align.main` here on these photos, into `folder`; its results."""
+    flags = {"checkpoint": checkpoint, "eval_data_dir": photos, "output_dir": folder, "device": "cpu", "num_workers": 0}
+    return eval_align.main(as_argv(flags | {"metrics": "ssim", "num_samples": 0} | changes))
 
 
 def end_after(patch, steps, error):

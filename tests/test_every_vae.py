@@ -6,12 +6,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import as_argv, make_photo, tiny_flags
+from conftest import make_photo, tiny_flags
 from families import EVERY_CLASS, save_class
-from runs import QUIET, train
+from runs import QUIET, judge, train
 from safetensors.torch import load_file
 
-import eval_align
 from tools import translate
 from vaes.loading import load_vae_model
 
@@ -36,10 +35,6 @@ def flags(request, tmp_path_factory):
     return tiny_flags(vaes, (folder / "train", folder / "eval"), folder) | QUIET | changes
 
 
-def losses_of(run):
-    return [loss for _, loss in run.scalars["train/loss"]]
-
-
 @pytest.fixture(scope="module")
 def trained(flags, tmp_path_factory):
     return train(flags, tmp_path_factory.mktemp("trained"))
@@ -47,28 +42,19 @@ def trained(flags, tmp_path_factory):
 
 def test_training_from_the_latent_cache(trained):
     """A class that cannot be cached, or whose latents are not finite."""
-    assert len(losses_of(trained)) == 2 and all(map(math.isfinite, losses_of(trained)))
+    assert len(trained.losses) == 2 and all(map(math.isfinite, trained.losses))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_training_with_each_loss(flags, tmp_path, loss):
     """A loss that reads a part of the VAE that this class does not have: the run ends at its first step."""
-    losses = losses_of(train(flags, tmp_path, **LOSSES[loss]))
+    losses = train(flags, tmp_path, **LOSSES[loss]).losses
     assert len(losses) == 2 and all(map(math.isfinite, losses))
 
 
 def test_judging(flags, trained, tmp_path):
     """Costs that are measured after judging, on a part that this class does not have: the whole evaluation is lost."""
-    judging = {
-        "checkpoint": trained.checkpoints[-1],
-        "eval_data_dir": flags["eval_data_dir"],
-        "output_dir": tmp_path,
-        "device": "cpu",
-        "num_workers": 0,
-        "num_samples": 0,
-        "metrics": "ssim",
-    }
-    judged = eval_align.main(as_argv(judging))
+    judged = judge(trained.checkpoints[-1], flags["eval_data_dir"], tmp_path)
     assert judged["images"] == 1 and judged["ladder"]["reencode"]["parameters"] > 0
 
 

@@ -24,7 +24,10 @@ import vae_align
 from cache.build import CacheOptions, LatentEncoder
 from cache.read import CachedDataset
 from dataloader import ImageDataset, list_images, widened
-from evaluation.ladder import untrained_module
+from evaluation import metrics
+from evaluation.judge import judge
+from evaluation.ladder import Ladder, untrained_module
+from evaluation.metrics import CHOICES, MS_SSIM_SIDE, Measures
 from losses import (
     KINDS,
     LOSSES,
@@ -64,7 +67,7 @@ class Waits(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
         places = {tensor.device.type for tensor in given}
         on_device = "cuda" in places
-        if func is ATEN._local_scalar_dense.default:
+        if func in (ATEN.item.default, ATEN._local_scalar_dense.default):  # the former in inference mode
             self._note("read", on_device)
             return {torch.bool: bool, torch.int64: int}.get(args[0].dtype, float)(self._answer)
         if func is ATEN.nonzero.default:
@@ -72,11 +75,10 @@ class Waits(TorchDispatchMode):
             return args[0].new_zeros((1, args[0].ndim), dtype=torch.int64)
         if func is ATEN.index.Tensor:
             self._note("sent", places == {"cpu", "cuda"})
-            masks = [mask for mask in args[1] if mask is not None and mask.dtype == torch.bool]
-            self._note("sized", bool(masks))
             indices = []
             for index in args[1]:
                 masked = index is not None and index.dtype == torch.bool
+                self._note("sized", masked)
                 indices += [index.new_zeros(1, dtype=torch.int64)] * index.ndim if masked else [index]
             return func(args[0], indices)
         if func in (ATEN._to_copy.default, ATEN.copy_.default) and not kwargs.get("non_blocking"):
@@ -107,8 +109,7 @@ def move(module):
         for tensors in (part._parameters, part._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    options = {"dtype": tensor.dtype, "device": CUDA}
-                    moved = torch.empty_strided(tensor.shape, tensor.stride(), **options)
+                    moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=CUDA)
                     keep = isinstance(tensor, torch.nn.Parameter)
                     tensors[name] = torch.nn.Parameter(moved, requires_grad=tensor.requires_grad) if keep else moved
     return module
@@ -170,10 +171,6 @@ def pipeline_of(config, codecs=None):
     return pipeline
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The proofs notice what they look for
-
-
 def test_mixed_devices_and_waits_are_noticed():
     """Proofs that hold for anything: a mixture of devices that passes, a wait that is not counted or counted elsewhere."""
     pipeline = pipeline_of(AlignConfig(("latent",)))
@@ -220,10 +217,6 @@ def test_each_space_maps_and_folds_on_the_device(name):
         assert_on_device(lambda: space.to_scaled(space.to_raw(scaled)))
         assert_on_device(lambda: space.from_pipeline(pack(scaled), size=(4 * space.stride, 4 * space.stride)))
         assert_on_device(lambda: space.from_pipeline(scaled.unsqueeze(2)))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Translating
 
 
 @pytest.mark.parametrize("raw", [False, True])
@@ -309,8 +302,7 @@ class OneProcess(SimpleNamespace):
     [("plain", "latent", "muon"), ("plain", "image", "adamw"), ("tiny", "latent", "adamw"), ("whole", "image latent", "muon")],
 )
 def test_a_step_waits_for_nothing(codecs, batch, architecture, inputs, optimizer):
-    """A wait in encoding a batch, in the module, the losses, the optimizer, the average or the colours: a device that idles
-    at every step."""
+    """A wait in encoding, module, losses, optimizer, average or colours: the device idles at every step."""
     config = AlignConfig(tuple(inputs.split()), hidden_channels=8, num_blocks=1, architecture=architecture)
     pipeline, average = pipeline_of(config, codecs), align_module(config)
     args = parse_args(["--optimizer", optimizer, "--ema_decay", "0.9"])
@@ -341,8 +333,7 @@ def test_a_step_waits_for_nothing(codecs, batch, architecture, inputs, optimizer
 
 @pytest.mark.parametrize("kind", ["images", "cache"])
 def test_training_batches_come_to_the_device_as_they_are_stored(kind, flags, monkeypatch):
-    """Batches widened to float32 before they are sent, four times the bytes of a picture; memory that is not pinned, from which
-    each copy waits; workers and a CUDA context in a run on the CPU beside a GPU."""
+    """Batches widened before they are sent, from memory that is not pinned; a CUDA context in a run on the CPU."""
     cached = CachedDataset(SimpleNamespace(), None, np.arange(8), np.zeros((8, 1), int))
     monkeypatch.setattr(train_script, "cache_latents", lambda *_: cached)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -360,8 +351,7 @@ def test_training_batches_come_to_the_device_as_they_are_stored(kind, flags, mon
 
 
 def test_the_cache_encodes_without_waiting_in_batches_that_fit_the_device(codecs, photo_folders, tmp_path, monkeypatch):
-    """A device that idles while rows are read back and written; batches for a CPU on a GPU with room for more, or so large that
-    a small GPU runs out of memory; draws from the posterior that depend on the machine."""
+    """A device that idles while rows are written; batches too small or too large for it; draws that depend on it."""
     for number, codec in enumerate(codecs):
         codec.fingerprint = str(number)  # fake weights have no digest
     dataset = ImageDataset(list_images(photo_folders[0]), SIDE, True, True, 0)
@@ -390,6 +380,31 @@ def test_the_linear_start_is_fitted_exactly():
     with MODE, Products():
         RidgeRegression(4, 16).add(on_device(2, 4, 8, 8), on_device(2, 16, 8, 8))
     assert dtypes == [torch.float64] * 2
+
+
+def test_the_cpu_waits_once_a_batch(codecs, monkeypatch):
+    """A wait for each figure of each rung; tensors of two devices in one operation, which ends the evaluation."""
+    pipeline = pipeline_of(AlignConfig(hidden_channels=8, num_blocks=1), codecs)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_, **__: move(module))
+    monkeypatch.setattr(metrics, "st_lpips", lambda network, device: move(PerceptualDistance(network)))
+    monkeypatch.setattr(metrics, "lpips_network", lambda device: move(_LPIPS(pretrained=False, pnet_rand=True)))
+    monkeypatch.setattr(metrics, "inception_network", lambda device: lambda levels: levels.flatten(1)[:, :8].float())
+    waits, so_far = Waits(), []
+
+    def batches():
+        for count in (1, 1, 0):
+            so_far.append(waits.found.copy())
+            images = on_device(count, 3, MS_SSIM_SIDE, MS_SSIM_SIDE)
+            yield {"pixel_values": images, "index": torch.arange(count), "path": ["a photo"] * count, "unreadable": []}
+
+    with MODE, waits:
+        ladder = Ladder(pipeline, torch.float32)
+        judged = judge(ladder, batches(), Measures(CHOICES, MS_SSIM_SIDE, CUDA), MS_SSIM_SIDE)
+    assert list(judged["ladder"]) == ["vae1", "vae2", "reencode", "linear", "untrained", "aligned"]
+    assert judged["left_out_metrics"] == {} and judged["images"] == 2
+    # the first batch may make what later ones keep; torchmetrics sends the weights of its scales to the device
+    assert so_far[2] - so_far[1] == {"summed read": 1, "ms_ssim sent": 6}
+    assert waits.found - so_far[2] == {"summed read": 10, "_cost read": 15}  # a figure's sums at once; times
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -27,10 +27,6 @@ def device_is_used():
     assert torch.cuda.max_memory_allocated() > before
 
 
-def losses_of(run):
-    return [loss for _, loss in run.scalars["train/loss"]]
-
-
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_skipped_step_leaves_weights_and_moments_as_they_were(name):
     """A fused kernel that does not read `found_inf`, and so writes NaN into weights, moments or the step count."""
@@ -62,7 +58,7 @@ def test_float16_trains_under_its_scaler(flags, tmp_path):
     run = train({**flags, "device": DEVICE, "precision": "float16"}, tmp_path, **QUIET, max_train_steps=12)
     assert run.last["training"]["state"]["scaler"]["scale"] > 0
     assert run.last["training"]["bad_steps_in_a_row"] == 0
-    assert len(losses_of(run)) == 12 and all(map(math.isfinite, losses_of(run)))
+    assert len(run.losses) == 12 and all(map(math.isfinite, run.losses))
 
 
 def test_a_compiled_module_learns_the_same(flags, tmp_path):
@@ -71,7 +67,7 @@ def test_a_compiled_module_learns_the_same(flags, tmp_path):
         train({**flags, "device": DEVICE}, tmp_path / str(compiled), **QUIET, max_train_steps=4, compile=compiled)
         for compiled in (None, True)
     ]
-    assert losses_of(runs[0]) == pytest.approx(losses_of(runs[1]), rel=1e-2)
+    assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-2)
     assert runs[0].last["state_dict"].keys() == runs[1].last["state_dict"].keys()
 
 
@@ -81,7 +77,7 @@ def test_cached_batches_on_the_device_train_as_on_the_cpu(flags, tmp_path):
         train({**flags, "device": device, "num_workers": 1}, tmp_path / name, **QUIET, max_train_steps=9)
         for name, device in (("host", "cpu"), ("device", DEVICE))
     ]
-    assert losses_of(runs[0]) == pytest.approx(losses_of(runs[1]), rel=2e-2)
+    assert runs[0].losses == pytest.approx(runs[1].losses, rel=2e-2)
 
 
 def test_a_run_resumed_on_the_device_goes_on_from_its_state(flags, tmp_path):

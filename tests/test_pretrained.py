@@ -26,8 +26,7 @@ RECORDED = {  # mean, standard deviation and three values of what `test_gives_th
 
 @pytest.mark.parametrize("path", PRETRAINED, ids=lambda path: path.stem)
 def test_is_fit_to_be_given_away(path):
-    """A folder of the machine that trained it; spaces without names, which no host of raw latents can use; no figures, or
-    those of older weights beside others in the README."""
+    """A folder of the machine that trained it, spaces without names, figures that are not the README's."""
     content = read_checkpoint(path)
     assert "training" not in content and not content["config"]
     assert [content[name]["path"] for name in ("vae1", "vae2")] == ["madebyollin/taesd", "madebyollin/taef1"]

@@ -38,12 +38,7 @@ def test_taesd_to_taef1_trains_and_evaluates_with_the_shipped_config(shared, tmp
     assert run.last["align_config"]["hidden_channels"] == hidden_channels  # not the parser's
 
     output = tmp_path / "results"
-    judged = {
-        "checkpoint": run.checkpoints[-1],
-        "eval_data_dir": flags["eval_data_dir"],
-        "output_dir": output,
-        "num_workers": 0,
-    }
+    judged = {"checkpoint": run.checkpoints[-1], "eval_data_dir": tmp_path / "eval", "output_dir": output, "num_workers": 0}
     run_script("eval_align.py", *as_argv(judged), "--save_visualizations", cwd=tmp_path)
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["images"] == 4

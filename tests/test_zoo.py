@@ -132,6 +132,7 @@ HOSTILE = {  # what the manifest says, and what is said of it
     "a space that is missing": ({"spaces": {}, "pairs": {"sd15": {"flux1": {}}}}, "not in it"),
     "a list of pairs": ({"spaces": {}, "pairs": {"sd15": ["flux1"]}}, "cannot be read"),
     "nesting": ("[" * 200_000, "cannot be read"),
+    "no JSON": ('{"spaces": []', "cannot be read"),
     "a pipe": (None, "a pipe"),
 }
 
@@ -156,10 +157,6 @@ def test_another_file_than_the_manifest_describes_is_refused(tmp_path, monkeypat
     AlignPipeline.pair("sd15", "flux1")
     of_itself("sd15", seed=9).save_pretrained(tmp_path / "sd15.safetensors")
     refusal(lambda: AlignPipeline.pair("sd15", "flux1"), tmp_path / "sd15.safetensors", "not the file that zoo.json describes")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What is shipped
 
 
 @pytest.fixture(scope="module")
@@ -197,18 +194,11 @@ def test_the_page_is_made_of_the_manifest(shipped):
     assert (ROOT / "RESULTS.md").read_text("utf-8") == results_page(shipped[0]), "run python tools/make/zoo.py"
 
 
-def test_a_manifest_that_cannot_be_read_is_said(tmp_path):
-    """A traceback of the JSON reader; a missing zoo that is taken for an empty one."""
+def test_a_missing_manifest_is_said(tmp_path):
+    """A missing zoo that is taken for an empty one."""
     with pytest.raises(AlignError, match="no such file"):
         read_zoo(tmp_path)
     assert zoo_pairs(tmp_path) == []
-    (tmp_path / "zoo.json").write_text('{"spaces": []')
-    with pytest.raises(AlignError, match="cannot be read"):
-        read_zoo(tmp_path)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# tools/make/zoo.py
 
 
 def test_a_killed_zoo_goes_on_where_it_was(tmp_path):
@@ -224,13 +214,7 @@ def test_a_killed_zoo_goes_on_where_it_was(tmp_path):
     flags = {"pairs": "sd15:flux1", "minutes": 0.05, "image_size": 64, "device": "cpu", "precision": "float32", "vaes": "vaes"}
     flags |= {"train_data_dir": "train", "eval_data_dir": "eval", "work_dir": "work", "output_dir": "zoo", "results": "page.md"}
     command = [sys.executable, str(ROOT / "tools" / "make" / "zoo.py"), *as_argv(flags)]
-    options = {
-        "cwd": tmp_path,
-        "env": child_environment(),
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "text": True,
-    }
+    options = {"cwd": tmp_path, "env": child_environment(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     killed = subprocess.Popen(command, start_new_session=True, **options)
     manifest = tmp_path / "zoo" / "zoo.json"
     while not manifest.exists() and killed.poll() is None:
@@ -239,7 +223,7 @@ def test_a_killed_zoo_goes_on_where_it_was(tmp_path):
     killed.communicate()
     trained = (tmp_path / "zoo" / "sd15.safetensors").stat().st_mtime_ns
     ended = subprocess.run(command, **options)
-    assert ended.returncode == 0, ended.stdout
+    assert ended.returncode == 0, ended.stdout.decode()
     assert (tmp_path / "zoo" / "sd15.safetensors").stat().st_mtime_ns == trained
     made = read_json(manifest)
     assert set(made["spaces"]) == {"sd15", "flux1"} and set(made["pairs"]) == {"sd15"}

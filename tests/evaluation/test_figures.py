@@ -6,10 +6,10 @@ import formulas
 import numpy as np
 import pytest
 import torch
-from pairs import noisy_pair
+from drawn import noisy_pair
 
 from evaluation import figures
-from evaluation.figures import FeatureSums, Sample, SetFigure, Sums, frechet_distance
+from evaluation.figures import Sample, SetFigure
 
 RNG = np.random.default_rng(5)
 
@@ -32,33 +32,8 @@ def figures_of(measure, rungs, original=None, vae2_picture=None, vae2_latents=No
     return measure.result()
 
 
-def test_sums_of_tuples_come_back_in_their_shapes():
-    """Sums of one key that end up in another, or whose numbers change places."""
-    sums = Sums()
-    for factor in (1, 2):
-        sums.add("a", (factor, torch.full((2, 3), 0.5 * factor)))
-        sums.add("b", (10 * factor, torch.full((2, 3), 5.0 * factor)))
-    for keys, number, value in ((("a",), 3, 1.5), (("a", "b"), 33, 16.5)):
-        total = sums.total(*keys)
-        assert total[0] == number and torch.equal(total[1], torch.full((2, 3), value, dtype=torch.float64))
-
-
-def test_frechet_distance_matches_the_formula_whatever_the_batches():
-    """A covariance over n instead of n - 1, sums that forget a batch, the square root of a matrix taken by element."""
-    rng = np.random.default_rng(3)
-    first, second = rng.normal(size=(40, 6)) @ rng.normal(size=(6, 6)), rng.normal(0.5, 2, size=(30, 6))
-    sums = Sums()
-    for number, features in enumerate((first, second)):
-        for part in np.array_split(features, 7):
-            sums.add(number, FeatureSums.of(torch.from_numpy(part)))
-    statistics = [FeatureSums(*sums.total(number)) for number in range(2)]
-    assert frechet_distance(*statistics) == pytest.approx(formulas.frechet_distance(first, second), rel=1e-6)
-    assert frechet_distance(statistics[0], statistics[0]) == pytest.approx(0, abs=1e-4)
-    assert frechet_distance(FeatureSums.of(torch.ones(1, 6)), statistics[1]) is None
-
-
 def test_the_frechet_distance_compares_each_rung_with_the_originals():
-    """Rungs that share a sum, originals counted once per rung, features of unclamped pictures, a forgotten batch."""
+    """Rungs that share a sum, unclamped pictures, a forgotten batch, a covariance over n, a root taken by element."""
     measure = figures.frechet_to_originals(lambda levels: levels.mean(dim=(2, 3)) / 255)
     images, originals = noisy_pair(32, count=8)
     rungs = {"vae2": (torch.from_numpy(originals), None), "aligned": (torch.from_numpy(images), None)}
@@ -66,6 +41,8 @@ def test_the_frechet_distance_compares_each_rung_with_the_originals():
     features = [np.stack([formulas.levels(image).mean(axis=(1, 2)) / 255 for image in each]) for each in (images, originals)]
     assert found["aligned"] == (pytest.approx(formulas.frechet_distance(*features), rel=1e-3), None)
     assert found["vae2"][0] == pytest.approx(0, abs=1e-9)
+    alone = figures.frechet_to_originals(lambda levels: levels.mean(dim=(2, 3)) / 255)
+    assert figures_of(alone, {"aligned": (torch.from_numpy(images[:1]), None)})["aligned"][0] is None
 
 
 def test_texture_is_the_frechet_distance_at_every_position_over_the_originals_variance():
@@ -96,8 +73,7 @@ def test_detail_is_that_of_the_picture_not_of_its_error():
 
 
 def test_a_faint_grid_is_seen_and_texture_is_none():
-    """A grid of one period in the image's size taken for none, fine texture or coarse shapes that pass for a grid, latents
-    counted along the other side, a number for images that are too small to tell."""
+    """A grid taken for none, texture or coarse shapes taken for a grid, a number for images too small to tell."""
     original = 0.1 * noise(2, 3, 80, 120) + torch.linspace(-0.5, 0.5, 120)
     pattern = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).repeat(10, 15) / 127.5
     shifted = torch.nn.functional.pad(pattern, (3, 0))[:, :120]

@@ -68,8 +68,7 @@ def test_means_do_not_depend_on_the_batch_size(pipeline, photo_folders, judged):
 
 
 def test_psnr_and_ssim_against_the_original_match_independent_formulas(judged):
-    """PSNR over the batch instead of per image, a peak of 1 or 2 for 8-bit levels, unclamped values, another SSIM window; a
-    sum in place of a mean, or rows mixed up."""
+    """PSNR over the batch, a wrong peak, unclamped values, another SSIM window, rows mixed up."""
     results, seen = judged
     for row in ("vae2", "aligned"):
         for name, formula in (("psnr", psnr), ("ssim", ssim)):
@@ -79,8 +78,7 @@ def test_psnr_and_ssim_against_the_original_match_independent_formulas(judged):
 
 
 def test_figures_against_vae2_match_independent_formulas(judged):
-    """`psnr_vs_vae2` taken against the original; a latent error of raw instead of scaled latents; bias with the sign turned;
-    infinity in a JSON file, or a target that is drawn twice."""
+    """`psnr_vs_vae2` against the original, raw latents compared, a bias of the wrong sign, infinity in JSON."""
     results, seen = judged
     per_image = results["per_image"]["aligned"]
     expected = [psnr(made, vae2) for made, vae2 in zip(seen["aligned"], seen["vae2"])]
@@ -107,8 +105,7 @@ def test_ssim_of_pictures_smaller_than_its_window_is_none_or_a_number(pipeline, 
 
 
 def test_only_the_rungs_that_are_asked_for_are_computed(pipeline, photo_folders, monkeypatch):
-    """Every evaluation of a training run that decodes with VAE1 and encodes again, for figures that nobody reads; training
-    that goes on in evaluation mode after the first evaluation."""
+    """Baselines decoded for figures that nobody reads; training that goes on in evaluation mode."""
     monkeypatch.setattr(pipeline.codec1, "decode", lambda latents: pytest.fail("VAE1's decoder ran"))
     rungs = Ladder(pipeline, torch.float32, only=("aligned", "linear"))
     for training in (True, False):
@@ -120,8 +117,7 @@ def test_only_the_rungs_that_are_asked_for_are_computed(pipeline, photo_folders,
 
 @pytest.mark.parametrize("name", ["sd15", "consistency", "flux2", "sana"])
 def test_a_rung_costs_the_weights_that_run(name):
-    """A decoder counted where only the encoder runs; a class without a part named `decoder`, such as ConsistencyDecoderVAE,
-    at which the evaluation or a cost is lost."""
+    """A decoder counted where only the encoder runs; a class without a part named `decoder`."""
     codec = Codec(make_family(name))
     shape = {"latent_channels": codec.channels, "out_channels": codec.channels}
     strides = {"latent_stride": codec.stride, "out_stride": codec.stride}

@@ -8,20 +8,10 @@ import formulas
 import numpy as np
 import pytest
 import torch
-from pairs import noisy_pair
+from drawn import noisy_pair
 
 from evaluation import metrics, report, tables
 from evaluation.figures import Sample, SetFigure, to_8bit
-from evaluation.metrics import (
-    CHOICES,
-    DEFAULT_CHOICES,
-    METRICS,
-    MS_SSIM_SIDE,
-    Measures,
-    Metric,
-    each_image,
-    summarise,
-)
 
 
 def sample_of(images, originals):
@@ -32,8 +22,7 @@ def sample_of(images, originals):
 
 @pytest.mark.parametrize(("name", "size"), [("psnr", 40), ("psnr", 48), ("ssim", 40), ("ssim", 48), ("ms_ssim", 192)])
 def test_figures_of_textured_pictures_match_the_formula(name, size):
-    """A window of another size or sigma, borders filled with black, another number of scales: invisible on smooth pictures,
-    plain on noise. A mean over the batch; values that were not clamped to 8 bits."""
+    """Another window, sigma, border or number of scales; a mean over the batch; values not clamped to 8 bits."""
     images, originals = noisy_pair(size)
     measured = getattr(metrics, name)(*(to_8bit(torch.from_numpy(each)) for each in (images, originals)))
     expected = [getattr(formulas, name)(*pair) for pair in zip(images, originals)]
@@ -67,16 +56,18 @@ def test_one_entry_in_the_table_is_measured_summed_up_and_shown(monkeypatch, jud
 
         return SetFigure(sums, sums, lambda own, reference: (own[0] / own[1]).item())
 
-    load = each_image(brightness) if scope == "image" else of_the_set
-    entry = Metric("brightness", "Brightness", scope, load, "{:.1f} lm".format, better=+1, heading="bright", choice="light")
-    monkeypatch.setitem(METRICS, "brightness", entry)
+    load = metrics.each_image(brightness) if scope == "image" else of_the_set
+    entry = metrics.Metric(
+        "brightness", "Brightness", scope, load, "{:.1f} lm".format, better=+1, heading="bright", choice="light"
+    )
+    monkeypatch.setitem(metrics.METRICS, "brightness", entry)
     monkeypatch.setattr(report, "COLUMNS", [*report.COLUMNS, entry])
-    measures = Measures(("light",))
+    measures = metrics.Measures(("light",))
     sample = sample_of(np.full((2, 3, 8, 8), 1.0, dtype=np.float32), np.zeros((2, 3, 8, 8), dtype=np.float32))
     measures.add("aligned", sample)
     if scope == "image":
         value = measures.of_each_image(sample)["brightness"][0]
-        assert summarise({"aligned": {"brightness": [1.0, 3.0]}})["aligned"]["brightness"]["worst"] == 1.0
+        assert metrics.summarise({"aligned": {"brightness": [1.0, 3.0]}})["aligned"]["brightness"]["worst"] == 1.0
     else:
         value, _ = measures.of_the_set()["brightness"]["aligned"]
     assert value == 255
@@ -89,36 +80,34 @@ def test_one_entry_in_the_table_is_measured_summed_up_and_shown(monkeypatch, jud
 
 
 def test_metrics_that_cannot_be_had_are_named(monkeypatch, tmp_path):
-    """A crash at the end of a long run, a metric that is left out silently, a traceback where there is no network; an
-    evaluation with its defaults that reaches for the network; a crash on images a little larger than 160 px, whose sixteenth
-    the library rounds down; a damaged installation of a library that ends an evaluation which did not need it."""
+    """A crash without network, without torchvision or on small images; defaults that reach for the network."""
 
     def no_network(*_, **__):
         raise OSError("no route to host")
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    measures = Measures(CHOICES, 32)
-    assert {METRICS[name].choice for name in measures.names} == {"", "ssim", "st_lpips", "texture"}
+    measures = metrics.Measures(metrics.CHOICES, 32)
+    assert {metrics.METRICS[name].choice for name in measures.names} == {"", "ssim", "st_lpips", "texture"}
     assert set(measures.left_out) == {"ms_ssim", "lpips", "rfid"}
     assert "no route to host" in measures.left_out["lpips"] and "python -c" in measures.left_out["lpips"]
-    assert f"{MS_SSIM_SIDE} px" in measures.left_out["ms_ssim"]
+    assert f"{metrics.MS_SSIM_SIDE} px" in measures.left_out["ms_ssim"]
     assert all("\n" not in why for why in measures.left_out.values())
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("a request"))
-    assert set(Measures(DEFAULT_CHOICES, 32).left_out) == {"ms_ssim"}
-    for size in (MS_SSIM_SIDE - 8, MS_SSIM_SIDE):
-        measures = Measures(("ms_ssim",), size)
-        assert (set(measures.left_out) == {"ms_ssim"}) == (size < MS_SSIM_SIDE)
-        assert ("ms_ssim" in measures.of_each_image(sample_of(*noisy_pair(size, count=1)))) == (size == MS_SSIM_SIDE)
+    assert set(metrics.Measures(metrics.DEFAULT_CHOICES, 32).left_out) == {"ms_ssim"}
+    for size in (metrics.MS_SSIM_SIDE - 8, metrics.MS_SSIM_SIDE):
+        measures = metrics.Measures(("ms_ssim",), size)
+        assert (set(measures.left_out) == {"ms_ssim"}) == (size < metrics.MS_SSIM_SIDE)
+        assert ("ms_ssim" in measures.of_each_image(sample_of(*noisy_pair(size, count=1)))) == (size == metrics.MS_SSIM_SIDE)
     monkeypatch.setitem(sys.modules, "torchvision", None)  # importing it raises; finding it raises too
-    measures = Measures(("ssim", "lpips"), 64)
+    measures = metrics.Measures(("ssim", "lpips"), 64)
     assert "ssim" in measures.names and "lpips" not in measures.names
     assert measures.left_out["lpips"]
 
 
 def test_the_networks_see_what_each_rung_made(monkeypatch):
     """Features of another rung's pictures that are taken from the memory; originals that are looked at once per rung."""
-    measures = Measures((), 32)
+    measures = metrics.Measures((), 32)
     features = measures.perceptual("alex")
     looked = []
     network = features.network.features
@@ -131,17 +120,16 @@ def test_the_networks_see_what_each_rung_made(monkeypatch):
 
 
 def test_summary_knows_which_way_is_worse():
-    """The best image called the worst; a deviation over n; a mean of colours that cancel out; infinity in a JSON file; an
-    undefined figure that hides behind a finite worst one."""
+    """The best image called the worst, a deviation over n, colours that cancel out, infinity in a JSON file."""
     values = {"aligned": {"psnr": [20.0, 26.0, 23.0], "latent_mse": [0.1, 0.4, 0.1], "colour_bias": [[1, 2, 3]] * 3}}
-    summary = summarise(values)["aligned"]
+    summary = metrics.summarise(values)["aligned"]
     assert summary["psnr"] == {"mean": pytest.approx(23), "std": pytest.approx(3), "worst": 20.0, "worst_image": 0}
     assert summary["latent_mse"]["worst"] == 0.4
     assert summary["latent_mse"]["worst_image"] == 1
     assert "colour_bias" not in summary
     for odd, worst in ((math.inf, (30.0, 0)), (math.nan, (None, 1))):
-        figures = summarise({"aligned": {"psnr": [30.0, odd]}})["aligned"]["psnr"]
+        figures = metrics.summarise({"aligned": {"psnr": [30.0, odd]}})["aligned"]["psnr"]
         assert figures["mean"] is None
         assert figures["std"] is None
         assert (figures["worst"], figures["worst_image"]) == worst
-    assert summarise({"aligned": {"psnr": [30.0]}})["aligned"]["psnr"]["std"] is None
+    assert metrics.summarise({"aligned": {"psnr": [30.0]}})["aligned"]["psnr"]["std"] is None

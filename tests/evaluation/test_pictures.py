@@ -1,17 +1,18 @@
-"""Pictures: panels of the rungs, the sheet, the bytes on the page, and the images that are chosen."""
+"""Pictures: panels of the rungs, the sheet, the bytes on the page, and the images that are chosen; charts."""
+
+import re
 
 import numpy as np
 import pytest
 import torch
 from reports import results_of
 
-from evaluation import pictures
+from evaluation import charts, pictures
 from evaluation.pictures import PADDING, comparison_picture, comparison_rows
 
 
 def test_every_rung_has_its_picture_difference_and_latents_in_one_column():
-    """Decode + re-encode or a further checkpoint left out; a difference against the wrong picture or without its factor; an
-    absolute difference, a gain applied twice, or a wrap-around of large differences."""
+    """A rung left out; a difference against the wrong picture, without its sign or factor, or wrapped around."""
     names = {"vae1": "VAE1", "vae2": "VAE2", "reencode": "re-encode", "aligned": "aligned", "aligned_2": "aligned 2"}
     levels_of = dict(zip(names, (0.1, 0.2, 0.25, 0.3, 0.35)))
     made = {row: (torch.full((4, 2, 2), level), torch.full((3, 8, 8), level)) for row, level in levels_of.items()}
@@ -55,8 +56,7 @@ def test_comparison_picture_shows_every_panel_apart():
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 16])
 def test_latents_are_shown_by_one_fixed_projection(channels):
-    """A projection fitted or stretched per picture, so that panels cannot be compared; one that takes from the global
-    random state, and so changes training; one that gives fewer than three colours."""
+    """A projection fitted per picture, or drawn from the global random state; fewer than three colours."""
     latents = torch.randn(2, channels, 4, 4, generator=torch.Generator().manual_seed(5)) * 0.2
     torch.manual_seed(1)
     state = torch.get_rng_state()
@@ -99,3 +99,42 @@ def test_chosen_images_are_the_worst_the_median_and_the_best_each_once(wanted, i
         assert [gains[place] for place in chosen["worst"]] == [0, 1, 2]
         assert sorted(gains[place] for place in chosen["median"]) in ([13, 14, 15], [14, 15, 16])
         assert [gains[place] for place in chosen["best"]] == [29, 28, 27]
+
+
+def test_text_is_safe_and_shows_what_cannot_be_shown():
+    """A file name that runs as a script, or that hides its end behind a control character."""
+    assert charts.text('<a href="x">&\'') == "&lt;a href=&quot;x&quot;&gt;&amp;&#x27;"
+    assert charts.text("a\nb\udcff\u202e") == "a\\nb\\udcff\\u202e"
+    assert charts.text("長い ×") == "長い ×"
+
+
+def test_charts_say_their_figures_and_survive_what_is_not_there():
+    """A chart that a screen reader cannot tell, and one that breaks on a missing value, a single point or no line at all."""
+    chart = charts.lines("t<", [("a", [(0, 1.0), (1, None), (2, 3.0)], "c-aligned"), ("b", [(0, None)], "c-linear")], "x", "y")
+    assert "t&lt;" in chart
+    assert "a: from 1 at 0 to 3 at 2" in chart
+    assert "b" not in re.findall(r"</svg>(\w)</li>", chart)
+    assert "nan" not in chart
+    assert "nothing to draw" in charts.lines("t", [("a", [(0, 0.0)], "c-aligned")], "x", "y", log_y=True)
+    assert "nan" not in charts.lines("t", [("a", [(5, 2.0)], "c-aligned")], "x", "y")
+    assert "–" in charts.bars("t", [("a", None, "–", "c-aligned")])
+    assert "1, –" in charts.columns("t", [("a", [1.0, None], "c-aligned")], "x", "y")
+    assert "nothing to draw" in charts.columns("t", [], "x", "y")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 15, [0, 5, 10, 15]), (-2, -1, [-2, -1.8, -1.6, -1.4, -1.2, -1]), (3, 3, [3])],
+)
+def test_ticks_are_round_numbers_within_the_range(low, high, expected):
+    """Ticks beyond the axis, an end that rounding loses, a range of no width that divides by zero."""
+    assert charts.ticks(low, high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, "–"), (0, "0"), (0.05, "0.05"), (12.345, "12.3"), (1234.5, "1234"), (2e-7, "2.0e−07"), (-5, "−5")],
+)
+def test_numbers_on_axes_are_short(value, shown):
+    """Numbers too long for the axis, or so short that two ticks read the same."""
+    assert charts.number(value) == shown

@@ -18,10 +18,10 @@ import pytest
 import torch
 from conftest import ROOT, child_environment
 from PIL import Image
-from pipelines import latents_of, make_zoo
+from pipelines import latents_of, make_zoo, untrained
 from safetensors.torch import load_file, save_file
 
-from vae_align import AlignConfig, AlignPipeline, LatentSpace, align_module
+from vae_align import AlignPipeline, LatentSpace
 from vaes.codec import SPACES
 
 INSTALL = ROOT / "integrations" / "comfyui" / "install.py"
@@ -49,14 +49,6 @@ HOST = {  # what of ComfyUI a pack meets: its folders, its devices, and its own 
         "    raise FileNotFoundError(file)\n"
     ),
 }
-
-
-def untrained(input_types=("latent",), space2="flux1"):
-    """A pipeline from SD1.5, of the project's own `vae_align`, with random weights."""
-    torch.manual_seed(0)
-    two = SPACES[space2] if isinstance(space2, str) else space2
-    config = AlignConfig(input_types, 4, two.channels, hidden_channels=8, num_blocks=1, out_stride=two.stride)
-    return AlignPipeline(align_module(config).eval(), SPACES["sd15"], two)
 
 
 class Host:
@@ -206,7 +198,7 @@ def test_an_empty_latent_stays_empty(host):
 
 def test_the_image_is_cropped_as_vae_encode_crops_it(host):
     """An image of another size than its latents, shifted against them by the crop; one image for a batch of latents."""
-    pipeline = untrained(("image", "latent"))
+    pipeline = untrained(input_types=("image", "latent"))
     name = host.add(pipeline, "image.safetensors")
     image, raw = torch.rand(1, 53, 70, 4), torch.randn(2, 4, 6, 8)
     cropped = image[:, 2:50, 3:67, :3].permute(0, 3, 1, 2) * 2 - 1
@@ -243,7 +235,7 @@ BOTH = ("image", "latent")
 )
 def test_an_input_that_does_not_fit_is_refused(samples, inputs, space2, image, said, host):
     """A bare "expected 4 channels, got 16", without a remedy; sound taken for a picture; a module run without its image."""
-    name = host.add(untrained(inputs, space2=space2), "refusing.safetensors")
+    name = host.add(untrained("sd15", space2, inputs), "refusing.safetensors")
     with pytest.raises(ValueError, match=said) as error:
         host.align({"samples": samples}, name, image)
     assert "\n" not in str(error.value)
@@ -354,7 +346,6 @@ def test_a_real_comfyui_draws_our_pipelines_picture(name, real, shared):
     expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).numpy().astype(int)  # SaveImage cuts the digits off
     assert drawn.shape == expected.shape == (200, 248, 3)
     assert abs(drawn - expected).max() <= 1
-    print(f"{name}: at most {abs(drawn - expected).max()} of 255 levels from our own pipeline's picture")
 
 
 def test_a_real_comfyui_knows_every_node_of_the_refine_workflow(real):

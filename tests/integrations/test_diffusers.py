@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import ROOT
 from families import make_family
+from pipelines import untrained
 
-from vae_align import AlignConfig, AlignPipeline, align_module, pack
-from vaes.codec import SPACES, Codec
+from vae_align import AlignPipeline, pack
+from vaes.codec import Codec
 
 PAGE = (ROOT / "integrations" / "diffusers.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -193,13 +194,8 @@ def test_a_real_pipelines_latents_are_taken_as_they_come(name, transformers):
     torch.testing.assert_close(ours.clamp(0, 1), picture.clamp(0, 1), atol=COARSE.get(name, 2e-5), rtol=0)
     assert picture.std() > 0.02  # a picture that is one grey would agree with any
 
-    config = AlignConfig(("latent",), codec.channels, 16, 8, 1, latent_stride=codec.stride)
-    align = AlignPipeline(align_module(config).eval(), codec.space, SPACES["flux1"])
+    align = untrained(codec.space)
     assert torch.equal(align.translate(latents, size=SIZE), align.translate(scaled))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What integrations/diffusers.md prints
 
 
 class Prompted:
@@ -225,9 +221,7 @@ def pipelines(transformers):
 @pytest.mark.parametrize("source", ["sd15", "sdxl"])
 def test_the_printed_lines_work(source, pipelines, tmp_path, monkeypatch):
     """A recipe that fails as printed: packed where unpacked is taken, a size left out, a keyword of another pipeline."""
-    torch.manual_seed(0)
-    module = align_module(AlignConfig(("latent",), hidden_channels=8, num_blocks=1)).eval()
-    align = AlignPipeline(module, SPACES[source], SPACES["flux1"])
+    align = untrained(source)
     align.save_pretrained(tmp_path / "assets" / "pretrained" / "taesd_to_taef1_latent.safetensors")
     monkeypatch.chdir(tmp_path)
     names = {"AlignPipeline": AlignPipeline, "prompt": "a lighthouse"}

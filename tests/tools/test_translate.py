@@ -9,15 +9,18 @@ import torch
 from conftest import run_script
 from hostile import no_hang, refusal
 from PIL import Image
-from pipelines import Payload
+from pipelines import Payload, untrained
 from safetensors.torch import load_file, save_file
 
 from tools import translate as program
 from tools.translate import planned, read_latents, translate_file, write_latents
-from vae_align import AlignConfig, AlignPipeline, LatentSpace, align_module
+from vae_align import AlignPipeline, LatentSpace
 from vaes.codec import SPACES, Codec
 from vaes.loading import load_vae_model
 from vaes.pipeline import PipelineWithVAEs
+
+FULL_FLUX2 = LatentSpace("flux2", 128, 16, (0.5,) * 128, (2.0,) * 128, 2)
+MARK = {"latent_format_version_0": torch.tensor([])}
 
 
 def translate(tmp_path, *argv, **options):
@@ -27,10 +30,7 @@ def translate(tmp_path, *argv, **options):
 
 def save_module(path, *input_types):
     """A module of random weights from sd15 to flux1, in a file; its pipeline."""
-    torch.manual_seed(0)
-    module = align_module(AlignConfig(input_types, hidden_channels=8, num_blocks=1)).eval()
-    AlignPipeline(module, SPACES["sd15"], SPACES["flux1"]).save_pretrained(path)
-    return AlignPipeline.from_pretrained(path)
+    return AlignPipeline.from_pretrained(untrained("sd15", "flux1", input_types).save_pretrained(path))
 
 
 @pytest.fixture
@@ -41,8 +41,7 @@ def latents(tmp_path):
     folder.mkdir()
     names = ("a.latent", "b.latent", "c.safetensors", "d.pt", "e.npy", "f.pt")
     made = {folder / name: torch.randn(2, 4, 6, 8) for name in names}
-    mark, raw = {"latent_format_version_0": torch.tensor([])}, SPACES["sd15"].to_raw
-    save_file({"latent_tensor": raw(made[folder / "a.latent"])} | mark, folder / "a.latent")
+    save_file({"latent_tensor": SPACES["sd15"].to_raw(made[folder / "a.latent"])} | MARK, folder / "a.latent")
     save_file({"latent_tensor": made[folder / "b.latent"]}, folder / "b.latent")  # the oldest kind holds scaled ones
     save_file({"latents": made[folder / "c.safetensors"], "noise": torch.zeros(2, 4, 6, 8)}, folder / "c.safetensors")
     torch.save(made[folder / "d.pt"], folder / "d.pt")
@@ -133,26 +132,10 @@ def test_what_a_module_needs_is_said(tmp_path, latents):
     refusal(lambda: translate_file(photo, pipeline, False), "16x7 px")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Shapes, names and kinds that the library, ComfyUI and trainers have
-
-
-FULL_FLUX2 = LatentSpace("flux2", 128, 16, (0.5,) * 128, (2.0,) * 128, 2)
-MARK = {"latent_format_version_0": torch.tensor([])}
-
-
-def between(space1, space2):
-    """A pipeline of random weights, from latents alone."""
-    torch.manual_seed(0)
-    shape = {"latent_channels": space1.channels, "latent_stride": space1.stride, "out_stride": space2.stride}
-    config = AlignConfig(("latent",), out_channels=space2.channels, hidden_channels=8, num_blocks=1, **shape)
-    return AlignPipeline(align_module(config).eval(), space1, space2)
-
-
 def test_comfyuis_files_are_in_comfyuis_layout(tmp_path):
     """The full FLUX.2 VAE's raw latents (32 channels) where ComfyUI keeps normalised ones (128), written or asked for."""
     for spaces, shape in (((SPACES["sd15"], FULL_FLUX2), (1, 4, 8, 8)), ((FULL_FLUX2, SPACES["sd15"]), (1, 128, 4, 4))):
-        pipeline, kept = between(*spaces), torch.randn(shape)
+        pipeline, kept = untrained(*spaces), torch.randn(shape)
         save_file({"latent_tensor": kept} | MARK, tmp_path / "a.latent")
         translated = translate_file(tmp_path / "a.latent", pipeline, False)
         if spaces[0] is FULL_FLUX2:
@@ -163,7 +146,7 @@ def test_comfyuis_files_are_in_comfyuis_layout(tmp_path):
 
 def test_frames_and_packed_latents_are_translated_as_the_library_does(tmp_path):
     """Video or packed latents of which the program says that they are none; frames translated as one; a frame axis lost."""
-    pipeline, video = between(SPACES["wan21"], SPACES["flux1"]), torch.randn(2, 16, 3, 4, 6)
+    pipeline, video = untrained("wan21", "flux1"), torch.randn(2, 16, 3, 4, 6)
     one_by_one = torch.cat([pipeline.translate(video[place, :, frame][None]) for place in range(2) for frame in range(3)])
     torch.save(video, tmp_path / "video.PT")
     torch.testing.assert_close(translate_file(tmp_path / "video.PT", pipeline, False), one_by_one)
@@ -172,9 +155,9 @@ def test_frames_and_packed_latents_are_translated_as_the_library_does(tmp_path):
     )
     one = SPACES["flux1"].to_raw(one_by_one[:1])
     torch.testing.assert_close(translate_file(tmp_path / "one.latent", pipeline, False), one, atol=1e-4, rtol=1e-4)
-    kept = between(SPACES["sd15"], SPACES["wan21"]).translate(video[:, :4])
+    kept = untrained("sd15", "wan21").translate(video[:, :4])
     assert kept.shape == (2, 16, 3, 4, 6)
-    tokens, pipeline = torch.randn(1, 6, 64), between(SPACES["flux1"], SPACES["sd15"])
+    tokens, pipeline = torch.randn(1, 6, 64), untrained("flux1", "sd15")
     np.save(tmp_path / "packed.npy", tokens.numpy())
     translated = translate_file(tmp_path / "packed.npy", pipeline, False, (32, 48))
     torch.testing.assert_close(translated, pipeline.translate(tokens, size=(32, 48)))
@@ -215,14 +198,13 @@ def test_a_file_that_cannot_be_used_is_one_line_with_the_reason(tmp_path, name):
     """A wait for a pipe's writer, gigabytes for a file of a kilobyte, a library's advice to load it unsafely, NaN passed on."""
     make, said = UNUSABLE[name]
     make(tmp_path / name)
-    pipeline = between(SPACES["sd15"], SPACES["flux1"])
+    pipeline = untrained("sd15", "flux1")
     pipeline.module.out.weight.data.mul_(1e4)  # beyond float16
     refusal(lambda: translate_file(tmp_path / name, pipeline, False), said)
 
 
 def test_a_batch_outlives_every_files_mistake(tmp_path, latents, monkeypatch, capsys, caplog):
-    """Memory that runs out, a name that is too long, a full disk, a pipe, a missing VAE1: the others were not translated.
-    Capital endings and subfolders passed over in silence; a pair of the zoo that the program does not know."""
+    """One file's lack of memory, disk or VAE1 that ends the others' work; capital endings and subfolders passed over."""
     folder, out = tmp_path / "in", tmp_path / "out"
     (folder / "sub").mkdir()
     (folder / "d.pt").rename(folder / "sub" / "D.PT")
@@ -232,7 +214,7 @@ def test_a_batch_outlives_every_files_mistake(tmp_path, latents, monkeypatch, ca
     Image.new("RGB", (16, 16)).save(folder / "photo.png")
     failures = {"a.latent": RuntimeError("DefaultCPUAllocator: can't allocate memory"), "b.latent": MemoryError()}
     failures["c.safetensors"] = OSError(28, "No space left on device")
-    opened, made = [], PipelineWithVAEs(between(SPACES["sd15"], SPACES["flux1"]).module, None, None)
+    opened, made = [], PipelineWithVAEs(untrained("sd15", "flux1").module, None, None)
     made.space1, made.space2 = SPACES["sd15"], SPACES["flux1"]
     made._openers = [lambda: refusing(), None]
     monkeypatch.setattr(program.PipelineWithVAEs, "from_checkpoint", lambda module, *_, **__: opened.append(module) or made)

@@ -25,9 +25,7 @@ def test_half_written_checkpoints_do_not_pile_up(tmp_path):
 
 
 def test_runs_that_start_together_have_names_of_their_own(tmp_path):
-    """Two runs of one second that write one log and one best checkpoint; also where they share only `save_dir`; a best module
-    that a run with another `log_dir` overwrites after the first one ended; two processes that resume one run and write into
-    each other's logs; a claim that outlives its run."""
+    """Two runs that write one log or one best checkpoint; two that resume one run; a claim that outlives its run."""
     claims = [claim_name(tmp_path / "runs", tmp_path / "ckpt") for _ in range(3)]
     claims += [claim_name(tmp_path / "elsewhere", tmp_path / "ckpt") for _ in range(3)]
     assert len({name for name, _ in claims}) == 6

@@ -22,7 +22,7 @@ import pytest
 from conftest import as_argv, make_photo, read_scalars, run_script, tiny_flags
 from drawn import encoded
 from mortal import WHERE
-from runs import QUIET, assert_same_tensors, is_alive, start, tiny_of, train, write_shard
+from runs import QUIET, assert_same_tensors, is_alive, start, train, write_shard
 
 KILLS = int(os.environ.get("VAE_ALIGN_FAULTS", "0"))
 FIRST_LINES = b"from __future__ import annotations\n", b"from runtime.before_imports import before_imports\n"
@@ -39,13 +39,10 @@ def job(vae_folders, photo_folders, tmp_path_factory):
     return flags, train(flags, folder)
 
 
-def flags_in(flags, folder):
-    return {**tiny_of(flags, folder), "latent_cache_dir": folder / "cache", "resume": True}
-
-
-def finish(flags, folder):
-    """Resume the run in `folder` until it is done; what it leaves. In this interpreter: the process that died was another."""
-    return train(flags, folder)
+def placed(flags, folder):
+    """`flags` with their outputs in `folder`."""
+    outputs = {"log_dir": "runs", "save_dir": "ckpt", "latent_cache_dir": "cache", "output_dir": "judged"}
+    return flags | {name: folder / place for name, place in outputs.items() if name in flags}
 
 
 def assert_as_if_nothing_had_happened(broken, whole):
@@ -113,8 +110,7 @@ def kill_at_random(flags, folder, draw, number=signal.SIGKILL):
     "number", [signal.SIGKILL, *([signal.SIGINT, signal.SIGTERM] if KILLS else [])], ids=lambda number: number.name
 )
 def test_killed_at_random_moments(job, tmp_path, number):
-    """A state that is only consistent at some moments: a checkpoint that does not match its logs, a torn cache; a signal
-    that ends the run unsaved in some moments, or with a traceback."""
+    """A checkpoint that does not match its logs, a torn cache, a signal that ends the run unsaved."""
     flags, whole = job
     kills, hit, seed = 0, Counter(), random.randrange(2**32)
     draw = random.Random(seed)
@@ -123,14 +119,14 @@ def test_killed_at_random_moments(job, tmp_path, number):
         whole = train(flags, tmp_path / "whole")
     while kills < max(2, KILLS):
         folder = tmp_path / str(kills)
-        changed = flags_in(flags, folder)
+        changed = placed(flags, folder) | {"resume": True}
         for _ in range(8):
             phase = kill_at_random(changed, folder, draw, number)
             if phase is None or kills >= max(2, KILLS):
                 break
             hit[phase] += 1
             kills += 1
-        assert_as_if_nothing_had_happened(finish(changed, folder), whole)
+        assert_as_if_nothing_had_happened(train(changed, folder), whole)
         shutil.rmtree(folder)
     print(f"\n{kills} x {number.name} (seed {seed}): " + ", ".join(f"{count} {phase}" for phase, count in hit.items()))
 
@@ -142,22 +138,22 @@ def test_killed_inside_a_write(job, tmp_path, where, count):
     flags, whole = job
     if where == "cache":
         count = 1  # the ten images are one chunk
-    changed = flags_in(flags, tmp_path)
+    changed = placed(flags, tmp_path) | {"resume": True}
     died = run_script("tests/mortal.py", where, str(count), "--", *as_argv(changed), cwd=tmp_path, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr
-    assert_as_if_nothing_had_happened(finish(changed, tmp_path), whole)
+    assert_as_if_nothing_had_happened(train(changed, tmp_path), whole)
 
 
 @pytest.mark.parametrize("count", (2, 4, 9, 14, 33) if KILLS else (9,))
 def test_a_disk_that_is_full_at_a_write_ends_in_one_line_and_is_resumed(job, tmp_path, count):
     """A traceback; a damaged checkpoint that replaces a good one; a cache that must be built anew."""
     flags, whole = job
-    changed = flags_in(flags, tmp_path)
+    changed = placed(flags, tmp_path) | {"resume": True}
     ended = run_script("tests/mortal.py", "full", str(count), "--", *as_argv(changed), cwd=tmp_path, check=False)
     assert ended.returncode == 1, ended.stderr
     assert "Traceback" not in ended.stderr
     assert "No space left" in ended.stderr or "disk is full" in ended.stderr
-    assert_as_if_nothing_had_happened(finish(changed, tmp_path), whole)
+    assert_as_if_nothing_had_happened(train(changed, tmp_path), whole)
 
 
 @pytest.mark.skipif(not KILLS, reason="part of make test-faults")
@@ -171,12 +167,12 @@ def test_a_small_file_system_fills_up(job, tmp_path, kilobytes):
     if mounted.returncode:
         pytest.skip("mounting a tmpfs is not allowed here")
     try:
-        changed = flags_in(flags, disk) | {"keep_last": 0}
+        changed = placed(flags, disk) | {"resume": True, "keep_last": 0}
         ended = run_script("train_align_with_args.py", *as_argv(changed), cwd=tmp_path, check=False)
         assert ended.returncode in (1, 2), ended.stderr
         assert "Traceback" not in ended.stderr, ended.stderr
         subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
-        again = finish(changed, disk)
+        again = train(changed, disk)
         assert_same_tensors(again.last, whole.last)
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -244,12 +240,6 @@ def work_for_workers(vae_folders, tmp_path_factory):
         "streaming": flags | {"streaming": True, "train_data_dir": folder / "0.tar", "shuffle_buffer": 8},
         "evaluation": judging | {"eval_data_dir": folder / "photos", "output_dir": folder / "judged"},
     }
-
-
-def placed(flags, folder):
-    """`flags` with their outputs in `folder`."""
-    outputs = {"log_dir": "runs", "save_dir": "ckpt", "latent_cache_dir": "cache", "output_dir": "judged"}
-    return flags | {name: folder / place for name, place in outputs.items() if name in flags}
 
 
 def kill_a_worker(situation, flags, folder, draw):

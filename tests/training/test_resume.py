@@ -23,11 +23,12 @@ from vae_align import AlignPipeline
 from vaes.pipeline import module_in
 
 KINDS = {
-    "cached": {"ema_decay": 0.9, "scheduler": "cosine", "eval_frequency": 1},
+    "cached": {"ema_decay": 0.9, "scheduler": "cosine", "eval_frequency": 1, "reencode_target": 0.5, "decoder_loss_start": 0.5,
+               "perceptual_loss_weight": 1.0, "decoder_loss_window": 2},
     "online": {"cache_latents": None, "no_cache_latents": True, "num_workers": 1, "decoder_loss_weight": 1.0},
     "sampled": {"no_cache_latents": True, "sample_posterior": True},
     "image": {"input_types": ["image"], "grad_clip": 0.5, "optimizer": "muon"},
-}
+}  # fmt: skip
 
 
 class Killed(BaseException):
@@ -52,8 +53,7 @@ def train_until(flags, folder, step, monkeypatch, **changes):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_and_resumed_twice_ends_bit_identical(flags, tmp_path, monkeypatch, kind):
-    """A moment, average, counter, draw or place in the data order that a resume forgets; a ridge fitted anew; points of the
-    time between the last checkpoint and the kill that appear twice, or fixed rungs measured anew."""
+    """A moment, average, counter or draw that a resume forgets; a ridge or rung made anew; points that appear twice."""
     changes = {**QUIET, **KINDS[kind], "epochs": 4, "save_steps": 2, "log_frequency": 3}
     whole = train(flags, tmp_path / "whole", **changes)
     train_until(flags, tmp_path / "broken", 5, monkeypatch, **changes)
@@ -72,8 +72,7 @@ def test_killed_and_resumed_twice_ends_bit_identical(flags, tmp_path, monkeypatc
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(flags, tmp_path, monkeypatch, caplog):
-    """A resume that starts from a torn file, fails on it, or starts from nothing; "trying the one before it" of the only one,
-    which leads nowhere."""
+    """A resume from a torn file or from nothing; "trying the one before it" of the only one."""
     caplog.set_level("INFO")
     changes = {**QUIET, "epochs": 4, "save_steps": 2}
     whole = train(flags, tmp_path / "whole", **changes)
@@ -94,12 +93,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(flags, 
     assert said == ["trying the one before it", "there is none before it"]
 
 
-CONTRADICTIONS = {"learning_rate": 0.5, "seed": 7, "hidden_channels": 16, "init": "random"}
-
-
 def test_what_a_run_is_resumed_with(flags, tmp_path, photo_folders, caplog, capsys):
-    """An error for the first start of a job that always says --resume; a finished run that trains on or is overwritten; a
-    resumed run that quietly goes on with another learning rate or seed, or with other images."""
+    """A first start that --resume refuses, a finished run that trains on, another rate, seed or image set unnoticed."""
     run = train(flags, tmp_path, **QUIET, max_train_steps=2, resume=True)
     assert "starting fresh" in caplog.text
     assert run.last["step"] == 2
@@ -107,7 +102,7 @@ def test_what_a_run_is_resumed_with(flags, tmp_path, photo_folders, caplog, caps
     assert "already finished" in capsys.readouterr().out
     assert again.checkpoints == run.checkpoints
     changes = {**QUIET, "max_train_steps": 4, "resume": True}
-    for flag, value in CONTRADICTIONS.items():
+    for flag, value in {"learning_rate": 0.5, "seed": 7, "hidden_channels": 16, "init": "random"}.items():
         with pytest.raises(train_script.UserError, match=rf"^--{flag} {value}: the run to resume has"):
             train(flags, tmp_path, **changes | {flag: value})
     with pytest.raises(train_script.UserError, match="the run to resume had 10 images, now 5"):
@@ -235,8 +230,7 @@ def unstopped(vae_folders, photo_folders, tmp_path_factory):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_and_exits_with_the_customary_code(flags, tmp_path, unstopped, number):
-    """A signal that loses the steps since the last checkpoint, or that ends the data workers, who get it too from a terminal;
-    a save that cannot be resumed; exit status 0 or a traceback."""
+    """A signal that loses steps or ends the data workers, a save that cannot be resumed, exit status 0."""
     folder = tmp_path / "stopped"
     stopped_flags = {**tiny_of(flags, folder), **STOPPED}
     process = start(stopped_flags, folder)
@@ -325,10 +319,10 @@ def test_a_run_from_another_runs_weights_resumes_without_them(flags, tmp_path):
 def test_names_do_not_depend_on_how_the_folder_is_written():
     """A run that is refused its own images since its folder is now typed with ./ or two slashes; one of a single image."""
     names = checkpoint.names_digest(["photos/a/1.png", "photos/b/2.png"])
-    assert names == checkpoint.names_digest(["./photos/a/1.png", "./photos/b/2.png"])
-    assert names == checkpoint.names_digest(["/elsewhere//photos/a/1.png", "/elsewhere//photos/b/2.png"])
-    assert names != checkpoint.names_digest(["photos/a/1.png", "photos/b/3.png"])
-    assert names != checkpoint.names_digest(["photos/a/1.png", "photos/b/é.png"])
+    for folder in ("./", "/elsewhere//"):
+        assert names == checkpoint.names_digest([f"{folder}photos/a/1.png", f"{folder}photos/b/2.png"])
+    for other in ("3", "é"):
+        assert names != checkpoint.names_digest(["photos/a/1.png", f"photos/b/{other}.png"])
     composed, decomposed = (unicodedata.normalize(form, "café_が.jpg") for form in ("NFC", "NFD"))
     written = hashlib.sha256("café_が.jpg".encode()).hexdigest()[:16]
     assert checkpoint.names_digest([composed]) == checkpoint.names_digest([decomposed]) == written
@@ -338,8 +332,7 @@ def test_names_do_not_depend_on_how_the_folder_is_written():
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(flags, vae_folders, tmp_path, capsys):
-    """A plan that leaves folders, a cache or event files behind, or that lies about the number of steps; one that fails for
-    want of VAE1's latents."""
+    """A plan that leaves files behind, miscounts the steps, or wants VAE1's latents."""
     before = sorted(tmp_path.rglob("*"))
     work = tmp_path.parent / "elsewhere"
     flags |= {"dry_run": True, "save_dir": work / "ckpt", "log_dir": work / "runs", "epochs": 7}
@@ -377,8 +370,7 @@ def test_a_lost_worker_ends_the_run_saved(flags, tmp_path, monkeypatch):
 
 
 def test_vaes_are_the_same_by_content_wherever_they_are(flags, vae_folders, tmp_path, monkeypatch):
-    """A run that goes on towards another VAE than it began with, of the same kind; one that is lost since a folder was moved or
-    written once more by another version of diffusers."""
+    """A run that goes on towards another VAE, or is lost since a folder was moved or written by another diffusers."""
     old, new = tmp_path / "old", tmp_path / "new"
     changes = {**QUIET, "input_types": ["image"], "decoder_loss_weight": 1.0, "seen_through": [old / "kl4_stride4"]}
     places = {"vae1_path": "kl4", "vae2_path": "kl16", "decoder_loss_path": "kl16", "seen_through": "kl4_stride4"}
@@ -422,8 +414,7 @@ def test_best_is_counted_anew_where_it_was_measured_on_something_else(flags, tmp
 
 
 def test_a_strangers_checkpoint_decides_no_place(flags, tmp_path, monkeypatch, caplog):
-    """A file that is replaced, a folder that is filled, checkpoints that are deleted, or a proxy that is asked, since a file
-    from elsewhere says so."""
+    """Files replaced or deleted, folders filled or a proxy asked because a stranger's file says so."""
     caplog.set_level("INFO")
     path = train(flags, tmp_path / "theirs", **QUIET, max_train_steps=1).checkpoints[-1]
     content, mine = torch.load(path, weights_only=True), tmp_path / "mine"

@@ -28,8 +28,7 @@ def test_each_image_is_seen_through_its_own_vae_or_none(vae_folders):
 
 
 def test_the_cache_and_a_resumed_run_show_what_training_without_them_shows(flags, vae_folders, tmp_path):
-    """Catches a cache of VAE1's picture, or of the image itself, in its place; a turn that depends on what is in the folder;
-    pictures drawn anew by a resumed run."""
+    """A cache of VAE1's picture or of the image itself; a turn by the folder's content; pictures drawn anew."""
     seen = {"seen_through": [str(vae_folders["kl4_stride4"])], **RECIPE}
     cached = train(flags, tmp_path / "cached", **seen, cache_views=1)
     online = train(flags, tmp_path / "online", **seen, no_cache_latents=True)

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from conftest import as_argv
 from families import make_family
-from runs import QUIET, train
+from runs import QUIET, judge, train
 
-import eval_align
 from vaes.pipeline import PipelineWithVAEs
 
 STRIDES = {"sd15": 8, "sana": 32, "flux2": 16}
@@ -29,14 +27,7 @@ def test_pairs_of_different_stride_train_resume_judge_and_translate(flags, famil
     train(flags, tmp_path, max_train_steps=2)
     run = train(flags, tmp_path, max_train_steps=3, resume=True)
     assert run.last["step"] == 3
-    judged = eval_align.main(
-        as_argv(
-            {
-                "checkpoint": run.checkpoints[-1], "eval_data_dir": flags["eval_data_dir"], "output_dir": tmp_path / "out",
-                "device": "cpu", "num_workers": 0, "metrics": ["ssim"], "num_samples": 0,
-            }
-        )
-    )  # fmt: skip
+    judged = judge(run.checkpoints[-1], flags["eval_data_dir"], tmp_path / "out")
     assert all(judged["ladder"][rung]["latent_mse"] is not None for rung in ("aligned", "linear", "reencode"))
     pipeline = PipelineWithVAEs.from_checkpoint(run.checkpoints[-1])
     latents = torch.randn(1, pipeline.space1.channels, 128 // STRIDES[first], 192 // STRIDES[first])

@@ -37,16 +37,8 @@ def user_run(vae_folders, photo_folders, tmp_path_factory):
     flags = {**tiny_flags(vae_folders, photo_folders, folder), "epochs": 2, "num_visualize_samples": 3}
     trained = run_script("train_align_with_args.py", *as_argv(flags), cwd=folder)
     results = results_of(folder)
-    judged = run_script(
-        "eval_align.py",
-        "--checkpoint",
-        str(results.checkpoints[-1]),
-        "--eval_data_dir",
-        str(photo_folders[1]),
-        "--output_dir",
-        str(folder / "results"),
-        cwd=folder,
-    )
+    judging = {"checkpoint": results.checkpoints[-1], "eval_data_dir": photo_folders[1], "output_dir": folder / "results"}
+    judged = run_script("eval_align.py", *as_argv(judging), cwd=folder)
     return flags, results, folder, trained.stdout, judged.stdout
 
 
@@ -75,8 +67,7 @@ def test_checkpoints_are_named_by_time_and_say_where_they_stand(user_run):
 
 
 def test_event_file_holds_every_promised_tag_the_ladder_in_one_chart_and_the_flags(user_run):
-    """A log that nothing writes: losses, rate, norm, gradients per layer, latents, the ladder, pictures; a profile that
-    nobody asked for; a running curve without the fixed lines beside it; a run that cannot be told from others by its flags."""
+    """A log that nothing writes; a profile that nobody asked for; a curve without its baselines; a run without its flags."""
     _, results, *_ = user_run
     assert len(results.event_files) == 1
     tags = event_tags(results.event_files[0])
@@ -131,8 +122,7 @@ def test_eval_align_agrees_with_the_runs_own_last_evaluation(user_run):
 
 @pytest.mark.parametrize("wanted", ["", "eval_frequency", "visualize_frequency"])
 def test_every_frequency_switches_its_own_thing(flags, tmp_path, wanted):
-    """A division by zero, or a run whose result is never written; pictures only where there is an evaluation, or evaluations
-    only where there are pictures."""
+    """A division by zero, a result that is never written, pictures only with an evaluation, or the reverse."""
     run = train(flags, tmp_path, epochs=2, **QUIET | ({wanted: 1} if wanted else {}))
     tags = event_tags(run.event_files[0])
     assert ("samples/0" in tags["images"]) == bool(tags["images"]) == (wanted == "visualize_frequency")
@@ -142,17 +132,10 @@ def test_every_frequency_switches_its_own_thing(flags, tmp_path, wanted):
     assert run.last["step"] == 6
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"input_types": ["image"]},
-        {"input_types": ["latent"]},
-        {"downsample_times": 4},
-        {"loss_type": "weighted_l1"},
-        {"precision": "bfloat16"},
-    ],
-    ids=str,
-)
+TRAINED = {"input_types": ["image"], "downsample_times": 4}, {"input_types": ["latent"], "loss_type": "weighted_l1"}
+
+
+@pytest.mark.parametrize("changes", [*TRAINED, {"precision": "bfloat16"}], ids=str)
 def test_each_kind_of_module_trains(flags, tmp_path, changes):
     """A branch that gets no gradient or is never stepped: every layer's weights move. Master weights stay float32."""
     start = train(flags, tmp_path / "start", **{**SHORT, "learning_rate": 0, **changes})
@@ -170,8 +153,7 @@ def test_loss_falls_on_a_problem_that_is_nearly_the_identity(flags, tmp_path, va
     same = {"vae2_path": vae_folders["kl4"], "input_types": ["latent"], "learning_rate": 1e-2}
     same["init"] = "random"  # the closed-form start would leave nothing to learn
     run = train(flags, tmp_path, epochs=14, **same, **QUIET)
-    losses = [value for _, value in run.scalars["train/loss"]]
-    assert sum(losses[-4:]) < 0.2 * sum(losses[:4])
+    assert sum(run.losses[-4:]) < 0.2 * sum(run.losses[:4])
 
 
 def test_load_checkpoint_starts_from_the_other_runs_weights_and_architecture(flags, tmp_path):
@@ -192,8 +174,7 @@ def test_load_checkpoint_starts_from_the_other_runs_weights_and_architecture(fla
 
 
 def test_gradients_are_clipped_before_the_step_and_only_where_told(flags, tmp_path):
-    """Clipping after `optimizer.step`, or only on the steps that are logged; measuring the norm for the log, which must not
-    change the gradients."""
+    """Clipping after `optimizer.step`, or only on logged steps; a norm whose measuring changes the gradients."""
     norms, clip = [], 1e-5
 
     def look(optimizer, *_):
@@ -213,8 +194,7 @@ def test_gradients_are_clipped_before_the_step_and_only_where_told(flags, tmp_pa
 
 
 def test_the_seed_alone_decides_the_final_weights(flags, tmp_path):
-    """Order, crops or first weights drawn from an unseeded generator, or a seed that nothing reads; an evaluation that draws
-    from the training's random state, leaves gradients, or leaves evaluation mode on."""
+    """An unseeded generator, a seed that nothing reads, an evaluation that leaves its mark on training."""
     quiet = train(flags, tmp_path / "quiet", epochs=2, seed=1, **QUIET)
     chatty = train(flags, tmp_path / "chatty", epochs=2, seed=1, num_visualize_samples=1, log_frequency=2)
     other = train(flags, tmp_path / "other", epochs=2, seed=2, **QUIET)
@@ -227,10 +207,6 @@ def test_diverged_training_says_so_without_a_traceback(flags, tmp_path):
     absurd = {"learning_rate": 1000, "warmup_steps": 0, "loss_weight": 1e6, "weight_decay": 1000}
     with pytest.raises(UserError, match="learning_rate"):
         train(flags, tmp_path, epochs=4, **{**QUIET, "eval_frequency": 4}, **absurd)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What must never change
 
 
 def test_vae_weights_are_bit_identical_after_training(flags, tmp_path, vae_folders):
@@ -254,18 +230,8 @@ def test_vae_weights_are_bit_identical_after_training(flags, tmp_path, vae_folde
 # What goes wrong
 
 
-def test_a_mistake_ends_the_program_in_one_line(flags, tmp_path):
-    """A traceback, exit status 0, or library chatter around the message."""
-    ended = run_script("train_align_with_args.py", *as_argv(flags | {"out_channels": 4}), check=False, cwd=tmp_path)
-    assert ended.returncode != 0
-    lines = ended.stderr.strip().splitlines()
-    assert len(lines) == 1, ended.stderr
-    assert "--out_channels" in lines[0] and "16" in lines[0]
-
-
 def test_unreadable_images_are_named_once_and_the_run_goes_on(flags, tmp_path, photo_folders, caplog):
-    """One broken file that ends the run, or that is left out without a word; figures of five images under the name of six; a
-    batch that is empty without its only image."""
+    """One broken file that ends the run or goes unnamed; figures of five images under the name of six."""
     folders = [tmp_path / "photos", tmp_path / "eval"]
     for folder, photos in zip(folders, (sorted(photo_folders[0].rglob("*.png"))[:6], photo_folders[1].iterdir())):
         folder.mkdir()
@@ -296,8 +262,7 @@ def test_a_ruined_module_is_not_saved_as_the_last_good_one(flags, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_steps_that_overflow_in_float16_are_counted_and_go_by(flags, tmp_path, monkeypatch, caplog, recwarn, optimizer):
-    """A skipped step that nobody hears of, that ends the run as bad data would, that moves a weight, moment or average, or
-    after which rate and step part; torch's warning of an overridden optimizer.step, whose calls the schedule then misses."""
+    """A skipped step that is not counted, counts as bad data, moves weights, moments or average, or costs the schedule."""
 
     def with_scaler(device, precision):  # Accelerate has none on a CPU; its scale overflows at 2^60 and 2^35, not at 2^10
         accelerator = create_accelerator(device, precision)

@@ -8,36 +8,16 @@ import torch
 from conftest import make_tiny_vae
 from diffusers import AutoencoderKL, AutoencoderTiny
 from hostile import refusal
+from pipelines import load_vae
 from safetensors.torch import load_file, save_file
 
 from vaes.codec import Codec, good_image_size
-from vaes.loading import load_vae_model
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def load(folder, subfolder="", **options):
-    return load_vae_model(folder, subfolder, None, "cpu", torch.float32, **options)
-
-
 def make_images(height=32, width=24, batch=2):
     return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Scale, shift, mean, sample
-
-
-@pytest.mark.parametrize("name", ["kl4", "kl16", "kl4_stride4"])
-def test_encode_is_what_diffusers_pipelines_compute(vae_folders, name):
-    """A shift added instead of taken off, scale before shift, a sample for the mean, or a shift of None read as text."""
-    reference = AutoencoderKL.from_pretrained(vae_folders[name]).eval()
-    shift = reference.config.shift_factor or 0.0  # as FluxImg2ImgPipeline and StableDiffusionImg2ImgPipeline use them
-    with torch.no_grad():
-        expected = (reference.encode(make_images()).latent_dist.mean - shift) * reference.config.scaling_factor
-    latents = Codec(load(vae_folders[name])).encode(make_images())
-    assert latents.dtype == torch.float32
-    torch.testing.assert_close(latents, expected)
 
 
 @pytest.mark.parametrize(
@@ -52,13 +32,13 @@ def test_encode_is_what_diffusers_pipelines_compute(vae_folders, name):
 )
 def test_images_that_cannot_be_encoded_are_refused(vae_folders, images, said):
     """An IndexError of torch's; latents of a rounded size, which fit nothing later on."""
-    refusal(lambda: Codec(load(vae_folders["kl4"])).encode(images), *said)
+    refusal(lambda: Codec(load_vae(vae_folders["kl4"])).encode(images), *said)
 
 
 def test_the_tiny_autoencoders_latents_are_taken_as_scaled(vae_folders):
     """Scale applied a second time, a missing posterior asked for, or the image range shifted to [0, 1] twice."""
     reference = AutoencoderTiny.from_pretrained(vae_folders["tiny4"]).eval()
-    space, images = Codec(load(vae_folders["tiny4"])), make_images()
+    space, images = Codec(load_vae(vae_folders["tiny4"])), make_images()
     with torch.no_grad():
         expected = reference.encode(images).latents
         torch.testing.assert_close(space.encode(images), expected)
@@ -70,7 +50,7 @@ def test_the_tiny_autoencoders_latents_are_taken_as_scaled(vae_folders):
 def test_sample_draws_from_the_posterior_with_the_given_generator(vae_folders):
     """A generator that is ignored, a draw without scale or shift, or a draw that is the mean."""
     reference = AutoencoderKL.from_pretrained(vae_folders["kl16"]).eval()
-    space, images = Codec(load(vae_folders["kl16"])), make_images()
+    space, images = Codec(load_vae(vae_folders["kl16"])), make_images()
 
     def draw(seed):
         return space.encode(images, sample=True, generator=torch.Generator().manual_seed(seed))
@@ -88,8 +68,8 @@ def test_sample_draws_from_the_posterior_with_the_given_generator(vae_folders):
 
 def test_latents_and_images_are_float32_whatever_the_vaes_precision(vae_folders):
     """bfloat16 targets, which cost the loss three digits; a scale applied after rounding would show in the tolerance."""
-    space = Codec(load_vae_model(vae_folders["kl16"], "", None, "cpu", torch.bfloat16))
-    exact = Codec(load(vae_folders["kl16"]))
+    space = Codec(load_vae(vae_folders["kl16"], dtype=torch.bfloat16))
+    exact = Codec(load_vae(vae_folders["kl16"]))
     latents = space.encode(make_images())
     assert latents.dtype == torch.float32
     assert space.decode(latents).dtype == torch.float32
@@ -97,14 +77,10 @@ def test_latents_and_images_are_float32_whatever_the_vaes_precision(vae_folders)
     assert {parameter.dtype for parameter in space.vae.model.parameters()} == {torch.bfloat16}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Frozen
-
-
 @pytest.mark.parametrize("given", ["folder", "object"])
 def test_weights_take_no_gradient_but_decode_passes_it_to_the_latents(vae_folders, given):
     """decode under no_grad (a decoded-image loss that teaches nothing), or a VAE that trains along, such as a caller's."""
-    vae = load(vae_folders["kl4"]) if given == "folder" else make_tiny_vae(4).train()
+    vae = load_vae(vae_folders["kl4"]) if given == "folder" else make_tiny_vae(4).train()
     space = Codec(vae)
     assert vae in (space.vae, space.vae.model)
     latents = torch.zeros(1, 4, 2, 2, requires_grad=True)
@@ -115,38 +91,30 @@ def test_weights_take_no_gradient_but_decode_passes_it_to_the_latents(vae_folder
     assert not space.vae.model.training
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Finding and reading
-
-
 def test_subfolder_is_looked_at_first_and_the_folder_itself_second(vae_folders, tmp_path):
     """A subfolder that is required, ignored, or loses against a VAE in the folder itself."""
-    assert load(vae_folders["nested"], "vae").config.latent_channels == 16
-    assert load(vae_folders["kl4"], "vae").config.latent_channels == 4  # no such subfolder: the folder is a VAE
-    assert load(vae_folders["kl4"], None).config.latent_channels == 4
+    assert load_vae(vae_folders["nested"], "vae").config.latent_channels == 16
+    assert load_vae(vae_folders["kl4"], "vae").config.latent_channels == 4  # no such subfolder: the folder is a VAE
+    assert load_vae(vae_folders["kl4"], None).config.latent_channels == 4
     shutil.copytree(vae_folders["kl4"], tmp_path / "both")
     shutil.copytree(vae_folders["kl16"], tmp_path / "both" / "vae")
-    assert load(tmp_path / "both", "vae").config.latent_channels == 16
-    assert load(tmp_path / "both", "").config.latent_channels == 4
+    assert load_vae(tmp_path / "both", "vae").config.latent_channels == 16
+    assert load_vae(tmp_path / "both", "").config.latent_channels == 4
 
 
 def test_fingerprint_changes_with_the_weights_and_with_the_config(vae_folders, tmp_path):
     """A latent cache that is taken for another VAE's because only the path, the shapes or the weights count."""
     folder = shutil.copytree(vae_folders["kl4"], tmp_path / "vae")
-    prints = {Codec(load(vae_folders["kl4"])).fingerprint, Codec(load(folder)).fingerprint}
+    prints = {Codec(load_vae(vae_folders["kl4"])).fingerprint, Codec(load_vae(folder)).fingerprint}
     assert len(prints) == 1  # a copy elsewhere is the same VAE
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.2}))
-    prints.add(Codec(load(folder)).fingerprint)
+    prints.add(Codec(load_vae(folder)).fingerprint)
     tensors = load_file(folder / WEIGHTS)
     name = next(iter(tensors))
     save_file({**tensors, name: tensors[name] + 1e-3}, folder / WEIGHTS, metadata={"format": "pt"})
-    prints.add(Codec(load(folder)).fingerprint)
+    prints.add(Codec(load_vae(folder)).fingerprint)
     assert len(prints) == 3
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What goes wrong
 
 
 def test_good_image_size_names_the_nearest():

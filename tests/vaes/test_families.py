@@ -13,8 +13,9 @@ import torch
 from conftest import ROOT
 from families import EVERY_CLASS, RECIPES, make_family, save_class
 from hostile import refusal
+from pipelines import untrained
 
-from vae_align import CHANNELS, AlignConfig, AlignPipeline, align_module, pack
+from vae_align import CHANNELS, pack
 from vaes.codec import Codec
 from vaes.conventions import CONVENTIONS
 from vaes.families import FAMILIES, SPACES, family_of, named_space
@@ -67,11 +68,6 @@ def by_scale(model, x):  # StableDiffusionImg2ImgPipeline, StableDiffusion3Img2I
     return (mode(model, x) - (model.config.get("shift_factor") or 0)) * model.config.scaling_factor
 
 
-def by_sdxl(model, x):  # StableDiffusionXLImg2ImgPipeline.prepare_latents
-    mean, std = moments(model, 4)
-    return (mode(model, x) - mean) * model.config.scaling_factor / std
-
-
 def by_flux(model, x):
     (encode,) = pipeline_code("flux/pipeline_flux_img2img.py", "FluxImg2ImgPipeline", "_encode_vae_image")
     means = SimpleNamespace(config=model.config, encode=lambda image: SimpleNamespace(latents=mode(model, image)))
@@ -80,11 +76,6 @@ def by_flux(model, x):
 
 def by_kandinsky(model, x):  # Kandinsky5T2IPipeline decodes `latents / scaling_factor`
     return mode(model, x) * model.config.scaling_factor
-
-
-def by_glm(model, x):  # GlmImagePipeline: (condition_latent - latents_mean) / latents_std
-    mean, std = moments(model, 4)
-    return (mode(model, x) - mean) / std
 
 
 def by_flux2(model, x):
@@ -101,9 +92,14 @@ def by_video_scale(model, x):
     return torch.cat([mode(model, one[None].unsqueeze(2)) for one in x]) * model.config.scaling_factor
 
 
-def by_moments(model, x):  # WanVideoToVideoPipeline.prepare_latents
-    mean, std = moments(model, 5)
-    return (mode(model, x.unsqueeze(2)) - mean) / std
+def by_moments(model, x):  # GlmImagePipeline, WanVideoToVideoPipeline.prepare_latents
+    raw = mode(model, x if type(model).__name__ in OF_PICTURES else x.unsqueeze(2))
+    mean, std = moments(model, raw.ndim)
+    return (raw - mean) / std
+
+
+def by_scaled_moments(model, x):  # StableDiffusionXLImg2ImgPipeline; MochiPipeline decodes `latents * std / scale + mean`
+    return by_moments(model, x) * model.config.scaling_factor
 
 
 def by_qwen(model, x):
@@ -123,11 +119,6 @@ def by_ltx(model, x):
     return normalize(raw, model.latents_mean, model.latents_std, model.config.scaling_factor)
 
 
-def by_mochi(model, x):  # the inverse of MochiPipeline's `latents * latents_std / scaling_factor + latents_mean`
-    mean, std = moments(model, 5)
-    return (mode(model, x.unsqueeze(2)) - mean) * model.config.scaling_factor / std
-
-
 def by_cosmos(model, x):  # CosmosVideoToWorldPipeline.prepare_latents
     raw, sigma_data = mode(model, x.unsqueeze(2)), diffusers.EDMEulerScheduler().config.sigma_data
     mean, std = (
@@ -138,10 +129,10 @@ def by_cosmos(model, x):  # CosmosVideoToWorldPipeline.prepare_latents
 
 
 FORMULAS = {
-    "playground25": by_sdxl,
+    "playground25": by_scaled_moments,
     "flux1": by_flux,
     "kandinsky5": by_kandinsky,
-    "glm-image": by_glm,
+    "glm-image": by_moments,
     "flux2": by_flux2,
     "sana": by_sana,
     "wan21": by_moments,
@@ -150,7 +141,7 @@ FORMULAS = {
     "qwen-image-2.1": by_qwen21,
     "ltx": by_ltx,
     "ltx2": by_ltx,
-    "mochi": by_mochi,
+    "mochi": by_scaled_moments,
     "cosmos1": by_cosmos,
     **dict.fromkeys(("hunyuan-video", "hunyuan-video-1.5", "cogvideox", "cogvideox-5b", "easyanimate"), by_video_scale),
 }
@@ -193,9 +184,7 @@ def reconstruction(model, x):
 
 @pytest.mark.parametrize("class_name", EVERY_CLASS)
 def test_every_decoder_gives_its_features(class_name, tmp_path):
-    """A class whose decoder or stages are elsewhere or listed backwards, or whose blocks return a cache too; a gradient ending
-    at the decoder, hooks that stay, a weight that neither half counts; a class that works as an object alone, or statistics
-    that stay at their defaults when it is read from disk."""
+    """Stages elsewhere or backwards, hooks that stay, a gradient that ends; a class that works as an object alone."""
     save_class(class_name, tmp_path)
     codec = Codec(load_vae_model(tmp_path, "vae", None, "cpu", torch.float32), str(tmp_path))
     assert not codec.vae.loaded  # the space is known before the weights are read
@@ -314,8 +303,7 @@ def test_latents_that_are_no_picture_are_one_line():
 
 def test_translate_takes_what_a_pipeline_gives():
     """A helper that exists beside a translate that refuses the same latents."""
-    config = AlignConfig(("latent",), 16, 4, 8, 1)
-    pipeline = AlignPipeline(align_module(config).eval(), SPACES["flux1"], SPACES["sd15"])
+    pipeline = untrained("flux1", "sd15")
     tokens = torch.randn(1, 6, 64)
     latents = SPACES["flux1"].from_pipeline(tokens, (32, 48))
     assert torch.equal(pipeline.translate(tokens, size=(32, 48)), pipeline.translate(latents))

@@ -218,13 +218,8 @@ def programs(everything):
     return everything[1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Downloads
-
-
 def test_a_hub_id_is_downloaded_with_and_without_the_subfolder(loads):
-    """A subfolder that is required, or that never is looked at; .bin weights that are not asked for; an address refused; a
-    token pasted or read from a file with its line ends: an illegal header, and an error that quotes it in full."""
+    """A subfolder that is required or ignored, .bin weights or an address refused, a token with its line ends."""
     expected = {"flat": 4, "nested": 16, "other_variable": 16, "pickled": 4, "page": 4, "token_in_two_lines": 4}
     assert {name: loads.told[name].get("channels") for name in expected} == expected, loads.told
 
@@ -245,10 +240,6 @@ def test_a_cached_vae_needs_no_network(loads):
     assert "\n" not in text
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Token
-
-
 def test_the_token_arrives_as_a_bearer_header(loads):
     """Only one of the two variables read, or a token that is sent with half of the requests."""
 
@@ -262,8 +253,7 @@ def test_the_token_arrives_as_a_bearer_header(loads):
 
 
 def test_nobody_logs_in_and_the_token_is_neither_written_nor_printed(loads, programs):
-    """login() checks the token at /api/whoami-v2 and writes it below HF_HOME; a config or log that repeats the flags; an error
-    of the HTTP client that quotes the header."""
+    """login(), which writes the token below HF_HOME; a config, log or library's error that shows it."""
     assert not [path for _, path, _ in loads.seen if "whoami" in path]
     texts = [loads.output, loads.offline.output]
     texts += [ended.stdout + ended.stderr for ended in (programs.train, programs.eval, programs.gated)]
@@ -275,10 +265,6 @@ def test_nobody_logs_in_and_the_token_is_neither_written_nor_printed(loads, prog
         texts += [entry.read_bytes().decode(errors="replace") for entry in entries if entry.is_file()]
     for secret in (TOKEN, OTHER_TOKEN, BAD_TOKEN, PROXY_PASSWORD):
         assert not any(secret in text for text in texts)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What goes wrong
 
 
 @pytest.mark.parametrize(
@@ -313,14 +299,9 @@ def test_the_program_ends_with_one_line(programs):
     assert "licence" in line
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# --proxy and --cache_dir
-
-
 @pytest.mark.parametrize("name, token", [("train", TOKEN), ("eval", OTHER_TOKEN)], ids=["train", "eval"])
 def test_a_program_reaches_the_hub_through_the_proxy(programs, proxy, name, token):
-    """A --proxy that nothing reads, or that yields to the environment's: the hub's name resolves for the proxy alone; a
-    --cache_dir that reaches one program or one VAE only; telemetry or an update check that leaves the machine."""
+    """A --proxy that yields to the environment's, a --cache_dir for one VAE only, telemetry that leaves the machine."""
     ended, home = getattr(programs, name), programs.home / name
     assert ended.returncode == 0, ended.stderr
     assert {urlsplit(path).hostname for _, path, _ in proxy.seen} == {HUB_NAME}

@@ -11,9 +11,9 @@ import pytest
 import torch
 from hostile import refusal
 from pipelines import Payload, make_pipeline, save
+from runs import judge
 from safetensors.torch import load_file, save_file
 
-import eval_align
 from cache.build import CacheOptions, cache_latents
 from cache.read import CachedDataset
 from dataloader import ImageDataset
@@ -133,8 +133,7 @@ def test_a_vae_path_that_leads_nowhere_is_one_line(path, tmp_path, monkeypatch):
 
 
 def test_what_is_there_instead_of_a_vae_is_named(folder, tmp_path):
-    """A VAE under another name than the customary one, and a message that knows that one alone; a file that is not there
-    looked for on the hub."""
+    """A message that knows the customary name alone; a missing file looked for on the hub."""
     shutil.copytree(folder, tmp_path / "model" / "vae_1_0")
     refusal(lambda: load(tmp_path / "model"), "there are models in vae_1_0; name the VAE's as the subfolder")
     (tmp_path / "single").mkdir()
@@ -149,23 +148,14 @@ def test_a_library_that_cannot_be_imported_is_no_fault_of_the_config(folder, mon
     refusal(lambda: load(folder), "hostile_vae", "diffusers cannot be imported")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Beyond float16's range
-
-
 def test_no_vae_runs_in_float16(folder):
-    """NaN latents where activations exceed float16's range, and so a module trained on nothing; weights that were rounded to
-    float16 and back."""
+    """NaN latents where activations exceed float16's range; weights rounded to float16 and back."""
     weights(lambda tensors: tensors["encoder.conv_in.weight"].mul_(1e5))(folder)
     exact = Codec(load(folder))
     codec = Codec(load(folder, torch.float16))
     assert codec.vae.dtype == next(codec.vae.model.parameters()).dtype == torch.float32  # a CPU has no fast bfloat16
     assert torch.equal(codec.encode(images(2)), exact.encode(images(2)))
     assert Codec(load(folder).model.half()).encode(images(2)).isfinite().all()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Too little memory
 
 
 def real_lack_of_memory():
@@ -231,10 +221,7 @@ def test_a_cache_that_not_even_one_image_fits_is_one_line(vae_folders, photo_fol
 
 def test_an_evaluation_out_of_memory_is_one_line(vae_folders, photo_folders, tmp_path, monkeypatch):
     """The other program, whose batch is a flag."""
-    path = save(
-        make_pipeline(vae_folders["kl4"], vae_folders["kl16"]), tmp_path, config={"image_size": 16, "precision": "float32"}
-    )
+    config = {"image_size": 16, "precision": "float32"}
+    path = save(make_pipeline(vae_folders["kl4"], vae_folders["kl16"]), tmp_path, config=config)
     monkeypatch.setattr("evaluation.ladder.Ladder.reconstruct", lambda *_: real_lack_of_memory())
-    argv = ["--checkpoint", path, "--eval_data_dir", photo_folders[1], "--output_dir", tmp_path / "out", "--eval_batch_size", 3]
-    argv += ["--device", "cpu", "--num_workers", 0]
-    refusal(lambda: eval_align.main([str(item) for item in argv]), "out of memory while evaluating", "lower eval_batch_size")
+    refusal(lambda: judge(path, photo_folders[1], tmp_path), "out of memory while evaluating", "lower eval_batch_size")
