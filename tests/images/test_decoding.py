@@ -273,6 +273,10 @@ UNTURNABLE = with_exif(
 )
 
 
+def flipped(content, at):
+    return content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :]
+
+
 JPEG, GIF, TIFF = (encoded(form) for form in ("JPEG", "GIF", "TIFF"))
 TIFF_DIRECTORY = struct.unpack("<I", TIFF[4:8])[0]
 TEXT_BOMB = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100 << 20)))
@@ -289,7 +293,7 @@ def device(path):
 
 FILES = {  # kind: (file name, content or what makes it, USED or what the message says)
     "png called jpg": ("a.jpg", PNG, USED),
-    "png with a broken checksum": ("a.png", PNG[:-13] + b"\0" + PNG[-12:], "a.png"),
+    "png with a broken checksum": ("a.png", flipped(PNG, PNG.index(b"IDAT") + 8), "a.png"),
     "png of zero width": ("a.png", png(0, 9), "a.png"),
     "tiff whose directories form a ring": ("a.tif", TIFF[:-4] + struct.pack("<I", TIFF_DIRECTORY), USED),
     "bomb in a png": ("a.png", png(50_000, 50_000, png_chunk(b"IDAT", zlib.compress(b"0"))), "decompression bomb"),
