@@ -535,6 +535,8 @@ def lpips_network(device: torch.device | str) -> torch.nn.Module:
     """LPIPS with AlexNet (Zhang et al. 2018): two image batches (B, 3, H, W) in [-1, 1] -> distances; frozen, in eval mode,
     gradients flow to the images. Its AlexNet weights are downloaded once. UserError that says what to fetch when they
     cannot be had."""
+    if not importlib.util.find_spec("torchvision"):
+        raise UserError("needs torchvision, which is not installed (pip install torchvision)")
     from torchvision.models import AlexNet_Weights
 
     url = AlexNet_Weights.DEFAULT.url
