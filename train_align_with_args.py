@@ -1111,7 +1111,7 @@ def dry_run(
         encoding = (time.perf_counter() - started) / len(train_set) * images * views  # seconds in the whole run
         cached = sum(file.stat().st_size for file in Path(folder, "cache").rglob("*")) / len(train_set)  # bytes a view
         run = prepare_run(tried, pipeline, objective, accelerator, train_loader)
-        run.name = "align_dry_run"
+        run.name = f"align_{next_stamp(folder, 'align')}"
         writer = RunLog(Path(folder)) if accelerator.is_main_process else None
         ending.callback(writer.close if writer else lambda: None)
 

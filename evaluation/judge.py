@@ -13,6 +13,7 @@ from evaluation.ladder import Ladder, evaluate
 from evaluation.metrics import Measures
 from runtime.processes import is_main
 from utils import UserError
+from vae_align import is_finite
 from vaes.pipeline import PipelineWithVAEs, weights_digest
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,9 @@ class JudgedCheckpoint:
         """Its entry in metrics.json: the config as trained, without the URL of a proxy, which may hold a password."""
         config = self.content["config"] | self.content.get("trained_on", {})
         config = {name: value for name, value in config.items() if name != "proxy"}
+        training = self.content.get("training")
+        budget = training.get("budget") if isinstance(training, dict) else None  # a stranger's file may hold anything
+        seconds = budget.get("seconds") if isinstance(budget, dict) else None
         return {
             "row": self.rung,
             "name": self.path.stem,
@@ -42,7 +46,7 @@ class JudgedCheckpoint:
             "run": self.content.get("run"),
             "step": self.content["step"],
             "epoch": self.content["epoch"],
-            "seconds": self.content.get("training", {}).get("budget", {}).get("seconds"),
+            "seconds": seconds if is_finite(seconds) else None,
             "config": config,
         }
 

@@ -46,5 +46,5 @@ def test_taesd_to_taef1_trains_and_evaluates_with_the_shipped_config(shared, tmp
     ladder = metrics["ladder"]
     assert ladder["vae2"]["psnr"] > 20
     assert ladder["vae1"]["psnr"] > 18
-    assert ladder["vae2"]["psnr"] > ladder["reencode"]["psnr"] > ladder["aligned"]["psnr"]
+    assert ladder["vae2"]["psnr"] > ladder["aligned"]["psnr"] > ladder["reencode"]["psnr"]  # it starts at the shipped module
     assert all(math.isfinite(ladder["aligned"][name]) for name in ("latent_mse", "psnr", "ssim"))

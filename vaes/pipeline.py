@@ -441,8 +441,6 @@ def _check_content(content: dict) -> None:
     words = (content["config"].get("precision", ""), trained_on["device"], trained_on["precision"])
     if not isinstance(content["epoch"], (int, float)) or not all(isinstance(word, str) for word in words):
         raise TypeError
-    if not isinstance(content.get("training", {}).get("budget", {}), dict):
-        raise TypeError
     for name, tensor in weights.items():
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
             raise AlignError(f"its weights do not fit its own description ({name} holds no weights)")

@@ -223,5 +223,5 @@ def test_an_evaluation_out_of_memory_is_one_line(vae_folders, photo_folders, tmp
     """The other program, whose batch is a flag."""
     config = {"image_size": 16, "precision": "float32"}
     path = save(make_pipeline(vae_folders["kl4"], vae_folders["kl16"]), tmp_path, config=config)
-    monkeypatch.setattr("evaluation.ladder.Ladder.reconstruct", lambda *_: real_lack_of_memory())
+    monkeypatch.setattr("evaluation.ladder.Ladder.reconstruct", lambda *_, **__: real_lack_of_memory())
     refusal(lambda: judge(path, photo_folders[1], tmp_path), "out of memory while evaluating", "lower eval_batch_size")
