@@ -64,7 +64,8 @@ def open_checkpoints(
     """
     judged, first = [], None
     for number, (path, content) in enumerate(read, 1):
-        found = {place: content[place[:4]][place[5:]] if named is None else named for place, named in places.items()}
+        recorded = {place: content[place[:4]][place[5:]] for place in places}
+        found = {place: (recorded[place] if named is None else named) or "" for place, named in places.items()}
         first = first or found
         if found != first:
             vaes = " → ".join(str(found[place]) for place in ("vae1_path", "vae2_path"))
