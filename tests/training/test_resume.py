@@ -194,8 +194,8 @@ def test_a_run_that_gains_nothing_ends(flags, tmp_path, capsys):
 
 
 def test_a_folder_stands_for_one_module_whoever_reads_it(flags, tmp_path, capsys):
-    """A run's last module in place of its best, or the best's steps for the run's; an older run's best in place of a newer run's
-    only module, or of the run that was resumed last; another module for `from_pretrained` than for the programs; lines at the
+    """A run's last module in place of its best, or its steps for the run's; an older run's best in place of a newer run's
+    only module, or of the run resumed last; another module for `from_pretrained` than for the programs; lines at the
     end that cannot be run."""
     folder, judged = tmp_path / "ckpt", {**QUIET, "eval_frequency": 1, "learning_rate": 0.1, "max_train_steps": 6}
 
