@@ -181,8 +181,8 @@ class LatentSpace:
 
     def are_packed(self, latents: torch.Tensor, size: tuple[int, int] | None = None) -> bool:
         """Whether scaled latents of three dimensions are packed tokens (B, h·w, C), not one picture's (C, h, w): by a token's
-        length. Where both fit, they are packed only if the image's `size` is given."""
-        is_token = latents.shape[2] in (self.channels, 4 * self.channels)
+        length or a batch of one. Where both fit, they are packed only if the image's `size` is given."""
+        is_token = latents.shape[0] == 1 or latents.shape[2] in (self.channels, 4 * self.channels)
         return is_token and (size is not None or latents.shape[0] != self.channels)
 
     def frames_from_pipeline(self, latents: torch.Tensor) -> torch.Tensor:

@@ -245,10 +245,8 @@ def _limits(results: dict) -> list[str]:
     if results["images"] < FEW_IMAGES:
         found.append(f"Judged on {count_of(results['images'], 'image')} only; on others the figures will differ.")
     if results["unreadable"]:
-        first = "; ".join(results["unreadable"][:3])
-        found.append(
-            f"{count_of(len(results['unreadable']), 'file')} could not be read and had to be left out, such as {first}"
-        )
+        first = "; ".join(results["unreadable"][:3]) + "; …" * (len(results["unreadable"]) > 3)
+        found.append(f"{count_of(len(results['unreadable']), 'file')} could not be read and had to be left out: {first}")
     if results.get("enlarged"):
         images = count_of(results["enlarged"], "image")
         found.append(f"{images} of {results['images']} had to be enlarged to {results['image_size']} px, which adds no detail.")
