@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> dict:
     indices: place of each image in the data set; image_size: px; enlarged: number of images that were smaller;
     wrong_spaces, remarks: sentences on VAEs that are not the module's, or may not be, see `vaes.pipeline.compare_vaes`;
     checkpoint: the first one as it was given; checkpoints: [{row: its rung, name, path, weights: a digest, run, step,
-        epoch, seconds: what its training took, config}];
+        epoch, trained: the steps, epochs and seconds of its run and its last evaluations without gain, config}];
     verdict: see `verdict.verdict`; spectrum, histograms, left_out_metrics: see `judge.judge`;
     settings: {created, command, eval_data_dir, trained_image_size, vae1, vae2, device, precision, metrics, torch}.
 

@@ -181,8 +181,8 @@ class LatentSpace:
 
     def are_packed(self, latents: torch.Tensor, size: tuple[int, int] | None = None) -> bool:
         """Whether scaled latents of three dimensions are packed tokens (B, h·w, C), not one picture's (C, h, w): by a token's
-        length. Where both fit, they are packed only if the image's `size` is given."""
-        is_token = latents.shape[2] in (self.channels, 4 * self.channels)
+        length or a batch of one. Where both fit, they are packed only if the image's `size` is given."""
+        is_token = latents.shape[0] == 1 or latents.shape[2] in (self.channels, 4 * self.channels)
         return is_token and (size is not None or latents.shape[0] != self.channels)
 
     def frames_from_pipeline(self, latents: torch.Tensor) -> torch.Tensor:
@@ -688,9 +688,8 @@ class AlignPipeline:
             low, high = torch.stack(image.aminmax()).tolist()
             if (largest := max(-low, high)) > LARGEST_PIXEL:
                 raise AlignError(f"image values up to {largest:g}: pass values in [-1, 1], 8-bit levels by / 127.5 - 1")
-            if (
-                raw != "comfyui" and 0 <= low < 0.1 and 0.7 < high <= 1
-            ):  # in [-1, 1] no part of such a picture is darker than mid-grey
+            # in [-1, 1] no part of such a picture is darker than mid-grey
+            if raw != "comfyui" and 0 <= low < 0.1 and 0.7 < high <= 1:
                 self._remark("image", "no image value is below 0: pass values in [-1, 1], those in [0, 1] by * 2 - 1")
         if latents is not None:
             if latents.ndim == 5:

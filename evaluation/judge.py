@@ -35,9 +35,11 @@ class JudgedCheckpoint:
         """Its entry in metrics.json: the config as trained, without the URL of a proxy, which may hold a password."""
         config = self.content["config"] | self.content.get("trained_on", {})
         config = {name: value for name, value in config.items() if name != "proxy"}
-        training = self.content.get("training")
-        budget = training.get("budget") if isinstance(training, dict) else None  # a stranger's file may hold anything
-        seconds = budget.get("seconds") if isinstance(budget, dict) else None
+        newest = self.content.get("newest", self.content)
+        training = newest["training"] if isinstance(newest.get("training"), dict) else {}  # a stranger's may hold anything
+        budget = training["budget"] if isinstance(training.get("budget"), dict) else {}
+        trained = {"steps": newest["step"], "epochs": newest["epoch"], "seconds": budget.get("seconds")}
+        trained["without_gain"] = training.get("without_gain")
         return {
             "row": self.rung,
             "name": self.path.stem,
@@ -46,7 +48,7 @@ class JudgedCheckpoint:
             "run": self.content.get("run"),
             "step": self.content["step"],
             "epoch": self.content["epoch"],
-            "seconds": seconds if is_finite(seconds) else None,
+            "trained": {name: value if is_finite(value) else None for name, value in trained.items()},
             "config": config,
         }
 

@@ -222,18 +222,21 @@ def _weaknesses(results: dict, answer: str, gains: tuple[Gain, ...]) -> list[str
 
 
 def _short_training(checkpoint: dict) -> list[str]:
-    """That the training was short, and how it goes on, where its checkpoint tells; see `JudgedCheckpoint.description`."""
-    step, epoch, config = checkpoint["step"], checkpoint["epoch"] or 0, checkpoint["config"]
-    numbers = {name: value for name, value in (config | checkpoint).items() if is_finite(value)}
+    """That the training was short, and how it goes on, where its checkpoint tells; see `JudgedCheckpoint.description`. Not if
+    it had ended by `patience`."""
+    trained, config = checkpoint["trained"], checkpoint["config"]
+    step, epoch, seconds = trained["steps"], trained["epochs"] or 0, trained["seconds"]
+    numbers = {name: value for name, value in config.items() if is_finite(value)}
     enough = max(SHORT_STEPS, SHORT_WARMUPS * numbers.get("warmup_steps", 0))
-    if not config or not 0 < step < enough:
+    ended = 0 < numbers.get("patience", 0) <= (trained["without_gain"] or 0)
+    if not config or seconds is None or ended or not 0 < step < enough:
         return []
-    minutes = numbers.get("seconds", 0) / 60 * min(1, 10 * step / enough)  # then ten times as long: few steps tell no pace
+    minutes = seconds / 60 * min(1, 10 * step / enough)  # then ten times as long: few steps tell no pace
     used = {"max_train_steps": step} | ({"minutes": minutes} if numbers.get("minutes") else {"epochs": epoch})
     wanted = {name: math.ceil(spent * enough / step) for name, spent in used.items()}
     flags = "".join(f" --{name} {value}" for name, value in wanted.items() if 0 < numbers.get(name, 0) < value)
-    trained = f"It was trained for only {count_of(step, 'step')} ({epoch:.1f} epochs)"
-    return [f"{trained}; to go on: python train_align_with_args.py … --resume{flags}"]
+    said = f"It was trained for only {count_of(step, 'step')} ({epoch:.1f} epochs)"
+    return [f"{said}; to go on: python train_align_with_args.py … --resume{flags}"]
 
 
 def _limits(results: dict) -> list[str]:
@@ -242,10 +245,8 @@ def _limits(results: dict) -> list[str]:
     if results["images"] < FEW_IMAGES:
         found.append(f"Judged on {count_of(results['images'], 'image')} only; on others the figures will differ.")
     if results["unreadable"]:
-        first = "; ".join(results["unreadable"][:3])
-        found.append(
-            f"{count_of(len(results['unreadable']), 'file')} could not be read and had to be left out, such as {first}"
-        )
+        first = "; ".join(results["unreadable"][:3]) + "; …" * (len(results["unreadable"]) > 3)
+        found.append(f"{count_of(len(results['unreadable']), 'file')} could not be read and had to be left out: {first}")
     if results.get("enlarged"):
         images = count_of(results["enlarged"], "image")
         found.append(f"{images} of {results['images']} had to be enlarged to {results['image_size']} px, which adds no detail.")

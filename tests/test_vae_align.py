@@ -140,6 +140,7 @@ UNFIT = {  # (inputs of the module, latents, image, what the message says)
     "an image of another size": (("image", "latent"), LATENTS, torch.zeros(1, 3, 72, 48), "72x48"),
     "an image off the grid": (("image",), None, torch.zeros(1, 3, 70, 40), "multiple"),
     "latents of two dimensions": (("latent",), torch.zeros(4, 4), None, "(4, 4)"),
+    "another space's packed latents": (("latent",), torch.zeros(1, 16, 64), None, "(1, 16, 64): tokens of"),
     "8-bit levels": (("image", "latent"), LATENTS, IMAGE + 200, "up to 200"),
     "batches that differ": (("image", "latent"), LATENTS, torch.zeros(2, 3, 72, 40), "2 images"),
     "whole numbers": (("latent",), torch.zeros(1, 4, 4, 4, dtype=torch.int64), None, "int64"),

@@ -38,7 +38,7 @@ from vae_align import (
     warn_of_half,
 )
 from vaes.codec import Codec, same_numbers
-from vaes.loading import FrozenVAE, load_vae_model
+from vaes.loading import load_vae_model
 
 log = logging.getLogger(__name__)
 
@@ -92,14 +92,6 @@ class PipelineWithVAEs(AlignPipeline):
     @property
     def codec2(self) -> Codec:
         return self._codec(2)
-
-    @property
-    def vae1(self) -> FrozenVAE:
-        return self.codec1.vae
-
-    @property
-    def vae2(self) -> FrozenVAE:
-        return self.codec2.vae
 
     def to(self, device: str | torch.device) -> PipelineWithVAEs:
         """Move the module and the VAEs; the module stays in float32, in which it trains."""
@@ -336,16 +328,17 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
 
 def module_in(folder: str | os.PathLike, level: int = logging.INFO) -> tuple[Path, dict]:
     """(path, content) of the module that a folder stands for: the best one of the run that wrote its newest file, else its
-    newest checkpoint, else its `model.safetensors`. The log names it, at this level, and every damaged file that is left out.
-    AlignError if nothing is left."""
+    newest checkpoint, else its `model.safetensors`. Beside a best one the content has `newest`, that of the run's newest file.
+    The log names it, at this level, and every damaged file that is left out. AlignError if nothing is left."""
     failure = f"no {CHECKPOINT_PREFIX}_YYYYMMDD_HHMMSS.pth and no {PRETRAINED_NAME} in this folder"
     found = [*checkpoints_in(folder, BEST_PREFIX), *Path(folder).glob(PRETRAINED_NAME)]
     others = sorted(path.name for path in Path(folder).glob("*") if path.suffix in (".pth", ".safetensors"))
     remedy = "" if found or not others else f"; to use {', '.join(others[-2:])} name the file"
+    newest = {}
     while found:
         path = found.pop(0)
         try:
-            content = read_checkpoint(path)
+            content = read_checkpoint(path) | newest
         except AlignError as error:
             failure = str(error)
             if found:
@@ -355,7 +348,7 @@ def module_in(folder: str | os.PathLike, level: int = logging.INFO) -> tuple[Pat
         if best not in found:
             log.log(level, "%s: its %s, step %d", folder, path.name, content["step"])
             return path, content
-        found = [best, path]
+        found, newest = [best, path], {"newest": content}
     raise AlignError(f"checkpoint {folder}: {failure}{remedy}")
 
 
@@ -427,6 +420,7 @@ def _check_content(content: dict) -> None:
     config, weights = AlignConfig.from_dict(content["align_config"]), content["state_dict"]
     if not all(isinstance(content[name], dict) for name in ("state_dict", "vae1", "vae2", "config", "metrics")):
         raise TypeError
+    content.pop("newest", None)  # which only `module_in` adds
     for name, side in (("vae1", "latent"), ("vae2", "out")):
         recorded = content[name]
         if not all(isinstance(recorded.get(part), (str, type(None))) for part in ("path", "subfolder", "content")):

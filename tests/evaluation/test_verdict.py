@@ -72,17 +72,20 @@ def test_training_was_in_vain_only_where_neither_metric_gained(rung, psnr, dista
 
 
 def test_a_short_training_is_named_as_the_cause():
-    """A bad figure with no way on; a long training, or one that is ahead, called too short; minutes that are spent already."""
+    """A bad figure with no way on; a long training, one that is ahead, or one without gain called too short; minutes that are
+    spent already; a module without its training, such as a best one of a long run."""
 
-    def flags(step, config, gain=-3.0, linear=20.0):
-        checkpoint = {"step": step, "epoch": 2.3, "seconds": 180.0, "config": config}
+    def flags(step, config, gain=-3.0, linear=20.0, seconds=180.0):
+        trained = {"steps": step, "epochs": 2.3, "seconds": seconds, "without_gain": 3}
+        checkpoint = {"step": 60, "epoch": 2.0, "trained": trained, "config": config}
         results = results_of([gain] * 40, others={"linear": (linear, 0.2)}, checkpoints=[checkpoint])
         said = [sentence for sentence in verdict(results)["weaknesses"] if f"for only {step} step" in sentence]
         return [sentence.partition("--resume")[2] for sentence in said]
 
     assert flags(69, {"minutes": 3.0, "epochs": 100, "warmup_steps": 20}) == [" --minutes 22"]
     assert flags(1, {"minutes": 3.0}) == [" --minutes 30"]  # one step tells no pace
-    assert flags(69, {"minutes": 60.0}) == [""]
+    assert flags(69, {"minutes": 60.0, "patience": 4}) == [""]
+    assert flags(69, {"minutes": 60.0, "patience": 3}) == flags(69, {"minutes": 3.0}, seconds=None) == []
     limits = {"epochs": 3, "max_train_steps": 100, "warmup_steps": 200}
     assert flags(100, limits, gain=1.0, linear=30.0) == [" --max_train_steps 1000 --epochs 23"]
     assert flags(500, {"minutes": 3.0}) == flags(69, {"minutes": 3.0}, gain=1.0) == []

@@ -17,10 +17,11 @@ from runs import QUIET, assert_same_tensors, end_after, results_of, same_weights
 
 import train_align_with_args as train_script
 from dataloader import WorkersLost
+from evaluation.judge import JudgedCheckpoint
 from training import checkpoint
 from utils import StopWaiting
 from vae_align import AlignPipeline
-from vaes.pipeline import module_in
+from vaes.pipeline import PipelineWithVAEs, module_in
 
 KINDS = {
     "cached": {"ema_decay": 0.9, "scheduler": "cosine", "eval_frequency": 1, "reencode_target": 0.5, "decoder_loss_start": 0.5,
@@ -193,8 +194,9 @@ def test_a_run_that_gains_nothing_ends(flags, tmp_path, capsys):
 
 
 def test_a_folder_stands_for_one_module_whoever_reads_it(flags, tmp_path, capsys):
-    """A run's last module in place of its best; an older run's best in place of a newer run's only module, or of the run that
-    was resumed last; another module for `from_pretrained` than for the programs; lines at the end that cannot be run."""
+    """A run's last module in place of its best, or its steps for the run's; an older run's best in place of a newer run's
+    only module, or of the run resumed last; another module for `from_pretrained` than for the programs; lines at the
+    end that cannot be run."""
     folder, judged = tmp_path / "ckpt", {**QUIET, "eval_frequency": 1, "learning_rate": 0.1, "max_train_steps": 6}
 
     def file_of_all():
@@ -207,6 +209,9 @@ def test_a_folder_stands_for_one_module_whoever_reads_it(flags, tmp_path, capsys
     first = train(flags, tmp_path, **judged)  # it gets worse from its first evaluation on
     best, step = file_of_all()
     assert step < first.last["step"] and best.name.startswith("align_best")
+    found = JudgedCheckpoint("aligned", "aligned", *module_in(folder), PipelineWithVAEs.from_checkpoint(best)).description()
+    trained = found["trained"]
+    assert (found["step"], trained["steps"], trained["epochs"]) == (step, 6, first.last["epoch"]) and trained["seconds"] > 0
     said = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
     assert eval(said["to use"].partition(", by ")[2], {"AlignPipeline": AlignPipeline}).config.hidden_channels == 8
     assert said["to judge"] == f"python eval_align.py --checkpoint {folder} --eval_data_dir {flags['eval_data_dir']}"
