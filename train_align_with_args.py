@@ -992,8 +992,7 @@ def training_loop(
                             skipped_steps=run.bad_steps.total,
                             gradient_scale=accelerator.scaler.get_scale() if accelerator.scaler else math.nan,
                         )
-                        form = "{:.2f} dB" if run.best and "psnr" in run.best["by"] else "{:.4f}"
-                        best = {"best": form.format(run.best["value"])} if run.best else {}
+                        best = {"best": f"{run.best['psnr']:.2f} dB"} if run.best and run.best.get("psnr") else {}
                         ends = time_of_day(budget.seconds_left(run.step))
                         bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{rate:.1f}", **best, ends=ends)
             bar.update()

@@ -67,10 +67,9 @@ class Run:
         step: optimizer steps done. saved_at: the step of the newest checkpoint, -1 without one.
         metrics: the newest evaluation, {rung: {metric: value}}. fixed: the rungs that training cannot move.
         places: each process's place in a stream of images; None where the step alone tells it.
-        last: path of the newest checkpoint. best: {"value", "step", "by": its metric, "images": a digest of those that it was
-            measured on, "first": the figures of `AXES` at the first evaluation} of the best one. without_gain: evaluations
-            since then. own: names of the checkpoints in `folder` that this run wrote and may delete, oldest
-            first.
+        last: path of the newest checkpoint. best: {"value", "step", "psnr", "by": its metric, "images": a digest of those that
+            it was measured on, "first": the figures of `AXES` at the first evaluation} of the best one. without_gain:
+            evaluations since then. own: names of the checkpoints in `folder` that this run wrote and may delete, oldest first.
         last_inputs: the module's inputs in the last step.
     """
 
@@ -216,7 +215,7 @@ class Run:
         if value is None or (self.best and sign * value <= sign * self.best["value"]):
             self.without_gain += 1
             return False
-        self.best = {"value": value, "step": self.step, "first": first} | on
+        self.best = {"value": value, "step": self.step, "psnr": aligned["psnr"], "first": first} | on
         self.without_gain = 0
         return True
 

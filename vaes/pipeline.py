@@ -38,7 +38,7 @@ from vae_align import (
     warn_of_half,
 )
 from vaes.codec import Codec, same_numbers
-from vaes.loading import load_vae_model
+from vaes.loading import FrozenVAE, load_vae_model
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,14 @@ class PipelineWithVAEs(AlignPipeline):
     @property
     def codec2(self) -> Codec:
         return self._codec(2)
+
+    @property
+    def vae1(self) -> FrozenVAE:
+        return self.codec1.vae
+
+    @property
+    def vae2(self) -> FrozenVAE:
+        return self.codec2.vae
 
     def to(self, device: str | torch.device) -> PipelineWithVAEs:
         """Move the module and the VAEs; the module stays in float32, in which it trains."""
