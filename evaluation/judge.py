@@ -14,7 +14,7 @@ from evaluation.metrics import Measures
 from runtime.processes import is_main
 from utils import UserError
 from vae_align import is_finite
-from vaes.pipeline import PipelineWithVAEs, weights_digest
+from vaes.pipeline import PipelineWithVAEs, spaces_of, weights_digest
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def open_checkpoints(
     read: list[tuple[Path, dict]], places: dict, device: torch.device, dtype: torch.dtype, cache_dir, labels
 ) -> list[JudgedCheckpoint]:
     """The checkpoints that were `read`, [(path, content)], with their VAEs; they share the first one's. UserError when one goes
-    between other VAEs than the first.
+    between other VAEs than the first, unless both name the same latent spaces.
 
     Args:
         places: {one of `PLACES`: the place to use; None: the one that the checkpoints record}.
@@ -68,10 +68,13 @@ def open_checkpoints(
     for number, (path, content) in enumerate(read, 1):
         recorded = {place: content[place[:4]][place[5:]] for place in places}
         found = {place: (recorded[place] if named is None else named) or "" for place, named in places.items()}
-        first = first or found
-        if found != first:
+        spaces = [space.name for space in spaces_of(content)]
+        first = first or (found, spaces)
+        if found != first[0]:
             vaes = " → ".join(str(found[place]) for place in ("vae1_path", "vae2_path"))
-            raise UserError(f"{labels[0]} {path}: goes between other VAEs ({vaes}) than the first one; judge it by itself")
+            if not all(spaces) or spaces != first[1]:
+                raise UserError(f"{labels[0]} {path}: goes between other VAEs ({vaes}) than the first one; judge it by itself")
+            log.info("%s: made with %s; judged with the first one's VAEs, of the same latent spaces", path, vaes)
         opened = judged and judged[0].pipeline
         vaes = [opened.codec1.vae, opened.codec2.vae] if opened else [places["vae1_path"], places["vae2_path"]]
         options = {"vae1_subfolder": places["vae1_subfolder"], "vae2_subfolder": places["vae2_subfolder"]}
