@@ -325,6 +325,8 @@ def resolve(args: argparse.Namespace) -> tuple[Settings, tuple[Path, dict] | Non
     names a flag that contradicts another or the machine.
     """
     use_proxy(args.proxy)
+    if "eval_data_dir" in args.typed_flags or args.streaming:  # before a run to resume, which had it so, is compared
+        args = argparse.Namespace(**vars(args) | {"hold_out": 0.0})
     values = dict(vars(args))
     with naming("--device"):
         device = resolve_device(args.device, "device" in args.typed_flags)
@@ -343,8 +345,6 @@ def resolve(args: argparse.Namespace) -> tuple[Settings, tuple[Path, dict] | Non
     if values["streaming"] and values["cache_latents"]:
         log.info("--streaming: images are encoded as they come, there is no latent cache")
         values["cache_latents"] = False
-    if not values["resume"] and ("eval_data_dir" in args.typed_flags or values["streaming"]):
-        values["hold_out"] = 0.0
     settings = Settings(values)
     check_flags(settings, fresh=start is None)
     folders = [name for name, read in (("train", not settings.streaming), ("eval", not settings.hold_out)) if read]
@@ -388,6 +388,8 @@ def settings_of_run(args: argparse.Namespace, path: Path, content: dict) -> dict
         elif name in MAY_CHANGE:
             if not given:
                 found[name] = value
+        elif name == "hold_out" and value and "eval_data_dir" in args.typed_flags:
+            raise UserError("--eval_data_dir: the run to resume judges by some of its training images; leave the flag out")
         elif given and (name == "out_channels" or (name == "precision" and args.precision == trained_on.get("precision"))):
             continue  # VAE2 tells its channels; the precision may be that of the training instead of the one asked for
         elif given and _comparable(getattr(args, name)) != _comparable(value):
@@ -627,10 +629,10 @@ def open_datasets(args: argparse.Namespace) -> tuple[dataloader.ImageDataset, da
     dataloader.require_memory(args.eval_batch_size, args.image_size, "--eval_batch_size")
     if needs_pixels(args) or not args.cache_latents:
         dataloader.require_memory(args.train_batch_size, args.image_size, "--train_batch_size")
-    datasets, held_out = [], None
+    datasets, held_out, label = [], None, ""
     for name, train in (("train_data_dir", True), ("eval_data_dir", False)):
         folder = getattr(args, name)
-        label = f"--{name} {folder}"
+        label = label if held_out else f"--{name} {folder}"
         if train and args.streaming:
             with dataloader.waiting_for(folder):
                 stream = dataloader.open_stream(folder, f"--{name}", args.cache_dir)
@@ -934,7 +936,7 @@ def training_loop(
                     is_best = run.note_if_best()
                     if args.patience and run.without_gain >= args.patience and not last:
                         log.info("no gain in %s: the run ends", count_of(run.without_gain, "evaluation"))
-                        budget.stop(run.step)
+                        budget.end = run.step
                         last, draws = True, args.visualize_frequency > 0
                     if writer:
                         with budget.timed("statistics"):
@@ -1104,7 +1106,8 @@ def dry_run(
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ending:
         tried = settings.but(
             minutes=0.0, log_frequency=10**9, cache_views=1, save_frequency=0, save_steps=0, save_dir=folder,
-            config_save_path="", latent_cache_dir=f"{folder}/cache",
+            config_save_path="", latent_cache_dir=f"{folder}/cache", patience=0,
+            init="random" if settings.resume or settings.load_checkpoint else settings.init,  # it has these weights
         )  # fmt: skip
         started = time.perf_counter()
         train_loader, _ = create_data_loaders(tried, *vaes, accelerator, (train_set, eval_set))
@@ -1121,7 +1124,7 @@ def dry_run(
             loaders = create_data_loaders(tried, *vaes, accelerator, few)
             run.step, run.saved_at, run.last, run.fixed.figures, run.budget = 0, -1, None, {}, Budget(steps)
             evaluates, draws = (min(1, batches, often) for often in (settings.eval_frequency, settings.visualize_frequency))
-            changed = tried.but(eval_frequency=evaluates, visualize_frequency=draws)
+            changed = tried.but(eval_frequency=10**9 * evaluates, visualize_frequency=10**9 * draws)  # at both ends
             with StopRequest() as stop:
                 training_loop(changed, run, *loaders, writer, generator, StepProfile(0, accelerator.device, None), stop)
             return run.budget

@@ -119,10 +119,6 @@ class Budget:
             self._warn("evaluations would take over a third of the time, so some are left out")
         return affords and seconds + 2 * reserve <= 60 * self.minutes
 
-    def stop(self, step: int) -> None:
-        """End the run after `step` steps."""
-        self.end = step
-
     def look(self, step: int, accelerator, kind=None) -> None:
         """At times measure the pace and, with limited time, move the end. All processes find the same end.
 
