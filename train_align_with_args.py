@@ -173,7 +173,7 @@ def build_parser() -> Parser:
     group.add_argument("--shuffle_buffer", type=integer(1), default=1000,
                        help="images that a process takes from a stream at a time and shuffles; 1: as they come")  # fmt: skip
     group.add_argument("--epoch_images", type=integer(0), default=0,
-                       help="images of a stream that count as an epoch; 0: as many as it says it has, or 10000")  # fmt: skip
+                       help="images of a stream that count as an epoch; 0: the number that it states, or 10000")  # fmt: skip
     parser.add_switch(group, "random_flip", True, "mirror half of the training images")
     parser.add_switch(group, "cache_latents", True, "encode each training image once and keep its latents on disk")
     group.add_argument("--cache_views", type=integer(1, 1000), default=4,
@@ -204,7 +204,7 @@ def build_parser() -> Parser:
     group.add_argument("--ema_decay", type=real(0, 0.99999), default=0.0,
                        help="per step, of the averaged weights that are judged and saved; 0: no averaging")  # fmt: skip
     group.add_argument("--max_bad_steps", type=integer(1), default=10,
-                       help="stop after so many in a row whose loss or gradient is not finite; fewer are skipped")  # fmt: skip
+                       help="steps in a row without finite loss and gradient that end the run; fewer are skipped")  # fmt: skip
     parser.add_switch(group, "compile", False, "torch.compile the module: slower to start, faster to run")
 
     group = parser.add_argument_group("schedule")
@@ -244,7 +244,7 @@ def build_parser() -> Parser:
                        help="steps whose time is taken part by part, soon after the start; 0: none")  # fmt: skip
     group.add_argument("--eval_frequency", type=integer(0), default=1, help="epochs between evaluations; 0: never")
     group.add_argument("--save_frequency", type=integer(0), default=1, help="epochs between checkpoints; 0: only at the end")
-    group.add_argument("--save_steps", type=integer(0), default=0, help="also a checkpoint every so many steps; 0: none")
+    group.add_argument("--save_steps", type=integer(0), default=0, help="steps between further checkpoints; 0: none")
     group.add_argument("--keep_last", type=integer(0), default=0, help="checkpoints of this run to keep; 0: all")
     group.add_argument("--best_metric", choices=BEST_METRICS, default="psnr",
                        help="by which the best checkpoint is kept; both: PSNR and ST-LPIPS (VGG)")  # fmt: skip
