@@ -682,7 +682,7 @@ def hold_out(source, share: float, seed: int, label: str) -> tuple[SomeImages, S
     UserError, which begins with `label`, if there is only one image."""
     if len(source) < 2:
         raise UserError(f"{label}: one image cannot be held out and trained on; add images")
-    held = min(max(1, round(share * len(source))), MOST_HELD_OUT)
+    held = min(max(1, round(share * len(source))), len(source) - 1, MOST_HELD_OUT)
     order = np.random.default_rng(seed).permutation(len(source))
     return SomeImages(source, np.sort(order[held:])), SomeImages(source, np.sort(order[:held]))
 

@@ -84,10 +84,10 @@ from utils import (
     resolve_precision,
     write_json,
 )
-from vae_align import ARCHITECTURES, CHECKPOINT_PREFIX, AlignConfig, align_module
+from vae_align import ARCHITECTURES, CHECKPOINT_PREFIX, AlignConfig, align_module, detect_wrong_space
 from vaes.codec import Codec, SeenThrough, good_image_size
 from vaes.loading import load_vae_model
-from vaes.pipeline import PipelineWithVAEs, read_checkpoint, require_memory_for, spaces_of
+from vaes.pipeline import PipelineWithVAEs, encoded_batches, read_checkpoint, require_memory_for, spaces_of
 
 __all__ = [  # the functions of the specification
     "create_align_pipeline", "create_data_loaders", "evaluate_and_log", "get_dtype", "get_loss_function", "load_config",
@@ -173,7 +173,7 @@ def build_parser() -> Parser:
     group.add_argument("--shuffle_buffer", type=integer(1), default=1000,
                        help="images that a process takes from a stream at a time and shuffles; 1: as they come")  # fmt: skip
     group.add_argument("--epoch_images", type=integer(0), default=0,
-                       help="images of a stream that count as an epoch; 0: as many as it says it has, or 10000")  # fmt: skip
+                       help="images of a stream that count as an epoch; 0: the number that it states, or 10000")  # fmt: skip
     parser.add_switch(group, "random_flip", True, "mirror half of the training images")
     parser.add_switch(group, "cache_latents", True, "encode each training image once and keep its latents on disk")
     group.add_argument("--cache_views", type=integer(1, 1000), default=4,
@@ -204,7 +204,7 @@ def build_parser() -> Parser:
     group.add_argument("--ema_decay", type=real(0, 0.99999), default=0.0,
                        help="per step, of the averaged weights that are judged and saved; 0: no averaging")  # fmt: skip
     group.add_argument("--max_bad_steps", type=integer(1), default=10,
-                       help="stop after so many in a row whose loss or gradient is not finite; fewer are skipped")  # fmt: skip
+                       help="steps in a row without finite loss and gradient that end the run; fewer are skipped")  # fmt: skip
     parser.add_switch(group, "compile", False, "torch.compile the module: slower to start, faster to run")
 
     group = parser.add_argument_group("schedule")
@@ -244,7 +244,7 @@ def build_parser() -> Parser:
                        help="steps whose time is taken part by part, soon after the start; 0: none")  # fmt: skip
     group.add_argument("--eval_frequency", type=integer(0), default=1, help="epochs between evaluations; 0: never")
     group.add_argument("--save_frequency", type=integer(0), default=1, help="epochs between checkpoints; 0: only at the end")
-    group.add_argument("--save_steps", type=integer(0), default=0, help="also a checkpoint every so many steps; 0: none")
+    group.add_argument("--save_steps", type=integer(0), default=0, help="steps between further checkpoints; 0: none")
     group.add_argument("--keep_last", type=integer(0), default=0, help="checkpoints of this run to keep; 0: all")
     group.add_argument("--best_metric", choices=BEST_METRICS, default="psnr",
                        help="by which the best checkpoint is kept; both: PSNR and ST-LPIPS (VGG)")  # fmt: skip
@@ -325,6 +325,8 @@ def resolve(args: argparse.Namespace) -> tuple[Settings, tuple[Path, dict] | Non
     names a flag that contradicts another or the machine.
     """
     use_proxy(args.proxy)
+    if "eval_data_dir" in args.typed_flags or args.streaming:  # before a run to resume, which had it so, is compared
+        args = argparse.Namespace(**vars(args) | {"hold_out": 0.0})
     values = dict(vars(args))
     with naming("--device"):
         device = resolve_device(args.device, "device" in args.typed_flags)
@@ -343,8 +345,6 @@ def resolve(args: argparse.Namespace) -> tuple[Settings, tuple[Path, dict] | Non
     if values["streaming"] and values["cache_latents"]:
         log.info("--streaming: images are encoded as they come, there is no latent cache")
         values["cache_latents"] = False
-    if not values["resume"] and ("eval_data_dir" in args.typed_flags or values["streaming"]):
-        values["hold_out"] = 0.0
     settings = Settings(values)
     check_flags(settings, fresh=start is None)
     folders = [name for name, read in (("train", not settings.streaming), ("eval", not settings.hold_out)) if read]
@@ -388,6 +388,8 @@ def settings_of_run(args: argparse.Namespace, path: Path, content: dict) -> dict
         elif name in MAY_CHANGE:
             if not given:
                 found[name] = value
+        elif name == "hold_out" and value and "eval_data_dir" in args.typed_flags:
+            raise UserError("--eval_data_dir: the run to resume judges by some of its training images; leave the flag out")
         elif given and (name == "out_channels" or (name == "precision" and args.precision == trained_on.get("precision"))):
             continue  # VAE2 tells its channels; the precision may be that of the training instead of the one asked for
         elif given and _comparable(getattr(args, name)) != _comparable(value):
@@ -627,10 +629,10 @@ def open_datasets(args: argparse.Namespace) -> tuple[dataloader.ImageDataset, da
     dataloader.require_memory(args.eval_batch_size, args.image_size, "--eval_batch_size")
     if needs_pixels(args) or not args.cache_latents:
         dataloader.require_memory(args.train_batch_size, args.image_size, "--train_batch_size")
-    datasets, held_out = [], None
+    datasets, held_out, label = [], None, ""
     for name, train in (("train_data_dir", True), ("eval_data_dir", False)):
         folder = getattr(args, name)
-        label = f"--{name} {folder}"
+        label = label if held_out else f"--{name} {folder}"
         if train and args.streaming:
             with dataloader.waiting_for(folder):
                 stream = dataloader.open_stream(folder, f"--{name}", args.cache_dir)
@@ -789,7 +791,14 @@ def prepare_run(
 
 
 def start_module(pipeline: PipelineWithVAEs, args: argparse.Namespace, train_loader, accelerator, start=None) -> None:
-    """Give the module of a new run the weights of --init, unless it has those of the checkpoint `start`."""
+    """Give the module of a new run the weights of --init, unless it has those of the checkpoint `start`. Warn of a VAE whose
+    latents are not those of its named space: a recipe names the spaces of its own VAEs."""
+    for inputs, target, _ in encoded_batches(pipeline, train_loader, accelerator, 1):
+        for vae, latents, space in (("vae1", inputs.get("latents"), pipeline.space1), ("vae2", target, pipeline.space2)):
+            found = None if latents is None else detect_wrong_space(latents, space)
+            if found:
+                found = found if vae == "vae1" else found.replace("takes", "gives", 1)
+                log.warning("--%s_path %s: %s", vae, getattr(args, f"{vae}_path"), found)
     shipped = start_from_shipped(pipeline) if args.init == "shipped" and not start else None
     if pipeline.uses_latents and not pipeline.module.has_ridge:
         fit_ridge(pipeline, train_loader, accelerator)
@@ -934,7 +943,7 @@ def training_loop(
                     is_best = run.note_if_best()
                     if args.patience and run.without_gain >= args.patience and not last:
                         log.info("no gain in %s: the run ends", count_of(run.without_gain, "evaluation"))
-                        budget.stop(run.step)
+                        budget.end = run.step
                         last, draws = True, args.visualize_frequency > 0
                     if writer:
                         with budget.timed("statistics"):
@@ -1103,7 +1112,8 @@ def dry_run(
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ending:
         tried = settings.but(
             minutes=0.0, log_frequency=10**9, cache_views=1, save_frequency=0, save_steps=0, save_dir=folder,
-            config_save_path="", latent_cache_dir=f"{folder}/cache",
+            config_save_path="", latent_cache_dir=f"{folder}/cache", patience=0,
+            init="random" if settings.resume or settings.load_checkpoint else settings.init,  # it has these weights
         )  # fmt: skip
         started = time.perf_counter()
         train_loader, _ = create_data_loaders(tried, *vaes, accelerator, (train_set, eval_set))
@@ -1120,7 +1130,7 @@ def dry_run(
             loaders = create_data_loaders(tried, *vaes, accelerator, few)
             run.step, run.saved_at, run.last, run.fixed.figures, run.budget = 0, -1, None, {}, Budget(steps)
             evaluates, draws = (min(1, batches, often) for often in (settings.eval_frequency, settings.visualize_frequency))
-            changed = tried.but(eval_frequency=evaluates, visualize_frequency=draws)
+            changed = tried.but(eval_frequency=10**9 * evaluates, visualize_frequency=10**9 * draws)  # at both ends
             with StopRequest() as stop:
                 training_loop(changed, run, *loaders, writer, generator, StepProfile(0, accelerator.device, None), stop)
             return run.budget

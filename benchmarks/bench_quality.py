@@ -152,7 +152,7 @@ def main():
     judged.add_argument("--eval_data_dir")
     judged.add_argument("--until", choices=["better_than_reencode"], help="say how long it took until then")
     parser.add_argument("--recipe", default="taesd_to_taef1", help="a config's name")
-    parser.add_argument("--shipped", default="assets/pretrained/taesd_to_taef1.safetensors",
+    parser.add_argument("--shipped", default="taesd_to_taef1",
                         help="the module that the recipe starts from, or a pair such as sd15:flux1")  # fmt: skip
     parser.add_argument("--photos", type=int, nargs="+", help="numbers of training photos (default: all)")
     parser.add_argument("--minutes", type=float, nargs="+", required=True, help="of training, the cache already built")

@@ -313,8 +313,8 @@ def test_images_that_must_be_enlarged_are_counted(tmp_path, caplog):
 
 
 def test_held_out_images_are_not_trained_on(flags, photo_folders):
-    """Catches a module that is judged by what it was trained on, a draw that a resumed run does not make again, and a typed
-    --eval_data_dir that is not looked at."""
+    """Catches a module that is judged by what it was trained on, a share that leaves none to train on, a draw that a resumed
+    run does not make again, and a typed --eval_data_dir that is not looked at."""
     flags |= {"hold_out": 0.4}
     typed, *_ = resolve(parse_args(as_argv(flags)))
     assert typed.hold_out == 0
@@ -329,5 +329,7 @@ def test_held_out_images_are_not_trained_on(flags, photo_folders):
     many = find_images(photo_folders[0], "default", True, "--train_data_dir")
     many.paths = many.paths * 40
     assert len(hold_out(many, 0.5, 0, "")[1]) == MOST_HELD_OUT
+    many.paths = many.paths[:2]
+    assert [len(part) for part in hold_out(many, 0.9, 0, "")] == [1, 1]
     many.paths = many.paths[:1]
     assert "one image" in refusal(lambda: hold_out(many, 0.5, 0, "--train_data_dir x"), "--train_data_dir x")

@@ -119,10 +119,6 @@ class Budget:
             self._warn("evaluations would take over a third of the time, so some are left out")
         return affords and seconds + 2 * reserve <= 60 * self.minutes
 
-    def stop(self, step: int) -> None:
-        """End the run after `step` steps."""
-        self.end = step
-
     def look(self, step: int, accelerator, kind=None) -> None:
         """At times measure the pace and, with limited time, move the end. All processes find the same end.
 
@@ -192,13 +188,9 @@ class Budget:
         self.pace, self.paused = float(state["pace"]), float(state.get("paused", 0.0))  # older checkpoints lack the latter
         self.took = {"evaluation": float(state["reserve"])}
         step, position = state["anchor"]
-        if not self.minutes:
-            if self.steps == state["steps"]:
-                self.end = state["end"]
-            return
         if (self.minutes, self.steps) == (state["minutes"], state["steps"]):
             self._anchor, self.end = (step, float(position)), state["end"]
-        else:
+        elif self.minutes:
             self._anchor = (step, min(1.0, self._seconds_before / (60 * self.minutes)))
 
     def is_over(self, step: int) -> bool:

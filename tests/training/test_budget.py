@@ -133,7 +133,7 @@ def test_processes_end_together_by_the_slowest_one(time, monkeypatch):
 
 def test_a_resumed_run_has_what_is_left_and_goes_on_where_its_schedule_stood(time):
     """A budget that starts anew at each resume; time between the sessions that counts; a learning rate that jumps; a finished
-    run that cannot be given more time, or whose time starts from nothing."""
+    run that cannot be given more time, or whose time starts from nothing; one that ends in time which no longer limits it."""
     first = Budget(budget.UNKNOWN, 1.0)
     before = steps_of(first, time, lambda step: 0.5, until=50)
     kept = first.state_dict()
@@ -146,6 +146,9 @@ def test_a_resumed_run_has_what_is_left_and_goes_on_where_its_schedule_stood(tim
     assert after[0][1] == before[-1][1] == pytest.approx(50 / 120, abs=0.02)
     assert 34 < time.now - begun <= 35
     assert second.is_over(second.end)
+    by_steps = Budget(1000)
+    by_steps.load_state_dict(kept | {"steps": 1000})  # it had --max_train_steps beside its time
+    assert by_steps.end == 1000
     longer = Budget(budget.UNKNOWN, 2.0)
     longer.load_state_dict(second.state_dict())
     assert not longer.is_over(second.end)

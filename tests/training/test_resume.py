@@ -8,6 +8,7 @@ import signal
 import time
 import unicodedata
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -336,11 +337,15 @@ def test_names_do_not_depend_on_how_the_folder_is_written():
     assert checkpoint.names_digest(["x/1.png"]) == checkpoint.names_digest(["y/1.png"]) != checkpoint.names_digest(["x/2.png"])
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(flags, vae_folders, tmp_path, capsys):
-    """A plan that leaves files behind, miscounts the steps, or wants VAE1's latents."""
+def test_dry_run_prints_the_plan_and_writes_nothing(flags, vae_folders, tmp_path, capsys, monkeypatch):
+    """A plan that leaves files behind, miscounts the steps, or wants VAE1's latents; that evaluates at each epoch of its few
+    images and counts all of that as the first evaluation; that ends for want of gain before it has a pace."""
+    evaluated = Mock(side_effect=train_script.evaluate_and_log)
+    monkeypatch.setattr(train_script, "evaluate_and_log", evaluated)
+    monkeypatch.setattr(train_script, "LOOK_SECONDS", 1000.0)  # as on a fast machine
     before = sorted(tmp_path.rglob("*"))
     work = tmp_path.parent / "elsewhere"
-    flags |= {"dry_run": True, "save_dir": work / "ckpt", "log_dir": work / "runs", "epochs": 7}
+    flags |= {"dry_run": True, "save_dir": work / "ckpt", "log_dir": work / "runs", "epochs": 7, "patience": 1}
     image = {"input_types": ["image"], "decoder_loss_weight": 1.0, "reencode_target": 0.5}
     image["seen_through"] = [vae_folders["kl4"]]
     for changes in ({}, image):
@@ -351,6 +356,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(flags, vae_folders, tmp_path
         assert "21 (3 in an epoch) of 4 images" in said
         for fact in ("encoding:", "training:", "evaluations:", "expected time", "latent cache", "checkpoint", "peak memory"):
             assert fact in said
+    assert evaluated.call_count == 8  # for each plan twice, at its first step and its last one
 
 
 def test_folders_whose_names_are_not_utf8(flags, tmp_path, photo_folders):
@@ -416,6 +422,19 @@ def test_best_is_counted_anew_where_it_was_measured_on_something_else(flags, tmp
     assert caplog.text.count("counted anew") == 1 and best["step"] == 9
     best = train(flags, tmp_path, **changes, epochs=4, best_metric="latent_mse").last["training"]["best"]
     assert caplog.text.count("counted anew") == 2 and best["step"] == 12 and best["by"] == "latent_mse"
+
+
+def test_a_config_that_holds_images_out_goes_on_as_it_began(flags, tmp_path):
+    """A run that is told to go on by the same command, and refused for --hold_out, which --eval_data_dir had switched off; a
+    typed --eval_data_dir that a run with held-out images does not look at, without a word."""
+    config, judged = tmp_path / "my.json", flags["eval_data_dir"]
+    config.write_text('{"hold_out": 0.3}')
+    same = {**QUIET, "load_config": config, "resume": True}
+    for folder, steps in (("typed", 1), ("typed", 2), ("held out", 1), ("held out", 2)):
+        given = flags | {"eval_data_dir": judged if folder == "typed" else None}
+        run = train(given, tmp_path / folder, **same, max_train_steps=steps)
+        assert run.last["step"] == steps and run.last["config"]["hold_out"] == (0 if folder == "typed" else 0.3)
+    refusal(lambda: train(flags, tmp_path / folder, **same, max_train_steps=3), "--eval_data_dir", "training images")
 
 
 def test_a_strangers_checkpoint_decides_no_place(flags, tmp_path, monkeypatch, caplog):
