@@ -1071,7 +1071,7 @@ def description_of(args: argparse.Namespace, run: Run, train_loader) -> str:
     images = count_of(train_loader.batch_sampler.batch_size * accelerator.num_processes, "image")
     length = f"{end} steps of {images} in {count_of(-(-end // run.steps_per_epoch), 'epoch')}"
     if args.minutes:
-        length = f"{args.minutes:g} min of {images} a step"
+        length = f"{args.minutes:g} minutes of {images} a step"
     return (
         f"{' + '.join(run.pipeline.config.input_types)} inputs, {parameters / 1e6:.2f} M parameters, {length} on "
         f"{accelerator.device} in {args.precision} channels_last, {count_of(accelerator.num_processes, 'process')}"
